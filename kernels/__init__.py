@@ -1,0 +1,1 @@
+"""Triton device code and the custom operators that launch it. Importing this package does not import Triton: its modules do."""
