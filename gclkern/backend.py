@@ -1,0 +1,47 @@
+"""Which implementation serves a call: the Triton kernels or plain torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@functools.cache
+def _triton_fault() -> str | None:
+    """Why the kernels cannot be used at all on this machine, or None. Triton is imported here and nowhere earlier."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def resolve_backend(backend: str, tensor: Tensor) -> str:
+    """The backend, "triton" or "torch", that serves `tensor` when the caller asks for `backend`.
+
+    "auto" takes the kernels for tensors on a GPU and torch elsewhere; float64 always runs on torch, because the kernels keep their statistics in float32.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        usable = tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _triton_fault() is None
+        return "triton" if usable else "torch"
+    fault = _triton_fault()
+    if fault is not None:
+        raise ValueError(f'backend="triton" cannot run: {fault}; install it, or use backend="torch"')
+    if tensor.dtype == torch.float64:
+        raise TypeError('backend="triton" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"')
+    if tensor.device.type == "cpu":
+        from gclkern.kernels.runtime import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                'backend="triton" needs tensors on a GPU, got device cpu; move them, use backend="torch", '
+                "or set TRITON_INTERPRET=1 before the first import of Triton to interpret the kernels"
+            )
+    return "triton"
