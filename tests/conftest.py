@@ -1,0 +1,51 @@
+"""Fixtures that every test shares. Importing this file decides, before Triton is imported, whether kernels are compiled or interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+TRITON = importlib.util.find_spec("triton") is not None
+
+if TRITON and not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.launches import Launches, capture_launches  # noqa: E402 (Triton reads the variable above when it is imported)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs = {
+        "gpu": (GPU, "needs a CUDA device"),
+        "triton": (TRITON, "needs Triton"),
+        "interpreter": (TRITON and not GPU, "needs Triton's interpreter, which runs where there is no GPU"),
+    }
+    for item in items:
+        for marker, (available, reason) in needs.items():
+            if not available and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that kernels run on: a GPU, or the CPU where Triton interprets them."""
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def launches() -> Iterator[Launches]:
+    """The kernel launches of this test: `assert "kernel_name" in launches.names` shows that it did not measure a fallback."""
+    if not TRITON:
+        pytest.skip("needs Triton")
+    with capture_launches() as recorded:
+        yield recorded
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both implementations, by the name that `backend=` takes; the kernels only where Triton is installed."""
+    return str(request.param)

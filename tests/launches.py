@@ -1,0 +1,64 @@
+"""Which Triton kernels a piece of code launched, with the arguments it gave them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch `kernel[grid](*args, **kwargs)`, seen after `triton.heuristics` has added its values."""
+
+    kernel: Any  # the jitted (or interpreted) function
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]  # named arguments and options such as num_warps
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def argument(self, name: str) -> Any:
+        """The value given to the kernel's parameter `name`."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[self.kernel.arg_names.index(name)]
+
+
+class Launches(list[Launch]):
+    """The launches of a `with` block, in order."""
+
+    @property
+    def names(self) -> list[str]:
+        return [launch.name for launch in self]
+
+
+@contextlib.contextmanager
+def capture_launches(*, execute: bool = True) -> Iterator[Launches]:
+    """Record every kernel launch of the block, whether kernels are compiled or interpreted.
+
+    With `execute=False` nothing runs and outputs keep whatever their memory holds: enough to learn how a launcher would call its kernels on a machine without a GPU.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launches = Launches()
+
+    def recording(original: Any) -> Any:
+        def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            if not warmup:
+                bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
+                shape = grid(bound) if callable(grid) else grid
+                launches.append(Launch(self, args, kwargs, tuple(int(extent) for extent in shape)))
+            return original(self, *args, grid=grid, warmup=warmup, **kwargs) if execute else None
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for kind in (InterpretedFunction, JITFunction):
+            patches.enter_context(mock.patch.object(kind, "run", recording(kind.run)))
+        yield launches
