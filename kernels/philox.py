@@ -25,7 +25,7 @@ _ROUNDS = tl.constexpr(7)
 #   u: the low half; scaling by 2^-16 and subtracting (2^23 - 0.5) / 2^16 are exact.
 #   t: the high half over the base 2^23 + 15 * 2^16. The constants are the pair near pi / 131072 and -base * pi / 131072 whose rounding errors cancel best:
 #      the angle is off by 1.6e-7 at most, 4.4e-8 in the mean (a base of 2^23 and the rounded constants would give 8e-6).
-#   r: -2 ln(u) / 9 is -2 ln(2) / 9 = -0.15403271 times the binary logarithm.
+#   r: -2 ln(u) / 9 is -2 ln(2) / 9 = -0.15403271 (0fbe1dbac0) times the binary logarithm.
 # Saturation clamps the product to [0, 1] for free.
 _NVIDIA_ASM = tl.constexpr(
     """{
@@ -35,7 +35,7 @@ _NVIDIA_ASM = tl.constexpr(
     lop3.b32 field, word, 0xffff, 0x4b000000, 0xea;
     mov.b32 u, field;
     fma.rn.ftz.f32 u, u, 0f37800000, 0fc2ffffff;
-    prmt.b32 field, word, 0x4b0f0000, 0x7632;
+    shf.r.wrap.b32 field, word, 0x4b0f, 16;
     mov.b32 t, field;
     fma.rn.ftz.f32 t, t, 0f37c90fdc, 0fc3609fb7;
     lg2.approx.ftz.f32 r, u;
@@ -79,12 +79,12 @@ def philox_words(seed, rows, groups):
 
 @triton.jit
 def half_normals_of(word, NVIDIA: tl.constexpr):
-    """The draws of the even and of the odd class that share `word`, float32."""
+    """The draws of the even and of the odd class that share `word` (uint32, any shape): float32, in word's shape."""
     if NVIDIA:
         even, odd = tl.inline_asm_elementwise(_NVIDIA_ASM, "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
     else:
         u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
-        radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # 2 ln(2) / 9
+        radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # -2 ln(2) / 9
         # On the quarter circle around its middle, t = pi/4 + (pi/2) v, cosine and sine are even(v) -+ odd(v): no swap, no sign. Polynomials in v^2, fitted to 2e-9.
         v = ((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5
         square = v * v
@@ -101,21 +101,23 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def noise_tile(seed, rows, first_group, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
-    """The draws of `rows` (int64 [R], global sample rows) for the GROUPS * 8 classes from class first_group * 8 on: float32 [R, GROUPS * 8] in class order.
-
-    The 8 classes of a group are neighbours in one thread.
-    """
+def word_tile(seed, rows, first_group, GROUPS: tl.constexpr):
+    """The words of `rows` (int64 [R], global sample rows) for the classes from first_group * 8 on: uint32 [R, GROUPS * 4], one word for two neighbouring classes."""
     groups = first_group.to(tl.uint32) + tl.arange(0, GROUPS).to(tl.uint32)
     word0, word1, word2, word3 = philox_words(seed, rows[:, None], groups[None, :])
-    even0, odd0 = half_normals_of(word0, NVIDIA)
-    even1, odd1 = half_normals_of(word1, NVIDIA)
-    even2, odd2 = half_normals_of(word2, NVIDIA)
-    even3, odd3 = half_normals_of(word3, NVIDIA)
-    # tl.join adds the fastest axis: after the three of them the axes are (row, group, word high bit, word low bit, parity).
-    evens = tl.join(tl.join(even0, even2), tl.join(even1, even3))
-    odds = tl.join(tl.join(odd0, odd2), tl.join(odd1, odd3))
-    return tl.join(evens, odds).reshape(rows.shape[0], GROUPS * 8)
+    # tl.join adds the fastest axis, so after two of them the axes are (row, group, high bit, low bit of the word's number).
+    return tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(rows.shape[0], GROUPS * 4)
+
+
+@triton.jit
+def noise_tile(seed, rows, first_group, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
+    """The draws of `rows` (int64 [R], global sample rows) for the GROUPS * 8 classes from first_group * 8 on: float32 [R, GROUPS * 8] in class order.
+
+    Beside data of which each thread holds 8 neighbouring classes (16-byte loads of 16-bit logits) a group stays in one thread; beside any other layout the words
+    and the draws cross shared memory.
+    """
+    even, odd = half_normals_of(word_tile(seed, rows, first_group, GROUPS), NVIDIA)
+    return tl.join(even, odd).reshape(rows.shape[0], GROUPS * 8)
 
 
 @triton.jit
