@@ -1,0 +1,138 @@
+"""The losses and the noise in float64, in the plainest style: what the package is tested against.
+
+Nothing here comes from the package. The noise is written with Python's integers and `math`, the losses with torch's own cross entropy, and every
+gradient is autograd's. Slow and obvious on purpose.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def philox(key: int, counter: Sequence[int], rounds: int = 7) -> tuple[int, int, int, int]:
+    """Philox4x32 (Salmon et al., SC'11): four 32-bit words of a 64-bit key and a counter of four 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & MASK, (key >> 32) & MASK
+    for _ in range(rounds):
+        product0, product2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (product2 >> 32) ^ c1 ^ k0, product2 & MASK, (product0 >> 32) ^ c3 ^ k1, product0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def draw(seed: int, row: int, column: int) -> float:
+    """e of one sample and class: min(|N(0, 1/3)|, 1) by Box and Muller's formula on a quarter circle."""
+    words = philox(seed, (column // 8, row & MASK, (row >> 32) & MASK, 0))
+    word = words[column % 8 // 2]
+    uniform = ((word & 0xFFFF) + 0.5) / 65536
+    angle = math.pi / 2 * ((word >> 16) + 0.5) / 65536
+    radius = math.sqrt(-2 * math.log(uniform)) / 3
+    return min(radius * (math.sin(angle) if column % 2 else math.cos(angle)), 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def noise(seed: int, rows: int, columns: int, row_offset: int = 0, class_offset: int = 0) -> Tensor:
+    """e (rows, columns) in float64. The lists are cached: do not write to the result."""
+    grid = [[draw(seed, row_offset + row, class_offset + column) for column in range(columns)] for row in range(rows)]
+    return torch.tensor(grid, dtype=torch.float64)
+
+
+def clouded_logits(
+    cosine: Tensor,  # (N, C)
+    target: Tensor,  # (N,)
+    e: Tensor | None,  # (N, C)
+    cloud: Tensor | None,  # (C,)
+    scale: float,
+    margin: Tensor | float | None,
+    bias: Tensor | None,  # (C,)
+) -> Tensor:
+    """z_ij = s (cos_ij - cloud_j e_ij - margin_j [j = t_i]) + bias_j, sample by sample."""
+    rows, columns = cosine.shape
+    margins = torch.zeros(columns, dtype=torch.float64) if margin is None else torch.as_tensor(margin, dtype=torch.float64).expand(columns)
+    logits = []
+    for i in range(rows):
+        is_target = torch.arange(columns) == target[i]
+        row = cosine[i] - margins * is_target
+        if cloud is not None and e is not None:
+            row = row - cloud * e[i]
+        logits.append(scale * row + (0.0 if bias is None else bias))
+    return torch.stack(logits)
+
+
+def focal(loss: Tensor, gamma: float, detach: bool) -> Tensor:
+    """loss (1 - exp(-loss))^gamma."""
+    if gamma == 0:
+        return loss
+    # The floor keeps autograd from 0 * inf where the loss is exactly 0 and gamma < 1; the product is 0 there.
+    factor = (-torch.expm1(-loss.clamp_min(1e-300))) ** gamma
+    return loss * (factor.detach() if detach else factor)
+
+
+def gcl_cross_entropy(
+    cosine: Tensor,
+    target: Tensor,
+    cloud: Tensor | None = None,
+    *,
+    scale: float = 30.0,
+    margin: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    gamma: float = 0.0,
+    focal_detach: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    seed: int = 0,
+    row_offset: int = 0,
+    class_offset: int = 0,
+) -> Tensor:
+    """The loss of float64 cosines (N, C) on the CPU. Autograd differentiates it."""
+    rows, columns = cosine.shape
+    e = None if cloud is None else noise(seed, rows, columns, row_offset, class_offset)
+    share = torch.ones(rows, dtype=torch.float64) if lam is None else torch.as_tensor(lam, dtype=torch.float64).expand(rows)
+    pairs = [(target, share)] if target_b is None else [(target, share), (target_b, 1 - share)]
+
+    kept = torch.ones(rows, dtype=torch.bool)
+    for labels, _ in pairs:
+        kept &= labels != ignore_index
+    # A sample that is dropped adds exactly nothing, whatever its cosines hold.
+    cosine = torch.where(kept[:, None], cosine, torch.zeros_like(cosine))
+
+    losses = torch.zeros(rows, dtype=torch.float64)
+    denominator = torch.zeros((), dtype=torch.float64)
+    for labels, part in pairs:
+        labels = labels.where(kept, ignore_index)
+        logits = clouded_logits(cosine, labels, e, cloud, scale, margin, bias)
+        loss = F.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="none")
+        losses = losses + part * focal(loss, gamma, focal_detach)
+        for i in range(rows):
+            if kept[i]:
+                denominator += part[i] * (1.0 if weight is None or gamma > 0 else weight[labels[i]])
+    if reduction == "none":
+        return losses
+    return losses.sum() / denominator if reduction == "mean" else losses.sum()
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """Rows over their length; a row of length <= 1e-12 is 0 with gradient 0."""
+    rows = []
+    for row in matrix:
+        length = row.detach().norm()
+        rows.append(row / row.norm() if length > 1e-12 or length.isnan() else torch.zeros_like(row))
+    return torch.stack(rows)
+
+
+def linear_gcl_cross_entropy(features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None = None, *, normalize: bool = True, **options: object) -> Tensor:
+    """The loss of float64 features (N, D) against the rows of linear_weight (C, D)."""
+    product = unit_rows(features) @ unit_rows(linear_weight).T if normalize else features @ linear_weight.T
+    return gcl_cross_entropy(product, target, cloud, **options)  # type: ignore[arg-type]
