@@ -1,0 +1,364 @@
+"""The loss of cosines (N, C) that are in memory: one pass for the softmax statistics, one for the gradient.
+
+A logit is s * v with v = cosine - cloud * noise + bias / s: dividing the bias once for each class saves a multiplication for each logit. Both passes
+draw the same noise, a pure function of seed, row and class, so nothing but the cosines is kept between them.
+
+Bytes: forward reads N * C elements, backward reads and writes them. Operations: the noise decides (see philox.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import noise_tile
+from .row_loss import LOG2E, ROW_STATS, finish_rows
+from .runtime import NVIDIA, on_device
+from .terms import LOSS_TERMS_SCHEMA, LossTerms
+
+# Rows of buffers that we allocate start at multiples of this many elements, so that every access is 16 bytes wide whatever C is.
+ROW_ALIGNMENT = 64
+STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
+GRADIENT_COLUMNS = 512
+
+
+def padded_columns(num_classes: int) -> int:
+    return triton.cdiv(num_classes, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+@triton.jit
+def disturb(cosine, rows, first_group, cloud, bias, seed_ptr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
+    """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`."""
+    if cloud is not None:
+        cosine -= cloud[None, :] * noise_tile(tl.load(seed_ptr), rows, first_group, GROUPS, NVIDIA)
+    if bias is not None:
+        cosine += bias[None, :]
+    return cosine
+
+
+@triton.jit
+def load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale):
+    cloud = None
+    if cloud_ptr is not None:
+        cloud = tl.load(cloud_ptr + classes, mask=present, other=0.0)
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + classes, mask=present, other=0.0) * inverse_scale
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + classes, mask=present, other=0.0)
+    return cloud, bias, weight
+
+
+@triton.jit
+def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
+    """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in."""
+    target = tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift
+    target_b = None
+    if target_b_ptr is not None:
+        target_b = tl.load(target_b_ptr + rows, mask=in_batch, other=-1) + shift
+    return target, target_b
+
+
+@triton.jit
+def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, class_share):
+    """Take a tile of v into the running statistics of its rows; see row_loss.py."""
+    v = tl.where(present[None, :], v, -float("inf"))
+    if class_share is not None:
+        blend += tl.sum(tl.where(present[None, :], v * weight, 0.0), axis=1)
+    is_target = columns[None, :] == target[:, None]
+    if target_b is not None:
+        is_target |= columns[None, :] == target_b[:, None]
+    v = tl.where(is_target, -float("inf"), v)
+    top = tl.maximum(peak, tl.max(v, axis=1))
+    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a tile of targets alone adds nothing
+    rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, None]), axis=1)
+    return top, rest, blend
+
+
+@triton.jit
+def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2):
+    """dz of a tile of v for a unit upstream gradient; see row_loss.py."""
+    dz = tl.exp2(scale2 * v - offset[:, None])
+    if smooth is not None:
+        dz -= smooth[:, None] * weight
+    dz = tl.where(columns[None, :] == target[:, None], grad_a[:, None], dz)
+    if target_b is not None:
+        dz = tl.where(columns[None, :] == target_b[:, None], grad_b[:, None], dz)
+    return dz
+
+
+@triton.jit
+def finish_gradient_tile(dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, DTYPE: tl.constexpr):
+    """The gradient that enters the products, rounded, and its sums over the tile's classes and samples that the backward of the norms and of the bias needs.
+
+    With `inverse_norm` the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features.
+    """
+    valid = present[None, :] & kept[:, None]
+    gradient = dz * factor[:, None]
+    if inverse_norm is not None:
+        gradient *= inverse_norm[None, :]
+    gradient = tl.where(valid, gradient, 0.0).to(DTYPE)
+    row_sum = None
+    class_sum = 0.0
+    bias_sum = 0.0
+    if inverse_norm is not None:
+        # of the same rounded gradient that enters the products, so that the projections cancel exactly what they must
+        pulled = gradient.to(tl.float32) * cosine
+        class_sum = tl.sum(pulled, axis=0)
+        row_sum = tl.sum(pulled * tl.where(inverse_norm > 0.0, 1.0 / inverse_norm, 0.0)[None, :], axis=1)
+    if bias_sum_ptr is not None:
+        bias_sum = tl.sum(tl.where(valid, dz * (factor * inverse_scale)[:, None], 0.0), axis=0)
+    return gradient, row_sum, class_sum, bias_sum
+
+
+@triton.jit
+def load_row_gradient(stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, TWO: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr):
+    """Whether the row has a gradient, its statistics, and the factor s * upstream / denominator. A row without is not to be read, whatever it holds."""
+    offset = tl.load(stats_ptr + rows, mask=in_batch, other=float("inf"))
+    grad_a = tl.load(stats_ptr + num_rows + rows, mask=in_batch, other=0.0)
+    grad_b = grad_a
+    if TWO:
+        grad_b = tl.load(stats_ptr + num_rows * 2 + rows, mask=in_batch, other=0.0)
+    smooth = None
+    if SMOOTH:
+        smooth = tl.load(stats_ptr + num_rows * 3 + rows, mask=in_batch, other=0.0)
+    if PER_ROW:
+        upstream = tl.load(grad_loss_ptr + rows, mask=in_batch, other=0.0)
+    else:
+        upstream = tl.load(grad_loss_ptr)
+    kept = in_batch & (offset != float("inf"))
+    return kept, offset, grad_a, grad_b, smooth, tl.where(kept, upstream * (scale / tl.load(denominator_ptr)), 0.0)
+
+
+@triton.jit
+def _row_stats_kernel(
+    cosine_ptr, stride_n_units, stride_c, readable,  # (N, C); columns below `readable` exist in memory
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr,
+    peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
+    num_rows, num_classes, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale, class_share,
+    CONTINUE: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    in_batch = rows < num_rows
+    target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+    at = split.to(tl.int64) * num_rows + rows
+    if CONTINUE:
+        peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
+        rest = tl.load(rest_ptr + at, mask=in_batch, other=0.0)
+    else:
+        peak = tl.full((ROWS,), -float("inf"), tl.float32)
+        rest = tl.zeros((ROWS,), tl.float32)
+    blend = tl.zeros((ROWS,), tl.float32)
+    if CONTINUE and class_share is not None:
+        blend = tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+    row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
+    for tile in range(first, last):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)  # of the grid of noise groups, which begins `shift` classes before the first
+        classes = columns - shift
+        present = (classes >= 0) & (classes < num_classes)
+        cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale)
+        wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
+        cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
+        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, class_share)
+    tl.store(peak_ptr + at, peak, mask=in_batch)
+    tl.store(rest_ptr + at, rest, mask=in_batch)
+    if class_share is not None:
+        tl.store(blend_ptr + at, blend, mask=in_batch)
+
+
+@triton.jit
+def _gradient_kernel(
+    cosine_ptr, stride_n_units, stride_c, readable,  # (N, C)
+    out_ptr, out_stride, writable,  # (N, padded C)
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
+    inverse_norm_ptr,  # (C,) of the classifier's rows, or None
+    row_sum_ptr,  # (column tiles, N) partial sums of G * cosine over classes, or None
+    class_sum_ptr,  # (row splits, C) partial sums of G * cosine over samples, or None
+    bias_sum_ptr,  # (row splits, C) partial sums of dz over samples, or None
+    num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
+    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    classes = columns - shift
+    present = (classes >= 0) & (classes < num_classes)
+    cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale)
+    inverse_norm = None
+    if inverse_norm_ptr is not None:
+        inverse_norm = tl.load(inverse_norm_ptr + classes, mask=present, other=0.0)
+    class_sum = tl.zeros((COLUMNS,), tl.float32)
+    bias_sum = tl.zeros((COLUMNS,), tl.float32)
+    first = split * row_tiles_per_split
+    last = tl.minimum(first + row_tiles_per_split, tl.cdiv(num_rows, ROWS))
+    for row_tile in range(first, last):
+        rows = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        in_batch = rows < num_rows
+        target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+        kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
+            stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
+        )
+        wanted = kept[:, None] & ((classes >= 0) & (classes < readable))[None, :]
+        address = (rows * stride_n_units * STRIDE_UNIT)[:, None] + classes.to(tl.int64)[None, :] * stride_c
+        cosine = tl.load(cosine_ptr + address, mask=wanted, other=0.0).to(tl.float32)
+        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
+        dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2)
+        gradient, row_sum, tile_class_sum, tile_bias_sum = finish_gradient_tile(
+            dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, out_ptr.dtype.element_ty
+        )
+        out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
+        tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
+        bias_sum += tile_bias_sum
+        class_sum += tile_class_sum
+        if inverse_norm_ptr is not None:
+            tl.store(row_sum_ptr + tile.to(tl.int64) * num_rows + rows, row_sum, mask=in_batch)
+    at = split.to(tl.int64) * num_classes + classes
+    if inverse_norm_ptr is not None:
+        tl.store(class_sum_ptr + at, class_sum, mask=present)
+    if bias_sum_ptr is not None:
+        tl.store(bias_sum_ptr + at, bias_sum, mask=present)
+
+
+class Layout(NamedTuple):
+    """Where a call's classes lie in the grid of noise groups, and how its rows lie in memory."""
+
+    first_group: int
+    shift: int  # columns of the first group that belong to classes before this call's
+    stride_units: int
+    stride_unit: int
+
+
+def layout_of(cosine: Tensor, class_offset: int) -> Layout:
+    """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
+    unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
+    return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit)
+
+
+def empty_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer (N, C) whose rows are padded to ROW_ALIGNMENT elements."""
+    return torch.empty((num_rows, padded_columns(num_classes)), dtype=dtype, device=device)[:, :num_classes]
+
+
+def row_stats(
+    cosine: Tensor,  # (N, C) of this call's classes
+    terms: LossTerms,  # per-class vectors of this call's classes; class_offset is the global index of its first class
+    first_class: int,  # the target of this call's first class
+    statistics: tuple[Tensor, Tensor, Tensor | None],  # peak, rest, blend: (splits, N)
+    *,
+    resume: bool,  # the statistics already hold other classes
+    padded: bool,  # the buffer is ours: its padding may be read
+) -> None:
+    """Take the classes of `cosine` into the softmax statistics that `finish_rows` reads."""
+    num_rows, num_classes = cosine.shape
+    layout = layout_of(cosine, terms.class_offset)
+    peak, rest, blend = statistics
+    columns = min(STATS_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
+    rows = min(STATS_COLUMNS // columns, 16)
+    splits = peak.shape[0]
+    tiles = triton.cdiv(triton.cdiv(num_classes + layout.shift, columns), splits)
+    _row_stats_kernel[(triton.cdiv(num_rows, rows), splits)](
+        cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
+        num_rows, num_classes, tiles, terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
+        terms.scale * LOG2E, 1.0 / terms.scale, None if blend is None else 0.0,
+        CONTINUE=resume, STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def cosine_gradient(
+    cosine: Tensor,  # (N, C) of this call's classes
+    grad_loss: Tensor,  # () or (N,)
+    stats: Tensor,
+    denominator: Tensor,
+    terms: LossTerms,
+    first_class: int,
+    out: Tensor,  # (N, C), rows padded to ROW_ALIGNMENT
+    *,
+    inverse_norm: Tensor | None,
+    bias_grad: bool,
+    padded: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Write dL/dcosine (times the inverse norm of the class's weights, where given) to `out`.
+
+    Returns the sums of gradient * cosine over classes (N,) and over samples (C,), where norms are given, and the gradient of the bias (C,).
+    """
+    num_rows, num_classes = cosine.shape
+    layout = layout_of(cosine, terms.class_offset)
+    columns = min(GRADIENT_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
+    rows = min(2048 // columns, 16)
+    class_tiles = triton.cdiv(num_classes + layout.shift, columns)
+    summed = bias_grad or inverse_norm is not None
+    row_tiles = triton.cdiv(num_rows, rows)
+    splits = triton.cdiv(num_rows, 128) if summed else triton.cdiv(row_tiles, 4)
+    device = cosine.device
+    row_sum = class_sum = bias_sum = None
+    if inverse_norm is not None:
+        row_sum = torch.empty((class_tiles, num_rows), dtype=torch.float32, device=device)
+        class_sum = torch.empty((splits, num_classes), dtype=torch.float32, device=device)
+    if bias_grad:
+        bias_sum = torch.empty((splits, num_classes), dtype=torch.float32, device=device)
+    _gradient_kernel[(class_tiles, splits)](
+        cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,
+        out, out.stride(0), padded_columns(num_classes),
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss.contiguous(), denominator,
+        inverse_norm, row_sum, class_sum, bias_sum,
+        num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
+        terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
+        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return tuple(None if part is None else part.sum(0) for part in (row_sum, class_sum, bias_sum))  # type: ignore[return-value]
+
+
+def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for peak, rest and, with label smoothing, blend."""
+    parts = torch.empty((3 if smoothed else 2, splits, num_rows), dtype=torch.float32, device=device)
+    return parts[0], parts[1], parts[2] if smoothed else None
+
+
+@torch.library.custom_op("gclkern::logit_forward", mutates_args=(), schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss ((), or (N,) unreduced), row statistics (4, N), denominator of the mean ()."""
+    terms = LossTerms(*args)
+    with on_device(cosine):
+        statistics = empty_statistics(1, cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
+        row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
+        return finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
+
+
+@logit_forward.register_fake
+def _(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    terms = LossTerms(*args)
+    num_rows = cosine.shape[0]
+    loss = cosine.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=torch.float32)
+    return loss, cosine.new_empty((ROW_STATS, num_rows), dtype=torch.float32), cosine.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "gclkern::logit_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_loss, Tensor cosine, Tensor row_stats, Tensor denominator, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
+)
+def logit_backward(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of the cosines, rows padded to ROW_ALIGNMENT elements, and of the bias (empty unless asked for)."""
+    *fields, bias_grad = args
+    terms = LossTerms(*fields)
+    with on_device(cosine):
+        out = empty_rows(*cosine.shape, cosine.dtype, cosine.device)
+        grad_bias = cosine_gradient(cosine, grad_loss, stats, denominator, terms, 0, out, inverse_norm=None, bias_grad=bias_grad, padded=False)[2]
+        return out, cosine.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
+
+
+@logit_backward.register_fake
+def _(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(*cosine.shape, cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)

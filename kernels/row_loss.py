@@ -1,0 +1,237 @@
+"""From softmax statistics to losses: the formula of a sample's loss and of its gradient, once for every way of reaching the logits.
+
+Whoever walks over the logits z_ij = s * v_ij leaves, for each row, over the classes that are NOT one of its targets,
+
+    peak = max_j v_ij,   rest = sum_j exp(s * (v_ij - peak)),   and, with label smoothing, blend = sum over ALL classes of weight_j * v_ij.
+
+`finish_rows` adds the targets in closed form. No probability is ever subtracted from 1: what is left beside a target is a sum of its own, so the
+target's gradient keeps its digits where its probability is close to 1. It leaves four numbers a row, from which backward needs only v_ij:
+
+    dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import noise_at
+from .runtime import NVIDIA
+from .terms import LossTerms
+
+LOG2E = 1.4426950408889634
+ROW_STATS = 4  # offset, grad_a, grad_b, smooth
+_ROWS = 128
+
+
+@triton.jit
+def _log1p(x):
+    # log(1 + x) times x over the x that survived in 1 + x: the rounding of the sum cancels (Kahan)
+    grown = 1.0 + x
+    return tl.where(grown == 1.0, x, tl.log(grown) * (x / (grown - 1.0)))
+
+
+@triton.jit
+def _one_minus_exp_neg(x):
+    # 1 - exp(-x), x >= 0, without cancellation at small x
+    decayed = tl.exp(-x)
+    small = tl.where(decayed == 1.0, x, (1.0 - decayed) * (x / -tl.log(tl.maximum(decayed, 1e-30))))
+    return tl.where(x < 1.0, small, 1.0 - decayed)
+
+
+@triton.jit
+def _load_class(ptr, classes, present, absent):
+    return tl.load(ptr + classes, mask=present, other=0.0) if ptr is not None else absent
+
+
+@triton.jit
+def _target_logit(
+    cosine_ptr, stride_n, stride_c, class_ptr, rows, in_batch, num_classes,
+    cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """The target's class, whether it is one, and its disturbed cosine before the margin."""
+    classes = tl.load(class_ptr + rows, mask=in_batch, other=0)
+    present = in_batch & (classes >= 0) & (classes < num_classes)
+    if GATHER:
+        value = tl.load(cosine_ptr + rows * stride_n + classes * stride_c, mask=present, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(cosine_ptr + rows, mask=in_batch, other=0.0)
+    if cloud_ptr is not None:
+        noise = noise_at(tl.load(seed_ptr), rows + row_offset, classes + class_offset, NVIDIA)
+        value -= tl.load(cloud_ptr + classes, mask=present, other=0.0) * noise
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + classes, mask=present, other=0.0) * inverse_scale
+    return classes, present, value
+
+
+@triton.jit
+def _one_target(
+    peak, rest, blend, own, other, share, weight, total_weight, scale, scale2, smoothing, class_share, gamma, FOCAL: tl.constexpr, DETACH: tl.constexpr
+):  # fmt: skip
+    """One target's part of a row: loss, log2 slope, gradient at the target, chain factor; all but the loss's own factor include the target's share.
+
+    `own` is the target's v with its margin, `other` the second target's without (-inf where there is none, or where it is the same class). The
+    gradient at a class that is no target is exp2(s * log2(e) * v + slope).
+    """
+    top = tl.maximum(tl.maximum(peak, own), other)
+    around = tl.where(rest > 0.0, rest * tl.exp2(scale2 * (peak - top)), rest) + tl.exp2(scale2 * (other - top))
+    target = tl.exp2(scale2 * (own - top))
+    total = around + target
+    nll = tl.where(around <= target, _log1p(around / target), scale * (top - own) + tl.log(total))
+    mass = weight
+    loss = weight * nll
+    spread = 0.0
+    if class_share is not None:
+        mass = (1.0 - smoothing) * weight + class_share * total_weight
+        loss = (1.0 - smoothing) * loss + class_share * (total_weight * (scale * top + tl.log(total)) - blend)
+        spread = class_share * (total_weight - weight)
+    chain = share
+    if FOCAL:
+        loss = tl.maximum(loss, 0.0)
+        missed = _one_minus_exp_neg(loss)
+        factor = tl.where(missed > 0.0, tl.exp2(gamma * tl.log2(missed)), missed)
+        chain = share * factor
+        if not DETACH:
+            chain *= 1.0 + gamma * tl.where(missed > 0.0, loss * tl.exp(-loss) / missed, 1.0)
+        loss *= factor
+    slope = tl.log2(chain * mass / total) - scale2 * top
+    return share * loss, slope, chain * (spread - mass * (around / total)), chain
+
+
+@triton.jit
+def _finish_rows_kernel(
+    cosine_a_ptr, cosine_b_ptr, stride_n, stride_c,  # the matrix (N, C) twice, or the targets' own cosines (N,) of each
+    peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
+    target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, total_weight_ptr, seed_ptr,
+    loss_ptr, kept_ptr, stats_ptr,  # (N,), (N,), (4, N)
+    num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale, smoothing, class_share, gamma,
+    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < num_rows
+    peak = tl.full((ROWS,), -float("inf"), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
+    blend = tl.zeros((ROWS,), tl.float32)
+    at = rows
+    for _ in range(splits):
+        part_peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
+        part_rest = tl.load(rest_ptr + at, mask=in_batch, other=0.0)
+        top = tl.maximum(peak, part_peak)
+        anchor = tl.where(top == -float("inf"), 0.0, top)  # no class yet: both sums are 0
+        rest = rest * tl.exp2(scale2 * (peak - anchor)) + part_rest * tl.exp2(scale2 * (part_peak - anchor))
+        peak = top
+        if class_share is not None:
+            blend += tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+        at += num_rows
+
+    class_a, present_a, value_a = _target_logit(
+        cosine_a_ptr, stride_n, stride_c, target_ptr, rows, in_batch, num_classes,
+        cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER, NVIDIA,
+    )  # fmt: skip
+    weight_a = _load_class(weight_ptr, class_a, present_a, 1.0)
+    margin_a = _load_class(margin_ptr, class_a, present_a, 0.0)
+    total_weight = tl.load(total_weight_ptr) if total_weight_ptr is not None else num_classes * 1.0
+    ignored = class_a == ignore_index
+    known = present_a
+    share = 1.0
+    kept_weight = weight_a
+    absent = tl.full((ROWS,), -float("inf"), tl.float32)
+    if target_b_ptr is None:
+        loss, slope, grad_a, chain = _one_target(
+            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, absent, share, weight_a, total_weight, scale, scale2, smoothing,
+            class_share, gamma, FOCAL, DETACH,
+        )  # fmt: skip
+    else:
+        class_b, present_b, value_b = _target_logit(
+            cosine_b_ptr, stride_n, stride_c, target_b_ptr, rows, in_batch, num_classes,
+            cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER, NVIDIA,
+        )  # fmt: skip
+        weight_b = _load_class(weight_ptr, class_b, present_b, 1.0)
+        margin_b = _load_class(margin_ptr, class_b, present_b, 0.0)
+        share = tl.load(lam_ptr + rows, mask=in_batch, other=1.0)
+        same = class_a == class_b
+        loss, slope_a, grad_a, chain = _one_target(
+            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, tl.where(same, absent, value_b), share, weight_a, total_weight,
+            scale, scale2, smoothing, class_share, gamma, FOCAL, DETACH,
+        )  # fmt: skip
+        loss_b, slope_b, grad_b, chain_b = _one_target(
+            peak, rest, scale * (blend - weight_b * margin_b), value_b - margin_b, tl.where(same, absent, value_a), 1.0 - share, weight_b,
+            total_weight, scale, scale2, smoothing, class_share, gamma, FOCAL, DETACH,
+        )  # fmt: skip
+        # each target is an ordinary class of the other's softmax
+        crossed_a = tl.exp2(scale2 * value_a + slope_b)
+        crossed_b = tl.exp2(scale2 * value_b + slope_a)
+        if class_share is not None:
+            crossed_a -= chain_b * class_share * weight_a
+            crossed_b -= chain * class_share * weight_b
+        both = grad_a + grad_b
+        grad_a = tl.where(same, both, grad_a + crossed_a)
+        grad_b = tl.where(same, both, grad_b + crossed_b)
+        top_slope = tl.maximum(slope_a, slope_b)
+        anchor = tl.where(top_slope == -float("inf"), 0.0, top_slope)
+        slope = tl.log2(tl.exp2(slope_a - anchor) + tl.exp2(slope_b - anchor)) + anchor
+        loss += loss_b
+        chain += chain_b
+        ignored |= class_b == ignore_index
+        known &= present_b
+        kept_weight = share * weight_a + (1.0 - share) * weight_b
+
+    # a label that is no class poisons its own row; an ignored row has an infinite offset, by which backward also knows not to read it
+    nan = float("nan")
+    loss = tl.where(ignored, 0.0, tl.where(known, loss, nan))
+    tl.store(loss_ptr + rows, loss, mask=in_batch)
+    tl.store(kept_ptr + rows, tl.where(ignored, 0.0, 1.0 if FOCAL else kept_weight), mask=in_batch)
+    tl.store(stats_ptr + rows, tl.where(ignored, float("inf"), tl.where(known, -slope, nan)), mask=in_batch)
+    tl.store(stats_ptr + num_rows + rows, tl.where(ignored, 0.0, tl.where(known, grad_a, nan)), mask=in_batch)
+    if target_b_ptr is not None:
+        tl.store(stats_ptr + num_rows * 2 + rows, tl.where(ignored, 0.0, tl.where(known, grad_b, nan)), mask=in_batch)
+    if class_share is not None:
+        tl.store(stats_ptr + num_rows * 3 + rows, tl.where(ignored, 0.0, chain * class_share), mask=in_batch)
+
+
+@triton.jit
+def _reduce_rows_kernel(loss_ptr, kept_ptr, reduced_ptr, denominator_ptr, num_rows, MEAN: tl.constexpr, ROWS: tl.constexpr):
+    loss = tl.zeros((ROWS,), tl.float32)
+    kept = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        loss += tl.load(loss_ptr + rows, mask=rows < num_rows, other=0.0)
+        kept += tl.load(kept_ptr + rows, mask=rows < num_rows, other=0.0)
+    denominator = tl.sum(kept) if MEAN else 1.0
+    tl.store(reduced_ptr, tl.sum(loss) / denominator)
+    tl.store(denominator_ptr, denominator)
+
+
+def finish_rows(
+    cosine_a: Tensor,  # (N, C), or (N,) cosines of the targets
+    cosine_b: Tensor | None,  # the same for the second target
+    peak: Tensor,  # (splits, N)
+    rest: Tensor,  # (splits, N)
+    blend: Tensor | None,  # (splits, N), with label smoothing
+    num_classes: int,
+    terms: LossTerms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss ((), or (N,) unreduced), row statistics (4, N) and the mean's denominator ()."""
+    splits, num_rows = peak.shape
+    gather = cosine_a.dim() == 2
+    loss = torch.empty(num_rows, dtype=torch.float32, device=peak.device)
+    kept = torch.empty_like(loss)
+    stats = torch.empty((ROW_STATS, num_rows), dtype=torch.float32, device=peak.device)
+    smoothed = terms.label_smoothing > 0.0
+    total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
+    _finish_rows_kernel[(triton.cdiv(num_rows, _ROWS),)](
+        cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend,
+        terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, total_weight, terms.seed,
+        loss, kept, stats,
+        num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
+        terms.label_smoothing, terms.label_smoothing / num_classes if smoothed else None, terms.gamma,
+        GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, ROWS=_ROWS, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    if terms.reduction == "none":
+        return loss, stats, torch.ones((), dtype=torch.float32, device=loss.device)
+    reduced = torch.empty((), dtype=torch.float32, device=loss.device)
+    denominator = torch.empty_like(reduced)
+    _reduce_rows_kernel[(1,)](loss, kept, reduced, denominator, num_rows, MEAN=terms.reduction == "mean", ROWS=1024, num_warps=4, enable_fp_fusion=True)
+    return reduced, stats, denominator
