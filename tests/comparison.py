@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-
-# A loss's options, with tensors on the CPU; `measure` moves them.
-Options = dict[str, Any]
+from tests.problems import Options
 
 # What storing a number in a dtype may change, relative to it. Triton's interpreter truncates bfloat16 where a GPU rounds.
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -111,3 +109,58 @@ def check_logit_loss(
         column = grad_expected.abs().sum(0) / options.get("scale", 30.0)
         atol = (4 * error + 4 * rounding) * (column + (size * cosine.shape[0] if cancels else 0.0))
         assert_within(actual.grad_bias, expected.grad_bias, atol + 1e-30 * size, 0.0, "gradient of bias")
+
+
+def check_head_loss(
+    function: Callable[..., Tensor],
+    features: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    cloud: Tensor | None = None,
+    upstream: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """The package's loss and gradients of features (N, D) and weights (C, D) agree with the oracle's on the same rounded inputs."""
+    actual = measure(function, [features, linear_weight], target, cloud, options, upstream)
+    expected = exact(oracle.linear_gcl_cross_entropy, [features, linear_weight], target, cloud, options, upstream)
+
+    # The gradient of the cosines, which an error of the products is measured by: a row of it times unit vectors is a row of the features' gradient.
+    normalize = options.get("normalize", True)
+    left, right = features.detach().cpu().double(), linear_weight.detach().cpu().double()
+    left_size, right_size = (matrix.norm(dim=1) for matrix in (left, right))
+    product = oracle.unit_rows(left) @ oracle.unit_rows(right).T if normalize else left @ right.T
+    logit_options = {name: value for name, value in options.items() if name not in ("normalize", "plan")}
+    pull = exact(oracle.gcl_cross_entropy, [product], target, cloud, logit_options, upstream).grads[0].abs()
+
+    scale = options.get("scale", 30.0)
+    weight = options.get("weight")
+    heaviest = 1.0 if weight is None else float(weight.max())
+    size = 1.0 if normalize else max(1.0, float((left_size[:, None] * right_size).max()))
+    error = logit_error(product.to(torch.float64 if features.dtype == torch.float64 else torch.float32).to(features.device), cloud, options)
+    stored = 0.0
+    if features.dtype.itemsize == 2:
+        # A buffer of products in 16 bits: fp16 for cosines, where half a step is 2^-12 (doubled where the interpreter truncates); plain products may be bf16.
+        # Their gradient is rounded to bf16 before it enters the other two products.
+        error += scale * (2**-11 if normalize else size * 2**-8)
+        stored = 2**-7
+    elif features.dtype == torch.float32:
+        error += 8 * scale * size * 2**-23  # the sum over D of the product, and the norms
+
+    assert actual.loss.dtype == (torch.float64 if features.dtype == torch.float64 else torch.float32)
+    rounding = 2e-15 if features.dtype == torch.float64 else 2e-6
+    assert_within(actual.loss, expected.loss, 4 * heaviest * error * (len(features) if options.get("reduction") == "sum" else 1), rounding, "loss")
+
+    # Two terms of opposite sign meet in a column of two targets or of label smoothing, as in check_logit_loss.
+    cancels = options.get("label_smoothing", 0.0) > 0 or options.get("target_b") is not None
+    if cancels:
+        pull = pull + scale * heaviest * (1.0 if upstream is None else float(upstream.abs().max())) * 0.1
+    for name, matrix, grad, reference, pulls in (
+        ("features", features, actual.grads[0], expected.grads[0], (pull @ right_size if not normalize else pull.sum(1) / left_size)[:, None]),
+        ("linear_weight", linear_weight, actual.grads[1], expected.grads[1], (pull.T @ left_size if not normalize else pull.sum(0) / right_size)[:, None]),
+    ):
+        assert grad.dtype == matrix.dtype and grad.shape == matrix.shape
+        atol = (4 * error + 4 * rounding + stored) * pulls.nan_to_num(0.0, 0.0, 0.0) + SMALLEST[matrix.dtype]
+        assert_within(grad, reference, atol, ROUNDING[matrix.dtype], f"gradient of {name}")
+    if expected.grad_bias is not None:
+        assert actual.grad_bias is not None
+        assert_within(actual.grad_bias, expected.grad_bias, (4 * error + 4 * rounding + stored) * pull.sum(0) / scale + 1e-30, 0.0, "gradient of bias")

@@ -132,7 +132,9 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def linear_gcl_cross_entropy(features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None = None, *, normalize: bool = True, **options: object) -> Tensor:
+def linear_gcl_cross_entropy(
+    features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None = None, *, normalize: bool = True, **options: object
+) -> Tensor:
     """The loss of float64 features (N, D) against the rows of linear_weight (C, D)."""
     product = unit_rows(features) @ unit_rows(linear_weight).T if normalize else features @ linear_weight.T
     return gcl_cross_entropy(product, target, cloud, **options)  # type: ignore[arg-type]

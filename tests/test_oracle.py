@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from tests import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+
+from tests import oracle
 
 
 def test_philox_words_of_key_and_counter_zero() -> None:

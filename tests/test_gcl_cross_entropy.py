@@ -1,0 +1,690 @@
+"""gcl_cross_entropy against the oracle: every option, dtype, stride and size, and the promises that are no numbers (determinism, errors, compilation)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gclkern.functional import gcl_cross_entropy
+from tests import oracle
+from tests.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, logit_error, noise_error
+from tests.launches import Launches
+from tests.problems import HALVES, REDUCTIONS, Options, cosines, labels, mixed, option_sets, vector
+
+
+def call(cosine: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:
+    """The loss with an option set, moved to the device of `cosine`."""
+    options = {name: value.detach().to(cosine.device) if isinstance(value, Tensor) else value for name, value in {**options, **more}.items()}
+    return gcl_cross_entropy(cosine, target.to(cosine.device), options.pop("cloud", None), **options)
+
+
+def check(cosine: Tensor, target: Tensor, options: Options, upstream: Tensor | None = None, **more: Any) -> None:
+    options = {**options, **more}
+    check_logit_loss(gcl_cross_entropy, cosine, target, options.pop("cloud", None), upstream, **options)
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", option_sets(2, 2))
+def test_loss_and_gradients(name: str, reduction: str, backend: str, device: torch.device) -> None:
+    rows, classes = 6, 37  # 37: no multiple of a vector, an alignment or a group of the noise
+    target = labels(rows, classes)
+    target[4] = -100
+    upstream = vector(rows, -1.0, 2.0, seed=7) if reduction == "none" else torch.tensor(-0.7)
+    check(cosines(rows, classes, device=device), target, option_sets(rows, classes)[name], upstream, reduction=reduction, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_sixteen_bit_cosines(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    check(cosines(5, 37, dtype, device), labels(5, 37), option_sets(5, 37)[name], vector(5, 0.5, 2.0), reduction="none", backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("classes", [100, 1000, 8142])
+def test_sixteen_bit_cosines_round_to_nearest(dtype: torch.dtype, classes: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU rounds where the interpreter truncates: half the error."""
+    monkeypatch.setitem(ROUNDING, dtype, ROUNDING[dtype] / 2)
+    check(cosines(16, classes, dtype, "cuda"), labels(16, classes), {}, vector(16, 0.5, 2.0), reduction="none", backend=backend)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 100, 8142])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_odd_sizes(rows: int, classes: int, backend: str, device: torch.device) -> None:
+    """One class gives a loss of 0; 8142 (iNaturalist) is even but no multiple of 4, more than one tile, and has a tail."""
+    if rows == 7 and classes == 8142:
+        rows = 3  # the oracle draws each number of the noise in Python
+    cloud = vector(classes, 0.0, 0.5, seed=6)
+    check(cosines(rows, classes, device=device), labels(rows, classes), {"cloud": cloud, "seed": 1}, reduction="mean", backend=backend)
+
+
+def test_more_rows_than_a_tile(backend: str, device: torch.device) -> None:
+    rows = 150
+    target = labels(rows, 10)
+    target[::7] = -100
+    check(cosines(rows, 10, device=device), target, option_sets(rows, 10)["everything"], reduction="mean", backend=backend)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced_rows", "sliced_columns", "expanded_rows", "expanded_columns", "offset"])
+def test_any_stride(layout: str, backend: str, device: torch.device) -> None:
+    rows, classes = 4, 21
+    cosine = {
+        "transposed": cosines(classes, rows, device=device).T,
+        "sliced_rows": cosines(2 * rows, classes, device=device)[::2],
+        "sliced_columns": cosines(rows, 3 * classes, device=device)[:, ::3],
+        "expanded_rows": cosines(1, classes, device=device).expand(rows, classes),
+        "expanded_columns": cosines(rows, 1, device=device).expand(rows, classes),
+        "offset": cosines(rows + 1, classes + 2, device=device)[1:, 1:-1],
+    }[layout]
+    before = cosine.clone()
+    check(cosine, labels(rows, classes), {"margin": 0.1, "weight": vector(classes)}, vector(rows), reduction="none", backend=backend)
+    assert cosine.equal(before)
+
+
+def test_strided_vectors(backend: str, device: torch.device) -> None:
+    """Labels, shares, upstream gradients and class vectors need not be contiguous."""
+    rows, classes = 5, 9
+    options: Options = {
+        "weight": vector(2 * classes, 0.1, 2.0)[::2],
+        "margin": torch.tensor(0.2).expand(classes),
+        "target_b": labels(3 * rows, classes, seed=8)[::3],
+        "lam": vector(2 * rows)[::2],
+    }
+    check(cosines(rows, classes, device=device), labels(2 * rows, classes)[::2], options, vector(2 * rows)[::2], reduction="none", backend=backend)
+    check(cosines(rows, classes, device=device), labels(rows, classes), {}, torch.tensor(0.5).expand(rows), reduction="none", backend=backend)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("scale", [30.0, 300.0])
+def test_extreme_logits(scale: float, sign: float, backend: str, device: torch.device) -> None:
+    """The target's cosine is 1 and the others -1, or the reverse: losses of 0 and of 2 * scale, no overflow, no NaN."""
+    cosine, target = -sign * torch.ones(3, 12, device=device), labels(3, 12)
+    cosine[torch.arange(3), target.to(device)] = sign
+    for options in ({}, {"gamma": 2.0, "focal_detach": False}, {"gamma": 0.5, "focal_detach": False}, {"label_smoothing": 0.1}):
+        check(cosine, target, options, vector(3, 0.5, 1.0), scale=scale, reduction="none", backend=backend)
+
+
+def test_logits_of_a_large_common_part(backend: str, device: torch.device) -> None:
+    """Softmax ignores a shift, and so may the kernels only if they subtract the largest logit."""
+    cosine = cosines(4, 15, device=device).round(decimals=3) + 1024
+    check(cosine, labels(4, 15), {"scale": 1.0}, reduction="mean", backend=backend)
+    check(-cosine, labels(4, 15), {"scale": 1.0}, reduction="mean", backend=backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_row_leaves_the_others_right(bad: float, backend: str, device: torch.device) -> None:
+    rows, classes = 6, 33
+    cosine, target = cosines(rows, classes, device=device), labels(rows, classes)
+    good = cosine.clone()
+    cosine[2, 5] = bad
+    target[2] = 7
+    cosine, good = cosine.requires_grad_(), good.requires_grad_()
+    options = option_sets(rows, classes)["everything"]
+    loss, right = (call(x, target, options, reduction="none", backend=backend) for x in (cosine, good))
+    loss.sum().backward()
+    right.sum().backward()
+    others = torch.arange(rows) != 2
+    assert cosine.grad is not None and good.grad is not None
+    assert loss[others].equal(right[others]) and loss[others].isfinite().all()
+    assert cosine.grad[others].equal(good.grad[others])
+    if bad != float("-inf"):  # a class of logit -inf only has probability 0, but smoothing gives it a share
+        assert loss[2].isnan()
+        assert call(cosine.detach(), target, options, reduction="mean", backend=backend).isnan()
+        assert call(cosine.detach(), target, options, reduction="sum", backend=backend).isnan()
+    else:
+        assert not loss[2].isfinite()
+        plain = call(cosine.detach(), target, {}, reduction="none", backend=backend)
+        reference = oracle.gcl_cross_entropy(cosine.detach().cpu().double(), target, reduction="none")
+        assert_within(plain, reference, 1e-4, 1e-5, "loss with a logit of -inf")
+
+
+# ---- ignored samples, weights and denominators
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["weight_smoothing", "everything"])
+def test_a_sample_is_ignored_by_either_target(name: str, reduction: str, backend: str, device: torch.device) -> None:
+    rows, classes = 6, 19
+    options = {**option_sets(rows, classes)[name], **mixed(rows, classes)}
+    first, second = labels(rows, classes), options["target_b"]
+    ignore_index = 3  # a class may be the ignored label
+    first[first == 3], second[second == 3] = 4, 5
+    first[1] = second[3] = ignore_index
+    cosine = cosines(rows, classes, device=device)
+    cosine[1] = float("nan")  # what an ignored row holds must not matter
+    check(cosine, first, options, vector(rows) if reduction == "none" else None, ignore_index=ignore_index, reduction=reduction, backend=backend)
+    leaf = cosine.clone().requires_grad_()
+    call(leaf, first, options, ignore_index=ignore_index, reduction="sum", backend=backend).backward()
+    assert leaf.grad is not None and leaf.grad[[1, 3]].eq(0).all() and leaf.grad[0].ne(0).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "weight", "focal", "mixed"])
+def test_all_samples_ignored(name: str, backend: str, device: torch.device) -> None:
+    """0 for the sum, NaN for the mean, as torch; the gradient is 0 for both."""
+    rows, classes = 3, 8
+    target, options = torch.full((rows,), -100), option_sets(rows, classes)[name]
+    for reduction in REDUCTIONS:
+        leaf = cosines(rows, classes, device=device).requires_grad_()
+        loss = call(leaf, target, options, reduction=reduction, backend=backend)
+        assert loss.isnan().all() if reduction == "mean" else loss.eq(0).all()
+        loss.sum().backward()
+        assert leaf.grad is not None
+        ours = leaf.grad.clone()
+        leaf.grad = None
+        F.cross_entropy(leaf, target.to(device), reduction=reduction).sum().backward()
+        assert ours.equal(leaf.grad)
+
+
+def test_all_weights_of_the_batch_are_zero(backend: str, device: torch.device) -> None:
+    weight, target = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 0])
+    cosine = cosines(2, 3, device=device)
+    assert call(cosine, target, {"weight": weight}, backend=backend).isnan()
+    assert call(cosine, target, {"weight": weight}, reduction="sum", backend=backend).eq(0)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_a_share_of_one_is_one_target(lam: float, backend: str, device: torch.device) -> None:
+    rows, classes = 5, 14
+    cosine, first, second = cosines(rows, classes, device=device), labels(rows, classes), labels(rows, classes, seed=9)
+    options: Options = {"weight": vector(classes, 0.5, 2.0), "margin": 0.1, "backend": backend}
+    both = call(cosine, first, options, target_b=second, lam=lam)
+    one = call(cosine, first if lam else second, options)
+    torch.testing.assert_close(both, one, rtol=2e-6, atol=1e-6)  # the exponentials are added in another order
+
+
+def test_two_equal_targets_are_one(backend: str, device: torch.device) -> None:
+    rows, classes = 5, 14
+    options = {**option_sets(rows, classes)["focal_stage_2"], "target_b": labels(rows, classes), "lam": 0.3}
+    one = {name: value for name, value in options.items() if name not in ("target_b", "lam")}
+    cosine = cosines(rows, classes, device=device)
+    torch.testing.assert_close(
+        call(cosine, labels(rows, classes), options, backend=backend), call(cosine, labels(rows, classes), one, backend=backend), rtol=2e-6, atol=1e-6
+    )
+
+
+# ---- near probability 1
+
+
+def confident(rows: int, classes: int, rest: float) -> tuple[Tensor, Tensor]:
+    """Cosines whose target, at scale 30, has probability about 1 - rest."""
+    target = labels(rows, classes)
+    cosine = 0.2 * cosines(rows, classes)
+    cosine[torch.arange(rows), target] = (torch.logsumexp(30 * cosine.scatter(1, target[:, None], -10.0), 1) - torch.tensor(rest).log()) / 30
+    return cosine, target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("rest", [2e-4, 1e-6, 1e-9])
+def test_the_targets_gradient_keeps_its_digits(rest: float, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """At p = 0.9998 the relative error is at most 1e-5 in float32; 1 - p would have lost 4 digits there, and all of them at 1 - p = 1e-9.
+
+    16-bit outputs add their rounding: 2^-8 for bfloat16 on a GPU, twice that under the interpreter, which truncates.
+    """
+    if dtype == torch.float16 and rest < 1e-6:
+        pytest.skip("the gradient is below float16's smallest number")
+    cosine, target = confident(8, 50, rest)
+    cosine = cosine.to(dtype)
+    leaf = cosine.clone().to(device).requires_grad_()
+    gcl_cross_entropy(leaf, target.to(device), reduction="sum", backend=backend).backward()
+    double = cosine.double().requires_grad_()
+    oracle.gcl_cross_entropy(double, target, reduction="sum").backward()
+    assert leaf.grad is not None and double.grad is not None
+    place = (torch.arange(8), target)
+    assert 1 - torch.softmax(30 * double.detach(), 1)[place].max() < 2 * rest
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    if dtype != torch.float32:
+        allowed = allowed * (1 if device.type == "cuda" else 2) + 1e-5
+    # float64's own 1 - p has 1e-16 / rest of error: 1e-7 at 1e-9.
+    assert_within(leaf.grad.cpu()[place], double.grad[place], SMALLEST[dtype], allowed, "gradient of the target's cosine")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_focal_factor_keeps_its_digits(gamma: float, detach: bool, backend: str, device: torch.device) -> None:
+    """(1 - exp(-l))^gamma of a loss of 2e-4: -expm1 keeps what 1 - exp would lose."""
+    cosine, target = confident(8, 50, 2e-4)
+    options = {"gamma": gamma, "focal_detach": detach, "reduction": "none"}
+    leaf, double = cosine.clone().to(device).requires_grad_(), cosine.double().requires_grad_()
+    loss = gcl_cross_entropy(leaf, target.to(device), backend=backend, **options)  # type: ignore[arg-type]
+    expected = oracle.gcl_cross_entropy(double, target, **options)  # type: ignore[arg-type]
+    loss.sum().backward()
+    expected.sum().backward()
+    assert leaf.grad is not None and double.grad is not None
+    # The factor's power multiplies a loss's relative error of 1e-5 by 1 + gamma.
+    assert_within(loss, expected, 0.0, (1 + gamma) * 1e-5, "focal loss")
+    assert_within(leaf.grad, double.grad, 0.0, (1 + gamma) * 1e-5, "gradient")
+
+
+def test_gradient_is_the_derivative_in_float64(device: torch.device) -> None:
+    """Central differences know nothing of formulas."""
+    rows, classes = 3, 7
+    cosine = cosines(rows, classes, torch.float64, device).requires_grad_()
+    bias = vector(classes, -1.0, 1.0).to(device, torch.float64).requires_grad_()
+    options: dict[str, Any] = {
+        "cloud": vector(classes, 0.0, 0.5).to(device), "margin": 0.1, "weight": vector(classes, 0.5, 2.0).to(device), "label_smoothing": 0.1, "gamma": 1.5,
+        "focal_detach": False, "target_b": labels(rows, classes, seed=9).to(device), "lam": vector(rows).to(device), "scale": 4.0, "seed": 3,
+    }  # fmt: skip
+    target = labels(rows, classes).to(device)
+    for reduction in REDUCTIONS:
+        assert torch.autograd.gradcheck(
+            lambda x, b, reduction=reduction: gcl_cross_entropy(x, target, bias=b, reduction=reduction, backend="torch", **options), (cosine, bias)
+        )
+
+
+def test_float64_against_the_oracle(device: torch.device) -> None:
+    """Without noise, whose draws are float32, float64 agrees to float64's digits."""
+    options = {name: value for name, value in option_sets(6, 11)["everything"].items() if name != "cloud"}
+    check(cosines(6, 11, torch.float64, device), labels(6, 11), options, backend="auto")
+
+
+# ---- the noise
+
+
+@pytest.mark.parametrize(("row_offset", "class_offset"), [(0, 0), (1, 3), (2**31 + 7, 13), (2**33 + 1, 2**20 + 5), (2**40, 2**31 + 6)])
+def test_noise_of_an_offset(row_offset: int, class_offset: int, backend: str, device: torch.device) -> None:
+    options = {"cloud": vector(19, 0.1, 0.5), "seed": 2**40 + 5, "row_offset": row_offset, "class_offset": class_offset}
+    check(cosines(3, 19, device=device), labels(3, 19), options, vector(3, 0.5, 1.0), reduction="none", backend=backend)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 5, 2**63 - 1])
+def test_noise_of_a_seed(seed: int, backend: str, device: torch.device) -> None:
+    check(cosines(2, 9, device=device), labels(2, 9), {"cloud": vector(9, 0.1, 0.5), "seed": seed}, backend=backend)
+
+
+def test_seed_as_a_tensor(backend: str, device: torch.device) -> None:
+    cosine, target, options = cosines(3, 20, device=device), labels(3, 20), {"cloud": vector(20)}
+    as_int = call(cosine, target, options, seed=2**40 + 5, backend=backend)
+    as_tensor = call(cosine, target, options, seed=torch.tensor(2**40 + 5), backend=backend)
+    assert as_int.equal(as_tensor)
+    assert not as_int.equal(call(cosine, target, options, seed=2**40 + 6, backend=backend))
+
+
+def test_a_split_batch_has_the_same_losses(backend: str, device: torch.device) -> None:
+    """Data parallel ranks share a seed and give their place by row_offset."""
+    rows, classes = 9, 37
+    cosine, target, options = cosines(rows, classes, device=device), labels(rows, classes), {"cloud": vector(classes), "seed": 4, "backend": backend}
+    whole = call(cosine, target, options, reduction="none", row_offset=100)
+    parts = [call(cosine[i:j], target[i:j], options, reduction="none", row_offset=100 + i) for i, j in ((0, 2), (2, 3), (3, 9))]
+    # The noise is bitwise the same; a row's sum may be added up in another order.
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0.0)
+
+
+def test_seed_none_follows_torchs_generator(backend: str, device: torch.device) -> None:
+    cosine, target, options = cosines(3, 20, device=device), labels(3, 20), {"cloud": vector(20), "backend": backend}
+    torch.manual_seed(12)
+    first, second = call(cosine, target, options), call(cosine, target, options)
+    torch.manual_seed(12)
+    assert call(cosine, target, options).equal(first)
+    assert not first.equal(second)
+    torch.manual_seed(13)
+    assert not call(cosine, target, options).equal(first)
+
+
+def test_backward_does_not_redraw(backend: str, device: torch.device) -> None:
+    """The gradient belongs to the noise of its own forward, whatever is drawn in between."""
+    leaf, target, options = cosines(3, 20, device=device).requires_grad_(), labels(3, 20), {"cloud": vector(20), "backend": backend}
+    seed = torch.tensor(77, device=device)
+    expected = torch.autograd.grad(call(leaf, target, options, seed=77), leaf)[0]
+    loss = call(leaf, target, options, seed=seed)
+    call(leaf, target, options, seed=None)
+    torch.rand(5, device=device)
+    assert torch.autograd.grad(loss, leaf)[0].equal(expected)
+
+
+def test_no_cloud_draws_nothing(backend: str, device: torch.device) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4, device=device)
+    torch.manual_seed(3)
+    call(cosines(3, 20, device=device), labels(3, 20), {}, backend=backend)
+    assert torch.rand(4, device=device).equal(expected)
+
+
+# ---- promises
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_results_are_bitwise_repeatable(reduction: str, backend: str, device: torch.device) -> None:
+    rows, classes = 7, 150
+    options = option_sets(rows, classes)["everything"]
+    results = []
+    for _ in range(2):
+        leaf = cosines(rows, classes, device=device).requires_grad_()
+        bias = options["bias"].detach().to(device).requires_grad_()
+        moved = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items() if name != "bias"}
+        loss = gcl_cross_entropy(leaf, labels(rows, classes).to(device), bias=bias, reduction=reduction, backend=backend, **moved)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad, bias.grad))
+    for one, two in zip(*results, strict=True):
+        assert one is not None and two is not None and one.equal(two)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_may_be_repeated(reduction: str, backend: str, device: torch.device) -> None:
+    leaf, options = cosines(4, 30, device=device).requires_grad_(), option_sets(4, 30)["everything"]
+    loss = call(leaf, labels(4, 30), options, reduction=reduction, backend=backend)
+    upstream = vector(4).to(device) if reduction == "none" else torch.tensor(2.0, device=device)
+    first = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0]
+    third = torch.autograd.grad(loss, leaf, 2 * upstream)[0]
+    assert first.equal(kept) and second.equal(first)
+    torch.testing.assert_close(third, 2 * first, rtol=1e-6, atol=1e-9)
+
+
+def test_inputs_are_never_modified(backend: str, device: torch.device) -> None:
+    rows, classes = 4, 30
+    options = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in option_sets(rows, classes)["everything"].items()}
+    leaf, target, upstream = cosines(rows, classes, device=device).requires_grad_(), labels(rows, classes).to(device), vector(rows).to(device)
+    options["seed"] = torch.tensor(3, device=device)
+    inputs = {"cosine": leaf, "target": target, "upstream": upstream, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
+    before = {name: (value.detach().clone(), value._version) for name, value in inputs.items()}
+    gcl_cross_entropy(leaf, target, reduction="none", backend=backend, **options).backward(upstream)
+    for name, value in inputs.items():
+        assert value.detach().equal(before[name][0]) and value._version == before[name][1], name
+
+
+def test_a_changed_input_is_noticed(backend: str, device: torch.device) -> None:
+    """Backward after an in-place change of the cosines must not answer for other cosines."""
+    base = cosines(3, 8, device=device).requires_grad_()
+    cosine = base * 1.0
+    loss = call(cosine, labels(3, 8), {}, backend=backend)
+    with torch.no_grad():
+        cosine.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_double_backward_is_refused(backend: str, device: torch.device) -> None:
+    leaf = cosines(3, 8, device=device).requires_grad_()
+    gradient = torch.autograd.grad(call(leaf, labels(3, 8), {}, backend=backend), leaf, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice|not supported"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cloud", "margin", "weight", "lam"])
+def test_a_gradient_that_is_not_defined_is_refused(name: str, backend: str, device: torch.device) -> None:
+    options: Options = {name: vector(8)}
+    if name == "lam":
+        options = {"target_b": labels(3, 8), "lam": vector(3)}
+    options = {key: value.to(device) for key, value in options.items()}
+    options[name].requires_grad_()
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*gradient"):
+        gcl_cross_entropy(cosines(3, 8, device=device), labels(3, 8).to(device), backend=backend, **options)
+
+
+def test_only_the_bias_wants_a_gradient(backend: str, device: torch.device) -> None:
+    """Logit adjustment learned on frozen cosines, and cosines with a fixed bias."""
+    cosine, target = cosines(5, 12, device=device), labels(5, 12)
+    bias = vector(12, -1.0, 1.0).to(device).requires_grad_()
+    gcl_cross_entropy(cosine, target.to(device), bias=bias, reduction="sum", backend=backend).backward()
+    double = bias.detach().cpu().double().requires_grad_()
+    oracle.gcl_cross_entropy(cosine.cpu().double(), target, bias=double, reduction="sum").backward()
+    assert bias.grad is not None and double.grad is not None
+    assert_within(bias.grad, double.grad, 1e-5, 1e-5, "gradient of bias")  # sums over five rows, each at most 2 with a float32 logit's error of 4e-6
+
+
+def test_without_gradients(backend: str, device: torch.device) -> None:
+    cosine = cosines(3, 8, device=device).requires_grad_()
+    with torch.no_grad():
+        loss = call(cosine, labels(3, 8), {}, backend=backend)
+    assert not loss.requires_grad
+    assert loss.equal(call(cosine, labels(3, 8), {}, backend=backend).detach())
+
+
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    """A loss belongs in float32: autocast reaches neither its input nor what happens inside."""
+    leaf, options = cosines(4, 30, device=device).requires_grad_(), option_sets(4, 30)["everything"]
+    plain = call(leaf, labels(4, 30), options, backend=backend)
+    gradient = torch.autograd.grad(plain, leaf)[0]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = call(leaf, labels(4, 30), options, backend=backend)
+        again = torch.autograd.grad(loss, leaf)[0]
+    assert loss.dtype == torch.float32 and loss.equal(plain) and again.equal(gradient)
+
+
+def test_training_step_under_compile(backend: str, device: torch.device) -> None:
+    """One graph, no break: the operators are known to torch.compile by their fake implementations."""
+    torch.compiler.reset()
+    features, target, cloud = cosines(6, 10, device=device), labels(6, 23).to(device), vector(23).to(device)
+    model = torch.nn.Linear(10, 23).to(device)
+
+    def step(features: Tensor, target: Tensor) -> Tensor:
+        return gcl_cross_entropy(torch.tanh(model(features)), target, cloud, margin=0.1, seed=5, backend=backend)
+
+    expected = step(features, target)
+    expected.backward()
+    assert model.weight.grad is not None
+    gradient, model.weight.grad = model.weight.grad, None
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(features, target)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.weight.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_drawn_seed_under_compile(backend: str, device: torch.device) -> None:
+    """seed=None draws inside the graph, a new one in every call."""
+    torch.compiler.reset()
+    target, cloud = labels(6, 23).to(device), vector(23).to(device)
+    compiled = torch.compile(lambda x: gcl_cross_entropy(x, target, cloud, backend=backend), fullgraph=True, backend="aot_eager")
+    cosine = cosines(6, 23, device=device)
+    assert not compiled(cosine).equal(compiled(cosine))
+
+
+# ---- backends
+
+
+def test_auto_is_torch_on_a_cpu(launches: Launches) -> None:
+    leaf = cosines(3, 8).requires_grad_()
+    call(leaf, labels(3, 8), {}).backward()
+    call(leaf, labels(3, 8), {}, backend="torch").backward()
+    assert launches == []
+
+
+@pytest.mark.triton
+def test_the_kernels_run_when_asked_for(launches: Launches, device: torch.device) -> None:
+    leaf = cosines(3, 8, device=device).requires_grad_()
+    loss = call(leaf, labels(3, 8), {}, backend="triton")
+    forward = len(launches)
+    loss.backward()
+    assert 0 < forward < len(launches)
+
+
+@pytest.mark.triton
+@pytest.mark.gpu
+def test_auto_is_the_kernels_on_a_gpu(launches: Launches) -> None:
+    call(cosines(3, 8, device="cuda"), labels(3, 8), {})
+    assert launches
+
+
+@pytest.mark.triton
+def test_float64_is_refused_by_the_kernels(launches: Launches, device: torch.device) -> None:
+    cosine = cosines(3, 8, torch.float64, device)
+    with pytest.raises(TypeError, match=r"triton.*float64"):
+        call(cosine, labels(3, 8), {}, backend="triton")
+    assert call(cosine, labels(3, 8), {}, backend="auto").dtype == torch.float64
+    assert launches == []
+
+
+@pytest.mark.triton
+def test_the_kernels_refuse_cpu_tensors_outside_the_interpreter() -> None:
+    code = """
+import torch
+from gclkern.functional import gcl_cross_entropy
+try:
+    gcl_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), backend="triton")
+except ValueError as error:
+    print("refused:", error)
+assert gcl_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1])).isfinite()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "refused:" in done.stdout and "triton" in done.stdout and "cpu" in done.stdout
+
+
+@pytest.mark.triton
+def test_backends_agree_on_every_option(device: torch.device) -> None:
+    rows, classes = 5, 29
+    for name, options in option_sets(rows, classes).items():
+        cosine, target = cosines(rows, classes, device=device), labels(rows, classes)
+        one, two = (call(cosine, target, options, reduction="none", backend=backend) for backend in ("torch", "triton"))
+        cloud = options.get("cloud")
+        # Two float32 computations, each this far from the exact loss, whose weights reach 3.
+        assert_within(one, two, 2 * 4 * 3 * logit_error(cosine, cloud, {key: options[key] for key in options if key in ("scale", "bias")}), 2e-6, name)
+
+
+# ---- any combination
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Options]:
+    rows, classes = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 3, 8, 9, 17, 64, 65]))
+    seed = draw(st.integers(0, 2**16))
+    options: Options = {"scale": draw(st.sampled_from([0.5, 1.0, 16.0, 30.0])), "reduction": draw(st.sampled_from(REDUCTIONS))}
+    if draw(st.booleans()):
+        options |= {"cloud": vector(classes, 0.0, 1.0, seed + 1), "seed": draw(st.integers(0, 2**63 - 1)), "row_offset": draw(st.integers(0, 2**40))}
+    if draw(st.booleans()):
+        options["margin"] = draw(st.sampled_from([0.35, vector(classes, 0.0, 0.5, seed + 2)]))
+    if draw(st.booleans()):
+        options["bias"] = vector(classes, -4.0, 4.0, seed + 3).requires_grad_()
+    if draw(st.booleans()):
+        options["weight"] = vector(classes, 0.2, 2.0, seed + 4)
+    if draw(st.booleans()):
+        options |= {"gamma": draw(st.sampled_from([0.5, 1.0, 2.0, 3.5])), "focal_detach": draw(st.booleans())}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]))
+    target = labels(rows, classes, seed + 5)
+    if draw(st.booleans()):
+        options |= {"target_b": labels(rows, classes, seed + 6), "lam": vector(rows, seed=seed + 7)}
+    if draw(st.booleans()):
+        target[draw(st.integers(0, rows - 1))] = -100
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
+    cosine = cosines(rows, classes, dtype, seed=seed)
+    return (cosine.T.contiguous().T if draw(st.booleans()) else cosine), target, options
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_any_problem(problem: tuple[Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
+    cosine, target, options = problem
+    check(cosine.to(device), target, options, backend=backend)
+
+
+# ---- what only a GPU shows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [-1, 37, 10**12, -(2**40)])
+def test_a_label_out_of_range_makes_its_row_nan(wrong: int, backend: str) -> None:
+    rows, classes = 6, 37
+    options = option_sets(rows, classes)["everything"]
+    cosine, target = cosines(rows, classes, device="cuda"), labels(rows, classes)
+    leaf, good = cosine.clone().requires_grad_(), cosine.clone().requires_grad_()
+    right = call(good, target, options, reduction="none", backend=backend)
+    target[3] = wrong
+    loss = call(leaf, target, options, reduction="none", backend=backend)
+    loss.sum().backward()
+    right.sum().backward()
+    others = torch.arange(rows) != 3
+    assert leaf.grad is not None and good.grad is not None
+    assert loss[3].isnan() and loss[others].equal(right[others])
+    assert leaf.grad[others].equal(good.grad[others])
+
+
+@pytest.mark.gpu
+def test_debug_mode_reads_labels_on_a_gpu() -> None:
+    import gclkern
+
+    gclkern.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=r"target\[1\] is 9"):
+            gcl_cross_entropy(cosines(2, 5, device="cuda"), torch.tensor([0, 9], device="cuda"))
+    finally:
+        gclkern.set_debug(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_no_synchronisation_with_the_host(name: str, backend: str) -> None:
+    rows, classes = 6, 37
+    options = {key: value.detach().to("cuda") if isinstance(value, Tensor) else value for key, value in option_sets(rows, classes)[name].items()}
+    options.pop("seed", None)
+    leaf, target = cosines(rows, classes, device="cuda").requires_grad_(), labels(rows, classes).to("cuda")
+    gcl_cross_entropy(leaf, target, backend=backend, **options).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gcl_cross_entropy(leaf, target, backend=backend, **options).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_capture() -> None:
+    """A captured step replays with new cosines and, seeded from torch's generator, with new noise."""
+    rows, classes = 8, 50
+    leaf, target, cloud = cosines(rows, classes, device="cuda").requires_grad_(), labels(rows, classes).to("cuda"), vector(classes).to("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            leaf.grad = None
+            gcl_cross_entropy(leaf, target, cloud, margin=0.1).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noisy = gcl_cross_entropy(leaf, target, cloud, margin=0.1)
+        clean = gcl_cross_entropy(leaf, target, margin=0.1)
+        clean.backward()
+    graph.replay()
+    first = noisy.clone()
+    graph.replay()
+    assert not noisy.equal(first)
+    with torch.no_grad():
+        leaf.mul_(0.5)
+    graph.replay()
+    assert leaf.grad is not None
+    replayed = leaf.grad.clone()
+    leaf.grad = None
+    expected = gcl_cross_entropy(leaf, target, margin=0.1)
+    expected.backward()
+    assert clean.equal(expected) and replayed.equal(leaf.grad)
+
+
+@pytest.mark.gpu
+def test_more_logits_than_32_bits_count() -> None:
+    """N * C > 2^31: the last row's loss and gradient equal those of the row alone, at its place in the grid."""
+    rows, classes = 2200, 1_000_003
+    generator = torch.Generator("cuda").manual_seed(0)
+    cosine = torch.rand(rows, classes, dtype=torch.bfloat16, device="cuda", generator=generator)
+    target = torch.randint(classes, (rows,), device="cuda", generator=generator)
+    cloud = torch.rand(classes, device="cuda", generator=generator)
+    tail = cosine[-1:].clone().requires_grad_()
+    alone = gcl_cross_entropy(tail, target[-1:], cloud, seed=3, row_offset=rows - 1, reduction="none")
+    alone.sum().backward()
+    leaf = cosine.requires_grad_()
+    losses = gcl_cross_entropy(leaf, target, cloud, seed=3, reduction="none")
+    losses.sum().backward()
+    assert leaf.grad is not None and tail.grad is not None
+    torch.testing.assert_close(losses[-1:], alone, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(leaf.grad[-1:], tail.grad, rtol=2**-7, atol=0.0)  # one step of bfloat16
+
+
+@pytest.mark.gpu
+def test_noise_on_a_gpu_is_within_its_bound(backend: str) -> None:
+    """With cosines of 0 and two classes the loss tells the difference of two draws."""
+    cosine, target, cloud = torch.zeros(64, 2, device="cuda"), torch.zeros(64, dtype=torch.int64), torch.ones(2)
+    losses = gcl_cross_entropy(cosine, target.to("cuda"), cloud.to("cuda"), scale=1.0, seed=9, reduction="none", backend=backend)
+    expected = oracle.gcl_cross_entropy(cosine.cpu().double(), target, cloud.double(), scale=1.0, seed=9, reduction="none")
+    assert_within(losses, expected, 2 * noise_error(cosine.device), 0.0, "losses")

@@ -1,0 +1,607 @@
+"""linear_gcl_cross_entropy against the oracle: three plans, two backends, and what a head promises beyond the loss of its cosines."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
+from tests import oracle
+from tests.comparison import assert_within, check_head_loss
+from tests.launches import Launches
+from tests.problems import REDUCTIONS, Options, labels, option_sets, vector
+
+DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
+
+
+@pytest.fixture(params=["materialised", "chunked", "recompute"])
+def plan(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0, size: float = 1.0) -> Tensor:
+    """Normal entries, the same on every device."""
+    return (size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+
+
+def call(features: Tensor, linear_weight: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:
+    """The loss with an option set, moved to the device of `features`."""
+    options = {name: value.detach().to(features.device) if isinstance(value, Tensor) else value for name, value in {**options, **more}.items()}
+    return linear_gcl_cross_entropy(features, linear_weight, target.to(features.device), options.pop("cloud", None), **options)
+
+
+def check(features: Tensor, linear_weight: Tensor, target: Tensor, options: Options, upstream: Tensor | None = None, **more: Any) -> None:
+    options = {**options, **more}
+    check_head_loss(linear_gcl_cross_entropy, features, linear_weight, target, options.pop("cloud", None), upstream, **options)
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("name", option_sets(2, 2))
+def test_loss_and_gradients(name: str, plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 6, 37, 19
+    target = labels(rows, classes)
+    target[4] = -100
+    options = option_sets(rows, classes)[name]
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    check(features, weight, target, options, vector(rows, -1.0, 2.0, seed=7), reduction="none", plan=plan, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_reductions(normalize: bool, reduction: str, plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 5, 37, 19
+    options = option_sets(rows, classes)["everything"] | {"scale": 8.0 if normalize else 1.0}
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    check(features, weight, labels(rows, classes), options, torch.tensor(-0.7), normalize=normalize, reduction=reduction, plan=plan, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["plain", "bias", "everything"])
+def test_plain_products(name: str, plan: str, backend: str, device: torch.device) -> None:
+    """normalize=False: the logits of an ordinary linear layer."""
+    rows, classes, width = 5, 21, 16
+    options = option_sets(rows, classes)[name] | {"scale": 1.0}
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    check(features, weight, labels(rows, classes), options, vector(rows), normalize=False, reduction="none", plan=plan, backend=backend)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPE_PAIRS, ids=str)
+def test_sixteen_bit_features(dtype: torch.dtype, weight_dtype: torch.dtype, normalize: bool, plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 5, 37, 32
+    options = option_sets(rows, classes)["cloud"] | {"scale": 16.0 if normalize else 1.0}
+    features, weight = matrix(rows, width, dtype, device), matrix(classes, width, weight_dtype, device, seed=1, size=0.25)
+    check(features, weight, labels(rows, classes), options, vector(rows, 0.5, 2.0), normalize=normalize, reduction="none", plan=plan, backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float32, torch.float32), *DTYPE_PAIRS], ids=str)
+@pytest.mark.parametrize(("rows", "classes", "width"), [(130, 1000, 200), (64, 8142, 256)])
+def test_full_tiles(rows: int, classes: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype, plan: str) -> None:
+    """Sizes that fill the tiles and leave tails, too slow for the interpreter."""
+    features, weight = matrix(rows, width, dtype, "cuda"), matrix(classes, width, weight_dtype, "cuda", seed=1)
+    check(features, weight, labels(rows, classes), {"margin": 0.1, "weight": vector(classes, 0.5, 2.0)}, vector(rows), reduction="none", plan=plan)
+
+
+@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 1), (1, 2, 3), (7, 1, 5), (2, 7, 1), (3, 100, 130), (17, 65, 64), (2, 8142, 4)])
+def test_odd_sizes(rows: int, classes: int, width: int, plan: str, backend: str, device: torch.device) -> None:
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    cloud = vector(classes, 0.0, 0.5, seed=6)
+    check(features, weight, labels(rows, classes), {"cloud": cloud, "seed": 1, "scale": 10.0}, plan=plan, backend=backend)
+
+
+def test_more_rows_than_a_tile(plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 150, 140, 24
+    target = labels(rows, classes)
+    target[::7] = -100
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    check(features, weight, target, {"margin": 0.1, "weight": vector(classes, 0.5, 2.0)}, plan=plan, backend=backend)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced_rows", "sliced_columns", "expanded_rows", "expanded_columns"])
+def test_any_stride(layout: str, plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 4, 21, 10
+
+    def laid_out(count: int, seed: int) -> Tensor:
+        return {
+            "transposed": lambda: matrix(width, count, device=device, seed=seed).T,
+            "sliced_rows": lambda: matrix(2 * count, width, device=device, seed=seed)[::2],
+            "sliced_columns": lambda: matrix(count, 3 * width, device=device, seed=seed)[:, ::3],
+            "expanded_rows": lambda: matrix(1, width, device=device, seed=seed).expand(count, width),
+            "expanded_columns": lambda: matrix(count, 1, device=device, seed=seed).expand(count, width),
+        }[layout]()
+
+    # Columns that are all equal give cosines of +-1, where the gradient is a difference of equal numbers: only the plain product has one to compare.
+    normalize = not layout.startswith("expanded")
+    options: Options = {"scale": 5.0 if normalize else 0.5, "normalize": normalize, "reduction": "none"}
+    check(laid_out(rows, 0), laid_out(classes, 1), labels(rows, classes), options, vector(rows), plan=plan, backend=backend)
+
+
+def test_equals_the_loss_of_the_cosines(plan: str, backend: str, device: torch.device) -> None:
+    """The head is gcl_cross_entropy of normalised features times normalised weights."""
+    rows, classes, width = 6, 40, 12
+    options = {name: value for name, value in option_sets(rows, classes)["everything"].items() if name != "bias"}
+    target = labels(rows, classes)
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    grads = []
+    for fused in (True, False):
+        features, weight = (x.requires_grad_() for x in (matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)))
+        if fused:
+            loss = linear_gcl_cross_entropy(features, weight, target.to(device), plan=plan, backend=backend, **moved)
+        else:
+            loss = gcl_cross_entropy(F.normalize(features) @ F.normalize(weight).T, target.to(device), backend=backend, **moved)
+        loss.backward()
+        grads.append((loss.detach(), features.grad, weight.grad))
+    for fused_value, chained_value in zip(*grads, strict=True):
+        torch.testing.assert_close(fused_value, chained_value, rtol=1e-4, atol=1e-5)  # float32 cosines differ by 1e-7, and the scale is 8
+
+
+def test_auto_is_one_of_the_plans(backend: str, device: torch.device) -> None:
+    features, weight, target = matrix(4, 8, device=device), matrix(30, 8, device=device, seed=1), labels(4, 30)
+    losses = {plan: call(features, weight, target, {}, plan=plan, backend=backend) for plan in ("auto", "materialised", "chunked", "recompute")}
+    for plan, loss in losses.items():
+        torch.testing.assert_close(loss, losses["auto"], rtol=1e-5, atol=1e-5, msg=plan)
+
+
+# ---- norms
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-13])
+def test_rows_without_a_direction(size: float, plan: str, backend: str, device: torch.device) -> None:
+    """A norm of at most 1e-12 gives cosine 0 to everything and gradient 0: its direction is noise, and F.normalize's gradient there is 1e12."""
+    rows, classes, width = 4, 9, 6
+    features, weight = matrix(rows, width), matrix(classes, width, seed=1)
+    features[1] = size / width**0.5
+    weight[2] = size / width**0.5
+    target = torch.tensor([0, 3, 2, 5])  # 2: the class without a direction is also a target
+    check(
+        features.to(device),
+        weight.to(device),
+        target,
+        {"cloud": vector(classes, 0.0, 0.5), "seed": 2},
+        vector(rows),
+        reduction="none",
+        plan=plan,
+        backend=backend,
+    )
+    left, right = (x.to(device).requires_grad_() for x in (features, weight))
+    call(left, right, target, {}, plan=plan, backend=backend).backward()
+    assert left.grad is not None and right.grad is not None
+    assert left.grad[1].eq(0).all() and right.grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_rows_of_any_size(size: float, plan: str, backend: str, device: torch.device) -> None:
+    """Small and large norms cancel in the cosine; neither may under- or overflow on the way, nor may 1e-8 count as no direction."""
+    features, weight = matrix(4, 6, device=device, size=size), matrix(9, 6, device=device, seed=1, size=size)
+    check(features, weight, labels(4, 9), {"scale": 8.0}, vector(4), reduction="none", plan=plan, backend=backend)
+
+
+def test_float16_norms_do_not_overflow(plan: str, backend: str, device: torch.device) -> None:
+    """The squares of 40 numbers near 300 add up to 3.6 million, beyond float16's 65504."""
+    features, weight = matrix(4, 40, torch.float16, device, size=300.0), matrix(9, 40, torch.float16, device, seed=1, size=300.0)
+    check(features, weight, labels(4, 9), {"scale": 8.0}, vector(4, 100.0, 200.0), reduction="none", plan=plan, backend=backend)
+
+
+def test_parallel_rows(plan: str, backend: str, device: torch.device) -> None:
+    """Features equal to their class's weight: cosine 1, no direction left to improve, so the gradient of the target's cosine points nowhere."""
+    weight = matrix(5, 8, device=device, seed=1)
+    target = torch.tensor([0, 4, 2])
+    features = 3 * weight[target.to(device)]
+    check(features, weight, target, {}, vector(3), reduction="none", plan=plan, backend=backend)
+
+
+# ---- bad and ignored rows
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_leaves_the_others_right(bad: float, plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 6, 33, 8
+    features, weight, target = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1), labels(rows, classes)
+    good = features.clone().requires_grad_()
+    features[2, 5] = bad
+    leaf, anchors = features.requires_grad_(), weight.clone().requires_grad_()
+    options = option_sets(rows, classes)["everything"] | {"plan": plan, "backend": backend}
+    loss, right = call(leaf, anchors, target, options, reduction="none"), call(good, weight, target, options, reduction="none")
+    loss.sum().backward()
+    right.sum().backward()
+    others = torch.arange(rows) != 2
+    assert leaf.grad is not None and good.grad is not None and anchors.grad is not None
+    assert loss[2].isnan() and loss[others].equal(right[others])
+    # A matrix product may add up a row in another order, but no other row's numbers enter it.
+    torch.testing.assert_close(leaf.grad[others], good.grad[others], rtol=1e-5, atol=1e-6)
+    assert anchors.grad.isnan().any()
+    for reduction in ("mean", "sum"):
+        assert call(leaf.detach(), weight, target, options, reduction=reduction).isnan()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_samples_ignored(reduction: str, plan: str, backend: str, device: torch.device) -> None:
+    leaf, weight = matrix(3, 4, device=device).requires_grad_(), matrix(8, 4, device=device, seed=1).requires_grad_()
+    loss = call(leaf, weight, torch.full((3,), -100), {"cloud": vector(8), "seed": 1}, reduction=reduction, plan=plan, backend=backend)
+    assert loss.isnan().all() if reduction == "mean" else loss.eq(0).all()
+    loss.sum().backward()
+    assert leaf.grad is not None and weight.grad is not None
+    assert leaf.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+# ---- near probability 1
+
+
+def test_the_targets_gradient_keeps_its_digits(plan: str, backend: str, device: torch.device) -> None:
+    """Orthogonal anchors and a feature that leans to one of them: at p near 0.9998 the feature's gradient is made of 1 - p alone.
+
+    A product in float32 gives the cosine, so the error of a logit of 30 cos is a few times 2e-6, and that is the relative error of 1 - p.
+    """
+    width = 8
+    weight = torch.eye(width)
+    features = 0.3 * torch.rand(4, width, generator=torch.Generator().manual_seed(3))
+    target = torch.arange(4)
+    features[target, target] = 0.45
+    left, right = (x.to(device).requires_grad_() for x in (features, weight))
+    call(left, right, target, {}, reduction="none", plan=plan, backend=backend).sum().backward()
+    exact_left, exact_right = (x.double().requires_grad_() for x in (features, weight))
+    loss = oracle.linear_gcl_cross_entropy(exact_left, exact_right, target, reduction="none")
+    loss.sum().backward()
+    assert loss.min() < 1e-3
+    assert left.grad is not None and exact_left.grad is not None and right.grad is not None and exact_right.grad is not None
+    for ours, reference in ((left.grad, exact_left.grad), (right.grad, exact_right.grad)):
+        assert_within(ours, reference, 3e-5 * reference.abs().amax(1, keepdim=True), 0.0, "gradient")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradient_is_the_derivative_in_float64(normalize: bool, plan: str, device: torch.device) -> None:
+    rows, classes, width = 3, 5, 4
+    leaves = (
+        matrix(rows, width, torch.float64, device).requires_grad_(),
+        matrix(classes, width, torch.float64, device, seed=1).requires_grad_(),
+        vector(classes, -1.0, 1.0).to(device, torch.float64).requires_grad_(),
+    )
+    options: dict[str, Any] = {
+        "cloud": vector(classes, 0.0, 0.5).to(device), "margin": 0.1, "weight": vector(classes, 0.5, 2.0).to(device), "label_smoothing": 0.1, "gamma": 1.5,
+        "focal_detach": False, "target_b": labels(rows, classes, seed=9).to(device), "lam": vector(rows).to(device), "scale": 3.0, "seed": 3,
+        "normalize": normalize, "plan": plan, "backend": "torch",
+    }  # fmt: skip
+    target = labels(rows, classes).to(device)
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda f, w, b, reduction=reduction: linear_gcl_cross_entropy(f, w, target, bias=b, reduction=reduction, **options), leaves
+        )
+
+
+# ---- promises
+
+
+def test_noise_of_an_offset_and_a_split_batch(plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 9, 37, 8
+    features, weight, target = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1), labels(rows, classes)
+    options: Options = {"cloud": vector(classes), "seed": 2**40 + 5, "class_offset": 2**20 + 3, "reduction": "none", "plan": plan, "backend": backend}
+    start = 2**33 + 1
+    check(features[:2], weight, target[:2], options, vector(2), row_offset=start)
+    whole = call(features, weight, target, options, row_offset=start)
+    parts = [call(features[i:j], weight, target[i:j], options, row_offset=start + i) for i, j in ((0, 2), (2, 3), (3, 9))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)  # the noise is bitwise the same, a product of other shape is not
+
+
+def test_results_are_bitwise_repeatable(plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 7, 70, 10
+    options = option_sets(rows, classes)["everything"] | {"plan": plan, "backend": backend}
+    results = []
+    for _ in range(2):
+        leaves = [matrix(rows, width, device=device).requires_grad_(), matrix(classes, width, device=device, seed=1).requires_grad_()]
+        loss = call(*leaves, labels(rows, classes), options)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for one, two in zip(*results, strict=True):
+        assert one is not None and two is not None and one.equal(two)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_may_be_repeated(reduction: str, plan: str, backend: str, device: torch.device) -> None:
+    leaves = [matrix(4, 6, device=device).requires_grad_(), matrix(30, 6, device=device, seed=1).requires_grad_()]
+    loss = call(*leaves, labels(4, 30), option_sets(4, 30)["everything"], reduction=reduction, plan=plan, backend=backend)
+    upstream = vector(4).to(device) if reduction == "none" else torch.tensor(2.0, device=device)
+    first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    third = torch.autograd.grad(loss, leaves, 2 * upstream)
+    for one, copy, two, double in zip(first, kept, second, third, strict=True):
+        assert one.equal(copy) and two.equal(one)
+        torch.testing.assert_close(double, 2 * one, rtol=1e-5, atol=1e-7)
+
+
+def test_inputs_are_never_modified(plan: str, backend: str, device: torch.device) -> None:
+    rows, classes, width = 4, 30, 6
+    options = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in option_sets(rows, classes)["everything"].items()}
+    leaves = {"features": matrix(rows, width, device=device).requires_grad_(), "linear_weight": matrix(classes, width, device=device, seed=1).requires_grad_()}
+    inputs = {**leaves, "target": labels(rows, classes).to(device), "upstream": vector(rows).to(device)}
+    inputs |= {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    before = {name: (value.detach().clone(), value._version) for name, value in inputs.items()}
+    loss = linear_gcl_cross_entropy(*leaves.values(), inputs["target"], reduction="none", plan=plan, backend=backend, **options)
+    loss.backward(inputs["upstream"])
+    for name, value in inputs.items():
+        assert value.detach().equal(before[name][0]) and value._version == before[name][1], name
+
+
+@pytest.mark.parametrize("wanted", ["features", "linear_weight", "bias", "features+bias", ""])
+def test_only_some_gradients_are_wanted(wanted: str, plan: str, backend: str, device: torch.device) -> None:
+    """A frozen backbone, a frozen classifier, evaluation: what is asked for is the same as when all is."""
+    values = {"features": matrix(5, 8, device=device), "linear_weight": matrix(21, 8, device=device, seed=1), "bias": vector(21, -1.0, 1.0).to(device)}
+    target, cloud = labels(5, 21).to(device), vector(21).to(device)
+
+    def run(names: set[str]) -> dict[str, Tensor | None]:
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in values.items()}
+        loss = linear_gcl_cross_entropy(leaves["features"], leaves["linear_weight"], target, cloud, bias=leaves["bias"], seed=1, plan=plan, backend=backend)
+        if names:
+            loss.backward()
+        return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    names = {name for name in wanted.split("+") if name}
+    some, everything = run(names), run(set(values))
+    for name in ("loss", *values):
+        if name == "loss" or name in names:
+            torch.testing.assert_close(some[name], everything[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert some[name] is None
+
+
+def test_double_backward_is_refused(plan: str, backend: str, device: torch.device) -> None:
+    leaf = matrix(3, 4, device=device).requires_grad_()
+    loss = call(leaf, matrix(8, 4, device=device, seed=1), labels(3, 8), {}, plan=plan, backend=backend)
+    gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice|not supported"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cloud", "margin", "weight", "lam"])
+def test_a_gradient_that_is_not_defined_is_refused(name: str, device: torch.device) -> None:
+    options: Options = {"target_b": labels(3, 8), "lam": vector(3)} if name == "lam" else {name: vector(8)}
+    options = {key: value.to(device) for key, value in options.items()}
+    options[name].requires_grad_()
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*gradient"):
+        linear_gcl_cross_entropy(matrix(3, 4, device=device), matrix(8, 4, device=device), labels(3, 8).to(device), **options)
+
+
+def test_autocast_casts_the_features_only(plan: str, backend: str, device: torch.device) -> None:
+    """As F.linear does for its input; the weights keep float32 and get a float32 gradient. The loss equals that of features cast by hand."""
+    target = labels(5, 21)
+    leaf, weight = matrix(5, 16, device=device).requires_grad_(), matrix(21, 16, device=device, seed=1).requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = call(leaf, weight, target, {}, plan=plan, backend=backend)
+    loss.backward()
+    cast, again = leaf.detach().bfloat16().requires_grad_(), weight.detach().clone().requires_grad_()
+    expected = call(cast, again, target, {}, plan=plan, backend=backend)
+    expected.backward()
+    assert loss.dtype == torch.float32 and loss.equal(expected)
+    assert leaf.grad is not None and weight.grad is not None and cast.grad is not None and again.grad is not None
+    assert leaf.grad.dtype == weight.grad.dtype == torch.float32
+    assert leaf.grad.equal(cast.grad.float()) and weight.grad.equal(again.grad)
+
+
+def test_training_step_under_compile(plan: str, backend: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    inputs, target, cloud = matrix(6, 5, device=device), labels(6, 23).to(device), vector(23).to(device)
+    torch.manual_seed(0)
+    model, anchors = torch.nn.Linear(5, 8).to(device), matrix(23, 8, device=device, seed=1).requires_grad_()
+
+    def step(inputs: Tensor, target: Tensor) -> Tensor:
+        return linear_gcl_cross_entropy(torch.tanh(model(inputs)), anchors, target, cloud, margin=0.1, seed=5, plan=plan, backend=backend)
+
+    expected = step(inputs, target)
+    expected.backward()
+    gradients = [model.weight.grad, anchors.grad]
+    model.weight.grad = anchors.grad = None
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(inputs, target)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for gradient, compiled in zip(gradients, (model.weight.grad, anchors.grad), strict=True):
+        torch.testing.assert_close(compiled, gradient, rtol=1e-4, atol=1e-5)
+
+
+# ---- backends
+
+
+@pytest.mark.triton
+def test_the_kernels_run_when_asked_for(plan: str, launches: Launches, device: torch.device) -> None:
+    leaf, weight = matrix(3, 4, device=device).requires_grad_(), matrix(8, 4, device=device, seed=1)
+    loss = call(leaf, weight, labels(3, 8), {}, plan=plan, backend="triton")
+    assert launches
+    loss.backward()
+
+
+def test_auto_is_torch_on_a_cpu(launches: Launches) -> None:
+    leaf, weight = matrix(3, 4).requires_grad_(), matrix(8, 4, seed=1)
+    call(leaf, weight, labels(3, 8), {}).backward()
+    assert launches == []
+
+
+@pytest.mark.triton
+def test_float64_is_refused_by_the_kernels(device: torch.device) -> None:
+    features, weight = matrix(3, 4, torch.float64, device), matrix(8, 4, torch.float64, device, seed=1)
+    with pytest.raises(TypeError, match=r"triton.*float64"):
+        call(features, weight, labels(3, 8), {}, backend="triton")
+    assert call(features, weight, labels(3, 8), {}).dtype == torch.float64
+
+
+def test_float64_against_the_oracle(plan: str, device: torch.device) -> None:
+    """Without noise, whose draws are float32, float64 agrees to float64's digits."""
+    options = {name: value for name, value in option_sets(6, 11)["everything"].items() if name != "cloud"}
+    features, weight = matrix(6, 4, torch.float64, device), matrix(11, 4, torch.float64, device, seed=1)
+    check(features, weight, labels(6, 11), options, plan=plan)
+
+
+# ---- memory
+
+
+def peak_bytes(trace: pathlib.Path) -> int:
+    """The largest number of bytes held at once above the number at the start, as torch's profiler saw it on the CPU."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    assert peak > 0, "the profiler saw no allocation"
+    return peak
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocations")
+@pytest.mark.parametrize("noise", [False, True])
+def test_recompute_holds_nothing_of_size_n_times_c(noise: bool, backend: str, tmp_path: pathlib.Path) -> None:
+    """Forward and backward together stay below one byte per logit, gradients included; a buffer in any floating-point type takes two or four.
+
+    The interpreter's tiles are numpy arrays that the profiler does not see; what a kernel writes to is torch's.
+    """
+    # torch may work in chunks that fit a cache, so its matrix must be far larger than one; the kernels' tiles are small, and the interpreter is slow.
+    rows, classes, width = (256, 65536, 4) if backend == "torch" else (128, 2048, 4)
+    leaves = [matrix(rows, width).requires_grad_(), matrix(classes, width, seed=1).requires_grad_()]
+    cloud = vector(classes) if noise else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_gcl_cross_entropy(*leaves, labels(rows, classes), cloud, seed=1, plan="recompute", backend=backend).backward()
+    trace = tmp_path / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    assert peak_bytes(trace) < rows * classes
+
+
+@pytest.mark.gpu
+def test_recompute_holds_nothing_of_size_n_times_c_on_a_gpu() -> None:
+    rows, classes, width = 1024, 200_000, 16
+    leaves = [matrix(rows, width, device="cuda").requires_grad_(), matrix(classes, width, device="cuda", seed=1).requires_grad_()]
+    target, cloud = labels(rows, classes).to("cuda"), vector(classes).to("cuda")
+    linear_gcl_cross_entropy(*leaves, target, cloud, seed=1, plan="recompute").backward()
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_gcl_cross_entropy(*leaves, target, cloud, seed=1, plan="recompute").backward()
+    assert torch.cuda.max_memory_allocated() - before < rows * classes
+
+
+# ---- any combination
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
+    rows, classes, width = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 9, 17, 65])), draw(st.sampled_from([2, 7, 16, 33]))
+    seed = draw(st.integers(0, 2**16))
+    normalize = draw(st.booleans())
+    options: Options = {"normalize": normalize, "plan": draw(st.sampled_from(["materialised", "chunked", "recompute"])), "scale": 1.0}
+    options["reduction"] = draw(st.sampled_from(REDUCTIONS))
+    if normalize:
+        options["scale"] = draw(st.sampled_from([1.0, 10.0, 30.0]))
+    if draw(st.booleans()):
+        options |= {"cloud": vector(classes, 0.0, 1.0, seed + 1), "seed": draw(st.integers(0, 2**63 - 1)), "class_offset": draw(st.integers(0, 2**20))}
+    if draw(st.booleans()):
+        options["margin"] = vector(classes, 0.0, 0.5, seed + 2)
+    if draw(st.booleans()):
+        options["bias"] = vector(classes, -2.0, 2.0, seed + 3).requires_grad_()
+    if draw(st.booleans()):
+        options["weight"] = vector(classes, 0.2, 2.0, seed + 4)
+    if draw(st.booleans()):
+        options |= {"gamma": draw(st.sampled_from([1.0, 2.0])), "focal_detach": draw(st.booleans())}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1]))
+    if draw(st.booleans()):
+        options |= {"target_b": labels(rows, classes, seed + 6), "lam": vector(rows, seed=seed + 7)}
+    return matrix(rows, width, seed=seed), matrix(classes, width, seed=seed + 8), labels(rows, classes, seed + 5), options
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
+    features, weight, target, options = problem
+    check(features.to(device), weight.to(device), target, options, backend=backend)
+
+
+# ---- what only a GPU shows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [-1, 37, 10**12])
+def test_a_label_out_of_range_makes_its_row_nan(wrong: int, plan: str) -> None:
+    rows, classes = 6, 37
+    options = option_sets(rows, classes)["everything"] | {"plan": plan, "reduction": "none"}
+    features, weight, target = matrix(rows, 8, device="cuda"), matrix(classes, 8, device="cuda", seed=1), labels(rows, classes)
+    leaf, good = features.clone().requires_grad_(), features.clone().requires_grad_()
+    right = call(good, weight, target, options)
+    target[3] = wrong
+    loss = call(leaf, weight, target, options)
+    loss.sum().backward()
+    right.sum().backward()
+    others = torch.arange(rows) != 3
+    assert leaf.grad is not None and good.grad is not None
+    assert loss[3].isnan() and loss[others].equal(right[others])
+    torch.testing.assert_close(leaf.grad[others], good.grad[others], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_synchronisation_and_graph_capture(dtype: torch.dtype, plan: str) -> None:
+    rows, classes, width = 8, 50, 16
+    options = {key: value.detach().to("cuda") if isinstance(value, Tensor) else value for key, value in option_sets(rows, classes)["everything"].items()}
+    options.pop("seed")
+    leaves = [matrix(rows, width, dtype, "cuda").requires_grad_(), matrix(classes, width, dtype, "cuda", seed=1).requires_grad_()]
+    target = labels(rows, classes).to("cuda")
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = linear_gcl_cross_entropy(*leaves, target, plan=plan, **options)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noisy = step()
+    graph.replay()
+    first = noisy.clone()
+    graph.replay()
+    assert not noisy.equal(first), "a replay draws new noise"
+
+
+@pytest.mark.gpu
+def test_more_logits_than_32_bits_count(plan: str) -> None:
+    """N * C > 2^31: the last sample's loss and gradient equal those of the sample alone, at its place in the grid."""
+    rows, classes, width = 2200, 1_000_003, 16
+    features, weight = matrix(rows, width, torch.bfloat16, "cuda"), matrix(classes, width, torch.bfloat16, "cuda", seed=1)
+    target, cloud = labels(rows, classes).to("cuda"), vector(classes).to("cuda")
+    leaf, tail = features.clone().requires_grad_(), features[-1:].clone().requires_grad_()
+    losses = linear_gcl_cross_entropy(leaf, weight, target, cloud, seed=3, reduction="none", plan=plan)
+    losses.sum().backward()
+    alone = linear_gcl_cross_entropy(tail, weight, target[-1:], cloud, seed=3, row_offset=rows - 1, reduction="none", plan=plan)
+    alone.sum().backward()
+    assert leaf.grad is not None and tail.grad is not None
+    torch.testing.assert_close(losses[-1:], alone, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(leaf.grad[-1:], tail.grad, rtol=2**-6, atol=2**-8 * float(tail.grad.abs().max()))
+
+
+@pytest.mark.gpu
+def test_float32_follows_the_matmul_precision(plan: str) -> None:
+    """tf32 where torch's own products use it: visibly different numbers, within its 10 bits; IEEE float32 otherwise (all other tests)."""
+    features, weight, target = matrix(64, 256, device="cuda"), matrix(300, 256, device="cuda", seed=1), labels(64, 300)
+    exact = call(features, weight, target, {}, reduction="none", plan=plan, backend="triton")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        fast = call(features, weight, target, {}, reduction="none", plan=plan, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not fast.equal(exact)
+    torch.testing.assert_close(fast, exact, rtol=1e-2, atol=30 * 2**-9)
