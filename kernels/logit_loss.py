@@ -21,8 +21,8 @@ from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import NVIDIA, on_device
 from .terms import LOSS_TERMS_SCHEMA, LossTerms
 
-# Rows of buffers that we allocate start at multiples of this many elements, so that every access is 16 bytes wide whatever C is.
-ROW_ALIGNMENT = 64
+# Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product leaves its row.
+ROW_ALIGNMENT = 128
 STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
 GRADIENT_COLUMNS = 512
 
@@ -66,10 +66,32 @@ def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
 
 
 @triton.jit
-def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, class_share):
+def load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME: tl.constexpr, ROWS: tl.constexpr):
+    """The running statistics of a row, of no class yet unless RESUME; blend only with label smoothing."""
+    peak = tl.full((ROWS,), -float("inf"), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
+    blend = rest
+    if RESUME:
+        peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
+        rest = tl.load(rest_ptr + at, mask=in_batch, other=0.0)
+        if blend_ptr is not None:
+            blend = tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+    return peak, rest, blend
+
+
+@triton.jit
+def store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend):
+    tl.store(peak_ptr + at, peak, mask=in_batch)
+    tl.store(rest_ptr + at, rest, mask=in_batch)
+    if blend_ptr is not None:
+        tl.store(blend_ptr + at, blend, mask=in_batch)
+
+
+@triton.jit
+def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, BLEND: tl.constexpr):
     """Take a tile of v into the running statistics of its rows; see row_loss.py."""
     v = tl.where(present[None, :], v, -float("inf"))
-    if class_share is not None:
+    if BLEND:
         blend += tl.sum(tl.where(present[None, :], v * weight, 0.0), axis=1)
     is_target = columns[None, :] == target[:, None]
     if target_b is not None:
@@ -141,23 +163,15 @@ def _row_stats_kernel(
     cosine_ptr, stride_n_units, stride_c, readable,  # (N, C); columns below `readable` exist in memory
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr,
     peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
-    num_rows, num_classes, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale, class_share,
-    CONTINUE: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    num_rows, num_classes, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
+    RESUME: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     at = split.to(tl.int64) * num_rows + rows
-    if CONTINUE:
-        peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
-        rest = tl.load(rest_ptr + at, mask=in_batch, other=0.0)
-    else:
-        peak = tl.full((ROWS,), -float("inf"), tl.float32)
-        rest = tl.zeros((ROWS,), tl.float32)
-    blend = tl.zeros((ROWS,), tl.float32)
-    if CONTINUE and class_share is not None:
-        blend = tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+    peak, rest, blend = load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME, ROWS)
     row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
@@ -169,11 +183,8 @@ def _row_stats_kernel(
         wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
         cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
         v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, class_share)
-    tl.store(peak_ptr + at, peak, mask=in_batch)
-    tl.store(rest_ptr + at, rest, mask=in_batch)
-    if class_share is not None:
-        tl.store(blend_ptr + at, blend, mask=in_batch)
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, blend_ptr is not None)
+    store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
 
 
 @triton.jit
@@ -270,8 +281,8 @@ def row_stats(
         cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
         num_rows, num_classes, tiles, terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
-        terms.scale * LOG2E, 1.0 / terms.scale, None if blend is None else 0.0,
-        CONTINUE=resume, STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        terms.scale * LOG2E, 1.0 / terms.scale,
+        RESUME=resume, STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,185 @@
+"""The loss of a classifier head: products, statistics and gradients put together, class chunk by class chunk.
+
+Every plan walks over chunks of classes and differs in what it keeps:
+
+    materialised   one chunk; its cosines (N, C) stay for backward                   3 products
+    chunked        a panel of cosines at a time, made again in backward              4 products
+    recompute      cosines never leave the registers                                 4 products
+
+Backward writes the gradient of one chunk at a time, rounded for the products, into a panel: in the last two plans it has PANEL_ELEMENTS elements whatever C is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .logit_loss import ROW_ALIGNMENT, cosine_gradient, empty_rows, empty_statistics, row_stats
+from .products import (
+    add_feature_gradient,
+    cosine_product,
+    feature_gradient_splits,
+    finish_feature_gradient,
+    fused_gradient,
+    fused_stats,
+    target_cosine,
+    unit_rows,
+    weight_gradient,
+)
+from .row_loss import ROW_STATS, finish_rows
+from .runtime import on_device
+from .terms import LOSS_TERMS_SCHEMA, LossTerms
+
+# A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
+PANEL_ELEMENTS = 2**24
+STATS_SPLITS = 8  # of the classes, in the fused statistics: their tiles are larger than a row's, so rows alone leave a GPU idle
+
+
+def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
+    if plan == "materialised":
+        return num_classes
+    return min(num_classes, max(PANEL_ELEMENTS // num_rows // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
+
+
+def _compute_dtype(features: Tensor) -> torch.dtype:
+    return features.dtype
+
+
+def _cosine_dtype(features: Tensor, normalize: bool) -> torch.dtype:
+    # |cosine| <= 1: float16 keeps three bits more of it than bfloat16; a plain product could overflow float16
+    return torch.float16 if features.dtype.itemsize == 2 and normalize else torch.float32
+
+
+def _gradient_dtype(features: Tensor) -> torch.dtype:
+    # gradients of a million classes lie far below float16's smallest number
+    return torch.bfloat16 if features.dtype.itemsize == 2 else torch.float32
+
+
+def _chunks(terms: LossTerms, num_classes: int, size: int) -> Iterator[tuple[slice, LossTerms]]:
+    for start in range(0, num_classes, size):
+        part = slice(start, min(start + size, num_classes))
+        vectors = {name: None if value is None else value[part] for name in ("cloud", "margin", "bias", "weight") for value in (getattr(terms, name),)}
+        yield part, terms._replace(class_offset=terms.class_offset + start, **vectors)
+
+
+@torch.library.custom_op(
+    "gclkern::head_forward",
+    mutates_args=(),
+    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
+)
+def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, cosines (of "materialised")."""
+    *fields, normalize, plan, _ = args
+    terms = LossTerms(*fields)
+    num_rows, num_classes = features.shape[0], linear_weight.shape[0]
+    with on_device(features):
+        unit, inverse_norm = unit_rows(features, normalize=normalize, dtype=features.dtype, scale_copy=True)
+        own = target_cosine(features, linear_weight, terms.target, inverse_norm)
+        own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
+        size = chunk_size(plan, num_rows, num_classes)
+        fused = plan == "recompute"
+        statistics = empty_statistics(STATS_SPLITS if fused else 1, num_rows, terms.label_smoothing > 0.0, features.device)
+        cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
+        inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
+        for part, chunk in _chunks(terms, num_classes, size):
+            weight, inverse = unit_rows(linear_weight[part], normalize=normalize, dtype=features.dtype, scale_copy=False)
+            if inverse is not None:
+                inverse_norm_weight[part] = inverse
+            resume = part.start > 0
+            if fused:
+                fused_stats(unit, weight, inverse, chunk, part.start, statistics, resume=resume)
+            else:
+                here = cosine[:, : part.stop - part.start]
+                cosine_product(unit, weight, inverse, here)
+                row_stats(here, chunk, part.start, statistics, resume=resume, padded=True)
+        loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)
+        kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
+        kept_unit = unit if normalize else features.new_empty(0)
+        kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
+        return loss, [stats, denominator, kept_unit, kept_norm, inverse_norm_weight, kept_cosine]
+
+
+@head_forward.register_fake
+def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *fields, normalize, plan, _ = args
+    terms = LossTerms(*fields)
+    (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
+
+    def empty(*shape: int) -> Tensor:
+        return features.new_empty(shape, dtype=torch.float32)
+
+    cosine = empty_rows(num_rows, num_classes, _cosine_dtype(features, normalize), features.device) if plan == "materialised" else features.new_empty(0)
+    return empty(*((num_rows,) if terms.reduction == "none" else ())), [
+        empty(ROW_STATS, num_rows),
+        empty(),
+        features.new_empty((num_rows, dim) if normalize else (0,)),
+        empty(num_rows if normalize else 0),
+        empty(num_classes if normalize else 0),
+        cosine,
+    ]
+
+
+@torch.library.custom_op(
+    "gclkern::head_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
+        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
+    *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
+    terms = LossTerms(*fields)
+    (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
+    stats, denominator, unit, inverse_norm, inverse_norm_weight, cosine = saved
+    with on_device(features):
+        grad_loss = grad_loss.contiguous()
+        if not normalize:
+            unit = unit_rows(features, normalize=False, dtype=features.dtype, scale_copy=False)[0]
+        size = chunk_size(plan, num_rows, num_classes)
+        gradient = empty_rows(num_rows, size, _gradient_dtype(features), features.device)
+        if plan == "chunked":
+            cosine = empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
+        grad_weight = torch.empty((num_classes, dim) if weight_grad else 0, dtype=linear_weight.dtype, device=features.device)
+        grad_bias = features.new_empty(num_classes if bias_grad else 0, dtype=torch.float32)
+        splits = feature_gradient_splits(num_rows, dim, gradient.dtype)
+        partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
+        row_sum = features.new_zeros(num_rows, dtype=torch.float32)
+        for part, chunk in _chunks(terms, num_classes, size):
+            weight = unit_rows(linear_weight[part], normalize=False, dtype=features.dtype, scale_copy=False)[0]
+            inverse = inverse_norm_weight[part] if normalize else None
+            here = gradient[:, : part.stop - part.start]
+            if plan == "recompute":
+                sums = fused_gradient(unit, weight, inverse, grad_loss, stats, denominator, chunk, part.start, here, bias_grad=bias_grad)
+            else:
+                logits = cosine[:, : part.stop - part.start]
+                if plan == "chunked":
+                    cosine_product(unit, weight, inverse, logits)
+                sums = cosine_gradient(
+                    logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=True
+                )
+            chunk_row_sum, class_sum, bias_sum = sums
+            if chunk_row_sum is not None:
+                row_sum += chunk_row_sum
+            if bias_sum is not None:
+                grad_bias[part] = bias_sum
+            if features_grad:
+                add_feature_gradient(here, weight, partial, resume=part.start > 0)
+            if weight_grad:
+                weight_gradient(here, unit, linear_weight[part], class_sum, inverse, grad_weight[part])
+        grad_features = features.new_empty(0)
+        if features_grad:
+            grad_features = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, features.dtype)
+        return grad_features, grad_weight, grad_bias
+
+
+@head_backward.register_fake
+def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features_grad, weight_grad, bias_grad = args[-3:]
+    grad_features = features.new_empty(features.shape if features_grad else (0,))
+    grad_weight = linear_weight.new_empty(linear_weight.shape if weight_grad else (0,))
+    return grad_features, grad_weight, features.new_empty(linear_weight.shape[0] if bias_grad else 0, dtype=torch.float32)

@@ -1,0 +1,452 @@
+"""The matrix products of a classifier head, with everything that belongs to a tile done while it is in registers.
+
+Unit features x = f / |f| (N, D) meet raw weights w (C, D); a column of logits is scaled by 1 / |w_j| after the product. Backward takes
+G_ij = dL/dcosine_ij / |w_j|, for which
+
+    df_i = (sum_j G_ij w_j - q_i x_i) / |f_i|,  q_i = sum_j G_ij |w_j| cosine_ij
+    dw_j =  sum_i G_ij x_i - r_j w_j / |w_j|,   r_j = sum_i G_ij cosine_ij
+
+so the backward of both normalisations is an epilogue, and no normalised copy of the weights exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .logit_loss import (
+    accumulate_tile,
+    disturb,
+    finish_gradient_tile,
+    load_class_terms,
+    load_row_gradient,
+    padded_columns,
+    load_statistics,
+    row_targets,
+    store_statistics,
+    tile_gradient,
+)
+from .row_loss import LOG2E
+from .runtime import INTERPRETED, NVIDIA
+from .terms import LossTerms
+
+ZERO_NORM = 1e-12  # a row of this norm or less has no direction: cosine 0, gradient 0
+
+
+class Tile(NamedTuple):
+    """Shape of a product's tile and of its pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tile_of(dtype: torch.dtype) -> Tile:
+    """128 x 128 keeps the tensor cores fed with 64 accumulators a thread; 128 bytes of depth is one swizzled row of shared memory."""
+    return Tile(128, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 4, 3)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def _unit_rows_kernel(
+    x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, num_rows, dim, zero_norm,
+    SCALE_COPY: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < num_rows
+    factor = tl.full((ROWS,), 1.0, tl.float32)
+    if inverse_norm_ptr is not None:
+        squares = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, dim, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            inside = in_batch[:, None] & (at < dim)[None, :]
+            x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            squares += tl.sum(x * x, axis=1)
+        norm = tl.sqrt(squares)
+        # written so that a NaN norm stays NaN
+        factor = tl.where(norm <= zero_norm, 0.0, 1.0 / norm)
+        tl.store(inverse_norm_ptr + rows, factor, mask=in_batch)
+    if copy_ptr is not None:
+        for start in range(0, dim, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            inside = in_batch[:, None] & (at < dim)[None, :]
+            x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            if SCALE_COPY:
+                x *= factor[:, None]
+            tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _target_cosine_kernel(
+    x_ptr, stride_n, stride_d, weight_ptr, weight_stride_c, weight_stride_d, target_ptr, inverse_norm_x_ptr, cosine_ptr,
+    num_classes, dim, zero_norm, NORMALIZE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    klass = tl.load(target_ptr + row)
+    if (klass >= 0) & (klass < num_classes):
+        product = tl.zeros((DEPTH,), tl.float32)
+        squares = tl.zeros((DEPTH,), tl.float32)
+        for start in range(0, dim, DEPTH):
+            at = (start + tl.arange(0, DEPTH)).to(tl.int64)
+            x = tl.load(x_ptr + row * stride_n + at * stride_d, mask=at < dim, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + klass * weight_stride_c + at * weight_stride_d, mask=at < dim, other=0.0).to(tl.float32)
+            product += x * weight
+            squares += weight * weight
+        cosine = tl.sum(product)
+        if NORMALIZE:
+            norm = tl.sqrt(tl.sum(squares))
+            cosine *= tl.load(inverse_norm_x_ptr + row) * tl.where(norm <= zero_norm, 0.0, 1.0 / norm)
+        tl.store(cosine_ptr + row, cosine)
+    else:
+        tl.store(cosine_ptr + row, 0.0)
+
+
+@triton.jit
+def _product_tile(
+    x_ptr, x_stride, rows, weight_ptr, weight_stride, classes, dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[rows] @ weight[classes].T in float32; rows and classes must exist. WHOLE: dim is a multiple of DEPTH."""
+    at = tl.arange(0, DEPTH)
+    x_tile = x_ptr + (rows * x_stride)[:, None] + at[None, :]
+    weight_tile = weight_ptr + (classes * weight_stride)[None, :] + at[:, None]
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, dim, DEPTH):
+        if WHOLE:
+            x = tl.load(x_tile)
+            weight = tl.load(weight_tile)
+        else:
+            x = tl.load(x_tile, mask=(start + at < dim)[None, :], other=0.0)
+            weight = tl.load(weight_tile, mask=(start + at < dim)[:, None], other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        product = tl.dot(x, weight, product, input_precision=PRECISION, out_dtype=tl.float32)
+        x_tile += DEPTH
+        weight_tile += DEPTH
+    return product
+
+
+@triton.jit
+def _cosine_tile(
+    x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cosines of a tile (plain products without norms); places outside the matrix repeat its last row or class, so that no load is masked."""
+    product = _product_tile(
+        x_ptr, x_stride, tl.minimum(rows, num_rows - 1), weight_ptr, weight_stride, tl.minimum(tl.maximum(classes, 0), num_classes - 1).to(tl.int64), dim,
+        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+    )  # fmt: skip
+    inverse_norm = None
+    if inverse_norm_ptr is not None:
+        inverse_norm = tl.load(inverse_norm_ptr + classes, mask=present, other=0.0)
+        product *= inverse_norm[None, :]
+    return product, inverse_norm
+
+
+@triton.jit
+def _cosine_kernel(
+    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    cosine, _ = _cosine_tile(
+        x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, classes < num_classes, dim,
+        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+    )  # fmt: skip
+    out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
+    tl.store(out, cosine.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (classes < writable)[None, :])
+
+
+@triton.jit
+def _fused_stats_kernel(
+    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr,
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, peak_ptr, rest_ptr, blend_ptr,
+    num_rows, num_classes, dim, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
+    RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Softmax statistics of logits that never leave the registers."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    in_batch = rows < num_rows
+    target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+    at = split.to(tl.int64) * num_rows + rows
+    peak, rest, blend = load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME, ROWS)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
+    for tile in range(first, last):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        classes = columns - shift
+        present = (classes >= 0) & (classes < num_classes)
+        cosine, _ = _cosine_tile(
+            x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
+            ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+        )  # fmt: skip
+        cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present, inverse_scale)
+        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, blend_ptr is not None)
+    store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
+
+
+@triton.jit
+def _fused_gradient_kernel(
+    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable,
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
+    row_sum_ptr, class_sum_ptr, bias_sum_ptr,  # (class tiles, N), (row tiles, C), (row tiles, C)
+    num_rows, num_classes, dim, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
+    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """The gradient of logits that never leave the registers."""
+    row_tile = tl.program_id(0)
+    tile = tl.program_id(1)
+    rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < num_rows
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    classes = columns - shift
+    present = (classes >= 0) & (classes < num_classes)
+    cosine, inverse_norm = _cosine_tile(
+        x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
+        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+    )  # fmt: skip
+    cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present, inverse_scale)
+    target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+    kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
+        stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
+    )
+    v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
+    dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2)
+    gradient, row_sum, class_sum, bias_sum = finish_gradient_tile(
+        dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, out_ptr.dtype.element_ty
+    )
+    out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
+    tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
+    at = row_tile.to(tl.int64) * num_classes + classes
+    if inverse_norm_ptr is not None:
+        tl.store(row_sum_ptr + tile.to(tl.int64) * num_rows + rows, row_sum, mask=in_batch)
+        tl.store(class_sum_ptr + at, class_sum, mask=present)
+    if bias_sum_ptr is not None:
+        tl.store(bias_sum_ptr + at, bias_sum, mask=present)
+
+
+@triton.jit
+def _feature_gradient_kernel(
+    gradient_ptr, gradient_stride, weight_ptr, weight_stride, partial_ptr,  # partial (splits, N, D)
+    num_rows, num_classes, dim, depth_per_split,
+    RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Part of G @ w over a split of the classes, added to what earlier classes left. WHOLE: dim is a multiple of COLUMNS."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(2)
+    inside = (rows < num_rows)[:, None] & (columns < dim)[None, :]
+    out = partial_ptr + (split.to(tl.int64) * num_rows + rows)[:, None] * dim + columns[None, :]
+    if RESUME:
+        total = tl.load(out, mask=inside, other=0.0)
+    else:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = split * depth_per_split
+    readable_rows = tl.minimum(rows, num_rows - 1)
+    # the gradient's padding up to a multiple of DEPTH is 0, so a class beyond the last adds 0 times the last one's weights
+    for start in range(first, tl.minimum(first + depth_per_split, num_classes), DEPTH):
+        classes = start + tl.arange(0, DEPTH)
+        gradient = tl.load(gradient_ptr + (readable_rows * gradient_stride)[:, None] + classes[None, :])
+        weight_tile = weight_ptr + (tl.minimum(classes, num_classes - 1).to(tl.int64) * weight_stride)[:, None] + columns[None, :]
+        weight = tl.load(weight_tile) if WHOLE else tl.load(weight_tile, mask=(columns < dim)[None, :], other=0.0)
+        if UPCAST:
+            gradient = gradient.to(tl.float32)
+            weight = weight.to(tl.float32)
+        total = tl.dot(gradient, weight.to(gradient.dtype), total, input_precision=PRECISION, out_dtype=tl.float32)
+    tl.store(out, total, mask=inside)
+
+
+@triton.jit
+def _finish_features_kernel(
+    partial_ptr, row_sum_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, split_stride, dim, splits, DEPTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, dim, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        total = tl.zeros((DEPTH,), tl.float32)
+        place = row * dim + at
+        for _ in range(splits):
+            total += tl.load(partial_ptr + place, mask=at < dim, other=0.0)
+            place += split_stride
+        if inverse_norm_ptr is not None:
+            unit = tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
+            inverse_norm = tl.load(inverse_norm_ptr + row)
+            # a row without a direction has gradient 0
+            total = tl.where(inverse_norm == 0.0, 0.0, (total - tl.load(row_sum_ptr + row) * unit) * inverse_norm)
+        tl.store(out_ptr + row * dim + at, total.to(out_ptr.dtype.element_ty), mask=at < dim)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, out_ptr,
+    num_rows, num_classes, dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G.T @ x, less the part along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
+    classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, num_rows, DEPTH):
+        rows = (start + tl.arange(0, DEPTH)).to(tl.int64)
+        in_batch = (rows < num_rows)[:, None]
+        # classes beyond the last are the gradient's padding
+        gradient = tl.load(gradient_ptr + (rows * gradient_stride)[:, None] + classes[None, :], mask=in_batch, other=0.0)
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=in_batch if WHOLE else in_batch & (columns < dim)[None, :], other=0.0)
+        if UPCAST:
+            gradient = gradient.to(tl.float32)
+            x = x.to(tl.float32)
+        total = tl.dot(tl.trans(gradient), x.to(gradient.dtype), total, input_precision=PRECISION, out_dtype=tl.float32)
+    inside = (classes < num_classes)[:, None] & (columns < dim)[None, :]
+    place = classes.to(tl.int64)
+    if inverse_norm_ptr is not None:
+        inverse_norm = tl.load(inverse_norm_ptr + classes, mask=classes < num_classes, other=0.0)
+        along = tl.load(class_sum_ptr + classes, mask=classes < num_classes, other=0.0) * inverse_norm
+        address = (place * weight_stride_c)[:, None] + (columns.to(tl.int64) * weight_stride_d)[None, :]
+        weight = tl.load(weight_ptr + address, mask=inside, other=0.0).to(tl.float32)
+        total = tl.where((inverse_norm == 0.0)[:, None], 0.0, total - along[:, None] * weight)
+    tl.store(out_ptr + (place * dim)[:, None] + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def unit_rows(x: Tensor, *, normalize: bool, dtype: torch.dtype, scale_copy: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in `dtype`, unit-length with `scale_copy`, and their inverse norms (None without `normalize`).
+
+    The rows are `x` itself where nothing has to change and its elements are contiguous.
+    """
+    num_rows, dim = x.shape
+    copied = x.dtype != dtype or x.stride(1) != 1 or (scale_copy and normalize)
+    rows = torch.empty((num_rows, dim), dtype=dtype, device=x.device) if copied else x
+    inverse_norm = torch.empty(num_rows, dtype=torch.float32, device=x.device) if normalize else None
+    if copied or normalize:
+        depth = min(triton.next_power_of_2(dim), 1024)
+        tile_rows = min(max(4096 // depth, 1), 16)
+        _unit_rows_kernel[(triton.cdiv(num_rows, tile_rows),)](
+            x, x.stride(0), x.stride(1), rows if copied else None, rows.stride(0), inverse_norm, num_rows, dim, ZERO_NORM,
+            SCALE_COPY=scale_copy and normalize, ROWS=tile_rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return rows, inverse_norm
+
+
+def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inverse_norm: Tensor | None) -> Tensor:
+    """The cosine of each sample and its own target (N,), from the raw rows in float32: a rounded one would show in the loss near p = 1."""
+    num_rows, dim = features.shape
+    cosine = torch.empty(num_rows, dtype=torch.float32, device=features.device)
+    _target_cosine_kernel[(num_rows,)](
+        features, features.stride(0), features.stride(1), linear_weight, linear_weight.stride(0), linear_weight.stride(1), target, inverse_norm, cosine,
+        linear_weight.shape[0], dim, ZERO_NORM, NORMALIZE=inverse_norm is not None, DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return cosine
+
+
+def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: Tensor) -> None:
+    """out = x @ weight.T, each column times its class's inverse norm; `out` has padded rows, and its padding is written."""
+    (num_rows, dim), num_classes = x.shape, weight.shape[0]
+    tile = tile_of(x.dtype)
+    _cosine_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(num_classes, tile.columns))](
+        x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes), num_rows, num_classes, dim,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def fused_stats(
+    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, terms: LossTerms, first_class: int, statistics: tuple[Tensor, Tensor, Tensor | None], *, resume: bool
+) -> None:
+    """`row_stats` of cosines that are never stored."""
+    (num_rows, dim), num_classes = x.shape, weight.shape[0]
+    tile = tile_of(x.dtype)
+    peak, rest, blend = statistics
+    splits = peak.shape[0]
+    shift = terms.class_offset % 8
+    _fused_stats_kernel[(triton.cdiv(num_rows, tile.rows), splits)](
+        x, x.stride(0), weight, weight.stride(0), inverse_norm,
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
+        num_rows, num_classes, dim, triton.cdiv(triton.cdiv(num_classes + shift, tile.columns), splits), terms.row_offset, terms.class_offset // 8, shift,
+        shift - first_class, terms.scale * LOG2E, 1.0 / terms.scale,
+        RESUME=resume, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED,
+        PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def fused_gradient(
+    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, grad_loss: Tensor, stats: Tensor, denominator: Tensor, terms: LossTerms, first_class: int,
+    out: Tensor, *, bias_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`cosine_gradient` of cosines that are never stored."""
+    (num_rows, dim), num_classes = x.shape, weight.shape[0]
+    tile = tile_of(x.dtype)
+    shift = terms.class_offset % 8
+    row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(num_classes + shift, tile.columns)
+    row_sum = class_sum = bias_sum = None
+    if inverse_norm is not None:
+        row_sum = torch.empty((class_tiles, num_rows), dtype=torch.float32, device=x.device)
+        class_sum = torch.empty((row_tiles, num_classes), dtype=torch.float32, device=x.device)
+    if bias_grad:
+        bias_sum = torch.empty((row_tiles, num_classes), dtype=torch.float32, device=x.device)
+    _fused_gradient_kernel[(row_tiles, class_tiles)](
+        x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes),
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, row_sum, class_sum, bias_sum,
+        num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
+        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return tuple(None if part is None else part.sum(0) for part in (row_sum, class_sum, bias_sum))  # type: ignore[return-value]
+
+
+def feature_gradient_splits(num_rows: int, dim: int, dtype: torch.dtype) -> int:
+    """Splits of the classes that give every multiprocessor of a large GPU a tile."""
+    tile = tile_of(dtype)
+    return max(1, min(8, 132 // (triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns))))
+
+
+def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, resume: bool) -> None:
+    """partial (splits, N, D) (+)= gradient @ weight, each split over its share of the classes."""
+    num_classes, dim = weight.shape
+    splits, num_rows, _ = partial.shape
+    tile = tile_of(gradient.dtype)
+    depth = triton.cdiv(triton.cdiv(num_classes, tile.depth), splits) * tile.depth
+    _feature_gradient_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(dim, tile.columns), splits)](
+        gradient, gradient.stride(0), weight, weight.stride(0), partial, num_rows, num_classes, dim, depth,
+        RESUME=resume, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def finish_feature_gradient(partial: Tensor, row_sum: Tensor | None, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The splits' sum, through the backward of the normalisation."""
+    splits, num_rows, dim = partial.shape
+    out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
+    _finish_features_kernel[(num_rows,)](
+        partial, row_sum, unit, unit.stride(0), inverse_norm, out, partial.stride(0), dim, splits,
+        DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, linear_weight: Tensor, class_sum: Tensor | None, inverse_norm: Tensor | None, out: Tensor) -> None:
+    """out (C, D) = gradient.T @ x through the backward of the weights' normalisation."""
+    (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
+    tile = tile_of(gradient.dtype)
+    _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows), triton.cdiv(dim, tile.columns))](
+        gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, out,
+        num_rows, num_classes, dim,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
