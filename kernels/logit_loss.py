@@ -307,7 +307,7 @@ def cosine_gradient(
     layout = layout_of(cosine, terms.class_offset)
     columns = min(GRADIENT_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
     rows = min(2048 // columns, 16)
-    class_tiles = triton.cdiv(num_classes + layout.shift, columns)
+    class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
     summed = bias_grad or inverse_norm is not None
     row_tiles = triton.cdiv(num_rows, rows)
     splits = triton.cdiv(num_rows, 128) if summed else triton.cdiv(row_tiles, 4)

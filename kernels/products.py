@@ -358,7 +358,7 @@ def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: 
     """out = x @ weight.T, each column times its class's inverse norm; `out` has padded rows, and its padding is written."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = tile_of(x.dtype)
-    _cosine_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(num_classes, tile.columns))](
+    _cosine_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes), tile.columns))](
         x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes), num_rows, num_classes, dim,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -392,7 +392,7 @@ def fused_gradient(
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = tile_of(x.dtype)
     shift = terms.class_offset % 8
-    row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(num_classes + shift, tile.columns)
+    row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes) + shift, tile.columns)
     row_sum = class_sum = bias_sum = None
     if inverse_norm is not None:
         row_sum = torch.empty((class_tiles, num_rows), dtype=torch.float32, device=x.device)

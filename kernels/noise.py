@@ -1,0 +1,62 @@
+"""The noise stream as a matrix: what a loss draws inside its kernels, written out.
+
+Bytes: writes 4 for each draw and reads nothing, so the card's store bandwidth is the bound; about 10 instructions for each draw stay below it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import noise_tile
+from .runtime import NVIDIA, on_device
+
+_ROWS = 4
+_GROUPS = 64  # of 8 classes
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_offset", "class_offset"])
+def cloud_noise_kernel(
+    noise_ptr,  # [num_rows, num_classes] float32
+    seed_ptr,  # int64
+    num_rows,
+    num_classes,
+    row_offset,
+    class_offset,
+    row_blocks,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    # One axis holds both blocks, because the other axes of a grid end at 65535.
+    block = tl.program_id(0).to(tl.int64)
+    rows = (block % row_blocks) * ROWS + tl.arange(0, ROWS)
+    offset = class_offset.to(tl.int64)
+    first_group = offset // 8 + (block // row_blocks) * GROUPS
+    noise = noise_tile(tl.load(seed_ptr), rows + row_offset, first_group, GROUPS, NVIDIA)
+    columns = first_group * 8 - offset + tl.arange(0, GROUPS * 8)
+    wanted = (rows[:, None] < num_rows) & ((columns >= 0) & (columns < num_classes))[None, :]
+    tl.store(noise_ptr + rows[:, None] * num_classes + columns[None, :], noise, mask=wanted)
+
+
+@torch.library.custom_op(
+    "gclkern::cloud_noise", mutates_args=(), schema="(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor"
+)
+def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    """The draws of rows row_offset... and classes class_offset..., (num_rows, num_classes) float32, on the device of `seed` (0-dim int64)."""
+    noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device=seed.device)
+    row_blocks = triton.cdiv(num_rows, _ROWS)
+    class_blocks = triton.cdiv(class_offset % 8 + num_classes, _GROUPS * 8)
+    with on_device(seed):
+        cloud_noise_kernel[(row_blocks * class_blocks,)](
+            noise, seed, num_rows, num_classes, row_offset, class_offset, row_blocks,
+            ROWS=_ROWS, GROUPS=_GROUPS, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return noise
+
+
+@cloud_noise.register_fake
+def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)
