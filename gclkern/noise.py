@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _LOW = 0xFFFFFFFF
 _GROUP = 8  # classes that share a counter
 # Groups computed at a time. On a CPU large enough that torch gives every thread of a pair a share (its grain is 32768 elements), small enough for the cache;
 # on another device large, because there a small operation costs its launch.
-_CPU_CHUNK = 40960
+_CPU_CHUNK = 49152
 _DEVICE_CHUNK = 1 << 22
 
 
@@ -58,6 +58,13 @@ def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return torch.full((), _wrap(seed), dtype=torch.int64, device=device)
 
 
+def _check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def cloud_noise(
     seed: Tensor | int | None,
     num_rows: int,
@@ -67,8 +74,8 @@ def cloud_noise(
     class_offset: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The noise e_ij = min(|N(0, 1/3)|, 1) of Gaussian clouded logits (Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment",
-    CVPR 2022, Eq. 11), as the losses draw it: 1/3 is the standard deviation.
+    """The noise e_ij = min(|N(0, 1/3)|, 1) of Gaussian clouded logits, as the losses draw it; 1/3 is the standard deviation (Li, Cheung and Lu, "Long-tailed visual
+    recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 11).
 
     Element (i, j) depends on nothing but the seed, row_offset + i and class_offset + j, so a part of a larger matrix equals the same part drawn alone. On one
     backend and version the values are bitwise equal however the matrix is split; between backends and GPU models they agree to 1e-4.
@@ -78,7 +85,7 @@ def cloud_noise(
             device the noise then has.
         num_rows: samples, at least 1.
         num_classes: classes, at least 1.
-        row_offset: global number of the first sample. Data-parallel ranks share the seed of a step and take rank * batch. Default 0: the batch is the whole grid.
+        row_offset: global number of the first sample. Data-parallel ranks share the seed of a step and take rank * batch. Default 0: one rank.
         class_offset: global number of the first class; class_offset + num_classes is at most 2**35. Default 0: all classes are here.
         device: where to draw; default the seed's device for a tensor, else torch's default device.
 
@@ -98,32 +105,28 @@ def cloud_noise(
     """
     from gclkern.validation import MAX_CLASSES, check_offset  # that module imports this one
 
-    for name, size in (("num_rows", num_rows), ("num_classes", num_classes)):
-        if isinstance(size, (bool, float, Tensor)):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    _check_size("num_rows", num_rows)
+    _check_size("num_classes", num_classes)
     row_offset = check_offset("row_offset", row_offset, num_rows, 2**63)
     class_offset = check_offset("class_offset", class_offset, num_classes, MAX_CLASSES)
-    if device is None:
-        place = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    else:
-        place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    seed = resolve_seed(seed, place)
+    if device is None and isinstance(seed, Tensor):
+        device = seed.device
+    # An empty tensor knows the default device, and which of several GPUs "cuda" means.
+    seed = resolve_seed(seed, torch.empty(0, device=device).device)
     if resolve_backend("auto", seed) == "triton":
-        from gclkern.kernels.noise import cloud_noise_op
+        from gclkern.kernels import noise as triton_noise
 
-        return cloud_noise_op(seed, num_rows, num_classes, row_offset, class_offset)
-    return torch_cloud_noise_op(seed, num_rows, num_classes, row_offset, class_offset)
+        noise: Tensor = triton_noise.cloud_noise(seed, num_rows, num_classes, row_offset, class_offset)
+    else:
+        noise = torch_cloud_noise(seed, num_rows, num_classes, row_offset, class_offset)
+    return noise
 
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """For every 16-bit field, two float32 values packed into one float64 element: (r, r) by u's field, (cos t, sin t) by t's.
 
-    Tables are the fastest way here, and they make a value independent of its place in a vector: torch's vectorised log and cos need not round alike in a loop's tail.
+    Tables are the fastest way here, and they make a value independent of its place: torch's vectorised log and cos need not round alike in a loop's tail.
     """
     middle = torch.arange(65536, dtype=torch.float64, device="cpu").add_(0.5).div_(65536)
     radius = middle.log().mul_(-2.0).sqrt_().div_(3.0).float()
@@ -133,60 +136,77 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return radii.view(torch.float64).view(-1).to(device), circle.view(torch.float64).view(-1).to(device)
 
 
-def _first_rounds(seed: Tensor, rows: Tensor, groups: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
-    """The part of Philox that sees only one of row and group: the keys of the rounds, and what round 2 leaves as factors of its state.
+class _FirstRounds(NamedTuple):
+    """The part of Philox that sees only one of row and group, so costs next to nothing: what rounds 1 and 2 leave, and the keys of the later rounds.
 
-    After round 2 the state of (row i, group j) is c0 = row0[i] ^ group0[j], c1 = group1[j], c2 = row2[i] ^ group2[j], c3 = row3[i].
+    After round 2 the state of (row i, group j) is c0 = row0[i] ^ group0[j], c1 = group1[j], c2 = row2[i] ^ group2[j], c3 = row3[i]. The key of round 3 is
+    already in group1 and row3, which that round only takes into exclusive ors.
     """
-    key0, key1 = seed & _LOW, (seed >> 32) & _LOW
-    keys = [((key0 + _WEYL_0 * i) & _LOW, (key1 + _WEYL_1 * i) & _LOW) for i in range(_ROUNDS)]
-    high, low = (rows >> 32) & _LOW, rows & _LOW
-    product = high * _MULTIPLIER_1
-    row_state, row_low = ((product >> 32) & _LOW) ^ low ^ keys[0][0], product & _LOW
+
+    row0: Tensor
+    row2: Tensor
+    row3: Tensor
+    group0: Tensor
+    group1: Tensor
+    group2: Tensor
+    keys: Tensor  # (rounds, 2, 1, 1), the second word of the key first
+
+    def span(self, rows: slice, groups: slice) -> _FirstRounds:
+        return _FirstRounds(self.row0[rows], self.row2[rows], self.row3[rows], self.group0[groups], self.group1[groups], self.group2[groups], self.keys)
+
+
+def _first_rounds(seed: Tensor, rows: Tensor, groups: Tensor) -> _FirstRounds:
+    number = torch.arange(_ROUNDS, dtype=torch.int64, device=rows.device)
+    key0, key1 = ((seed & _LOW) + number * _WEYL_0) & _LOW, ((seed >> 32) + number * _WEYL_1) & _LOW
+    product = ((rows >> 32) & _LOW) * _MULTIPLIER_1
+    row_state, row1 = ((product >> 32) & _LOW) ^ (rows & _LOW) ^ key0[0], product & _LOW
     product = groups * _MULTIPLIER_0
-    group_state, group_low = ((product >> 32) & _LOW) ^ keys[0][1], product & _LOW
+    group_state, group3 = ((product >> 32) & _LOW) ^ key1[0], product & _LOW
     row_product, group_product = row_state * _MULTIPLIER_0, group_state * _MULTIPLIER_1
-    group0, row0 = (group_product >> 32) & _LOW, row_low ^ keys[1][0]
-    row2, group2 = (row_product >> 32) & _LOW, group_low ^ keys[1][1]
-    return keys, (row0, group0, group_product & _LOW, row2, group2, row_product & _LOW)
+    return _FirstRounds(
+        row0=row1 ^ key0[1],
+        row2=(row_product >> 32) & _LOW,
+        row3=row_product ^ key1[2],
+        group0=(group_product >> 32) & _LOW,
+        group1=group_product ^ key0[2],
+        group2=group3 ^ key1[1],
+        keys=torch.stack((key1, key0), dim=1).view(_ROUNDS, 2, 1, 1),
+    )
 
 
-def philox_words(seed: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
-    """The words of the counters (group, row): int32 of shape (rows, groups, 4); `rows` and `groups` are int64 vectors, `seed` a 0-dim int64 tensor."""
-    words = torch.empty(rows.numel() * groups.numel() * 4, dtype=torch.int32, device=rows.device)
-    keys, factors = _first_rounds(seed, rows, groups)
-    _last_rounds(keys, factors, slice(None), slice(None), torch.empty(3 * words.numel() // 2, dtype=torch.int64, device=rows.device), words)
-    return words.view(rows.numel(), groups.numel(), 4)
-
-
-def _last_rounds(keys: list[tuple[Tensor, Tensor]], factors: Sequence[Tensor], row_span: slice, group_span: slice, scratch: Tensor, words: Tensor) -> None:
-    """Rounds 3 to 7 for a span of rows and groups, in place: `words` receives four int32 for each (row, group), `scratch` has room for six int64."""
-    row0, group0, group1, row2, group2, row3 = factors
-    row0, row2, row3 = row0[row_span, None], row2[row_span, None], row3[row_span, None]
-    group0, group1, group2 = group0[group_span], group1[group_span], group2[group_span]
-    state, product, last_product = scratch.view(3, 2, row0.shape[0], group0.shape[0])
-    # Lane 0 is what leads to c2 and c3 of the next round, lane 1 to c0 and c1. Products stay 64 bits wide, and a lane is masked once a round, after the exclusive
-    # ors: the low half of the last product is the word that this round passes on (c3, c1), its other half is dirt that the mask removes.
-    torch.bitwise_xor(row0, group0, out=state[1])
-    torch.bitwise_xor(row2, group2, out=state[0])
+def _last_rounds(first: _FirstRounds, scratch: Tensor, words: Tensor) -> None:
+    """Rounds 3 to 7 in place: `words` (int32) receives four elements for each (row, group), `scratch` (int64) has six."""
+    shape = (first.row0.numel(), first.group0.numel())
+    state, product, last_product = scratch.view(3, 2, *shape)
+    # Lane 1 holds what c0 and c1 come from, lane 0 what c2 and c3 come from. A product stays 64 bits wide: the next round takes its low half, the words c1 and
+    # c3, into the exclusive ors of its lane, and one mask a round removes the other half.
+    torch.bitwise_xor(first.row0[:, None], first.group0, out=state[1])
+    torch.bitwise_xor(first.row2[:, None], first.group2, out=state[0])
     for i in range(2, _ROUNDS):
         torch.mul(state[1], _MULTIPLIER_0, out=product[0])
         torch.mul(state[0], _MULTIPLIER_1, out=product[1])
         torch.bitwise_right_shift(product, 32, out=state)
         if i == 2:
-            state[0] ^= row3
-            state[1] ^= group1
+            state[0] ^= first.row3[:, None]
+            state[1] ^= first.group1
         else:
             state ^= last_product
-        state[0] ^= keys[i][1]
-        state[1] ^= keys[i][0]
+            state ^= first.keys[i]
         state &= _LOW
         product, last_product = last_product, product
-    # c0 and c1, then c2 and c3, as the two halves of an int64.
+    # c0 and c1, then c2 and c3, each two as the halves of an int64.
     last_product <<= 32
-    pairs = words.view(torch.int64).view(row0.shape[0], group0.shape[0], 2)
+    pairs = words.view(torch.int64).view(*shape, 2)
     torch.bitwise_or(state[1], last_product[1], out=pairs[..., 0])
     torch.bitwise_or(state[0], last_product[0], out=pairs[..., 1])
+
+
+def philox_words(seed: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
+    """The words of the counters (group, row), (rows, groups, 4) int32; `rows` and `groups` are int64 vectors, `seed` a 0-dim int64 tensor."""
+    counters = rows.numel() * groups.numel()
+    words = torch.empty(4 * counters, dtype=torch.int32, device=rows.device)
+    _last_rounds(_first_rounds(seed, rows, groups), torch.empty(6 * counters, dtype=torch.int64, device=rows.device), words)
+    return words.view(rows.numel(), groups.numel(), 4)
 
 
 def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int = 0) -> None:
@@ -203,7 +223,7 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
     chunk = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
     group_step = min(num_groups, chunk)
     row_step = min(rows, max(1, chunk // group_step))
-    keys, factors = _first_rounds(
+    first_rounds = _first_rounds(
         seed, torch.arange(rows, dtype=torch.int64, device=device) + row_offset, torch.arange(num_groups, dtype=torch.int64, device=device) + first_group
     )
     radii, circle = _tables(device)
@@ -211,39 +231,36 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
     scratch = torch.empty(6 * size, dtype=torch.int64, device=device)
     words = torch.empty(4 * size, dtype=torch.int32, device=device)
     index = torch.empty_like(words)
-    # The two gathered tables take the place of the state of Philox, which is spent by then.
-    left, right = scratch[: 4 * size].view(torch.float64), torch.empty(4 * size, dtype=torch.float64, device=device)
+    # The radii take the room of Philox's state, which is spent by then.
+    radius, direction = scratch[: 4 * size].view(torch.float64), torch.empty(4 * size, dtype=torch.float64, device=device)
     for row in range(0, rows, row_step):
         row_end = min(row + row_step, rows)
         for group in range(0, num_groups, group_step):
             group_end = min(group + group_step, num_groups)
             count = (row_end - row) * (group_end - group)
             some_words, some_index = words[: 4 * count], index[: 4 * count]
-            _last_rounds(keys, factors, slice(row, row_end), slice(group, group_end), scratch[: 6 * count], some_words)
+            some_radius, some_direction = radius[: 4 * count], direction[: 4 * count]
+            _last_rounds(first_rounds.span(slice(row, row_end), slice(group, group_end)), scratch[: 6 * count], some_words)
             torch.bitwise_and(some_words, 0xFFFF, out=some_index)
-            torch.index_select(radii, 0, some_index, out=left[: 4 * count])
+            torch.index_select(radii, 0, some_index, out=some_radius)
             torch.bitwise_right_shift(some_words, 16, out=some_index)
             some_index &= 0xFFFF
-            torch.index_select(circle, 0, some_index, out=right[: 4 * count])
-            draws = left[: 4 * count].view(torch.float32)
-            draws *= right[: 4 * count].view(torch.float32)
-            draws = draws.view(row_end - row, (group_end - group) * _GROUP)
-            first, last = max(group * _GROUP, skipped), min(group_end * _GROUP, skipped + classes)
-            torch.clamp_max(
-                draws[:, first - group * _GROUP : last - group * _GROUP], 1.0, out=out[row:row_end, first - skipped : last - skipped]
-            )
+            torch.index_select(circle, 0, some_index, out=some_direction)
+            draws = some_radius.view(torch.float32).mul_(some_direction.view(torch.float32)).view(row_end - row, -1)
+            begin, end = max(group * _GROUP, skipped), min(group_end * _GROUP, skipped + classes)
+            torch.clamp_max(draws[:, begin - group * _GROUP : end - group * _GROUP], 1.0, out=out[row:row_end, begin - skipped : end - skipped])
 
 
-def _torch_cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+@torch.library.custom_op(
+    "gclkern::torch_cloud_noise", mutates_args=(), schema="(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor"
+)
+def torch_cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    """The twin of gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32 on the device of `seed` (0-dim int64)."""
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device=seed.device)
     fill_noise(noise, seed, row_offset, class_offset)
     return noise
 
 
-CLOUD_NOISE_SCHEMA = "(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor"
-torch_cloud_noise_op = torch.library.custom_op("gclkern::torch_cloud_noise", _torch_cloud_noise, mutates_args=(), schema=CLOUD_NOISE_SCHEMA)
-
-
-@torch_cloud_noise_op.register_fake
+@torch_cloud_noise.register_fake
 def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
     return seed.new_empty((num_rows, num_classes), dtype=torch.float32)
