@@ -32,34 +32,32 @@ def padded_columns(num_classes: int) -> int:
 
 
 @triton.jit
-def disturb(cosine, rows, first_group, cloud, bias, seed_ptr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
+def load_class_term(ptr, classes, present, absent: tl.constexpr):
+    """A per-class vector at `classes`; `absent` everywhere where the loss has none."""
+    if ptr is not None:
+        value = tl.load(ptr + classes, mask=present, other=0.0)
+    else:
+        value = tl.full(classes.shape, absent, tl.float32)
+    return value
+
+
+@triton.jit
+def disturb(
+    cosine, rows, first_group, seed_ptr, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
+):  # fmt: skip
     """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`."""
-    if cloud is not None:
+    if NOISE:
         cosine -= cloud[None, :] * noise_tile(tl.load(seed_ptr), rows, first_group, GROUPS, NVIDIA)
-    if bias is not None:
-        cosine += bias[None, :]
+    if BIAS:
+        cosine += (bias * inverse_scale)[None, :]
     return cosine
 
 
 @triton.jit
-def load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale):
-    cloud = None
-    if cloud_ptr is not None:
-        cloud = tl.load(cloud_ptr + classes, mask=present, other=0.0)
-    bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + classes, mask=present, other=0.0) * inverse_scale
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + classes, mask=present, other=0.0)
-    return cloud, bias, weight
-
-
-@triton.jit
 def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
-    """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in."""
+    """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in; without a second one, the first twice."""
     target = tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift
-    target_b = None
+    target_b = target
     if target_b_ptr is not None:
         target_b = tl.load(target_b_ptr + rows, mask=in_batch, other=-1) + shift
     return target, target_b
@@ -88,13 +86,13 @@ def store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, bl
 
 
 @triton.jit
-def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, BLEND: tl.constexpr):
+def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, TWO: tl.constexpr, BLEND: tl.constexpr):
     """Take a tile of v into the running statistics of its rows; see row_loss.py."""
     v = tl.where(present[None, :], v, -float("inf"))
     if BLEND:
-        blend += tl.sum(tl.where(present[None, :], v * weight, 0.0), axis=1)
+        blend += tl.sum(tl.where(present[None, :], v * weight[None, :], 0.0), axis=1)
     is_target = columns[None, :] == target[:, None]
-    if target_b is not None:
+    if TWO:
         is_target |= columns[None, :] == target_b[:, None]
     v = tl.where(is_target, -float("inf"), v)
     top = tl.maximum(peak, tl.max(v, axis=1))
@@ -104,37 +102,39 @@ def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, targ
 
 
 @triton.jit
-def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2):
+def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, TWO: tl.constexpr, SMOOTH: tl.constexpr):
     """dz of a tile of v for a unit upstream gradient; see row_loss.py."""
     dz = tl.exp2(scale2 * v - offset[:, None])
-    if smooth is not None:
-        dz -= smooth[:, None] * weight
+    if SMOOTH:
+        dz -= smooth[:, None] * weight[None, :]
     dz = tl.where(columns[None, :] == target[:, None], grad_a[:, None], dz)
-    if target_b is not None:
+    if TWO:
         dz = tl.where(columns[None, :] == target_b[:, None], grad_b[:, None], dz)
     return dz
 
 
 @triton.jit
-def finish_gradient_tile(dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, DTYPE: tl.constexpr):
+def finish_gradient_tile(
+    dz, cosine, kept, factor, present, inverse_norm, inverse_scale, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
     """The gradient that enters the products, rounded, and its sums over the tile's classes and samples that the backward of the norms and of the bias needs.
 
-    With `inverse_norm` the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features.
+    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A sum that is not asked for is returned as anything.
     """
     valid = present[None, :] & kept[:, None]
     gradient = dz * factor[:, None]
-    if inverse_norm is not None:
+    if NORMS:
         gradient *= inverse_norm[None, :]
     gradient = tl.where(valid, gradient, 0.0).to(DTYPE)
-    row_sum = None
-    class_sum = 0.0
-    bias_sum = 0.0
-    if inverse_norm is not None:
+    row_sum = factor
+    class_sum = inverse_norm
+    bias_sum = inverse_norm
+    if NORMS:
         # of the same rounded gradient that enters the products, so that the projections cancel exactly what they must
         pulled = gradient.to(tl.float32) * cosine
         class_sum = tl.sum(pulled, axis=0)
         row_sum = tl.sum(pulled * tl.where(inverse_norm > 0.0, 1.0 / inverse_norm, 0.0)[None, :], axis=1)
-    if bias_sum_ptr is not None:
+    if BIAS_GRAD:
         bias_sum = tl.sum(tl.where(valid, dz * (factor * inverse_scale)[:, None], 0.0), axis=0)
     return gradient, row_sum, class_sum, bias_sum
 
@@ -147,7 +147,7 @@ def load_row_gradient(stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows,
     grad_b = grad_a
     if TWO:
         grad_b = tl.load(stats_ptr + num_rows * 2 + rows, mask=in_batch, other=0.0)
-    smooth = None
+    smooth = grad_a
     if SMOOTH:
         smooth = tl.load(stats_ptr + num_rows * 3 + rows, mask=in_batch, other=0.0)
     if PER_ROW:
@@ -179,11 +179,16 @@ def _row_stats_kernel(
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)  # of the grid of noise groups, which begins `shift` classes before the first
         classes = columns - shift
         present = (classes >= 0) & (classes < num_classes)
-        cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale)
+        cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+        bias = load_class_term(bias_ptr, classes, present, 0.0)
+        weight = load_class_term(weight_ptr, classes, present, 1.0)
         wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
         cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
-        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, blend_ptr is not None)
+        v = disturb(
+            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+        )  # fmt: skip
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, target_b_ptr is not None, blend_ptr is not None)
     store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
 
 
@@ -204,10 +209,10 @@ def _gradient_kernel(
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     classes = columns - shift
     present = (classes >= 0) & (classes < num_classes)
-    cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present, inverse_scale)
-    inverse_norm = None
-    if inverse_norm_ptr is not None:
-        inverse_norm = tl.load(inverse_norm_ptr + classes, mask=present, other=0.0)
+    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+    bias = load_class_term(bias_ptr, classes, present, 0.0)
+    weight = load_class_term(weight_ptr, classes, present, 1.0)
+    inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
     class_sum = tl.zeros((COLUMNS,), tl.float32)
     bias_sum = tl.zeros((COLUMNS,), tl.float32)
     first = split * row_tiles_per_split
@@ -222,16 +227,20 @@ def _gradient_kernel(
         wanted = kept[:, None] & ((classes >= 0) & (classes < readable))[None, :]
         address = (rows * stride_n_units * STRIDE_UNIT)[:, None] + classes.to(tl.int64)[None, :] * stride_c
         cosine = tl.load(cosine_ptr + address, mask=wanted, other=0.0).to(tl.float32)
-        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
-        dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2)
+        v = disturb(
+            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+        )  # fmt: skip
+        dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
         gradient, row_sum, tile_class_sum, tile_bias_sum = finish_gradient_tile(
-            dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, out_ptr.dtype.element_ty
+            dz, cosine, kept, factor, present, inverse_norm, inverse_scale, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
         )
         out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
         tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
-        bias_sum += tile_bias_sum
-        class_sum += tile_class_sum
+        if bias_sum_ptr is not None:
+            bias_sum += tile_bias_sum
         if inverse_norm_ptr is not None:
+            class_sum += tile_class_sum
             tl.store(row_sum_ptr + tile.to(tl.int64) * num_rows + rows, row_sum, mask=in_batch)
     at = split.to(tl.int64) * num_classes + classes
     if inverse_norm_ptr is not None:

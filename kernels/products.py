@@ -22,7 +22,7 @@ from .logit_loss import (
     accumulate_tile,
     disturb,
     finish_gradient_tile,
-    load_class_terms,
+    load_class_term,
     load_row_gradient,
     padded_columns,
     load_statistics,
@@ -146,9 +146,8 @@ def _cosine_tile(
         x_ptr, x_stride, tl.minimum(rows, num_rows - 1), weight_ptr, weight_stride, tl.minimum(tl.maximum(classes, 0), num_classes - 1).to(tl.int64), dim,
         ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
-    inverse_norm = None
+    inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
     if inverse_norm_ptr is not None:
-        inverse_norm = tl.load(inverse_norm_ptr + classes, mask=present, other=0.0)
         product *= inverse_norm[None, :]
     return product, inverse_norm
 
@@ -193,9 +192,14 @@ def _fused_stats_kernel(
             x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
-        cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present, inverse_scale)
-        v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, blend_ptr is not None)
+        cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+        bias = load_class_term(bias_ptr, classes, present, 0.0)
+        class_weight = load_class_term(class_weight_ptr, classes, present, 1.0)
+        v = disturb(
+            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+        )  # fmt: skip
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, target_b_ptr is not None, blend_ptr is not None)
     store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
 
 
@@ -220,15 +224,20 @@ def _fused_gradient_kernel(
         x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
         ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
-    cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present, inverse_scale)
+    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+    bias = load_class_term(bias_ptr, classes, present, 0.0)
+    class_weight = load_class_term(class_weight_ptr, classes, present, 1.0)
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
         stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
     )
-    v = disturb(cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), cloud, bias, seed_ptr, COLUMNS // 8, NVIDIA)
-    dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2)
+    v = disturb(
+        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+        cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+    )  # fmt: skip
+    dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
     gradient, row_sum, class_sum, bias_sum = finish_gradient_tile(
-        dz, cosine, kept, factor, present, inverse_norm, inverse_scale, bias_sum_ptr, out_ptr.dtype.element_ty
+        dz, cosine, kept, factor, present, inverse_norm, inverse_scale, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
     )
     out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
     tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
