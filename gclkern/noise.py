@@ -74,9 +74,9 @@ def cloud_noise(
     class_offset: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The noise e_ij = min(|N(0, 1/3)|, 1) of Gaussian clouded logits, as the losses draw it; 1/3 is the standard deviation (Li, Cheung and Lu, "Long-tailed visual
-    recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 11).
+    """The noise e_ij = min(|N(0, 1/3)|, 1) of Gaussian clouded logits, as the losses draw it; 1/3 is the standard deviation.
 
+    The formula is Eq. 11 of Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022; the draws are this module's.
     Element (i, j) depends on nothing but the seed, row_offset + i and class_offset + j, so a part of a larger matrix equals the same part drawn alone. On one
     backend and version the values are bitwise equal however the matrix is split; between backends and GPU models they agree to 1e-4.
 
