@@ -1,7 +1,7 @@
 """Compiles what a launcher launches, for GPUs that this machine does not have, and reads what the compiler made of it.
 
-A case is a module-level function that calls operators with CPU tensors. A separate process, where kernels are compiled and not interpreted, records its launches without
-running them, so a kernel gets the very signature, divisibility and constants of the real launch, and compiles them for the target.
+A case is a module-level function that calls operators with CPU tensors. A separate process, where kernels are compiled and not interpreted, records its
+launches without running them and compiles them for the target, so a kernel gets the very signature, divisibility and constants of the real launch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 if TRITON and not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.launches import Launches, capture_launches
+# Triton reads the variable above when it is imported.
+from tests.launches import Launches, capture_launches  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

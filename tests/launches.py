@@ -41,7 +41,7 @@ class Launches(list[Launch]):
 def capture_launches(*, execute: bool = True) -> Iterator[Launches]:
     """Record every kernel launch of the block, whether kernels are compiled or interpreted.
 
-    With `execute=False` nothing runs and outputs keep whatever their memory holds: enough to learn how a launcher would call its kernels on a machine without a GPU.
+    With `execute=False` nothing runs and outputs keep whatever their memory holds: enough to learn how a launcher calls its kernels where there is no GPU.
     """
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction

@@ -1,6 +1,7 @@
 """Reading NVIDIA machine code: instructions, the loops they form, and what a loop spends.
 
-The loops are the natural loops of the control-flow graph, so a slow path that the assembler moved behind the end of the kernel still belongs to the loop that branches to it.
+The loops are the natural loops of the control-flow graph, so a slow path that the assembler moved behind the end of the kernel still belongs to the loop
+that branches to it.
 """
 
 from __future__ import annotations

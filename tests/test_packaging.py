@@ -1,0 +1,135 @@
+"""Whichever way the library is installed, a program runs the code, and above all the kernels, that its user means."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCATE = "import gclkern, gclkern.kernels.terms as t, os; print(os.path.realpath(gclkern.__file__)); print(os.path.realpath(t.__file__))"
+
+
+def run(python: Path | str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run([str(python), *args], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def locate(python: Path, cwd: Path, first: Path | None = None) -> tuple[Path, Path]:
+    """The folders that `gclkern` and `gclkern.kernels` come from in a program started in `cwd`, with `first` before everything else on its path."""
+    code = LOCATE if first is None else f"import sys; sys.path.insert(0, {str(first)!r}); {LOCATE}"
+    package, kernels = run(python, "-c", code, cwd=cwd).stdout.split()
+    return Path(package).parent, Path(kernels).parent
+
+
+@pytest.fixture(scope="module")
+def shared_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment with this one's packages, except this library: torch need not be installed again."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
+    # --system-site-packages would show the base interpreter's packages, not those of an environment that runs these tests, and this library among them
+    for shared in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(shared).iterdir():
+            if "gclkern" not in entry.name:
+                Path(site, entry.name).symlink_to(entry)
+    return python
+
+
+def clone(folder: Path) -> Path:
+    """A second checkout: the files that the first one holds, the link to the kernels kept as a link."""
+    ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".venv", "runs", "data")
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored))
+
+
+def install(python: Path, *what: str, cwd: Path) -> None:
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", *what, cwd=cwd)
+
+
+@pytest.fixture
+def environment(shared_environment: Path, tmp_path: Path) -> Iterator[Path]:
+    yield shared_environment
+    run(shared_environment, "-m", "pip", "uninstall", "--quiet", "--yes", "gclkern", cwd=tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return clone(tmp_path / "checkout")
+
+
+def test_a_checkout_runs_its_own_kernels_beside_an_installation(environment: Path, checkout: Path, tmp_path: Path) -> None:
+    install(environment, ".", cwd=checkout)
+    assert locate(environment, checkout) == (checkout / "gclkern", checkout / "kernels")
+    package, kernels = locate(environment, tmp_path)
+    assert environment.parent.parent in package.parents
+    assert kernels == package / "kernels"
+    script = checkout / "script.py"
+    script.write_text(LOCATE)
+    assert run(environment, str(script), cwd=tmp_path).stdout.split()[1] == str(checkout / "kernels" / "terms.py")
+
+
+def test_an_editable_installation_follows_its_checkout_and_no_other(environment: Path, checkout: Path, tmp_path: Path) -> None:
+    install(environment, "--editable", ".", cwd=checkout)
+    assert locate(environment, tmp_path) == (checkout / "gclkern", checkout / "kernels")
+    assert locate(environment, checkout) == (checkout / "gclkern", checkout / "kernels")
+    second = clone(tmp_path / "second")
+    assert locate(environment, second) == (second / "gclkern", second / "kernels")
+
+
+def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) -> None:
+    run(environment, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), ".", cwd=checkout)
+    (wheel,) = tmp_path.glob("gclkern-*.whl")
+    target = tmp_path / "target"
+    install(environment, "--target", str(target), str(wheel), cwd=tmp_path)
+
+    def modules(folder: Path) -> set[Path]:
+        return {path.relative_to(folder) for path in folder.rglob("*.py")}
+
+    sources = {path for path in modules(checkout / "gclkern") if path.parts[0] != "kernels"}
+    sources |= {Path("kernels") / path for path in modules(checkout / "kernels")}
+    assert modules(target / "gclkern") == sources
+    assert (target / "gclkern" / "py.typed").is_file()
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"gclkern"}, "the wheel brings other top-level packages"
+    assert list(target.glob("gclkern-*.dist-info/licenses/LICENSE"))
+    assert locate(environment, tmp_path, target) == (target / "gclkern", target / "gclkern" / "kernels")
+
+
+def test_without_triton_everything_runs_on_torch() -> None:
+    code = """
+        import sys
+
+        class WithoutTriton:
+            def __init__(self, finder):
+                self.finder = finder
+
+            def find_spec(self, name, path=None, target=None):
+                return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+
+        sys.meta_path[:] = map(WithoutTriton, sys.meta_path)
+        import torch, gclkern
+        from gclkern.functional import gcl_cross_entropy
+
+        cosine = torch.rand(4, 10, requires_grad=True)
+        gcl_cross_entropy(cosine, torch.tensor([0, 3, 9, 3]), torch.linspace(0, 1, 10), seed=1).backward()
+        assert cosine.grad is not None and cosine.grad.isfinite().all()
+        try:
+            gcl_cross_entropy(cosine, torch.tensor([0, 3, 9, 3]), backend="triton")
+        except ValueError as error:
+            print(error)
+        assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
+    """
+    assert "Triton" in run(sys.executable, "-c", textwrap.dedent(code), cwd=ROOT).stdout
+
+
+def test_importing_the_library_imports_no_triton() -> None:
+    run(sys.executable, "-c", "import sys, gclkern, gclkern.functional; assert 'triton' not in sys.modules", cwd=ROOT)
