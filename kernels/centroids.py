@@ -78,7 +78,7 @@ def _piece_rows(num_rows: int, column_tiles: int) -> int:
     return min(256, max(32, triton.next_power_of_2(num_rows * column_tiles // 1024)))
 
 
-@torch.library.custom_op("gclkern::segment_sums", mutates_args=(), schema="(Tensor features, Tensor target, int num_classes) -> (Tensor, Tensor)")
+@torch.library.custom_op("gclkern::segment_sums", mutates_args=(), schema="(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sums (C, D) float32 and counts (C,) int64 of the rows of each class. Rows whose label is no class belong to none and are left out."""
     num_rows, dim = features.shape

@@ -363,8 +363,8 @@ def _(
 @torch.library.custom_op(
     "gclkern::dro_lt_backward",
     mutates_args=(),
-    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
-    "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
+    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor? class_weight, Tensor[] saved, float temperature, "
+    "str reduction, bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
 )
 def dro_lt_backward(
     grad_loss: Tensor,  # () or (N,)
@@ -372,6 +372,7 @@ def dro_lt_backward(
     target: Tensor,
     centroids: Tensor,
     epsilon: Tensor,
+    class_weight: Tensor | None,
     saved: list[Tensor],
     temperature: float,
     reduction: str,
@@ -405,7 +406,7 @@ def dro_lt_backward(
 
 @dro_lt_backward.register_fake
 def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
+    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
