@@ -1,0 +1,436 @@
+"""The losses as modules: each holds its per-class vectors and options, and calls one function of gclkern.functional.
+
+Per-class vectors (`cloud`, `margin`, `bias`, `weight`) are buffers, so they follow ``.to(device)``. They stay float32 whatever dtype the module is given: the
+losses compute in float32, and a vector once rounded to 16 bits would not come back with ``.float()``. They are not in the state_dict: they follow from the
+arguments, and a checkpoint that held them would quietly undo the arguments of the stage that loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gclkern.backend import BACKENDS
+from gclkern.clouds import cloud_sizes
+from gclkern.counts import Vector
+from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.plans import PLANS
+from gclkern.validation import check_choice, check_number, loss_terms
+from gclkern.weights import ldam_margins, log_prior
+
+
+class _ClassLoss(nn.Module):
+    """The arguments of :func:`gclkern.functional.gcl_cross_entropy` that stay the same from batch to batch."""
+
+    cloud: Tensor | None
+    margin: Tensor | float | None
+    bias: Tensor | None
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int | None,  # None where nothing but `weight` tells it
+        *,
+        cloud: Tensor | None = None,
+        margin: Tensor | float | None = None,
+        bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        scale: float,
+        gamma: float = 0.0,
+        focal_detach: bool = True,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.gamma = gamma
+        self.focal_detach = focal_detach
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+        vectors = {"cloud": cloud, "margin": margin, "bias": bias, "weight": weight}
+        self._check(num_classes, vectors)
+        for name, value in vectors.items():
+            if value is None:
+                self.register_buffer(name, None)
+            elif isinstance(value, Tensor):
+                # a copy: whoever writes the next epoch's weights into the buffer means this loss alone
+                self.register_buffer(name, value.detach().to(torch.float32, copy=True), persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def _check(self, num_classes: int | None, vectors: dict[str, Any]) -> None:
+        """Refuse at once what the first batch would refuse, by the same checks."""
+        check_choice("backend", self.backend, BACKENDS)
+        vectors = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vectors.items()}
+        if num_classes is None:
+            num_classes = vectors["weight"].numel() if isinstance(vectors["weight"], Tensor) else 1
+        loss_terms(
+            "the class counts", torch.zeros(1, num_classes), num_classes, torch.zeros(1, dtype=torch.int64), target_b=None, lam=None, seed=0, row_offset=0,
+            class_offset=0, **vectors, **self._options(),
+        )  # fmt: skip
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "gamma": self.gamma,
+            "focal_detach": self.focal_detach,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+        }
+
+    def _arguments(self) -> dict[str, Any]:
+        """What this loss fixes of a call of the functional layer."""
+        return {
+            "cloud": self.cloud if self.training else None,
+            "margin": self.margin,
+            "bias": self.bias,
+            "weight": self.weight,
+            "backend": self.backend,
+            **self._options(),
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ClassLoss:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, vector in before.items():
+            moved = self._buffers[name]
+            if vector is not None and moved is not None and moved.dtype != vector.dtype:
+                self._buffers[name] = vector.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = []
+        for name in ("cloud", "margin", "bias", "weight"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                parts.append(f"{name}=({value.numel()},)" if value.is_meta else f"{name}=({value.min():.4g} to {value.max():.4g})")
+            elif value is not None:
+                parts.append(f"{name}={value}")
+        parts += [f"{name}={value!r}" for name, value in self._options().items()]
+        return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+class _CosineLoss(_ClassLoss):
+    """A loss of cosines or logits without noise."""
+
+    def forward(
+        self,
+        cosine: Tensor,  # (N, C)
+        target: Tensor,  # (N,)
+        *,
+        target_b: Tensor | None = None,  # (N,)
+        lam: Tensor | float | None = None,
+    ) -> Tensor:
+        return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, **self._arguments())
+
+
+class _CloudedLoss(_ClassLoss):
+    """The arguments of GCL, from cosines or from features."""
+
+    def __init__(
+        self,
+        class_counts: Vector,
+        *,
+        noise_mul: float = 1.0,
+        strategy: str = "log",
+        exponent: float | None = None,
+        scale: float = 30.0,
+        margin: Tensor | float = 0.0,
+        weight: Tensor | None = None,
+        gamma: float = 0.0,
+        focal_detach: bool = True,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
+        super().__init__(
+            cloud.numel(),
+            # no cloud, no noise to draw
+            cloud=cloud if bool(cloud.any()) else None,
+            margin=margin,
+            weight=weight,
+            scale=scale,
+            gamma=gamma,
+            focal_detach=focal_detach,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class GCLLoss(_CloudedLoss):
+    r"""Gaussian clouded logits (Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 9 and 11).
+
+        z_ij = scale * (cosine_ij - cloud_j * e_ij - margin * [j == target_i]),    cloud_j = noise_mul * cloud_sizes(class_counts)_j
+        loss = cross_entropy(z, target) * (1 - exp(-cross_entropy(z, target)))^gamma,    e_ij = min(\|N(0, 1/3)\|, 1)
+
+    In training mode every sample and class gets its noise e; in eval mode there is none, and the margin stays. The released recipes:
+
+        CIFAR       stage 1: noise_mul=0.5                 stage 2: noise_mul=0.5, margin=0.1, scale=20, gamma=1
+        Places-LT   stage 1: noise_mul=1.0                 stage 2: noise_mul=1.0, margin=0.1, scale=15
+
+    Args:
+        class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
+        noise_mul: size of the rarest class's cloud, in units of cosine, at least 0. 1 is the release's value for the large data sets, 0.5 for CIFAR.
+        strategy, exponent: how the cloud shrinks with a class's count, see :func:`gclkern.cloud_sizes`; "log" is the paper's choice.
+        scale: factor on the cosines; 30 is the first stage's.
+        margin: subtracted from the target's cosine, a number or (C,). 0 in stage 1.
+        weight: class weights (C,), as in torch's cross entropy. None: the paper re-balances by sampling, in stage 2.
+        gamma: focal exponent; 0 turns the factor off, as in stage 1.
+        focal_detach: the focal factor counts as a constant in backward, as in the release; False is the standard focal loss.
+        label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes: cosine (N, C), target and target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none", float32 (float64 for float64).
+
+    `target_b` and `lam` are the second target of mixup and the first one's share. Both targets see ONE draw of the noise, where the release runs its criterion
+    twice with two. `seed` and `row_offset` choose the noise, see :func:`gclkern.functional.gcl_cross_entropy`; in eval mode they have no effect.
+
+    Raises:
+        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit. Messages name the argument and the value.
+
+    Example:
+        >>> import torch
+        >>> criterion = GCLLoss([500, 50, 5], noise_mul=0.5)
+        >>> criterion.cloud
+        tensor([0.0000, 0.2500, 0.5000])
+        >>> cosine = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, -0.1]], requires_grad=True)
+        >>> loss = criterion(cosine, torch.tensor([0, 1]))
+        >>> loss.backward()
+    """
+
+    def forward(
+        self,
+        cosine: Tensor,  # (N, C)
+        target: Tensor,  # (N,)
+        *,
+        target_b: Tensor | None = None,  # (N,)
+        lam: Tensor | float | None = None,
+        seed: Tensor | int | None = None,
+        row_offset: int = 0,
+    ) -> Tensor:
+        return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **self._arguments())
+
+
+class LinearGCLLoss(_CloudedLoss):
+    """:class:`GCLLoss` of features and a classifier's weight: cosines, noise and softmax in one, without the (N, C) tensors of a chain of operators.
+
+    The weight is an argument, not a parameter of this module: give it that of a :class:`gclkern.CosineLinear`, which then also predicts.
+
+    Args:
+        class_counts: training samples of each class (C,).
+        plan: "auto", "materialised", "chunked" or "recompute", see :func:`gclkern.functional.linear_gcl_cross_entropy`; "auto" chooses by size.
+        options: the other arguments of :class:`GCLLoss`.
+
+    Shapes: features (N, D), linear_weight (C, D), the rest as in :class:`GCLLoss`.
+
+    Raises:
+        TypeError, ValueError: as :class:`GCLLoss`.
+
+    Example:
+        >>> import torch, gclkern
+        >>> classifier = gclkern.CosineLinear(16, 3)
+        >>> criterion = LinearGCLLoss([500, 50, 5], noise_mul=0.5, margin=0.1, scale=20.0, gamma=1.0)
+        >>> loss = criterion(torch.randn(8, 16), classifier.weight, torch.randint(3, (8,)))
+        >>> loss.backward()
+        >>> classifier.weight.grad.shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(self, class_counts: Vector, *, plan: str = "auto", **options: Any) -> None:
+        check_choice("plan", plan, PLANS)
+        super().__init__(class_counts, **options)
+        self.plan = plan
+
+    def forward(
+        self,
+        features: Tensor,  # (N, D)
+        linear_weight: Tensor,  # (C, D)
+        target: Tensor,  # (N,)
+        *,
+        target_b: Tensor | None = None,  # (N,)
+        lam: Tensor | float | None = None,
+        seed: Tensor | int | None = None,
+        row_offset: int = 0,
+    ) -> Tensor:
+        return linear_gcl_cross_entropy(
+            features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, **self._arguments()
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, plan={self.plan!r}"
+
+
+class LDAMLoss(_CosineLoss):
+    r"""Label-distribution-aware margins (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019, section 3.2).
+
+        loss = cross_entropy(scale * (cosine - margin_j * [j == target]), target),    margin_j = max_margin * (n_min / n_j)^(1/4)
+
+    For LDAM-DRW write each epoch's weights into the buffer, see :func:`gclkern.weights.drw_weights`.
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        max_margin: margin of the rarest class; 0.5 is the released code's.
+        scale: factor on the cosines; 30 is the released code's.
+        weight: class weights (C,), as in torch's cross entropy.
+        label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes and errors: as :class:`GCLLoss`, without `seed` and `row_offset`.
+
+    Example:
+        >>> import torch
+        >>> criterion = LDAMLoss([160000, 10000, 16])
+        >>> criterion.margin
+        tensor([0.0500, 0.1000, 0.5000])
+        >>> criterion(torch.tensor([[0.9, 0.1, 0.0]]), torch.tensor([0])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        class_counts: Vector,
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        margin = ldam_margins(class_counts, max_margin)
+        super().__init__(
+            margin.numel(), margin=margin, weight=weight, scale=scale, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+            backend=backend,
+        )  # fmt: skip
+
+
+class LogitAdjustedLoss(_CosineLoss):
+    r"""Logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10).
+
+    With tau = 1 it is the balanced softmax (Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020, Theorem 1).
+
+        loss = cross_entropy(scale * logits + tau * log prior, target),    prior_j = n_j / sum_k n_k
+
+    The prior is part of the loss, in eval mode too; predictions take the logits as they are.
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        tau: strength of the adjustment; 1 is consistent for the balanced error.
+        scale: factor on the logits: 1 for those of a linear layer, about 30 for cosines.
+        weight: class weights (C,), as in torch's cross entropy.
+        label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes and errors: as :class:`GCLLoss`, without `seed` and `row_offset`.
+
+    Example:
+        >>> import torch
+        >>> criterion = LogitAdjustedLoss([75, 25])
+        >>> criterion(torch.zeros(1, 2), torch.tensor([1]))
+        tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        class_counts: Vector,
+        *,
+        tau: float = 1.0,
+        scale: float = 1.0,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        bias = check_number("tau", tau) * log_prior(class_counts)
+        super().__init__(
+            bias.numel(), bias=bias, weight=weight, scale=scale, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+            backend=backend,
+        )  # fmt: skip
+
+
+class CosFaceLoss(_CosineLoss):
+    r"""Large margin cosine loss (Wang et al., "CosFace: large margin cosine loss for deep face recognition", CVPR 2018, Eq. 4).
+
+        loss = cross_entropy(scale * (cosine - margin * [j == target]), target)
+
+    With margin = 0 it is NormFace, a cosine softmax.
+
+    Args:
+        margin: subtracted from the target's cosine, a number or (C,); 0.35 is the paper's.
+        scale: factor on the cosines; 64 is the paper's, for faces. GCL's relatives use 30.
+        weight: class weights (C,), as in torch's cross entropy.
+        label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes and errors: as :class:`GCLLoss`, without `seed` and `row_offset`.
+
+    Example:
+        >>> import torch
+        >>> CosFaceLoss(margin=0.5, scale=2.0)(torch.tensor([[0.5, 0.0]]), torch.tensor([0]))
+        tensor(0.6931)
+    """
+
+    def __init__(
+        self,
+        *,
+        margin: Tensor | float = 0.35,
+        scale: float = 64.0,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            margin.numel() if isinstance(margin, Tensor) else None, margin=margin, weight=weight, scale=scale, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+
+class FocalLoss(_CosineLoss):
+    r"""Focal loss (Lin et al., "Focal loss for dense object detection", ICCV 2017, Eq. 4) over a softmax, with the gradient of its factor.
+
+        loss = (1 - exp(-l))^gamma * l,    l = cross_entropy(scale * logits, target)
+
+    Without `weight` and smoothing exp(-l) is the target's probability. With them the factor sees the weighted l, as in LDAM's released code; the paper's alpha
+    stands outside of the factor. The mean divides by the number of samples, whatever the weights.
+
+    Args:
+        gamma: exponent, at least 0; 2 is the paper's.
+        scale: factor on the logits: 1 for those of a linear layer, about 30 for cosines.
+        weight: class weights (C,), as in torch's cross entropy.
+        label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes and errors: as :class:`GCLLoss`, without `seed` and `row_offset`.
+
+    Example:
+        >>> import torch
+        >>> FocalLoss(gamma=1.0)(torch.zeros(1, 2), torch.tensor([0]))
+        tensor(0.3466)
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 2.0,
+        scale: float = 1.0,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            None, weight=weight, scale=scale, gamma=gamma, focal_detach=False, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+            backend=backend,
+        )  # fmt: skip

@@ -1,0 +1,124 @@
+"""Per-class vectors that re-balance a loss, computed from class counts: effective-number weights and their schedule, LDAM's margins, log priors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gclkern.counts import Vector, check_class_counts, check_int, device_of
+from gclkern.validation import check_number
+
+
+def inverse_effective_number(counts: Tensor, beta: Tensor) -> Tensor:
+    """(1 - beta) / (1 - beta^n) of float64 counts (C,) and betas () or (C,) in [0, 1): the weight of one sample of a class.
+
+    1 - beta^n as -expm1(n log beta) keeps its digits where beta^n is close to 1.
+    """
+    return (1 - beta) / -torch.expm1(counts * beta.log())
+
+
+def check_beta(beta: object) -> float:
+    value = check_number("beta", beta, 0.0, 1.0)
+    if value == 1.0:
+        raise ValueError("beta must be below 1, got 1.0; for weights proportional to 1 / n take a beta close to 1, such as 1 - 1e-9")
+    return value
+
+
+def effective_number_weights(class_counts: Vector, beta: float = 0.9999) -> Tensor:
+    r"""Class weights by the effective number of samples (Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019, section 4).
+
+        w_j = C * v_j / sum_k v_k,    v_j = (1 - beta) / (1 - beta^n_j)
+
+    Args:
+        class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
+        beta: in [0, 1); 0 gives every class weight 1, towards 1 the weights approach 1 / n_j. 0.9999 is what LDAM-DRW trains with.
+
+    Returns:
+        (C,) float32 of sum C, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
+
+    Raises:
+        TypeError, ValueError: counts that are not positive numbers, or beta out of range.
+
+    Example:
+        >>> effective_number_weights([5000, 500, 50])
+        tensor([0.0341, 0.2752, 2.6907])
+    """
+    values = inverse_effective_number(check_class_counts(class_counts), torch.tensor(check_beta(beta), dtype=torch.float64))
+    return (values * (values.numel() / values.sum())).to(device_of(class_counts), torch.float32)
+
+
+def drw_weights(class_counts: Vector, epoch: int, start_epoch: int = 160, beta: float = 0.9999) -> Tensor:
+    r"""Deferred re-weighting (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019, Algorithm 1).
+
+        w_j = 1 while epoch < start_epoch,    effective_number_weights(class_counts, beta)_j from start_epoch on
+
+    Always a vector, so that a loss which holds it keeps its shapes, its compiled graph and its CUDA graph over the change: build the loss with
+    ``weight=drw_weights(class_counts, 0)`` and write ``loss.weight.copy_(drw_weights(class_counts, epoch))`` as each epoch begins.
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        epoch: the epoch that begins, from 0.
+        start_epoch: first epoch with weights. 160 of 200 is the paper's CIFAR schedule, where the learning rate first drops.
+        beta: as in :func:`effective_number_weights`.
+
+    Returns:
+        (C,) float32 of sum C, on the device of `class_counts` if it is a tensor, else on the CPU.
+
+    Raises:
+        TypeError, ValueError: as :func:`effective_number_weights`; an epoch that is not an int of at least 0.
+
+    Example:
+        >>> drw_weights([5000, 500, 50], epoch=159)
+        tensor([1., 1., 1.])
+        >>> drw_weights([5000, 500, 50], epoch=160)
+        tensor([0.0341, 0.2752, 2.6907])
+    """
+    weights = effective_number_weights(class_counts, beta)
+    deferred = check_int("epoch", epoch, 0) < check_int("start_epoch", start_epoch, 0)
+    return torch.ones_like(weights) if deferred else weights
+
+
+def ldam_margins(class_counts: Vector, max_margin: float = 0.5) -> Tensor:
+    r"""Label-distribution-aware margins (Cao et al., NeurIPS 2019, section 3.2), scaled so that the rarest class has the largest.
+
+        m_j = max_margin * (n_min / n_j)^(1/4)
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        max_margin: margin of the rarest class, in units of cosine, at least 0. 0.5 is the released code's value.
+
+    Returns:
+        (C,) float32, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
+
+    Raises:
+        TypeError, ValueError: counts that are not positive numbers, or a margin below 0.
+
+    Example:
+        >>> ldam_margins([160000, 10000, 16])
+        tensor([0.0500, 0.1000, 0.5000])
+    """
+    counts = check_class_counts(class_counts)
+    margins = check_number("max_margin", max_margin, 0.0) * (counts.min() / counts) ** 0.25
+    return margins.to(device_of(class_counts), torch.float32)
+
+
+def log_prior(class_counts: Vector) -> Tensor:
+    r"""Logarithm of each class's share of the training set, for logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10).
+
+        log prior_j = log n_j - log sum_k n_k
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+
+    Returns:
+        (C,) float32, at most 0, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
+
+    Raises:
+        TypeError, ValueError: counts that are not positive numbers.
+
+    Example:
+        >>> log_prior([75, 25])
+        tensor([-0.2877, -1.3863])
+    """
+    counts = check_class_counts(class_counts)
+    return (counts.log() - counts.sum().log()).to(device_of(class_counts), torch.float32)
