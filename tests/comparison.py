@@ -65,7 +65,7 @@ def logit_error(cosine: Tensor, cloud: Tensor | None, options: Options) -> float
     epsilon = 2**-52 if cosine.dtype == torch.float64 else 2**-23
     finite = cosine.detach().double().nan_to_num(0.0, 0.0, 0.0)
     size = scale * (float(finite.abs().max()) + 1) + (0.0 if bias is None else float(bias.detach().abs().max()))
-    return 4 * epsilon * size + (0.0 if cloud is None else scale * float(cloud.max()) * noise_error(cosine.device))
+    return float(4 * epsilon * size) + (0.0 if cloud is None else scale * float(cloud.max()) * noise_error(cosine.device))
 
 
 def assert_within(actual: Tensor, expected: Tensor, atol: Tensor | float, rtol: float, what: str) -> None:

@@ -66,3 +66,8 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
             "gamma": 1.5, "focal_detach": False, "label_smoothing": 0.2, "seed": 5, "row_offset": 3, "class_offset": 5, "scale": 8.0, **mixed(rows, classes),
         },
     }  # fmt: skip
+
+
+def moved(options: Options, device: torch.device | str) -> Options:
+    """The options with their tensors on `device`, none of which requires a gradient."""
+    return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items()}

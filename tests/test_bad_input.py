@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gclkern.debug import set_debug
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 
 NAN, INF = float("nan"), float("inf")
@@ -95,7 +96,8 @@ def test_devices(loss: Any, name: str) -> None:
     """The meta device stands for any other one."""
     values = {"target": torch.zeros(ROWS, dtype=torch.int64), "target_b": torch.zeros(ROWS, dtype=torch.int64), "lam": torch.ones(ROWS)}
     elsewhere = values.get(name, torch.tensor(7) if name == "seed" else torch.ones(CLASSES)).to("meta")
-    extra: dict[str, Any] = {"seed": {"cloud": torch.ones(CLASSES)}, "target_b": {"lam": 0.5}, "lam": {"target_b": values["target_b"]}}.get(name, {})
+    companions: dict[str, dict[str, Any]] = {"seed": {"cloud": torch.ones(CLASSES)}, "target_b": {"lam": 0.5}, "lam": {"target_b": values["target_b"]}}
+    extra = companions.get(name, {})
     check(ValueError, name, "meta", loss, **inputs(**extra) | {name: elsewhere})
 
 
@@ -265,15 +267,13 @@ def test_normalize(normalize: object) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["weight", "lam"])
 def test_values_on_a_gpu_are_read_in_debug_mode_only(name: str) -> None:
-    import gclkern
-
     cosine, target = torch.zeros(ROWS, CLASSES, device="cuda"), torch.tensor([0, 4, 2], device="cuda")
-    arguments: dict[str, Tensor] = {"weight": torch.full((CLASSES,), -1.0)} if name == "weight" else {"target_b": target, "lam": torch.tensor([0.5, 2.0, 1.0])}
+    arguments: dict[str, Any] = {"weight": torch.full((CLASSES,), -1.0)} if name == "weight" else {"target_b": target, "lam": torch.tensor([0.5, 2.0, 1.0])}
     arguments = {key: value.to("cuda") for key, value in arguments.items()}
     gcl_cross_entropy(cosine, target, **arguments)
-    gclkern.set_debug(True)
+    set_debug(True)
     try:
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             gcl_cross_entropy(cosine, target, **arguments)
     finally:
-        gclkern.set_debug(False)
+        set_debug(False)

@@ -14,16 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gclkern.debug import set_debug
 from gclkern.functional import gcl_cross_entropy
 from tests import oracle
 from tests.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, logit_error, noise_error
 from tests.launches import Launches
-from tests.problems import HALVES, REDUCTIONS, Options, cosines, labels, mixed, option_sets, vector
+from tests.problems import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector
 
 
 def call(cosine: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:
     """The loss with an option set, moved to the device of `cosine`."""
-    options = {name: value.detach().to(cosine.device) if isinstance(value, Tensor) else value for name, value in {**options, **more}.items()}
+    options = moved({**options, **more}, cosine.device)
     return gcl_cross_entropy(cosine, target.to(cosine.device), options.pop("cloud", None), **options)
 
 
@@ -192,7 +193,8 @@ def test_all_samples_ignored(name: str, backend: str, device: torch.device) -> N
         ours = leaf.grad.clone()
         leaf.grad = None
         F.cross_entropy(leaf, target.to(device), reduction=reduction).sum().backward()
-        assert ours.equal(leaf.grad) and ours.eq(0).all()
+        torch.testing.assert_close(ours, leaf.grad, rtol=0.0, atol=0.0)
+        assert ours.eq(0).all()
 
 
 def test_all_weights_of_the_batch_are_zero(backend: str, device: torch.device) -> None:
@@ -369,8 +371,7 @@ def test_results_are_bitwise_repeatable(reduction: str, backend: str, device: to
     for _ in range(2):
         leaf = cosines(rows, classes, device=device).requires_grad_()
         bias = options["bias"].detach().to(device).requires_grad_()
-        moved = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items() if name != "bias"}
-        loss = gcl_cross_entropy(leaf, labels(rows, classes).to(device), bias=bias, reduction=reduction, backend=backend, **moved)
+        loss = gcl_cross_entropy(leaf, labels(rows, classes).to(device), **moved(options, device) | {"bias": bias, "reduction": reduction, "backend": backend})
         loss.sum().backward()
         results.append((loss.detach(), leaf.grad, bias.grad))
     for one, two in zip(*results, strict=True):
@@ -392,7 +393,7 @@ def test_backward_may_be_repeated(reduction: str, backend: str, device: torch.de
 
 def test_inputs_are_never_modified(backend: str, device: torch.device) -> None:
     rows, classes = 4, 30
-    options = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in option_sets(rows, classes)["everything"].items()}
+    options = moved(option_sets(rows, classes)["everything"], device)
     leaf, target, upstream = cosines(rows, classes, device=device).requires_grad_(), labels(rows, classes).to(device), vector(rows).to(device)
     options["seed"] = torch.tensor(3, device=device)
     inputs = {"cosine": leaf, "target": target, "upstream": upstream, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
@@ -416,7 +417,7 @@ def test_a_changed_input_is_noticed(backend: str, device: torch.device) -> None:
 def test_double_backward_is_refused(backend: str, device: torch.device) -> None:
     leaf = cosines(3, 8, device=device).requires_grad_()
     gradient = torch.autograd.grad(call(leaf, labels(3, 8), {}, backend=backend), leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice|not supported"):
+    with pytest.raises(RuntimeError, match=r"differentiate twice|not supported"):
         gradient.sum().backward()
 
 
@@ -581,7 +582,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Options]:
     return (cosine.T.contiguous().T if draw(st.booleans()) else cosine), target, options
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     cosine, target, options = problem
@@ -611,21 +612,19 @@ def test_a_label_out_of_range_makes_its_row_nan(wrong: int, backend: str) -> Non
 
 @pytest.mark.gpu
 def test_debug_mode_reads_labels_on_a_gpu() -> None:
-    import gclkern
-
-    gclkern.set_debug(True)
+    set_debug(True)
     try:
         with pytest.raises(ValueError, match=r"target\[1\] is 9"):
             gcl_cross_entropy(cosines(2, 5, device="cuda"), torch.tensor([0, 9], device="cuda"))
     finally:
-        gclkern.set_debug(False)
+        set_debug(False)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_no_synchronisation_with_the_host(name: str, backend: str) -> None:
     rows, classes = 6, 37
-    options = {key: value.detach().to("cuda") if isinstance(value, Tensor) else value for key, value in option_sets(rows, classes)[name].items()}
+    options = moved(option_sets(rows, classes)[name], "cuda")
     options.pop("seed", None)
     leaf, target = cosines(rows, classes, device="cuda").requires_grad_(), labels(rows, classes).to("cuda")
     gcl_cross_entropy(leaf, target, backend=backend, **options).backward()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from tests import oracle
-from tests.comparison import assert_within, check_head_loss
+from tests.comparison import ROUNDING, assert_within, check_head_loss
 from tests.launches import Launches
-from tests.problems import REDUCTIONS, Options, labels, option_sets, vector
+from tests.problems import REDUCTIONS, Options, labels, moved, option_sets, vector
 
 DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
 
@@ -27,14 +27,33 @@ def plan(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers that "chunked" and "recompute" walk over the classes in, shrunk to the fewest classes they take: 64 at a time for a few rows."""
+    if backend == "torch":
+        from gclkern.torch_backend import head as torch_head
+
+        for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES", "_PROJECTION_BYTES"):
+            monkeypatch.setattr(torch_head, name, 1)
+    else:
+        from gclkern.kernels import head
+
+        monkeypatch.setattr(head, "PANEL_ELEMENTS", 1)
+
+
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0, size: float = 1.0) -> Tensor:
     """Normal entries, the same on every device."""
     return (size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
 
 
+def pair(rows: int, classes: int, width: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Features and weights that require gradients."""
+    return matrix(rows, width, dtype, device).requires_grad_(), matrix(classes, width, dtype, device, seed=1).requires_grad_()
+
+
 def call(features: Tensor, linear_weight: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:
     """The loss with an option set, moved to the device of `features`."""
-    options = {name: value.detach().to(features.device) if isinstance(value, Tensor) else value for name, value in {**options, **more}.items()}
+    options = moved({**options, **more}, features.device)
     return linear_gcl_cross_entropy(features, linear_weight, target.to(features.device), options.pop("cloud", None), **options)
 
 
@@ -46,7 +65,7 @@ def check(features: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
 # ---- values and gradients
 
 
-@pytest.mark.parametrize("name", option_sets(2, 2))
+@pytest.mark.parametrize("name", ["plain", "bias", "weight_smoothing", "focal_undetached", "cloud", "mixed", "focal_stage_2", "everything"])
 def test_loss_and_gradients(name: str, plan: str, backend: str, device: torch.device) -> None:
     rows, classes, width = 6, 37, 19
     target = labels(rows, classes)
@@ -74,13 +93,42 @@ def test_plain_products(name: str, plan: str, backend: str, device: torch.device
     check(features, weight, labels(rows, classes), options, vector(rows), normalize=False, reduction="none", plan=plan, backend=backend)
 
 
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize(("name", "normalize"), [("plain", True), ("everything", True), ("everything", False)])
+def test_many_panels(name: str, normalize: bool, plan: str, backend: str, device: torch.device) -> None:
+    """Classes in three pieces, of which the last has a tail: statistics go on from one to the next, and each takes its part of every class vector."""
+    rows, classes, width = 4, 150, 8
+    options = option_sets(rows, classes)[name] | {"scale": 8.0 if normalize else 1.0}
+    features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
+    check(features, weight, labels(rows, classes), options, vector(rows), normalize=normalize, reduction="none", plan=plan, backend=backend)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPE_PAIRS, ids=str)
 def test_sixteen_bit_features(dtype: torch.dtype, weight_dtype: torch.dtype, normalize: bool, plan: str, backend: str, device: torch.device) -> None:
     rows, classes, width = 5, 37, 32
     options = option_sets(rows, classes)["cloud"] | {"scale": 16.0 if normalize else 1.0}
-    features, weight = matrix(rows, width, dtype, device), matrix(classes, width, weight_dtype, device, seed=1, size=0.25)
+    # Float32 weights enter the products in the dtype of the features: these are exact in it. test_float32_weights_are_rounded has others.
+    features, weight = matrix(rows, width, dtype, device), matrix(classes, width, dtype, device, seed=1, size=0.25).to(weight_dtype)
     check(features, weight, labels(rows, classes), options, vector(rows, 0.5, 2.0), normalize=normalize, reduction="none", plan=plan, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights_are_rounded(dtype: torch.dtype, plan: str, backend: str, device: torch.device) -> None:
+    """Beside 16-bit features float32 weights may lose what those lack: one rounding of a unit vector's elements changes a cosine by less than itself."""
+    scale, rounding = 16.0, ROUNDING[dtype]
+    features, weight, target = matrix(5, 32, dtype, device).requires_grad_(), matrix(37, 32, device=device, seed=1).requires_grad_(), labels(5, 37)
+    loss = call(features, weight, target, {}, scale=scale, reduction="none", plan=plan, backend=backend)
+    loss.sum().backward()
+    exact = features.detach().cpu().double().requires_grad_(), weight.detach().cpu().double().requires_grad_()
+    expected = oracle.linear_gcl_cross_entropy(*exact, target, scale=scale, reduction="none")
+    expected.sum().backward()
+    assert_within(loss, expected, 2 * scale * rounding, 0.0, "loss")
+    for ours, reference in ((features.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        assert ours is not None and reference is not None
+        difference = (ours.cpu().double() - reference).norm() / reference.norm()
+        assert difference < 2 * scale * rounding, f"{difference:.3f}"  # the logit's error is the relative error of every probability
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
 @pytest.mark.gpu
@@ -88,11 +136,11 @@ def test_sixteen_bit_features(dtype: torch.dtype, weight_dtype: torch.dtype, nor
 @pytest.mark.parametrize(("rows", "classes", "width"), [(130, 1000, 200), (64, 8142, 256)])
 def test_full_tiles(rows: int, classes: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype, plan: str) -> None:
     """Sizes that fill the tiles and leave tails, too slow for the interpreter."""
-    features, weight = matrix(rows, width, dtype, "cuda"), matrix(classes, width, weight_dtype, "cuda", seed=1)
+    features, weight = matrix(rows, width, dtype, "cuda"), matrix(classes, width, dtype, "cuda", seed=1).to(weight_dtype)
     check(features, weight, labels(rows, classes), {"margin": 0.1, "weight": vector(classes, 0.5, 2.0)}, vector(rows), reduction="none", plan=plan)
 
 
-@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 1), (1, 2, 3), (7, 1, 5), (2, 7, 1), (3, 100, 130), (17, 65, 64), (2, 8142, 4)])
+@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 1), (1, 2, 3), (7, 1, 5), (2, 7, 1), (3, 100, 130), (17, 65, 64), (2, 1030, 4)])
 def test_odd_sizes(rows: int, classes: int, width: int, plan: str, backend: str, device: torch.device) -> None:
     features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
     cloud = vector(classes, 0.0, 0.5, seed=6)
@@ -129,16 +177,14 @@ def test_any_stride(layout: str, plan: str, backend: str, device: torch.device) 
 def test_equals_the_loss_of_the_cosines(plan: str, backend: str, device: torch.device) -> None:
     """The head is gcl_cross_entropy of normalised features times normalised weights."""
     rows, classes, width = 6, 40, 12
-    options = {name: value for name, value in option_sets(rows, classes)["everything"].items() if name != "bias"}
-    target = labels(rows, classes)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    target, options = labels(rows, classes), moved(option_sets(rows, classes)["everything"], device)
     grads = []
     for fused in (True, False):
         features, weight = (x.requires_grad_() for x in (matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)))
         if fused:
-            loss = linear_gcl_cross_entropy(features, weight, target.to(device), plan=plan, backend=backend, **moved)
+            loss = linear_gcl_cross_entropy(features, weight, target.to(device), plan=plan, backend=backend, **options)
         else:
-            loss = gcl_cross_entropy(F.normalize(features) @ F.normalize(weight).T, target.to(device), backend=backend, **moved)
+            loss = gcl_cross_entropy(F.normalize(features) @ F.normalize(weight).T, target.to(device), backend=backend, **options)
         loss.backward()
         grads.append((loss.detach(), features.grad, weight.grad))
     for fused_value, chained_value in zip(*grads, strict=True):
@@ -173,7 +219,7 @@ def test_rows_without_a_direction(size: float, plan: str, backend: str, device: 
         plan=plan,
         backend=backend,
     )
-    left, right = (x.to(device).requires_grad_() for x in (features, weight))
+    left, right = (x.clone().to(device).requires_grad_() for x in (features, weight))
     call(left, right, target, {}, plan=plan, backend=backend).backward()
     assert left.grad is not None and right.grad is not None
     assert left.grad[1].eq(0).all() and right.grad[2].eq(0).all()
@@ -247,7 +293,7 @@ def test_the_targets_gradient_keeps_its_digits(plan: str, backend: str, device: 
     features = 0.3 * torch.rand(4, width, generator=torch.Generator().manual_seed(3))
     target = torch.arange(4)
     features[target, target] = 0.45
-    left, right = (x.to(device).requires_grad_() for x in (features, weight))
+    left, right = (x.clone().to(device).requires_grad_() for x in (features, weight))
     call(left, right, target, {}, reduction="none", plan=plan, backend=backend).sum().backward()
     exact_left, exact_right = (x.double().requires_grad_() for x in (features, weight))
     loss = oracle.linear_gcl_cross_entropy(exact_left, exact_right, target, reduction="none")
@@ -297,7 +343,7 @@ def test_results_are_bitwise_repeatable(plan: str, backend: str, device: torch.d
     options = option_sets(rows, classes)["everything"] | {"plan": plan, "backend": backend}
     results = []
     for _ in range(2):
-        leaves = [matrix(rows, width, device=device).requires_grad_(), matrix(classes, width, device=device, seed=1).requires_grad_()]
+        leaves = pair(rows, classes, width, device)
         loss = call(*leaves, labels(rows, classes), options)
         loss.backward()
         results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
@@ -307,7 +353,7 @@ def test_results_are_bitwise_repeatable(plan: str, backend: str, device: torch.d
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_may_be_repeated(reduction: str, plan: str, backend: str, device: torch.device) -> None:
-    leaves = [matrix(4, 6, device=device).requires_grad_(), matrix(30, 6, device=device, seed=1).requires_grad_()]
+    leaves = pair(4, 30, 6, device)
     loss = call(*leaves, labels(4, 30), option_sets(4, 30)["everything"], reduction=reduction, plan=plan, backend=backend)
     upstream = vector(4).to(device) if reduction == "none" else torch.tensor(2.0, device=device)
     first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
@@ -321,12 +367,12 @@ def test_backward_may_be_repeated(reduction: str, plan: str, backend: str, devic
 
 def test_inputs_are_never_modified(plan: str, backend: str, device: torch.device) -> None:
     rows, classes, width = 4, 30, 6
-    options = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in option_sets(rows, classes)["everything"].items()}
-    leaves = {"features": matrix(rows, width, device=device).requires_grad_(), "linear_weight": matrix(classes, width, device=device, seed=1).requires_grad_()}
-    inputs = {**leaves, "target": labels(rows, classes).to(device), "upstream": vector(rows).to(device)}
+    options = moved(option_sets(rows, classes)["everything"], device)
+    features, weight = pair(rows, classes, width, device)
+    inputs = {"features": features, "linear_weight": weight, "target": labels(rows, classes).to(device), "upstream": vector(rows).to(device)}
     inputs |= {name: value for name, value in options.items() if isinstance(value, Tensor)}
     before = {name: (value.detach().clone(), value._version) for name, value in inputs.items()}
-    loss = linear_gcl_cross_entropy(*leaves.values(), inputs["target"], reduction="none", plan=plan, backend=backend, **options)
+    loss = linear_gcl_cross_entropy(features, weight, inputs["target"], reduction="none", plan=plan, backend=backend, **options)
     loss.backward(inputs["upstream"])
     for name, value in inputs.items():
         assert value.detach().equal(before[name][0]) and value._version == before[name][1], name
@@ -358,7 +404,7 @@ def test_double_backward_is_refused(plan: str, backend: str, device: torch.devic
     leaf = matrix(3, 4, device=device).requires_grad_()
     loss = call(leaf, matrix(8, 4, device=device, seed=1), labels(3, 8), {}, plan=plan, backend=backend)
     gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice|not supported"):
+    with pytest.raises(RuntimeError, match=r"differentiate twice|not supported"):
         gradient.sum().backward()
 
 
@@ -454,27 +500,28 @@ def peak_bytes(trace: pathlib.Path) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocations")
-@pytest.mark.parametrize("noise", [False, True])
-def test_recompute_holds_nothing_of_size_n_times_c(noise: bool, backend: str, tmp_path: pathlib.Path) -> None:
-    """Forward and backward together stay below one byte per logit, gradients included; a buffer in any floating-point type takes two or four.
+def test_recompute_holds_nothing_of_size_n_times_c(backend: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward together, gradients included, stay below the two bytes per logit that a 16-bit buffer would take alone.
 
     The interpreter's tiles are numpy arrays that the profiler does not see; what a kernel writes to is torch's.
     """
-    # torch may work in chunks that fit a cache, so its matrix must be far larger than one; the kernels' tiles are small, and the interpreter is slow.
-    rows, classes, width = (256, 65536, 4) if backend == "torch" else (128, 2048, 4)
-    leaves = [matrix(rows, width).requires_grad_(), matrix(classes, width, seed=1).requires_grad_()]
-    cloud = vector(classes) if noise else None
+    if backend == "torch":  # panels of 4 MB and the noise's own; the matrix is far larger
+        rows, classes, width = 256, 32768, 4
+    else:
+        rows, classes, width = 64, 2048, 4
+        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 2**14)
+    leaves = pair(rows, classes, width, "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        linear_gcl_cross_entropy(*leaves, labels(rows, classes), cloud, seed=1, plan="recompute", backend=backend).backward()
+        linear_gcl_cross_entropy(*leaves, labels(rows, classes), vector(classes), seed=1, plan="recompute", backend=backend).backward()
     trace = tmp_path / "trace.json"
     profile.export_chrome_trace(str(trace))
-    assert peak_bytes(trace) < rows * classes
+    assert peak_bytes(trace) < 2 * rows * classes
 
 
 @pytest.mark.gpu
 def test_recompute_holds_nothing_of_size_n_times_c_on_a_gpu() -> None:
     rows, classes, width = 1024, 200_000, 16
-    leaves = [matrix(rows, width, device="cuda").requires_grad_(), matrix(classes, width, device="cuda", seed=1).requires_grad_()]
+    leaves = pair(rows, classes, width, "cuda")
     target, cloud = labels(rows, classes).to("cuda"), vector(classes).to("cuda")
     linear_gcl_cross_entropy(*leaves, target, cloud, seed=1, plan="recompute").backward()
     for leaf in leaves:
@@ -513,7 +560,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
     return matrix(rows, width, seed=seed), matrix(classes, width, seed=seed + 8), labels(rows, classes, seed + 5), options
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     features, weight, target, options = problem
@@ -545,9 +592,9 @@ def test_a_label_out_of_range_makes_its_row_nan(wrong: int, plan: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_synchronisation_and_graph_capture(dtype: torch.dtype, plan: str) -> None:
     rows, classes, width = 8, 50, 16
-    options = {key: value.detach().to("cuda") if isinstance(value, Tensor) else value for key, value in option_sets(rows, classes)["everything"].items()}
+    options = moved(option_sets(rows, classes)["everything"], "cuda")
     options.pop("seed")
-    leaves = [matrix(rows, width, dtype, "cuda").requires_grad_(), matrix(classes, width, dtype, "cuda", seed=1).requires_grad_()]
+    leaves = pair(rows, classes, width, "cuda", dtype)
     target = labels(rows, classes).to("cuda")
 
     def step() -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_plain_options_are_torch_cross_entropy() -> None:
     logits, target = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 4, 2, -100, 1, 1])
     weight = torch.rand(5, dtype=torch.float64)
     for reduction in ("mean", "sum", "none"):
-        options = {"weight": weight, "label_smoothing": 0.2, "reduction": reduction}
+        options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.2, "reduction": reduction}
         torch.testing.assert_close(oracle.gcl_cross_entropy(logits, target, scale=1.0, **options), F.cross_entropy(logits, target, **options))
 
 
