@@ -248,7 +248,11 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
             torch.index_select(circle, 0, some_index, out=some_direction)
             draws = some_radius.view(torch.float32).mul_(some_direction.view(torch.float32)).view(row_end - row, -1)
             begin, end = max(group * _GROUP, skipped), min(group_end * _GROUP, skipped + classes)
-            torch.clamp_max(draws[:, begin - group * _GROUP : end - group * _GROUP], 1.0, out=out[row:row_end, begin - skipped : end - skipped])
+            draws, part = draws[:, begin - group * _GROUP : end - group * _GROUP], out[row:row_end, begin - skipped : end - skipped]
+            if part.dtype == draws.dtype:
+                torch.clamp_max(draws, 1.0, out=part)
+            else:
+                part.copy_(draws.clamp_max_(1.0))
 
 
 @torch.library.custom_op(
