@@ -18,6 +18,8 @@ is log1p(around) + (peak - l_j), two terms of one sign; 1 - p_j is around / (1 +
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -363,8 +365,8 @@ def _(
 @torch.library.custom_op(
     "gclkern::dro_lt_backward",
     mutates_args=(),
-    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor? class_weight, Tensor[] saved, float temperature, "
-    "str reduction, bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
+    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
+    "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
 )
 def dro_lt_backward(
     grad_loss: Tensor,  # () or (N,)
@@ -372,7 +374,6 @@ def dro_lt_backward(
     target: Tensor,
     centroids: Tensor,
     epsilon: Tensor,
-    class_weight: Tensor | None,
     saved: list[Tensor],
     temperature: float,
     reduction: str,
@@ -406,8 +407,13 @@ def dro_lt_backward(
 
 @dro_lt_backward.register_fake
 def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, saved: list[Tensor],
+    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
+
+
+@dro_lt_backward.register_autograd
+def _(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("dro_lt_loss has no second derivative")

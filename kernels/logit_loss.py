@@ -56,49 +56,68 @@ def disturb(
 @triton.jit
 def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
     """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in; without a second one, the first twice."""
-    target = tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift
+    # compared in 32 bits: a label that wraps around into the grid is none, and row_loss.py overrides its row
+    target = (tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift).to(tl.int32)
     target_b = target
     if target_b_ptr is not None:
-        target_b = tl.load(target_b_ptr + rows, mask=in_batch, other=-1) + shift
+        target_b = (tl.load(target_b_ptr + rows, mask=in_batch, other=-1) + shift).to(tl.int32)
     return target, target_b
 
 
 @triton.jit
-def load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME: tl.constexpr, ROWS: tl.constexpr):
-    """The running statistics of a row, of no class yet unless RESUME; blend only with label smoothing."""
-    peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    rest = tl.zeros((ROWS,), tl.float32)
-    blend = rest
-    if RESUME:
-        peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
-        rest = tl.load(rest_ptr + at, mask=in_batch, other=0.0)
-        if blend_ptr is not None:
-            blend = tl.load(blend_ptr + at, mask=in_batch, other=0.0)
-    return peak, rest, blend
+def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Running statistics peak, rest and blend of no class yet, one for each lane: every 8 neighbouring columns of a tile, which one thread holds.
+
+    A lane needs no other thread until the last class is in: no shuffle and no barrier stands in the loop over classes.
+    """
+    peak = tl.full((ROWS, COLUMNS // 8), -float("inf"), tl.float32)
+    rest = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
+    return peak, rest, rest
 
 
 @triton.jit
-def store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend):
-    tl.store(peak_ptr + at, peak, mask=in_batch)
-    tl.store(rest_ptr + at, rest, mask=in_batch)
-    if blend_ptr is not None:
-        tl.store(blend_ptr + at, blend, mask=in_batch)
-
-
-@triton.jit
-def accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, TWO: tl.constexpr, BLEND: tl.constexpr):
-    """Take a tile of v into the running statistics of its rows; see row_loss.py."""
-    v = tl.where(present[None, :], v, -float("inf"))
+def accumulate_tile(
+    peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr
+):  # fmt: skip
+    """Take a tile of v into the running statistics of its lanes; see row_loss.py."""
+    ROWS: tl.constexpr = v.shape[0]
+    LANES: tl.constexpr = v.shape[1] // 8
     if BLEND:
-        blend += tl.sum(tl.where(present[None, :], v * weight[None, :], 0.0), axis=1)
-    is_target = columns[None, :] == target[:, None]
+        weighted = v * weight[None, :]
+        if MASKED:
+            weighted = tl.where(present[None, :], weighted, 0.0)
+        blend += tl.sum(weighted.reshape(ROWS, LANES, 8), axis=2)
+    outside = columns[None, :] == target[:, None]
     if TWO:
-        is_target |= columns[None, :] == target_b[:, None]
-    v = tl.where(is_target, -float("inf"), v)
-    top = tl.maximum(peak, tl.max(v, axis=1))
-    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a tile of targets alone adds nothing
-    rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, None]), axis=1)
+        outside |= columns[None, :] == target_b[:, None]
+    if MASKED:
+        outside |= ~present[None, :]
+    v = tl.where(outside, -float("inf"), v).reshape(ROWS, LANES, 8)
+    top = tl.maximum(peak, tl.max(v, axis=2))
+    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a lane that has seen nothing but targets adds nothing
+    rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, :, None]), axis=2)
     return top, rest, blend
+
+
+@triton.jit
+def store_lanes(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend, scale2, RESUME: tl.constexpr):
+    """Join a row's lanes, and with RESUME what earlier classes left there, and store the row's statistics."""
+    top = tl.max(peak, axis=1)
+    before = top
+    if RESUME:
+        before = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
+        top = tl.maximum(top, before)
+    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(rest * tl.exp2(scale2 * peak - anchor[:, None]), axis=1)
+    blended = tl.sum(blend, axis=1)
+    if RESUME:
+        total += tl.load(rest_ptr + at, mask=in_batch, other=0.0) * tl.exp2(scale2 * before - anchor)
+        if blend_ptr is not None:
+            blended += tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+    tl.store(peak_ptr + at, top, mask=in_batch)
+    tl.store(rest_ptr + at, total, mask=in_batch)
+    if blend_ptr is not None:
+        tl.store(blend_ptr + at, blended, mask=in_batch)
 
 
 @triton.jit
@@ -115,17 +134,18 @@ def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, 
 
 @triton.jit
 def finish_gradient_tile(
-    dz, cosine, kept, factor, present, inverse_norm, inverse_scale, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr
+    dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED: tl.constexpr, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The gradient that enters the products, rounded, and its sums over the tile's classes and samples that the backward of the norms and of the bias needs.
 
     With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A sum that is not asked for is returned as anything.
     """
-    valid = present[None, :] & kept[:, None]
+    if MASKED:
+        dz = tl.where(present[None, :], dz, 0.0)
     gradient = dz * factor[:, None]
     if NORMS:
         gradient *= inverse_norm[None, :]
-    gradient = tl.where(valid, gradient, 0.0).to(DTYPE)
+    gradient = gradient.to(DTYPE)
     row_sum = factor
     class_sum = inverse_norm
     bias_sum = inverse_norm
@@ -135,7 +155,7 @@ def finish_gradient_tile(
         class_sum = tl.sum(pulled, axis=0)
         row_sum = tl.sum(pulled * tl.where(inverse_norm > 0.0, 1.0 / inverse_norm, 0.0)[None, :], axis=1)
     if BIAS_GRAD:
-        bias_sum = tl.sum(tl.where(valid, dz * (factor * inverse_scale)[:, None], 0.0), axis=0)
+        bias_sum = tl.sum(dz * (factor * inverse_scale)[:, None], axis=0)
     return gradient, row_sum, class_sum, bias_sum
 
 
@@ -159,56 +179,120 @@ def load_row_gradient(stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows,
 
 
 @triton.jit
+def _load_pairs(cosine_ptr, row_offsets, first_class, wanted, COLUMNS: tl.constexpr):
+    """16-bit cosines of rows that are aligned to 4 bytes only, as at C = 8142, so that one thread still holds 8 neighbours.
+
+    A plain load would give each thread one aligned pair and send the noise, which comes in eights, through shared memory. Four loads of a pair, joined in the
+    order in which the noise is joined, meet it in registers.
+    """
+    pairs = (cosine_ptr + row_offsets + first_class).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
+    pair0 = tl.load(pairs, mask=wanted, other=0)
+    pair1 = tl.load(pairs + 1, mask=wanted, other=0)
+    pair2 = tl.load(pairs + 2, mask=wanted, other=0)
+    pair3 = tl.load(pairs + 3, mask=wanted, other=0)
+    joined = tl.join(tl.join(pair0, pair2), tl.join(pair1, pair3))
+    dtype: tl.constexpr = cosine_ptr.dtype.element_ty
+    if dtype == tl.bfloat16:
+        low = (joined << 16).to(tl.float32, bitcast=True)
+        high = (joined & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        low = (joined & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = (joined >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.join(low, high).reshape(row_offsets.shape[0], COLUMNS)
+
+
+@triton.jit
+def _load_cosines(
+    cosine_ptr, stride_n_units, stride_c, rows, classes, first_class, wanted, MASKED: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PAIRED: tl.constexpr,
+):  # fmt: skip
+    offsets = rows * stride_n_units * STRIDE_UNIT
+    if PAIRED and not MASKED:
+        cosine = _load_pairs(cosine_ptr, offsets, first_class, wanted, classes.shape[0])
+    elif CONTIGUOUS:
+        cosine = tl.load((cosine_ptr + offsets)[:, None] + classes[None, :], mask=wanted, other=0.0).to(tl.float32)
+    else:
+        cosine = tl.load((cosine_ptr + offsets)[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
+    return cosine
+
+
+@triton.jit
+def _stats_tile(
+    peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+    cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+    MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
+    COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)  # of the grid of noise groups, which begins `shift` classes before the first
+    if MASKED:
+        classes = columns - shift
+        present = (classes >= 0) & (classes < num_classes)
+        wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
+    else:
+        classes = columns
+        present = columns >= 0
+        wanted = in_batch[:, None]
+    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+    bias = load_class_term(bias_ptr, classes, present, 0.0)
+    weight = load_class_term(weight_ptr, classes, present, 1.0)
+    cosine = _load_cosines(cosine_ptr, stride_n_units, stride_c, rows, classes, tile * COLUMNS, wanted, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED)
+    v = disturb(
+        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+        cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+    )  # fmt: skip
+    return accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND)
+
+
+@triton.jit
 def _row_stats_kernel(
     cosine_ptr, stride_n_units, stride_c, readable,  # (N, C); columns below `readable` exist in memory
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr,
     peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
     num_rows, num_classes, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
-    RESUME: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    RESUME: tl.constexpr, ALIGNED: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
-    at = split.to(tl.int64) * num_rows + rows
-    peak, rest, blend = load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME, ROWS)
-    row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
+    peak, rest, blend = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
-    for tile in range(first, last):
-        columns = tile * COLUMNS + tl.arange(0, COLUMNS)  # of the grid of noise groups, which begins `shift` classes before the first
-        classes = columns - shift
-        present = (classes >= 0) & (classes < num_classes)
-        cloud = load_class_term(cloud_ptr, classes, present, 0.0)
-        bias = load_class_term(bias_ptr, classes, present, 0.0)
-        weight = load_class_term(weight_ptr, classes, present, 1.0)
-        wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
-        cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
-        v = disturb(
-            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
-            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+    whole = first
+    if ALIGNED:
+        # whole tiles without a mask: a mask at a C that is no multiple of 16 would make every load narrow
+        whole = tl.maximum(first, tl.minimum(last, num_classes // COLUMNS))
+        for tile in range(first, whole):
+            peak, rest, blend = _stats_tile(
+                peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+                cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+                False, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
+            )  # fmt: skip
+    for tile in range(whole, last):
+        peak, rest, blend = _stats_tile(
+            peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+            cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+            True, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
         )  # fmt: skip
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, target_b_ptr is not None, blend_ptr is not None)
-    store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
+    store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
 
 
 @triton.jit
-def _gradient_kernel(
-    cosine_ptr, stride_n_units, stride_c, readable,  # (N, C)
-    out_ptr, out_stride, writable,  # (N, padded C)
+def _gradient_tile(
+    tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
-    inverse_norm_ptr,  # (C,) of the classifier's rows, or None
-    row_sum_ptr,  # (column tiles, N) partial sums of G * cosine over classes, or None
-    class_sum_ptr,  # (row splits, C) partial sums of G * cosine over samples, or None
-    bias_sum_ptr,  # (row splits, C) partial sums of dz over samples, or None
+    inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
     num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    MASKED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    classes = columns - shift
-    present = (classes >= 0) & (classes < num_classes)
+    classes = columns
+    present = columns >= 0
+    if MASKED:
+        classes = columns - shift
+        present = (classes >= 0) & (classes < num_classes)
     cloud = load_class_term(cloud_ptr, classes, present, 0.0)
     bias = load_class_term(bias_ptr, classes, present, 0.0)
     weight = load_class_term(weight_ptr, classes, present, 1.0)
@@ -224,19 +308,23 @@ def _gradient_kernel(
         kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
             stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
         )
-        wanted = kept[:, None] & ((classes >= 0) & (classes < readable))[None, :]
-        address = (rows * stride_n_units * STRIDE_UNIT)[:, None] + classes.to(tl.int64)[None, :] * stride_c
-        cosine = tl.load(cosine_ptr + address, mask=wanted, other=0.0).to(tl.float32)
+        wanted = kept[:, None]
+        if MASKED:
+            wanted = wanted & ((classes >= 0) & (classes < readable))[None, :]
+        cosine = _load_cosines(cosine_ptr, stride_n_units, stride_c, rows, classes, tile * COLUMNS, wanted, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED)
         v = disturb(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
         dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
         gradient, row_sum, tile_class_sum, tile_bias_sum = finish_gradient_tile(
-            dz, cosine, kept, factor, present, inverse_norm, inverse_scale, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
+            dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
         )
-        out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
-        tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
+        out = (out_ptr + rows * out_stride)[:, None] + classes[None, :]
+        if MASKED:
+            tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
+        else:
+            tl.store(out, gradient, mask=in_batch[:, None])
         if bias_sum_ptr is not None:
             bias_sum += tile_bias_sum
         if inverse_norm_ptr is not None:
@@ -249,6 +337,39 @@ def _gradient_kernel(
         tl.store(bias_sum_ptr + at, bias_sum, mask=present)
 
 
+@triton.jit
+def _gradient_kernel(
+    cosine_ptr, stride_n_units, stride_c, readable,  # (N, C)
+    out_ptr, out_stride, writable,  # (N, padded C)
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
+    inverse_norm_ptr,  # (C,) of the classifier's rows, or None
+    row_sum_ptr,  # (column tiles, N) partial sums of G * cosine over classes, or None
+    class_sum_ptr,  # (row splits, C) partial sums of G * cosine over samples, or None
+    bias_sum_ptr,  # (row splits, C) partial sums of dz over samples, or None
+    num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    if ALIGNED and (tile + 1) * COLUMNS <= num_classes:
+        _gradient_tile(
+            tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
+            target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
+            inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
+            num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
+            False, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
+        )  # fmt: skip
+    else:
+        _gradient_tile(
+            tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
+            target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
+            inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
+            num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
+            True, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
+        )  # fmt: skip
+
+
 class Layout(NamedTuple):
     """Where a call's classes lie in the grid of noise groups, and how its rows lie in memory."""
 
@@ -256,12 +377,15 @@ class Layout(NamedTuple):
     shift: int  # columns of the first group that belong to classes before this call's
     stride_units: int
     stride_unit: int
+    paired: bool  # rows aligned to 4 bytes and no further
 
 
 def layout_of(cosine: Tensor, class_offset: int) -> Layout:
     """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
-    return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit)
+    address = cosine.storage_offset() * cosine.element_size()  # storage itself is always well aligned
+    paired = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
+    return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, paired)
 
 
 def empty_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -291,7 +415,8 @@ def row_stats(
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
         num_rows, num_classes, tiles, terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale * LOG2E, 1.0 / terms.scale,
-        RESUME=resume, STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        RESUME=resume, ALIGNED=layout.shift == 0, STRIDE_UNIT=layout.stride_unit, CONTIGUOUS=cosine.stride(1) == 1,
+        PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -334,8 +459,9 @@ def cosine_gradient(
         inverse_norm, row_sum, class_sum, bias_sum,
         num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA,
-        num_warps=4, enable_fp_fusion=True,
+        ALIGNED=layout.shift == 0, SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
+        CONTIGUOUS=cosine.stride(1) == 1,
+        PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return tuple(None if part is None else part.sum(0) for part in (row_sum, class_sum, bias_sum))  # type: ignore[return-value]
 

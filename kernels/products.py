@@ -21,13 +21,13 @@ from torch import Tensor
 from .logit_loss import (
     accumulate_tile,
     disturb,
+    empty_lanes,
     finish_gradient_tile,
     load_class_term,
     load_row_gradient,
     padded_columns,
-    load_statistics,
     row_targets,
-    store_statistics,
+    store_lanes,
     tile_gradient,
 )
 from .row_loss import LOG2E
@@ -180,8 +180,7 @@ def _fused_stats_kernel(
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
-    at = split.to(tl.int64) * num_rows + rows
-    peak, rest, blend = load_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, RESUME, ROWS)
+    peak, rest, blend = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
     for tile in range(first, last):
@@ -199,8 +198,8 @@ def _fused_stats_kernel(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, target_b_ptr is not None, blend_ptr is not None)
-    store_statistics(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend)
+        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None, blend_ptr is not None)
+    store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
 
 
 @triton.jit
@@ -237,7 +236,7 @@ def _fused_gradient_kernel(
     )  # fmt: skip
     dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
     gradient, row_sum, class_sum, bias_sum = finish_gradient_tile(
-        dz, cosine, kept, factor, present, inverse_norm, inverse_scale, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
+        dz, cosine, factor, present, inverse_norm, inverse_scale, True, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
     )
     out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
     tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
