@@ -1,0 +1,298 @@
+"""Re-balancing samplers for torch's DataLoader: reproducible, resumable in mid-epoch and aware of ranks.
+
+    InstanceBalancedSampler   every sample once, shuffled                                      p_j ~ n_j
+    ClassBalancedSampler      a class, then one of its samples                                 p_j = 1 / C
+    EffectiveNumberSampler    by effective numbers                                             p_j ~ n_j (1 - beta) / (1 - beta^n_j)
+    CBENSampler               by effective numbers whose beta grows with the cloud             p_j ~ n_j (1 - beta_j) / (1 - beta_j^n_j)
+    ClassAwareSampler         the classes in turn, k samples of each, none twice before all    p_j = 1 / C
+
+p_j is the share of class j in what is drawn. The order of an epoch is a pure function of (labels, seed, epoch), by the generator of gclkern.noise: the same
+for every number of workers and ranks, every platform and every version of torch. Iterating changes no state.
+
+    sampler.set_epoch(epoch)                   before each epoch: without it every epoch has the same order
+    sampler.set_epoch(epoch, position=done)    to resume: this rank has trained on `done` samples of the epoch, that is steps * batch size
+
+The caller counts `done`, because a DataLoader's workers fetch ahead of the training. Of R ranks, rank r takes draws r, r + R, r + 2R, ... of the epoch. So all
+ranks together see what one process would, the first `position` samples of all ranks are the first R * position draws, and a run may resume with another number
+of ranks. Every rank has ceil(num_samples / R) samples; where R does not divide num_samples the epoch's first draws fill up, as in torch's DistributedSampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from gclkern.clouds import cloud_sizes
+from gclkern.counts import Vector, as_vector, check_int
+from gclkern.noise import philox_words, resolve_seed
+from gclkern.weights import check_beta, inverse_effective_number
+
+# What a random number is for: the group word of the generator's counter keeps the uses apart.
+_DRAW, _CLASS_ORDER, _SAMPLE_ORDER = range(3)
+# Keeps the samplers' stream apart from the noise that a loss draws with the same seed.
+_STREAM = 0x5A3D7B1E9C64F208
+
+
+class _Groups(NamedTuple):
+    """Samples by group: the members of group g are members[starts[g] : starts[g] + counts[g]]."""
+
+    members: Tensor  # (N,)
+    starts: Tensor  # (G,)
+    counts: Tensor  # (G,)
+
+
+def _by_class(labels: Vector) -> _Groups:
+    """The samples by class, for the classes that occur."""
+    vector = as_vector("labels", labels, "one class for each sample")
+    if vector.is_floating_point():
+        raise TypeError(f"labels must be integers, one class for each sample, got {vector.dtype}")
+    vector = vector.to("cpu", torch.int64)
+    if bool((vector < 0).any()):
+        index = int((vector < 0).nonzero()[0])
+        raise ValueError(f"labels[{index}] is {int(vector[index])}, but a class must be at least 0; leave samples without a class out of the data set")
+    ordered, members = vector.sort(stable=True)
+    counts = ordered.unique_consecutive(return_counts=True)[1]
+    return _Groups(members, counts.cumsum(0) - counts, counts)
+
+
+def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """The number of ranks and this one's; torch.distributed's where it is running and the caller gives none."""
+    running = dist.is_available() and dist.is_initialized()
+    if num_replicas is None:
+        num_replicas = dist.get_world_size() if running else 1
+    if rank is None:
+        rank = dist.get_rank() if running else 0
+    return check_int("num_replicas", num_replicas, 1), check_int("rank", rank, 0, num_replicas - 1)
+
+
+class _EpochSampler(Sampler[int]):
+    """What the samplers share: the arguments, an epoch's place, and the share of a rank."""
+
+    def __init__(self, labels: Vector, *, num_samples: int | None = None, seed: int = 0, num_replicas: int | None = None, rank: int | None = None) -> None:
+        self._groups = _by_class(labels)
+        self.num_samples = self._groups.members.numel() if num_samples is None else check_int("num_samples", num_samples, 1, 2**32)
+        self.seed = check_int("seed", seed, -(2**63), 2**64 - 1)
+        self.num_replicas, self.rank = _ranks(num_replicas, rank)
+        self.epoch = 0
+        self.position = 0
+
+    def set_epoch(self, epoch: int, position: int = 0) -> None:
+        """Choose the epoch that the next iteration draws, and the number of this rank's samples that it leaves out because they are already done."""
+        self.epoch = check_int("epoch", epoch, 0, 2**31 - 1)
+        self.position = check_int("position", position, 0, len(self))
+
+    def __len__(self) -> int:
+        """Samples of this rank in a whole epoch, wherever `position` is: schedules depend on it."""
+        return -(-self.num_samples // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        places = torch.arange(self.position, len(self)) * self.num_replicas + self.rank
+        return iter(self._order()[places % self.num_samples].tolist())
+
+    def _order(self) -> Tensor:
+        """The samples (num_samples,) that all ranks together draw in this epoch."""
+        raise NotImplementedError
+
+    def _words(self, use: int, high: Tensor | int, low: Tensor) -> Tensor:
+        """Four random words for each of `low` (n,), as (n, 4) int64 below 2^32: a pure function of the seed, `use`, `high` and `low`."""
+        key = resolve_seed(self.seed, torch.device("cpu")) ^ _STREAM
+        return philox_words(key, (torch.as_tensor(high) << 32) | low, torch.tensor([use])).view(-1, 4).to(torch.int64) & 0xFFFFFFFF
+
+    def _in_turn(self, groups: _Groups, group: Tensor, turn: Tensor, turns: int) -> Tensor:
+        """The samples that groups `group` (n,) give at their turns `turn` (n,): each pass over a group gives all its members once, in a new order.
+
+        A group's turns in one epoch are epoch * turns, ..., (epoch + 1) * turns - 1, so that passes go on from epoch to epoch.
+        """
+        first_pass = self.epoch * turns // groups.counts
+        passes = ((self.epoch + 1) * turns - 1) // groups.counts - first_pass + 1
+        # One block for each pass over a group, one element for each member in a block. Sorting random keys within the blocks shuffles all of them at once.
+        group_of_block = torch.arange(groups.counts.numel()).repeat_interleave(passes)
+        first_block = passes.cumsum(0) - passes
+        pass_of_block = first_pass[group_of_block] + torch.arange(group_of_block.numel()) - first_block[group_of_block]
+        size = groups.counts[group_of_block]
+        start_of_block = size.cumsum(0) - size
+        block = torch.arange(size.numel()).repeat_interleave(size)
+        member = groups.members[groups.starts[group_of_block][block] + torch.arange(block.numel()) - start_of_block[block]]
+        keys = self._words(_SAMPLE_ORDER, pass_of_block[block], member)[:, 0]
+        shuffled = member[(block << 32 | keys).argsort(stable=True)]
+        count = groups.counts[group]
+        return shuffled[start_of_block[first_block[group] + turn // count - first_pass[group]] + turn % count]
+
+
+class InstanceBalancedSampler(_EpochSampler):
+    """Every sample once, shuffled: what stage 1 trains with.
+
+    (Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020, Eq. 1 with q = 1.)
+
+    Args:
+        labels: class of each sample (N,), integers of at least 0: a sequence, a numpy array or a tensor. Classes need not be dense.
+        num_samples: draws in an epoch of all ranks together; default N. Fewer or more go on with the shuffled list where the last epoch left it.
+        seed: an int of up to 64 bits, the same on all ranks.
+        num_replicas, rank: number of ranks and this one; default torch.distributed's where it is initialised, else 1 and 0.
+
+    Raises:
+        TypeError, ValueError: labels that are not such integers or empty, another argument that is no int or out of range.
+
+    Example:
+        >>> sampler = InstanceBalancedSampler([0, 0, 0, 1])
+        >>> sorted(sampler)
+        [0, 1, 2, 3]
+    """
+
+    def _order(self) -> Tensor:
+        everything = _Groups(self._groups.members.sort().values, torch.tensor([0]), torch.tensor([self._groups.members.numel()]))
+        draws = torch.arange(self.num_samples)
+        return self._in_turn(everything, torch.zeros_like(draws), self.epoch * self.num_samples + draws, self.num_samples)
+
+
+class _WeightedSampler(_EpochSampler):
+    """Draws with replacement: a class by its probability, then one of its samples."""
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        """Unnormalised probability of each class, float64 (C,), from its float64 count."""
+        raise NotImplementedError
+
+    def _order(self) -> Tensor:
+        members, starts, counts = self._groups
+        upper = self._class_mass(counts.double()).cumsum(0)
+        upper = upper / upper[-1]
+        words = self._words(_DRAW, self.epoch, torch.arange(self.num_samples))
+        # 53 bits each: a class's probability may be below 2^-32
+        uniform = ((words[:, 0::2] >> 5) * 2.0**26 + (words[:, 1::2] >> 6)) * 2.0**-53
+        drawn = torch.searchsorted(upper, uniform[:, 0].contiguous(), right=True)
+        return members[starts[drawn] + (uniform[:, 1] * counts[drawn]).to(torch.int64)]
+
+
+class ClassBalancedSampler(_WeightedSampler):
+    """Every class with equal probability, and every sample of a class, with replacement (Kang et al., ICLR 2020, Eq. 1 with q = 0): cRT's sampler.
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`.
+
+    Example:
+        >>> sampler = ClassBalancedSampler([0] * 90 + [1] * 10, num_samples=1000)
+        >>> 450 < sum(index >= 90 for index in sampler) < 550
+        True
+    """
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        return torch.ones_like(counts)
+
+
+class EffectiveNumberSampler(_WeightedSampler):
+    r"""Every sample with a probability proportional to its weight, the inverse of its class's effective number, with replacement.
+
+        weight of a sample of class j = (1 - beta) / (1 - beta^n_j)
+
+    (Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019, section 4; as a sampler in GCL, CVPR 2022, Table 5.)
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        beta: in [0, 1); 0 samples by instances, towards 1 by classes. 0.9999 is where CBEN's begins.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`; beta out of range.
+
+    Example:
+        >>> sampler = EffectiveNumberSampler([0] * 90 + [1] * 10, num_samples=1000)
+        >>> 450 < sum(index >= 90 for index in sampler) < 550
+        True
+    """
+
+    def __init__(
+        self, labels: Vector, *, beta: float = 0.9999, num_samples: int | None = None, seed: int = 0, num_replicas: int | None = None, rank: int | None = None
+    ) -> None:
+        super().__init__(labels, num_samples=num_samples, seed=seed, num_replicas=num_replicas, rank=rank)
+        self.beta = check_beta(beta)
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        return counts * inverse_effective_number(counts, torch.tensor(self.beta, dtype=torch.float64))
+
+
+class CBENSampler(_WeightedSampler):
+    r"""Class-based effective numbers, with replacement: the sampler of GCL's second stage.
+
+        beta_j = 0.9999 + 0.00001 * cloud_sizes(class_counts)_j,    weight of a sample of class j = (1 - beta_j) / (1 - beta_j^n_j)
+
+    (Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 13 and 14.) The release's README samples
+    class-balanced; the paper's Table 5 prefers CBEN.
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([0] * 90 + [1] * 10)
+        >>> sampler = CBENSampler(labels, seed=1)
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(labels), batch_size=20, sampler=sampler)
+        >>> sampler.set_epoch(0)
+        >>> whole = [batch for (batch,) in loader]
+        >>> sampler.set_epoch(0, position=3 * 20)
+        >>> torch.equal(torch.cat([batch for (batch,) in loader]), torch.cat(whole[3:]))
+        True
+    """
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        return counts * inverse_effective_number(counts, 0.9999 + 1e-5 * cloud_sizes(counts).double())
+
+
+class ClassAwareSampler(_EpochSampler):
+    """The classes in turn, `samples_per_class` samples of each: a new order of the classes every turn, and no sample again before all of its class came.
+
+    (Shen, Lin and Huang, "Relay backpropagation for effective learning of deep convolutional neural networks", ECCV 2016.) DRO-LT trains with 4 samples per
+    class and num_samples = n_max * C.
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        samples_per_class: k, consecutive samples of a class; 1 is the paper's. DRO-LT needs more, because its loss pulls samples of a class together.
+        num_samples: draws in an epoch of all ranks together; default the number of labels. The last turn of an epoch may end early.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`.
+
+    Example:
+        >>> sampler = ClassAwareSampler([0, 0, 0, 0, 1, 1], samples_per_class=2, num_samples=8)
+        >>> order = list(sampler)
+        >>> [sum(index >= 4 for index in order[start : start + 4]) for start in (0, 4)]
+        [2, 2]
+        >>> sorted(index for index in order if index < 4)
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        labels: Vector,
+        *,
+        samples_per_class: int = 1,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(labels, num_samples=num_samples, seed=seed, num_replicas=num_replicas, rank=rank)
+        self.samples_per_class = check_int("samples_per_class", samples_per_class, 1)
+
+    def _order(self) -> Tensor:
+        num_classes, each = self._groups.counts.numel(), self.samples_per_class
+        rounds = -(-self.num_samples // (num_classes * each))
+        round_ = torch.arange(rounds) + self.epoch * rounds
+        keys = self._words(_CLASS_ORDER, round_.repeat_interleave(num_classes), torch.arange(num_classes).repeat(rounds))[:, 0]
+        class_order = keys.view(rounds, num_classes).argsort(dim=1, stable=True).view(-1)
+        draws = torch.arange(self.num_samples)
+        drawn = class_order[draws // each]
+        turn = round_[draws // (num_classes * each)] * each + draws % each
+        return self._in_turn(self._groups, drawn, turn, rounds * each)
