@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gclkern.backend import resolve_backend
+from gclkern.counts import check_int
 from gclkern.validation import check_matrix, check_target, refuse_gradient
 
 _BLOCK = 2**22  # elements that are held in the dtype of the sums at one time
@@ -45,31 +46,24 @@ def class_centroids(
     """
     check_matrix("features", features)
     refuse_gradient("features", features)
-    _check_size("num_classes", num_classes)
+    check_int("num_classes", num_classes, 1)
     target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
     sums, counts = _segment_sums(features.detach(), target, num_classes)
     return sums / counts.clamp(min=1)[:, None], counts
-
-
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     if resolve_backend("auto", features) == "triton":
         import gclkern.kernels.centroids  # noqa: F401 (registers the operator)
 
-        return torch.ops.gclkern.segment_sums(features, target, num_classes)  # type: ignore[no-any-return]
-    return torch.ops.gclkern.torch_segment_sums(features, target, num_classes)  # type: ignore[no-any-return]
+        return torch.ops.gclkern.segment_sums(features, target, num_classes)
+    return torch.ops.gclkern.torch_segment_sums(features, target, num_classes)
 
 
 @torch.library.custom_op("gclkern::torch_segment_sums", mutates_args=(), schema="(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)")
 def torch_segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """The twin of gclkern.kernels.centroids.segment_sums; sums are float64 for float64 features."""
-    num_rows, dim = features.shape
+    dim = features.shape[1]
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     # one more class, in the end dropped, takes the rows whose label is none
     label = torch.where((target >= 0) & (target < num_classes), target, num_classes)
@@ -94,8 +88,8 @@ class ClassCentroids(nn.Module):
     """Class centroids over many batches, without keeping their features: running sums and counts.
 
     The sums are float64: one rounding for each batch, in float32, would cost a common class its last digits over an epoch, and unlike
-    compensated sums float64 ones can be added across ranks by one all-reduce. They stay float64 under ``.half()`` and ``.to(dtype)``; they move with ``.to(device)``
-    and are part of the state dict, so an epoch can be resumed.
+    compensated sums float64 ones can be added across ranks by one all-reduce. They stay float64 under ``.half()`` and ``.to(dtype)``, move with
+    ``.to(device)`` and are part of the state dict, so an epoch can be resumed.
 
     With ``torch.distributed`` initialised, each rank updates with its own samples and :meth:`compute` is a collective call that all ranks make: it returns the
     centroids of all samples, and leaves each rank's own sums as they are.
@@ -120,8 +114,8 @@ class ClassCentroids(nn.Module):
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
-        _check_size("num_classes", num_classes)
-        _check_size("dim", dim)
+        check_int("num_classes", num_classes, 1)
+        check_int("dim", dim, 1)
         self.register_buffer("sums", torch.zeros((num_classes, dim), dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
 
@@ -156,7 +150,8 @@ class ClassCentroids(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         sums = self.sums
         super()._apply(fn, recurse)
-        self.sums = sums.to(self.sums.device)
+        if self.sums.dtype != sums.dtype:
+            self.sums = sums.to(self.sums.device)
         return self
 
     def extra_repr(self) -> str:

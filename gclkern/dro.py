@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gclkern.backend import BACKENDS, resolve_backend
+from gclkern.counts import Vector, check_class_counts, device_of
 from gclkern.debug import values_may_be_read
 from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_number, check_same_device, check_target, class_vector, refuse_gradient
 
@@ -118,32 +117,29 @@ def _radius(epsilon: Tensor | float, num_classes: int, features: Tensor, dtype: 
 class _DROLTBound(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, epsilon: Tensor, target: Tensor, centroids: Tensor, class_weight: Tensor | None, temperature: float, reduction: str, backend: str
+        ctx: Any, features: Tensor, epsilon: Tensor, target: Tensor, centroids: Tensor, class_weight: Tensor | None,
+        temperature: float, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
         operator = torch.ops.gclkern.dro_lt_forward if backend == "triton" else torch.ops.gclkern.torch_dro_lt_forward
         with torch.autocast(features.device.type, enabled=False):
             loss, saved = operator(features, target, centroids, epsilon, class_weight, temperature, reduction)
-        ctx.save_for_backward(features, epsilon, target, centroids, class_weight, *saved)
+        ctx.save_for_backward(features, epsilon, target, centroids, *saved)
         ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        features, epsilon, target, centroids, class_weight, *saved = ctx.saved_tensors
+        features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         operator = torch.ops.gclkern.dro_lt_backward if ctx.backend == "triton" else torch.ops.gclkern.torch_dro_lt_backward
         with torch.autocast(features.device.type, enabled=False):
-            grads = operator(grad_loss, features, target, centroids, epsilon, class_weight, saved, ctx.temperature, ctx.reduction, *wanted)
+            grads = operator(grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
         grad_features, grad_epsilon = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return grad_features, grad_epsilon, *(None,) * 6
 
 
 def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The classes with a term, the rows of the softmax, ascending; each sample's class. Both spell "none" as num_classes.
-
-    A GPU is not asked how many classes there are: it gets min(N, C) rows. A CPU gets those that are needed.
-    """
+    """The classes with a term, ascending, in min(N, C) places, found without asking a GPU how many they are; each sample's class. "None" is num_classes."""
     kept = (target >= 0) & (target < num_classes)
     if class_weight is not None:
         kept &= class_weight[target.clamp(0, num_classes - 1)] != 0
@@ -153,10 +149,7 @@ def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> t
     new[1:] = in_order[1:] != in_order[:-1]
     classes = torch.full_like(target, num_classes)
     classes[new.cumsum(0) - 1] = in_order
-    classes = classes[:num_classes]
-    if target.device.type == "cpu":
-        classes = classes[: int((classes < num_classes).sum())]
-    return classes, label
+    return classes[:num_classes].clone(), label
 
 
 class _Rows(NamedTuple):
@@ -166,25 +159,32 @@ class _Rows(NamedTuple):
     used: Tensor  # (R,) whether the row is a class of the batch
     own: Tensor  # (R, N) whether the sample is of the row's class
     centroids: Tensor  # (R, D), 0 where unused
+    distance: Tensor  # (R, N)
+    stats: Tensor  # (4, R): peak, around, rest, share, as in gclkern.kernels.dro_lt
 
     @classmethod
-    def of(cls, target: Tensor, centroids: Tensor, class_weight: Tensor | None) -> _Rows:
+    def of(cls, saved: list[Tensor], centroids: Tensor) -> _Rows:
+        """On a CPU as many as the batch has classes, elsewhere as many as it could have: that costs nothing but work."""
+        distance, stats, classes, label = saved
         num_classes = centroids.shape[0]
-        classes, label = _anchors(target, class_weight, num_classes)
+        if classes.device.type == "cpu":
+            classes = classes[: int((classes < num_classes).sum())]
+        count = classes.shape[0]
         used = classes < num_classes
         classes = classes.clamp(max=num_classes - 1)
         own = (label == classes[:, None]) & used[:, None]
-        return cls(classes, used, own, torch.where(used[:, None], centroids[classes], 0.0))
+        return cls(classes, used, own, torch.where(used[:, None], centroids[classes], 0.0), distance[:count], stats[:, :count])
 
-    def logits(self, distance: Tensor, epsilon: Tensor, temperature: float) -> Tensor:
+    def logits(self, epsilon: Tensor, temperature: float) -> Tensor:
         radius = 2.0 * (epsilon if epsilon.dim() == 0 else epsilon[self.classes][:, None])
-        return torch.where(self.own, radius, 0.0).add_(distance).div_(-temperature)
+        return torch.where(self.own, radius, 0.0).add_(self.distance).div_(-temperature)
 
 
-def _saved(features: Tensor, centroids: Tensor) -> list[Tensor]:
-    """Distances (R, N) and statistics (4, R): peak, around, rest, share, as in gclkern.kernels.dro_lt. R is a bound; rows that are not needed stay untouched."""
-    rows = torch.sym_min(features.shape[0], centroids.shape[0])
-    return [centroids.new_empty((rows, features.shape[0])), centroids.new_empty((4, rows))]
+def _saved(features: Tensor, target: Tensor, centroids: Tensor) -> list[Tensor]:
+    """Room for distances (R, N), statistics (4, R), classes (R,) and labels (N,); what is not needed stays untouched."""
+    samples = features.shape[0]
+    rows = torch.sym_min(samples, centroids.shape[0])
+    return [centroids.new_empty((rows, samples)), centroids.new_empty((4, rows)), target.new_empty(rows), target.new_empty(samples)]
 
 
 @torch.library.custom_op(
@@ -197,12 +197,12 @@ def torch_dro_lt_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The twin of gclkern.kernels.dro_lt.dro_lt_forward."""
     num_classes = centroids.shape[0]
-    rows = _Rows.of(target, centroids, class_weight)
-    saved = _saved(features, centroids)
-    distance, stats = saved[0][: rows.classes.shape[0]], saved[1][:, : rows.classes.shape[0]]
+    distance, stats, *_ = _saved(features, target, centroids)
+    saved = [distance, stats, *_anchors(target, class_weight, num_classes)]
+    rows = _Rows.of(saved, centroids)
     # this mode takes differences; the other expands the square, which loses digits
-    distance.copy_(torch.cdist(rows.centroids, features.to(centroids.dtype), compute_mode="donot_use_mm_for_euclid_dist"))
-    logits = rows.logits(distance, epsilon, temperature)
+    rows.distance.copy_(torch.cdist(rows.centroids, features.to(centroids.dtype), compute_mode="donot_use_mm_for_euclid_dist"))
+    logits = rows.logits(epsilon, temperature)
     peak = logits.amax(1, keepdim=True)
     at_peak = logits == peak
     exponential = (logits - peak).exp_()
@@ -213,7 +213,7 @@ def torch_dro_lt_forward(
     terms = torch.where(rows.own, share[:, None] * (around.log1p() + (peak - logits)), 0.0).sum(0)
     terms = terms.masked_fill((target < 0) | (target >= num_classes), float("nan"))
     denominator = weight.sum() if reduction == "mean" else 1.0
-    stats.copy_(torch.stack((peak[:, 0], around[:, 0], rest, share / denominator)))
+    rows.stats.copy_(torch.stack((peak[:, 0], around[:, 0], rest, share / denominator)))
     return terms if reduction == "none" else terms.sum() / denominator, saved
 
 
@@ -221,25 +221,24 @@ def torch_dro_lt_forward(
 def _(
     features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, temperature: float, reduction: str
 ) -> tuple[Tensor, list[Tensor]]:
-    return centroids.new_empty((features.shape[0],) if reduction == "none" else ()), _saved(features, centroids)
+    return centroids.new_empty((features.shape[0],) if reduction == "none" else ()), _saved(features, target, centroids)
 
 
 @torch.library.custom_op(
     "gclkern::torch_dro_lt_backward",
     mutates_args=(),
-    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor? class_weight, Tensor[] saved, float temperature, "
-    "str reduction, bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
+    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
+    "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
 )
 def torch_dro_lt_backward(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, saved: list[Tensor],
+    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The twin of gclkern.kernels.dro_lt.dro_lt_backward."""
     num_classes = centroids.shape[0]
-    rows = _Rows.of(target, centroids, class_weight)
-    distance = saved[0][: rows.classes.shape[0]]
-    peak, around, rest, share = saved[1][:, : rows.classes.shape[0], None]
-    logits = rows.logits(distance, epsilon, temperature)
+    rows = _Rows.of(saved, centroids)
+    peak, around, rest, share = rows.stats[:, :, None]
+    logits = rows.logits(epsilon, temperature)
     probability = (logits - peak).exp_().div_(1.0 + around)
     upstream = torch.where(rows.own, grad_loss * share, 0.0)
     mass = upstream.sum(1, keepdim=True)
@@ -248,7 +247,7 @@ def torch_dro_lt_backward(
         missed = torch.where(logits == peak, around / (1.0 + around), 1.0 - probability)
         # of a lone member nothing is left of mass - upstream: its gradient is -missed with all its digits
         grad_logits = (mass - upstream).mul_(probability).sub_(upstream * missed)
-        pull = torch.where(rows.used[:, None] & (distance != 0.0), grad_logits.div_(distance).div_(-temperature), 0.0)
+        pull = torch.where(rows.used[:, None] & (rows.distance != 0.0), grad_logits.div_(rows.distance).div_(-temperature), 0.0)
         grad_features = _features_gradient(features.to(centroids.dtype), rows, pull, centroids[target.clamp(0, num_classes - 1)])
         grad_features = grad_features.masked_fill(((target < 0) | (target >= num_classes))[:, None], float("nan")).to(features.dtype)
     if epsilon_grad:
@@ -274,11 +273,16 @@ def _features_gradient(features: Tensor, rows: _Rows, pull: Tensor, own_centroid
 
 @torch_dro_lt_backward.register_fake
 def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, saved: list[Tensor],
+    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
+
+
+@torch_dro_lt_backward.register_autograd
+def _(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("dro_lt_loss has no second derivative")
 
 
 class DROLTLoss(nn.Module):
@@ -327,7 +331,7 @@ class DROLTLoss(nn.Module):
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Vector,
         *,
         epsilon: str | float = "learned",
         temperature: float = 1.0,
@@ -337,26 +341,21 @@ class DROLTLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        counts = torch.as_tensor(class_counts).detach().to(torch.float64)
-        if counts.dim() != 1 or counts.numel() == 0:
-            raise ValueError(f"class_counts must have one number for each class, got shape {tuple(counts.shape)}")
-        if not bool(((counts > 0) & counts.isfinite()).all()):
-            index = int(((counts <= 0) | ~counts.isfinite()).nonzero()[0])
-            raise ValueError(f"class_counts[{index}] is {float(counts[index]):g}, but counts must be positive")
+        counts = check_class_counts(class_counts).to(device_of(class_counts))
         if isinstance(epsilon, str):
             check_choice("epsilon", epsilon, ("learned", "sqrt"))
             base = _INITIAL_EPSILON if base_epsilon is None else check_number("base_epsilon", base_epsilon, 0.0)
         elif base_epsilon is not None:
             raise ValueError(f'base_epsilon is given ({base_epsilon}) but serves only epsilon="learned" or "sqrt", and epsilon is {epsilon}')
         if epsilon == "learned":
-            self.epsilon = nn.Parameter(torch.full((counts.numel(),), base, dtype=torch.float32, device=counts.device))
+            self.epsilon = nn.Parameter(torch.full_like(counts, base, dtype=torch.float32))
         else:
             value = base / counts.sqrt() if epsilon == "sqrt" else counts.new_tensor(check_number("epsilon", epsilon, 0.0))
             self.register_buffer("epsilon", value.to(torch.float32), persistent=False)
         weight = class_vector("class_weight", class_weight, counts.numel(), "class_counts", counts, torch.float32)
         if weight is not None:
             _check_values("class_weight", weight)
-        self.register_buffer("class_weight", weight)
+        self.register_buffer("class_weight", None if weight is None else weight.detach().clone(), persistent=False)
         self.mode = epsilon if isinstance(epsilon, str) else "constant"
         self.num_classes = counts.numel()
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
@@ -377,13 +376,15 @@ class DROLTLoss(nn.Module):
             raise ValueError(f"centroids must have {self.num_classes} rows, one for each of class_counts, got shape {tuple(centroids.shape)}")
         weight = self.class_weight
         if counts is not None:
-            if not isinstance(counts, Tensor) or counts.shape != (self.num_classes,):
-                raise ValueError(f"counts must be a tensor of shape ({self.num_classes},), got {tuple(counts.shape) if isinstance(counts, Tensor) else counts!r}")
+            if not isinstance(counts, Tensor):
+                raise TypeError(f"counts must be a tensor or None, got {type(counts).__name__}")
+            if counts.shape != (self.num_classes,):
+                raise ValueError(f"counts must have shape ({self.num_classes},), one for each class, got {tuple(counts.shape)}")
             seen = counts > 0
             weight = seen.to(torch.float32) if weight is None else torch.where(seen, weight, 0.0)
-        return dro_lt_loss(
-            features, target, centroids, self.epsilon.clamp(min=0.0), temperature=self.temperature, class_weight=weight, reduction=self.reduction, backend=self.backend
-        )  # fmt: skip
+        epsilon = self.epsilon.clamp(min=0.0)
+        options = {"temperature": self.temperature, "class_weight": weight, "reduction": self.reduction, "backend": self.backend}
+        return dro_lt_loss(features, target, centroids, epsilon, **options)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         epsilon = f"{float(self.epsilon):g}" if self.mode == "constant" else repr(self.mode)
