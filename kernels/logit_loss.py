@@ -440,7 +440,7 @@ def cosine_gradient(
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
     columns = min(GRADIENT_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
-    rows = min(2048 // columns, 16)
+    rows = min((1024 if inverse_norm is not None else 2048) // columns, 16)  # the sums for the norms need registers of their own
     class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
     summed = bias_grad or inverse_norm is not None
     row_tiles = triton.cdiv(num_rows, rows)

@@ -31,10 +31,10 @@ def cloud_noise_kernel(
     NVIDIA: tl.constexpr,
 ):
     # One axis holds both blocks, because the other axes of a grid end at 65535.
-    block = tl.program_id(0).to(tl.int64)
-    rows = (block % row_blocks) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
+    rows = (block % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = class_offset.to(tl.int64)
-    first_group = offset // 8 + (block // row_blocks) * GROUPS
+    first_group = (offset >> 3) + (block // row_blocks).to(tl.int64) * GROUPS
     noise = noise_tile(tl.load(seed_ptr), rows + row_offset, first_group, GROUPS, NVIDIA)
     columns = first_group * 8 - offset + tl.arange(0, GROUPS * 8)
     wanted = (rows[:, None] < num_rows) & ((columns >= 0) & (columns < num_classes))[None, :]

@@ -1,7 +1,7 @@
 """The noise stream as device code: draws of min(|N(0, 1/3)|, 1) that are a pure function of (seed, global sample row, global class).
 
-Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) with the seed as its key and the counter (class div 8, row low, row high, 0) gives
-four words for a group of 8 classes; each word x gives the draws of two neighbouring classes by Box and Muller on a quarter circle:
+Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) with the seed as its key and the counter (class div 8, row low, row high, 0)
+gives four words for a group of 8 classes; each word x gives the draws of two neighbouring classes by Box and Muller on a quarter circle:
 
     u = ((x & 0xffff) + 0.5) / 65536        t = (pi / 2) ((x >> 16) + 0.5) / 65536        r = sqrt(-2 ln u) / 3
     even class: min(r cos t, 1)             odd class: min(r sin t, 1)
@@ -85,7 +85,8 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
     else:
         u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
         radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # -2 ln(2) / 9
-        # On the quarter circle around its middle, t = pi/4 + (pi/2) v, cosine and sine are even(v) -+ odd(v): no swap, no sign. Polynomials in v^2, fitted to 2e-9.
+        # Around the middle of the quarter circle, t = pi/4 + (pi/2) v, cosine and sine are even(v) - odd(v) and even(v) + odd(v): nothing to swap, no signs. Both
+        # are polynomials in v^2, fitted to 2e-9.
         v = ((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5
         square = v * v
         even_part = tl.fma(square, 0.0006389628188491178, -0.0147502972424452)
@@ -102,7 +103,7 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
 
 @triton.jit
 def word_tile(seed, rows, first_group, GROUPS: tl.constexpr):
-    """The words of `rows` (int64 [R], global sample rows) for the classes from first_group * 8 on: uint32 [R, GROUPS * 4], one word for two neighbouring classes."""
+    """The words of `rows` (int64 [R], global sample rows) for the classes from first_group * 8 on, one for two neighbouring classes: uint32 [R, GROUPS * 4]."""
     groups = first_group.to(tl.uint32) + tl.arange(0, GROUPS).to(tl.uint32)
     word0, word1, word2, word3 = philox_words(seed, rows[:, None], groups[None, :])
     # tl.join adds the fastest axis, so after two of them the axes are (row, group, high bit, low bit of the word's number).
@@ -113,8 +114,8 @@ def word_tile(seed, rows, first_group, GROUPS: tl.constexpr):
 def noise_tile(seed, rows, first_group, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
     """The draws of `rows` (int64 [R], global sample rows) for the GROUPS * 8 classes from first_group * 8 on: float32 [R, GROUPS * 8] in class order.
 
-    Beside data of which each thread holds 8 neighbouring classes (16-byte loads of 16-bit logits) a group stays in one thread; beside any other layout the words
-    and the draws cross shared memory.
+    Beside data of which each thread holds 8 neighbouring classes (16-byte loads of 16-bit logits) a group stays in one thread; beside any other layout the
+    words and the draws cross shared memory.
     """
     even, odd = half_normals_of(word_tile(seed, rows, first_group, GROUPS), NVIDIA)
     return tl.join(even, odd).reshape(rows.shape[0], GROUPS * 8)

@@ -49,7 +49,12 @@ class Tile(NamedTuple):
 
 def tile_of(dtype: torch.dtype) -> Tile:
     """128 x 128 keeps the tensor cores fed with 64 accumulators a thread; 128 bytes of depth is one swizzled row of shared memory."""
-    return Tile(128, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 4, 3)
+    return Tile(128, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 8, 3)
+
+
+def fused_tile_of(dtype: torch.dtype) -> Tile:
+    """Half the rows: the noise of a tile needs as many registers as its product."""
+    return Tile(64, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 8, 3)
 
 
 def _precision() -> str:
@@ -378,7 +383,7 @@ def fused_stats(
 ) -> None:
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile = tile_of(x.dtype)
+    tile = fused_tile_of(x.dtype)
     peak, rest, blend = statistics
     splits = peak.shape[0]
     shift = terms.class_offset % 8
@@ -398,7 +403,7 @@ def fused_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`cosine_gradient` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile = tile_of(x.dtype)
+    tile = fused_tile_of(x.dtype)
     shift = terms.class_offset % 8
     row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes) + shift, tile.columns)
     row_sum = class_sum = bias_sum = None
