@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gclkern.backend import BACKENDS, resolve_backend
 from gclkern.counts import Vector, check_class_counts, device_of
 from gclkern.debug import values_may_be_read
+from gclkern.kernels.terms import refuse_second_derivative
 from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_number, check_same_device, check_target, class_vector, refuse_gradient
 
 _INITIAL_EPSILON = 0.5
@@ -280,9 +281,7 @@ def _(
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
 
 
-@torch_dro_lt_backward.register_autograd
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("dro_lt_loss has no second derivative")
+torch_dro_lt_backward.register_autograd(refuse_second_derivative)
 
 
 class DROLTLoss(nn.Module):

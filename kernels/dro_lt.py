@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_loss import _log1p
+from .row_loss import log1p
 from .runtime import on_device
+from .terms import refuse_second_derivative
 
 STATS = 4  # of a row: peak, around, rest (the sum over samples of other classes), share w_c / (n_c * denominator)
 SAMPLE_ALIGNMENT = 16  # rows of (anchors, samples) buffers are padded to it, and read without a mask
@@ -178,7 +179,7 @@ def _softmax_kernel(
         others += tl.where(own, 0.0, exponential)
     around = tl.sum(below, axis=0) + (tl.sum(ties, axis=0) - 1.0)
     share = weight / count
-    log_total = _log1p(around)
+    log_total = log1p(around)
     for start in range(0, num_rows, SAMPLES):
         samples = start + offsets
         _, own, logit = _logits(distance_ptr, target_ptr, samples, num_rows, label, radius, inverse_temperature)
@@ -414,6 +415,4 @@ def _(
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
 
 
-@dro_lt_backward.register_autograd
-def _(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("dro_lt_loss has no second derivative")
+dro_lt_backward.register_autograd(refuse_second_derivative)

@@ -31,7 +31,7 @@ from .products import (
 )
 from .row_loss import ROW_STATS, finish_rows
 from .runtime import on_device
-from .terms import LOSS_TERMS_SCHEMA, LossTerms
+from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 
 # A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
 PANEL_ELEMENTS = 2**24
@@ -183,3 +183,6 @@ def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Te
     grad_features = features.new_empty(features.shape if features_grad else (0,))
     grad_weight = linear_weight.new_empty(linear_weight.shape if weight_grad else (0,))
     return grad_features, grad_weight, features.new_empty(linear_weight.shape[0] if bias_grad else 0, dtype=torch.float32)
+
+
+head_backward.register_autograd(refuse_second_derivative)

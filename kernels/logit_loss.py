@@ -19,7 +19,7 @@ from torch import Tensor
 from .philox import noise_tile
 from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import NVIDIA, on_device
-from .terms import LOSS_TERMS_SCHEMA, LossTerms
+from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 
 # Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product leaves its row.
 ROW_ALIGNMENT = 128
@@ -508,3 +508,6 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator
 @logit_backward.register_fake
 def _(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return empty_rows(*cosine.shape, cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)
+
+
+logit_backward.register_autograd(refuse_second_derivative)

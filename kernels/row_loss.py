@@ -27,14 +27,14 @@ _ROWS = 128
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     # log(1 + x) times x over the x that survived in 1 + x: the rounding of the sum cancels (Kahan)
     grown = 1.0 + x
     return tl.where(grown == 1.0, x, tl.log(grown) * (x / (grown - 1.0)))
 
 
 @triton.jit
-def _one_minus_exp_neg(x):
+def one_minus_exp_neg(x):
     # 1 - exp(-x), x >= 0, without cancellation at small x
     decayed = tl.exp(-x)
     small = tl.where(decayed == 1.0, x, (1.0 - decayed) * (x / -tl.log(tl.maximum(decayed, 1e-30))))
@@ -79,7 +79,7 @@ def _one_target(
     around = tl.where(rest > 0.0, rest * tl.exp2(scale2 * (peak - top)), rest) + tl.exp2(scale2 * (other - top))
     target = tl.exp2(scale2 * (own - top))
     total = around + target
-    nll = tl.where(around <= target, _log1p(around / target), scale * (top - own) + tl.log(total))
+    nll = tl.where(around <= target, log1p(around / target), scale * (top - own) + tl.log(total))
     mass = weight
     loss = weight * nll
     spread = 0.0
@@ -90,7 +90,7 @@ def _one_target(
     chain = share
     if FOCAL:
         loss = tl.maximum(loss, 0.0)
-        missed = _one_minus_exp_neg(loss)
+        missed = one_minus_exp_neg(loss)
         factor = tl.where(missed > 0.0, tl.exp2(gamma * tl.log2(missed)), missed)
         chain = share * factor
         if not DETACH:

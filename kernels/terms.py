@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,3 +36,8 @@ LOSS_TERMS_SCHEMA = (
     "Tensor target, Tensor? target_b, Tensor? lam, Tensor? cloud, Tensor? margin, Tensor? bias, Tensor? weight, Tensor? seed, "
     "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction"
 )
+
+
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The autograd formula of every backward operator: without one, a gradient penalty would silently lose its gradient."""
+    raise RuntimeError("the losses of gclkern have no second derivative: double backward through them is not supported")

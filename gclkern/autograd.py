@@ -1,0 +1,74 @@
+"""The autograd Functions between the functional API and the operators. They choose no numbers: they save, call and hand back.
+
+That there is no second derivative is said by the backward operators themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gclkern.kernels.terms import LossTerms
+
+# LossTerms opens with its tensors: those travel through save_for_backward, the plain values through the context.
+_TENSORS = LossTerms._fields.index("scale")
+
+
+def _operator(name: str, backend: str) -> Any:
+    return getattr(torch.ops.gclkern, name if backend == "triton" else f"torch_{name}")
+
+
+def _terms_of(ctx: Any, saved: tuple[Tensor | None, ...]) -> LossTerms:
+    return LossTerms(*saved[-_TENSORS:], *ctx.plain_terms)
+
+
+def _term_gradients(grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(grad_bias if field == "bias" else None for field in LossTerms._fields)
+
+
+class LogitLoss(torch.autograd.Function):
+    """The loss of logits or cosines (N, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor, backend: str, *terms: Any) -> Tensor:
+        with torch.autocast(cosine.device.type, enabled=False):
+            loss, row_stats, denominator = _operator("logit_forward", backend)(cosine, *terms)
+        ctx.save_for_backward(cosine, row_stats, denominator, *terms[:_TENSORS])
+        ctx.plain_terms = terms[_TENSORS:]
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, row_stats, denominator = ctx.saved_tensors[:3]
+        terms = _terms_of(ctx, ctx.saved_tensors)
+        bias_grad = ctx.needs_input_grad[2 + LossTerms._fields.index("bias")]
+        with torch.autocast(cosine.device.type, enabled=False):
+            grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, row_stats, denominator, *terms, bias_grad)
+        return (grad_cosine, None, *_term_gradients(grad_bias if bias_grad else None))
+
+
+class HeadLoss(torch.autograd.Function):
+    """The loss of a classifier head: features (N, D) against one weight row for each class (C, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, backend: str, *terms: Any) -> Tensor:
+        for_backward = any(ctx.needs_input_grad)
+        with torch.autocast(features.device.type, enabled=False):
+            loss, saved = _operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
+        ctx.save_for_backward(features, linear_weight, *saved, *terms[:_TENSORS])
+        ctx.plain_terms = terms[_TENSORS:]
+        ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        features, linear_weight, *saved = ctx.saved_tensors[:-_TENSORS]
+        terms = _terms_of(ctx, ctx.saved_tensors)
+        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[5 + LossTerms._fields.index("bias")])
+        with torch.autocast(features.device.type, enabled=False):
+            grads = _operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+        grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return (grad_features, grad_weight, None, None, None, *_term_gradients(grad_bias))
