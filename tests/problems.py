@@ -52,6 +52,7 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
         "weight": {"weight": with_zeros(vector(classes, 0.1, 3.0, seed=5))},
         "smoothing": {"label_smoothing": 0.1},
         "weight_smoothing": {"weight": with_zeros(vector(classes, 0.1, 3.0, seed=5)), "label_smoothing": 0.3},
+        "margin_smoothing": {"margin": vector(classes, 0.0, 0.5, seed=4), "weight": vector(classes, 0.1, 3.0, seed=5), "label_smoothing": 0.2, "scale": 8.0},
         "full_smoothing": {"label_smoothing": 1.0},
         "focal": {"gamma": 1.0, "scale": 4.0},
         "focal_undetached": {"gamma": 2.0, "focal_detach": False, "scale": 4.0},
@@ -66,6 +67,11 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
             "gamma": 1.5, "focal_detach": False, "label_smoothing": 0.2, "seed": 5, "row_offset": 3, "class_offset": 5, "scale": 8.0, **mixed(rows, classes),
         },
     }  # fmt: skip
+
+
+def without_noise_in_float64(options: Options) -> Options:
+    """The options without the noise, whose draws are float32, and with a bias whose gradient is not rounded to float32."""
+    return {name: value.detach().double().requires_grad_() if name == "bias" else value for name, value in options.items() if name != "cloud"}
 
 
 def moved(options: Options, device: torch.device | str) -> Options:

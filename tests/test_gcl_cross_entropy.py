@@ -19,7 +19,7 @@ from gclkern.functional import gcl_cross_entropy
 from tests import oracle
 from tests.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, logit_error, noise_error
 from tests.launches import Launches
-from tests.problems import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector
+from tests.problems import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector, without_noise_in_float64
 
 
 def call(cosine: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:
@@ -293,8 +293,8 @@ def test_gradient_is_the_derivative_in_float64(device: torch.device) -> None:
 
 
 def test_float64_against_the_oracle(device: torch.device) -> None:
-    """Without noise, whose draws are float32, float64 agrees to float64's digits."""
-    options = {name: value for name, value in option_sets(6, 11)["everything"].items() if name != "cloud"}
+    """float64 agrees to float64's digits."""
+    options = without_noise_in_float64(option_sets(6, 11)["everything"])
     check(cosines(6, 11, torch.float64, device), labels(6, 11), options, backend="auto")
 
 
