@@ -27,10 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from gclkern.clouds import cloud_sizes
 from gclkern.counts import Vector, as_vector, check_int
 from gclkern.noise import philox_words, resolve_seed
-from gclkern.weights import check_beta, inverse_effective_number
+from gclkern.weights import cben_weights, check_beta, inverse_effective_number
 
 # What a random number is for: the group word of the generator's counter keeps the uses apart.
 _DRAW, _CLASS_ORDER, _SAMPLE_ORDER = range(3)
@@ -247,7 +246,7 @@ class CBENSampler(_WeightedSampler):
     """
 
     def _class_mass(self, counts: Tensor) -> Tensor:
-        return counts * inverse_effective_number(counts, 0.9999 + 1e-5 * cloud_sizes(counts).double())
+        return counts * cben_weights(counts)
 
 
 class ClassAwareSampler(_EpochSampler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gclkern.clouds import cloud_sizes
 from gclkern.counts import Vector, check_class_counts, check_int, device_of
 from gclkern.validation import check_number
 
@@ -15,6 +16,11 @@ def inverse_effective_number(counts: Tensor, beta: Tensor) -> Tensor:
     1 - beta^n as -expm1(n log beta) keeps its digits where beta^n is close to 1.
     """
     return (1 - beta) / -torch.expm1(counts * beta.log())
+
+
+def cben_weights(counts: Tensor) -> Tensor:
+    """The weight of one sample of a class in class-based effective-number sampling (GCL, CVPR 2022, Eq. 13 and 14), from float64 counts (C,)."""
+    return inverse_effective_number(counts, 0.9999 + 1e-5 * cloud_sizes(counts).double())
 
 
 def check_beta(beta: object) -> float:

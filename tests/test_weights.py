@@ -1,0 +1,92 @@
+"""Class weights, margins and priors against their formulas in exact or plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gclkern.weights import cben_weights, drw_weights, effective_number_weights, ldam_margins, log_prior
+
+CIFAR = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+def exact_weights(counts: list[int], beta: float) -> list[float]:
+    """In rational numbers, so that beta^n rounds nowhere."""
+    exact = Fraction(beta)
+    values = [(1 - exact) / (1 - exact**n) for n in counts]
+    return [float(len(counts) * value / sum(values)) for value in values]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 1 - 1e-9, 1 - 1e-15])
+def test_effective_number_weights(beta: float) -> None:
+    counts = [500, 120, 7, 1]
+    weights = effective_number_weights(counts, beta)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx(exact_weights(counts, beta), rel=1e-6)
+
+
+def test_beta_0_gives_ones() -> None:
+    assert torch.equal(effective_number_weights(CIFAR, 0.0), torch.ones(10))
+
+
+@given(counts=st.lists(st.integers(1, 10**7), min_size=1, max_size=40), beta=st.floats(0.0, 1.0, exclude_max=True))
+def test_effective_number_weights_sum_to_the_classes(counts: list[int], beta: float) -> None:
+    weights = effective_number_weights(counts, beta)
+    assert float(weights.double().sum()) == pytest.approx(len(counts), rel=1e-5)
+    assert bool((weights > 0).all())
+    assert int(weights.argmax()) == int(torch.tensor(counts).argmin()) or weights.max() == weights[counts.index(min(counts))]
+
+
+def test_cben_weights() -> None:
+    for count, weight in zip(CIFAR, cben_weights(torch.tensor(CIFAR, dtype=torch.float64)).tolist(), strict=True):
+        beta = Fraction(0.9999 + 1e-5 * math.log(5000 / count) / math.log(100))
+        # the cloud is float32, which moves beta by less than 1e-12
+        assert weight == pytest.approx(float((1 - beta) / (1 - beta**count)), rel=1e-7)
+
+
+def test_drw_begins_at_its_epoch() -> None:
+    for epoch in (0, 159):
+        assert torch.equal(drw_weights(CIFAR, epoch), torch.ones(10))
+    for epoch in (160, 199):
+        assert torch.equal(drw_weights(CIFAR, epoch), effective_number_weights(CIFAR))
+    assert torch.equal(drw_weights(CIFAR, 3, start_epoch=3, beta=0.9), effective_number_weights(CIFAR, 0.9))
+
+
+def test_ldam_margins() -> None:
+    margins = ldam_margins(CIFAR)
+    assert margins.tolist() == pytest.approx([0.5 * (50 / n) ** 0.25 for n in CIFAR], rel=1e-6)
+    assert margins[-1] == 0.5
+    assert torch.equal(ldam_margins(CIFAR, 0.0), torch.zeros(10))
+
+
+def test_log_prior() -> None:
+    prior = log_prior(CIFAR)
+    assert prior.tolist() == pytest.approx([math.log(n / sum(CIFAR)) for n in CIFAR], rel=1e-6)
+    assert float(prior.exp().sum()) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: effective_number_weights([3, 0]), ValueError, ["class_counts[1]", "0"]),
+        (lambda: effective_number_weights([3, 2], 1.0), ValueError, ["beta", "1.0"]),
+        (lambda: effective_number_weights([3, 2], -0.1), ValueError, ["beta", "-0.1"]),
+        (lambda: effective_number_weights([3, 2], "0.99"), TypeError, ["beta", "'0.99'"]),  # type: ignore[arg-type]
+        (lambda: drw_weights([3, 2], -1), ValueError, ["epoch", "-1"]),
+        (lambda: drw_weights([3, 2], 1.5), TypeError, ["epoch", "1.5"]),  # type: ignore[arg-type]
+        (lambda: drw_weights([3, 2], 1, start_epoch=-2), ValueError, ["start_epoch", "-2"]),
+        (lambda: ldam_margins([3, 2], -0.5), ValueError, ["max_margin", "-0.5"]),
+        (lambda: ldam_margins([]), ValueError, ["class_counts", "empty"]),
+        (lambda: log_prior([1, 0]), ValueError, ["class_counts[1]", "0"]),
+    ],
+)
+def test_refusals(call: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
