@@ -1,0 +1,239 @@
+"""Class centroids against the sums of each class's rows in float64, over many batches, and across processes."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gclkern.centroids import ClassCentroids, class_centroids
+from tests.launches import Launches
+
+
+def operator(backend: str) -> Any:
+    if backend == "triton":
+        importlib.import_module("gclkern.kernels.centroids")
+        return torch.ops.gclkern.segment_sums
+    return torch.ops.gclkern.torch_segment_sums
+
+
+def problem(rows: int, classes: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Features, and labels with a long tail: about half of them are class 0."""
+    generator = torch.Generator().manual_seed(seed)
+    target = (torch.rand(rows, generator=generator).pow(4) * classes).long().clamp(max=classes - 1)
+    return torch.randn(rows, dim, generator=generator).to(dtype), target[torch.randperm(rows, generator=generator)]
+
+
+def check(features: Tensor, target: Tensor, classes: int, backend: str, device: torch.device) -> None:
+    sums, counts = operator(backend)(features.to(device), target.to(device), classes)
+    assert sums.dtype == (torch.float64 if features.dtype == torch.float64 else torch.float32) and counts.dtype == torch.int64
+    double = features.double()
+    for c in range(classes):
+        own = double[target == c]
+        assert int(counts[c]) == len(own)
+        # a float32 sum of n terms, in a tree: a few roundings of the sum of their sizes
+        allowed = 4e-7 * own.abs().sum(0) if len(own) else torch.zeros(features.shape[1], dtype=torch.float64)
+        assert ((sums[c].cpu().double() - own.sum(0)).abs() <= allowed).all(), c
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 200), classes=st.integers(1, 20), dim=st.integers(1, 70), seed=st.integers(0, 10**6))
+def test_any_shape(rows: int, classes: int, dim: int, seed: int, backend: str, device: torch.device) -> None:
+    check(*problem(rows, classes, dim, seed), classes, backend, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """They are exact in float32, in which they are added."""
+    check(*problem(150, 5, 33, dtype=dtype), 5, backend, device)
+
+
+def test_several_column_tiles(backend: str, device: torch.device) -> None:
+    check(*problem(70, 3, 300), 3, backend, device)
+
+
+def test_any_strides(backend: str, device: torch.device) -> None:
+    features, target = problem(80, 4, 18)
+    for strided in (features.T.contiguous().T, torch.stack((features, features), 2)[:, :, 1], features[0].expand(80, 18)):
+        check(strided, target, 4, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])  # 65536 programs are too many for the interpreter
+def test_more_classes_than_16_bits_hold(backend: str, device: torch.device) -> None:
+    target = torch.tensor([40000, 0, 32767, 40000, 65535, 32768])
+    features = torch.arange(6.0)[:, None]
+    sums, counts = operator(backend)(features.to(device), target.to(device), 65536)
+    assert sums[[0, 32767, 32768, 40000, 65535], 0].tolist() == [1.0, 2.0, 5.0, 3.0, 4.0]
+    assert int(counts.sum()) == 6 and sums.count_nonzero() == 5
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
+def test_a_label_out_of_range_belongs_to_no_class(wrong: int, backend: str, device: torch.device) -> None:
+    """What happens on a GPU, where labels are not read; the operators do it anywhere."""
+    features, target = problem(90, 5, 8)
+    target[17] = wrong
+    features[17] = float("nan")
+    keep = torch.arange(90) != 17
+    sums, counts = operator(backend)(features.to(device), target.to(device), 5)
+    expected_sums, expected_counts = operator(backend)(features[keep].to(device), target[keep].to(device), 5)
+    torch.testing.assert_close(sums, expected_sums)
+    assert torch.equal(counts, expected_counts) and int(counts.sum()) == 89
+
+
+def test_repeatable(backend: str, device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(500, 3, 20))
+    before = features.clone(), target.clone()
+    (first, _), (second, _) = (operator(backend)(features, target, 3) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(features, before[0]) and torch.equal(target, before[1])
+
+
+@pytest.mark.triton
+def test_kernels_run(launches: Launches, device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(100, 3, 20))
+    operator("triton")(features, target, 3)
+    assert launches.names == ["_piece_kernel", "_combine_kernel"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_kernels_and_is_not_waited_for(launches: Launches, device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(5000, 30, 100))
+    centroids = ClassCentroids(30, 100).to(device)
+    class_centroids(features, target, 30)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        means, counts = class_centroids(features, target, 30)
+        centroids.update(features, target)
+        again, _ = centroids.compute()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert "_piece_kernel" in launches.names
+    torch.testing.assert_close(means, again)
+    check(features.cpu(), target.cpu(), 30, "triton", device)
+    assert int(counts.sum()) == 5000
+
+
+def test_opcheck(backend: str, device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(20, 3, 5))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(operator(backend).default, (features, target, 3), test_utils=tests)
+
+
+def test_means_and_counts(device: torch.device) -> None:
+    features, target = problem(50, 4, 6)
+    target[target == 2] = 1
+    centroids, counts = class_centroids(features.to(device), target.to(device), 4)
+    assert int(counts[2]) == 0 and centroids[2].eq(0).all()
+    for c in (0, 1, 3):
+        torch.testing.assert_close(centroids[c].cpu(), features[target == c].mean(0))
+
+
+def test_float64_stays_float64() -> None:
+    features, target = problem(50, 4, 6, dtype=torch.float64)
+    centroids, _ = class_centroids(features, target, 4)
+    torch.testing.assert_close(centroids[0], features[target == 0].mean(0), rtol=1e-14, atol=1e-14)
+
+
+def test_compile_without_a_graph_break(device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(20, 3, 5))
+    compiled = torch.compile(lambda f: class_centroids(f, target, 3)[0] * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features), class_centroids(features, target, 3)[0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("features", "target", "classes", "error", "message"),
+    [
+        (torch.zeros(3), torch.zeros(3).long(), 2, ValueError, "features must have 2 dimensions"),
+        (torch.zeros(0, 3), torch.zeros(0).long(), 2, ValueError, "features must not be empty"),
+        (torch.zeros(3, 2, requires_grad=True), torch.zeros(3).long(), 2, ValueError, r"features requires a gradient.*detach"),
+        (torch.zeros(3, 2), torch.zeros(3), 2, TypeError, "target must be int64"),
+        (torch.zeros(3, 2), torch.tensor([0, 2, 1]), 2, ValueError, r"target\[1\] is 2"),
+        (torch.zeros(3, 2), torch.tensor([0, 1, -1]), 2, ValueError, r"target\[2\] is -1"),
+        (torch.zeros(3, 2), torch.zeros(3).long(), 0, ValueError, "num_classes must be at least 1, got 0"),
+        (torch.zeros(3, 2), torch.zeros(3).long(), 2.0, TypeError, "num_classes must be an int"),
+    ],
+)
+def test_bad_arguments(features: Tensor, target: Tensor, classes: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        class_centroids(features, target, classes)
+
+
+# ---- over many batches
+
+
+def test_batches_add_up_to_the_whole(device: torch.device) -> None:
+    features, target = (part.to(device) for part in problem(90, 5, 7))
+    running = ClassCentroids(5, 7).to(device)
+    for start in range(0, 90, 13):
+        running.update(features[start : start + 13].requires_grad_(), target[start : start + 13])
+    centroids, counts = running.compute()
+    expected, expected_counts = class_centroids(features.detach(), target, 5)
+    torch.testing.assert_close(centroids, expected)
+    assert torch.equal(counts, expected_counts) and torch.equal(running.compute()[0], centroids), "compute may be repeated"
+    assert centroids.dtype == torch.float32 and not centroids.requires_grad
+    running.reset()
+    assert running.compute()[1].eq(0).all() and running.compute()[0].eq(0).all()
+
+
+def test_an_epoch_of_batches_keeps_its_digits() -> None:
+    """In float32 the sum of 3000 batches of 1.1 would be off by 1e-5; the running sums are float64."""
+    running = ClassCentroids(1, 1)
+    for _ in range(3000):
+        running.update(torch.full((1, 1), 1.1), torch.zeros(1, dtype=torch.int64))
+    assert running.compute()[0].item() == pytest.approx(torch.tensor(1.1).item(), rel=1e-7)
+
+
+def test_sums_stay_float64_and_are_saved() -> None:
+    running = ClassCentroids(3, 4)
+    running.update(torch.rand(9, 4) / 3, torch.arange(9) % 3)
+    before = running.sums.clone()
+    model = torch.nn.Sequential(running).half().to(torch.bfloat16)
+    assert running.sums.dtype == torch.float64 and torch.equal(running.sums, before)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = ClassCentroids(3, 4)
+    other.load_state_dict({key.removeprefix("0."): value for key, value in torch.load(file).items()})
+    assert torch.equal(other.sums, before) and torch.equal(other.counts, running.counts)
+    assert ClassCentroids(3, 4).to("meta").sums.is_meta
+
+
+def test_bad_updates() -> None:
+    running = ClassCentroids(3, 4)
+    with pytest.raises(ValueError, match="features must have 4 columns"):
+        running.update(torch.zeros(2, 5), torch.zeros(2).long())
+    with pytest.raises(ValueError, match=r"target\[0\] is 3"):
+        running.update(torch.zeros(1, 4), torch.tensor([3]))
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        ClassCentroids(3, 0)
+    assert running.counts.eq(0).all()
+
+
+def _one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    features, target = problem(40, 4, 6)
+    running = ClassCentroids(4, 6)
+    running.update(features[rank::2], target[rank::2])
+    centroids, counts = running.compute()
+    torch.save((centroids, counts, running.counts), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_their_centroids(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_rank, (str(tmp_path),), nprocs=2)
+    expected, expected_counts = class_centroids(*problem(40, 4, 6), 4)
+    own = 0
+    for rank in range(2):
+        centroids, counts, own_counts = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(centroids, expected)
+        assert torch.equal(counts, expected_counts)
+        own += int(own_counts.sum())
+    assert own == 40, "each rank keeps its own sums"

@@ -1,0 +1,515 @@
+"""The DRO-LT bound against its formula, summed class by class in float64, and the promises that are no numbers."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gclkern.centroids import class_centroids
+from gclkern.debug import set_debug
+from gclkern.dro import DROLTLoss, dro_lt_loss
+from tests.launches import Launches
+
+# numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+REDUCTIONS = ("mean", "sum", "none")
+# Storing a gradient in 16 bits; Triton's interpreter truncates bfloat16 where a GPU rounds.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 0.0}
+
+
+def oracle(
+    features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, temperature: float = 1.0, class_weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The double sum of the paper, over the classes of the batch, on float64 tensors."""
+    terms = torch.zeros(len(target), dtype=torch.float64)
+    weights = torch.zeros((), dtype=torch.float64)
+    for c in sorted(set(target.tolist())):
+        weight = 1.0 if class_weight is None else float(class_weight[c])
+        if weight == 0.0:
+            continue
+        own = (target == c).nonzero()[:, 0]
+        radius = epsilon if epsilon.dim() == 0 else epsilon[c]
+        squares = (centroids[c] - features).square().sum(1)
+        # the norm of 0 has no gradient: 0 is what the package promises
+        distance = torch.where(squares == 0, squares * 0.0, squares.where(squares != 0, torch.ones_like(squares)).sqrt())
+        row = -(distance + 2 * radius * (target == c).double()) / temperature
+        terms = terms.index_add(0, own, weight / len(own) * (row.logsumexp(0) - row[own]))
+        weights = weights + weight
+    return terms if reduction == "none" else terms.sum() / (weights if reduction == "mean" else 1.0)
+
+
+def problem(rows: int, classes: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, labels, centroids, epsilon (C,)."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, dim, generator=generator).to(dtype)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    return features, target, torch.randn(classes, dim, generator=generator), torch.rand(classes, generator=generator)
+
+
+def check(
+    features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, backend: str, device: torch.device,
+    *, upstream: Tensor | None = None, rtol: float = 2e-5, **options: Any,
+) -> None:  # fmt: skip
+    """Loss and both gradients; `rtol` is relative to the largest gradient of a sample, since its parts cancel."""
+    leaf = features.to(device).detach().requires_grad_()
+    radius = epsilon.to(device).detach().requires_grad_()
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    loss = dro_lt_loss(leaf, target.to(device), centroids.to(device), radius, backend=backend, **moved)
+    double, double_radius = features.double().requires_grad_(), epsilon.double().requires_grad_()
+    expected = oracle(double, target, centroids.double(), double_radius, **options)
+    upstream = torch.tensor(1.0) if upstream is None else upstream
+    loss.backward(upstream.to(loss))
+    expected.backward(upstream.double())
+    assert leaf.grad is not None and radius.grad is not None and double.grad is not None and double_radius.grad is not None
+    assert loss.dtype == torch.float32 and leaf.grad.dtype == features.dtype and radius.grad.shape == epsilon.shape
+    torch.testing.assert_close(loss.cpu().double(), expected.detach(), rtol=rtol, atol=1e-6)
+    size = double.grad.abs().amax(1, keepdim=True).expand_as(double.grad)
+    error = (leaf.grad.cpu().double() - double.grad).abs()
+    # float16 holds nothing below 2^-24
+    assert (error <= (rtol + ROUNDING[features.dtype]) * size + (2**-24 if features.dtype == torch.float16 else 1e-9)).all(), float((error / size).max())
+    torch.testing.assert_close(radius.grad.cpu().double(), double_radius.grad, rtol=rtol, atol=1e-7)
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["epsilon per class", "one epsilon"])
+@pytest.mark.parametrize("classes", [3, 40], ids=["classes with many samples", "more classes than samples"])
+def test_loss_and_gradients(classes: int, shared: bool, weighted: bool, reduction: str, backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = problem(21, classes, 19)
+    weight = torch.rand(classes, generator=torch.Generator().manual_seed(5)) + 0.1 if weighted else None
+    upstream = torch.linspace(-1.0, 2.0, 21) if reduction == "none" else torch.tensor(-0.7)
+    epsilon = epsilon[0] if shared else epsilon
+    check(features, target, centroids, epsilon, backend, device, upstream=upstream, temperature=0.7, class_weight=weight, reduction=reduction)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 24), classes=st.integers(1, 32), dim=st.integers(1, 140), seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.3, 1.0, 4.0]), reduction=st.sampled_from(["mean", "sum"]), data=st.data(),
+)  # fmt: skip
+def test_any_shape(
+    rows: int, classes: int, dim: int, seed: int, temperature: float, reduction: str, data: st.DataObject, backend: str, device: torch.device
+) -> None:
+    features, target, centroids, epsilon = problem(rows, classes, dim, seed)
+    weight = torch.rand(classes, generator=torch.Generator().manual_seed(seed)) + 0.1
+    if data.draw(st.booleans(), "a class without weight") and len(set(target.tolist())) > 1:
+        weight[target[0]] = 0.0
+    check(features, target, centroids, epsilon, backend, device, temperature=temperature, class_weight=weight, reduction=reduction, rtol=1e-4)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("tile", [(16, 32, 32), (16, 16, 32), (8, 8, 128)], ids=str)
+def test_every_tile(tile: tuple[int, int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of each kind in all three dimensions, the last ones part empty; which kind a batch gets depends on its size."""
+    from gclkern.kernels import dro_lt
+
+    monkeypatch.setattr(dro_lt, "_distance_tile", lambda num_anchors, num_rows: tile)
+    check(*problem(43, 60, 135), "triton", device)
+
+
+@pytest.mark.triton
+def test_large_batches_get_large_tiles() -> None:
+    from gclkern.kernels import dro_lt
+
+    assert dro_lt._distance_tile(4096, 4096) == (16, 32, 32)
+    assert dro_lt._distance_tile(512, 512) == (16, 16, 32)
+    assert dro_lt._distance_tile(100, 128) == (8, 8, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "classes", "dim"), [(512, 8142, 2048), (1024, 2000, 257), (1023, 10, 64)])
+def test_large_batches(rows: int, classes: int, dim: int, device: torch.device) -> None:
+    """The large tiles, against the torch backend in float64."""
+    features, target, centroids, epsilon = (part.to(device) for part in problem(rows, classes, dim))
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaf, radius = features.to(dtype).requires_grad_(), epsilon.to(dtype).requires_grad_()
+        loss = dro_lt_loss(leaf, target, centroids, radius, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (leaf, radius))))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    check(*problem(21, 6, 37, dtype=dtype), backend, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_gradients_round_to_nearest(dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU rounds where the interpreter truncates: half the error."""
+    monkeypatch.setitem(ROUNDING, dtype, ROUNDING[dtype] / 2)
+    check(*problem(130, 60, 200, dtype=dtype), backend, device)
+
+
+def test_any_strides(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = problem(21, 6, 18)
+    check(features, target, centroids, epsilon, backend, device)
+    expected = dro_lt_loss(features.to(device), target.to(device), centroids.to(device), epsilon.to(device), backend=backend)
+    for strided in (features.T.contiguous().T, torch.stack((features, features), 2)[:, :, 1], features[0].expand(21, 18)):
+        check(strided, target, centroids.T.contiguous().T, epsilon, backend, device)
+    wide = dro_lt_loss(
+        features.T.contiguous().to(device).T, torch.stack((target, target), 1).to(device)[:, 0], centroids.to(device), epsilon.to(device), backend=backend
+    )
+    torch.testing.assert_close(wide, expected, rtol=1e-6, atol=0.0)
+
+
+# ---- where digits are lost
+
+
+def test_a_sample_at_its_centroid_has_no_distance_and_no_gradient(backend: str, device: torch.device) -> None:
+    """That sample and a copy of it alone in the batch: two terms of log(2) / 2, and a gradient of exactly 0 where the norm has none."""
+    centroids = torch.randn(4, 37)
+    features = centroids[[2, 2]].to(device).requires_grad_()
+    loss = dro_lt_loss(features, torch.tensor([2, 2], device=device), centroids.to(device), 0.3, reduction="none", backend=backend)
+    torch.testing.assert_close(loss.cpu(), torch.full((2,), 0.5 * math.log(2.0)))
+    loss.sum().backward()
+    assert features.grad is not None and features.grad.eq(0).all()
+
+
+def test_a_sample_at_its_centroid_among_others(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = problem(12, 4, 10)
+    features[5] = centroids[target[5]]
+    check(features, target, centroids, epsilon, backend, device)
+
+
+def test_far_from_the_origin(backend: str, device: torch.device) -> None:
+    """1e4 away the expanded square |mu|^2 + |z|^2 - 2 mu.z has no correct digit of a distance of 0.1; differences keep what the inputs hold."""
+    features, target, centroids, epsilon = problem(14, 4, 40)
+    check(features * 0.1 + 1e4, target, centroids * 0.1 + 1e4, epsilon, backend, device, temperature=0.1)
+
+
+def test_close_to_its_centroid_and_far_from_the_others(backend: str, device: torch.device) -> None:
+    """The direction of the gradient is (z - mu) / |z - mu|, here a millionth of the spread of the centroids."""
+    _, target, centroids, epsilon = problem(14, 4, 40)
+    near = torch.randint(1, 9, (14, 40), generator=torch.Generator().manual_seed(1)) * 2.0**-20
+    centroids = (centroids * 64).round() / 64  # so that centroid + near is exact
+    check(centroids[target] + near, target, centroids, epsilon, backend, device, temperature=2.0)
+
+
+def test_small_temperature(backend: str, device: torch.device) -> None:
+    """Distances of 20 over a temperature of 0.05: exp(-400) is 0 in float32, and log(sum(exp)) would be -inf."""
+    features, target, centroids, epsilon = problem(16, 5, 200)
+    check(features, target, centroids, epsilon, backend, device, temperature=0.05, rtol=2e-4)
+
+
+def test_a_probability_near_one_keeps_the_digits_of_the_rest(backend: str, device: torch.device) -> None:
+    """A lone sample much nearer than the others: loss and gradients are a sum of about 1e-9, which 1 - p would round to 0."""
+    centroids = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
+    features = torch.tensor([[0.0, 1.0], [21.0, 0.0], [0.0, 22.5]])
+    target = torch.tensor([0, 1, 1])
+    weight = torch.tensor([1.0, 0.0])
+    check(features, target, centroids, torch.tensor([0.1, 0.2]), backend, device, class_weight=weight)
+    loss = dro_lt_loss(features.to(device), target.to(device), centroids.to(device), 0.1, class_weight=weight.to(device), backend=backend)
+    assert 1e-9 < loss < 1e-8
+    double = dro_lt_loss(features.double(), target, centroids, 0.1, class_weight=weight)
+    assert abs(loss.item() / double.item() - 1) < 1e-5
+
+
+def test_gradient_of_epsilon_is_never_negative(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(30, 12, 8))
+    epsilon.requires_grad_()
+    dro_lt_loss(features, target, centroids, epsilon, temperature=0.5, backend=backend).backward()
+    present = torch.zeros(12, dtype=torch.bool, device=device).index_fill_(0, target, True)
+    assert epsilon.grad is not None and epsilon.grad[present].gt(0).all() and epsilon.grad[~present].eq(0).all()
+
+
+def test_one_sample(backend: str, device: torch.device) -> None:
+    check(*problem(1, 3, 7), backend, device)
+
+
+# ---- classes that stay out
+
+
+def test_a_class_of_weight_0_stays_out_whatever_its_centroid_holds(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = problem(15, 4, 9)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    check(features, target, centroids, epsilon, backend, device, class_weight=weight)
+    centroids[1] = float("nan")
+    leaf = features.to(device).requires_grad_()
+    terms = dro_lt_loss(leaf, target.to(device), centroids.to(device), 0.5, class_weight=weight.to(device), reduction="none", backend=backend)
+    terms.sum().backward()
+    assert terms[target == 1].eq(0).all() and terms[target != 1].gt(0).all()
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad[target == 1].ne(0).any(), "its samples are still told apart from others"
+
+
+def test_all_classes_out(backend: str, device: torch.device) -> None:
+    """0 for the sum, NaN for the mean, as torch's cross entropy; the gradient is 0."""
+    features, target, centroids, epsilon = (part.to(device) for part in problem(5, 3, 4))
+    features.requires_grad_()
+    for reduction, value in (("sum", 0.0), ("mean", float("nan")), ("none", 0.0)):
+        loss = dro_lt_loss(features, target, centroids, epsilon, class_weight=torch.zeros(3, device=device), reduction=reduction, backend=backend)
+        torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True)
+        (grad,) = torch.autograd.grad(loss.sum(), features)
+        assert grad.eq(0).all()
+
+
+def operators(backend: str) -> tuple[Any, Any]:
+    if backend == "triton":
+        importlib.import_module("gclkern.kernels.dro_lt")
+    prefix = "" if backend == "triton" else "torch_"
+    return getattr(torch.ops.gclkern, prefix + "dro_lt_forward"), getattr(torch.ops.gclkern, prefix + "dro_lt_backward")
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 2**40, -(2**62)])
+def test_a_label_out_of_range_spoils_its_own_row_only(wrong: int, backend: str, device: torch.device) -> None:
+    """What happens on a GPU, where labels are not read; the operators do it anywhere."""
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    target[3] = wrong
+    forward, backward = operators(backend)
+    terms, saved = forward(features, target, centroids, epsilon, None, 1.0, "none")
+    grad, _ = backward(torch.ones(9, device=device), features, target, centroids, epsilon, saved, 1.0, "none", True, True)
+    other = torch.arange(9, device=device) != 3
+    assert terms[3].isnan() and grad[3].isnan().all() and terms[other].isfinite().all() and grad[other].isfinite().all()
+    # among the others it counts as a sample of no class: as one of a class without weight
+    stranger = target.clone()
+    stranger[3] = 4
+    padded_centroids, weight = torch.cat((centroids, centroids[:1])), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], device=device)
+    expected, _ = forward(features, stranger, padded_centroids, torch.cat((epsilon, epsilon[:1])), weight, 1.0, "none")
+    torch.testing.assert_close(terms[other], expected[other])
+
+
+@pytest.mark.gpu
+def test_a_label_out_of_range_on_a_gpu(device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    target[3] = 4
+    assert dro_lt_loss(features, target, centroids, epsilon, reduction="none").isnan().tolist() == [i == 3 for i in range(9)]
+    set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=r"target\[3\] is 4"):
+            dro_lt_loss(features, target, centroids, epsilon)
+    finally:
+        set_debug(False)
+
+
+# ---- contracts
+
+
+@pytest.mark.triton
+def test_kernels_run(launches: Launches, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    dro_lt_loss(features.requires_grad_(), target, centroids, epsilon.requires_grad_(), backend="triton").backward()
+    assert launches.names == [
+        "_leaders_kernel", "_anchors_kernel", "_distance_kernel", "_softmax_kernel", "_reduce_kernel", "_pull_kernel", "_features_kernel"
+    ]  # fmt: skip
+
+
+def test_no_kernel_runs_for_the_torch_backend(launches: Launches, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    dro_lt_loss(features.requires_grad_(), target, centroids, epsilon, backend="torch").backward()
+    assert not launches
+
+
+def test_repeatable(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(70, 9, 50))
+    inputs = [part.clone() for part in (features, target, centroids, epsilon)]
+    features.requires_grad_()
+    epsilon.requires_grad_()
+    results = []
+    for _ in range(2):
+        loss = dro_lt_loss(features, target, centroids, epsilon, backend=backend)
+        results.append([loss, *torch.autograd.grad(loss, (features, epsilon), retain_graph=True), *torch.autograd.grad(loss, (features, epsilon))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][1], results[0][3]) and torch.equal(results[0][2], results[0][4]), "backward may be repeated"
+    assert all(torch.equal(a, b) for a, b in zip(inputs, (features, target, centroids, epsilon), strict=True)), "inputs are untouched"
+
+
+def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(5, 3, 4))
+    loss = dro_lt_loss(features.requires_grad_(), target, centroids, epsilon, backend=backend)
+    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.square().sum().backward()
+
+
+def test_only_the_gradients_that_are_needed(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(5, 3, 4))
+    epsilon.requires_grad_()
+    dro_lt_loss(features, target, centroids, epsilon, backend=backend).backward()
+    assert epsilon.grad is not None and features.grad is None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(reduction: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(7, 4, 5))
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0], device=device)
+    inputs = (features.double().requires_grad_(), epsilon.double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z, e: dro_lt_loss(z, target, centroids.double(), e, temperature=0.5, class_weight=weight, reduction=reduction), inputs
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("per_class", [True, False])
+def test_opcheck(per_class: bool, reduction: str, backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    epsilon = epsilon if per_class else epsilon[0].clone()
+    forward, backward = operators(backend)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    loss, saved = forward(features, target, centroids, epsilon, None, 1.0, reduction)
+    torch.library.opcheck(forward.default, (features, target, centroids, epsilon, None, 1.0, reduction), test_utils=tests)
+    for wanted in ((True, True), (True, False), (False, True)):
+        arguments = (torch.ones_like(loss), features, target, centroids, epsilon, saved, 1.0, reduction, *wanted)
+        torch.library.opcheck(backward.default, arguments, test_utils=tests)
+
+
+def test_compile_without_a_graph_break(backend: str, device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
+    features.requires_grad_()
+    epsilon.requires_grad_()
+
+    def step(z: Tensor, e: Tensor) -> Tensor:
+        return 2 * dro_lt_loss(z, target, centroids, e, backend=backend)
+
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = function(features, epsilon)
+        results = (loss.detach(), *torch.autograd.grad(loss, (features, epsilon)))
+        if function is step:
+            expected = results
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_cuda_graph(device: torch.device) -> None:
+    features, target, centroids, epsilon = (part.to(device) for part in problem(64, 2000, 48))
+    features.requires_grad_()
+    epsilon.requires_grad_()
+    weight = torch.ones(2000, device=device)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = dro_lt_loss(features, target, centroids, epsilon, class_weight=weight)
+        return (loss, *torch.autograd.grad(loss, (features, epsilon)))
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    target.copy_(target.roll(1))
+    graph.replay()
+    again = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True)), "a replay reads new labels"
+    assert not torch.equal(expected[0], again[0])
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"features": torch.zeros(5)}, ValueError, "features must have 2 dimensions"),
+        ({"features": torch.zeros(5, 4, dtype=torch.int32)}, TypeError, "features must be float32"),
+        ({"features": torch.zeros(0, 4)}, ValueError, "features must not be empty"),
+        ({"centroids": torch.zeros(3, 5)}, ValueError, "centroids must have the 4 columns of features"),
+        ({"centroids": torch.zeros(3, 4, requires_grad=True)}, ValueError, r"centroids requires a gradient.*detach"),
+        ({"target": torch.zeros(5)}, TypeError, "target must be int64"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must have shape \(5,\)"),
+        ({"target": torch.tensor([0, 1, 3, 0, 0])}, ValueError, r"target\[2\] is 3"),
+        ({"target": torch.tensor([0, 1, 2, -100, 0])}, ValueError, r"target\[3\] is -100"),
+        ({"epsilon": torch.zeros(2)}, ValueError, r"epsilon must be a number, or a tensor of shape \(\) or \(3,\), got \(2,\)"),
+        ({"epsilon": torch.zeros(3, dtype=torch.int64)}, TypeError, "epsilon must be a number or a floating-point tensor"),
+        ({"epsilon": -0.5}, ValueError, "epsilon must be a finite number"),
+        ({"epsilon": torch.tensor([0.0, -0.25, 0.0])}, ValueError, "epsilon must not be negative, got -0.25"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number"),
+        ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number"),
+        ({"class_weight": torch.ones(4)}, ValueError, r"class_weight must have shape \(3,\)"),
+        ({"class_weight": torch.tensor([1.0, -2.0, 0.0])}, ValueError, "class_weight must not be negative, got -2"),
+        ({"class_weight": torch.ones(3, requires_grad=True)}, ValueError, "class_weight requires a gradient"),
+        ({"reduction": "average"}, ValueError, "reduction must be one of"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"features": torch.zeros(5, 4), "target": torch.zeros(5, dtype=torch.int64), "centroids": torch.zeros(3, 4), "epsilon": 0.5}
+    with pytest.raises(error, match=message):
+        dro_lt_loss(**{**arguments, **changes})
+
+
+@pytest.mark.triton
+def test_kernels_refuse_float64() -> None:
+    features, target, centroids, epsilon = problem(5, 3, 4)
+    with pytest.raises(TypeError, match="float64"):
+        dro_lt_loss(features.double(), target, centroids, epsilon, backend="triton")
+
+
+# ---- the module
+
+
+def test_module_learns_epsilon(device: torch.device) -> None:
+    module = DROLTLoss([500, 50, 5, 2]).to(device)
+    assert isinstance(module.epsilon, torch.nn.Parameter) and module.epsilon.tolist() == [0.5] * 4
+    features, target, centroids, _ = (part.to(device) for part in problem(9, 4, 6))
+    torch.testing.assert_close(module(features, target, centroids), dro_lt_loss(features, target, centroids, 0.5))
+    with torch.no_grad():
+        module.epsilon.fill_(-1.0)
+    torch.testing.assert_close(module(features, target, centroids), dro_lt_loss(features, target, centroids, 0.0))
+    assert list(module.state_dict()) == ["epsilon"]
+
+
+def test_module_with_constants() -> None:
+    features, target, centroids, _ = problem(9, 4, 6)
+    counts = [400, 100, 25, 4]
+    root = DROLTLoss(counts, epsilon="sqrt", base_epsilon=2.0, temperature=0.5)
+    torch.testing.assert_close(root(features, target, centroids), dro_lt_loss(features, target, centroids, torch.tensor([0.1, 0.2, 0.4, 1.0]), temperature=0.5))
+    number = DROLTLoss(counts, epsilon=0.25, class_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]), reduction="none")
+    expected = dro_lt_loss(features, target, centroids, 0.25, class_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]), reduction="none")
+    torch.testing.assert_close(number(features, target, centroids), expected)
+    assert not list(number.parameters()) and not number.state_dict() and "epsilon=0.25" in repr(number) and "'sqrt'" in repr(root)
+
+
+def test_module_leaves_unseen_classes_out() -> None:
+    features, target, _, _ = problem(9, 4, 6)
+    seen = target != 1
+    assert not seen.all()
+    centroids, counts = class_centroids(features[seen], target[seen], 4)
+    for weight in (None, torch.tensor([1.0, 2.0, 3.0, 4.0])):
+        loss = DROLTLoss([9, 8, 7, 6], class_weight=weight)(features, target, centroids, counts)
+        mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+        torch.testing.assert_close(loss, dro_lt_loss(features, target, centroids, 0.5, class_weight=mask if weight is None else mask * weight))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"class_counts": [3, 0]}, ValueError, r"class_counts\[1\] is 0"),
+        ({"epsilon": "fixed"}, ValueError, "epsilon must be one of"),
+        ({"epsilon": -1.0}, ValueError, "epsilon must be a finite number"),
+        ({"epsilon": 0.1, "base_epsilon": 1.0}, ValueError, r"base_epsilon is given \(1.0\)"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must have shape \(2,\)"),
+        ({"reduction": "max"}, ValueError, "reduction"),
+        ({"backend": "numpy"}, ValueError, "backend"),
+    ],
+)
+def test_bad_module_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DROLTLoss(**{"class_counts": [3, 1], **arguments})
+
+
+def test_module_checks_what_it_is_given() -> None:
+    features, target, centroids, _ = problem(9, 4, 6)
+    module = DROLTLoss([4, 3, 2])
+    with pytest.raises(ValueError, match="centroids must have 3 rows"):
+        module(features, target, centroids)
+    with pytest.raises(ValueError, match=r"counts must have shape \(3,\)"):
+        module(features, target.clamp(max=2), centroids[:3], torch.ones(4))
+    with pytest.raises(TypeError, match="counts must be a tensor"):
+        module(features, target.clamp(max=2), centroids[:3], [1, 2, 3])
