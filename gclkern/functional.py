@@ -1,9 +1,9 @@
 """The losses as functions: argument checks, the choice of a backend and of a plan, then one autograd Function.
 
-    gcl_cross_entropy          from cosines or logits (N, C)
-    linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D): normalisation, product, noise and softmax in one
-    dro_lt_loss                the DRO-LT bound of features around their class centroids
-    class_centroids            the class means that the bound pulls to
+gcl_cross_entropy          from cosines or logits (N, C)
+linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D): normalisation, product, noise and softmax in one
+dro_lt_loss                the DRO-LT bound of features around their class centroids
+class_centroids            the class means that the bound pulls to
 """
 
 from __future__ import annotations
@@ -182,9 +182,7 @@ def linear_gcl_cross_entropy(
     if torch.is_autocast_enabled(device_type) and features.dtype != torch.float64:
         features = features.to(torch.get_autocast_dtype(device_type))
     if features.dtype != linear_weight.dtype and (features.dtype.itemsize != 2 or linear_weight.dtype != torch.float32):
-        raise TypeError(
-            f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights"
-        )
+        raise TypeError(f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights")
     terms = loss_terms(
         "features", features, linear_weight.shape[0], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam,
         gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed,

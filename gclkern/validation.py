@@ -77,7 +77,9 @@ def refuse_gradient(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} requires a gradient, but none is defined for it; pass {name}.detach()")
 
 
-def class_vector(name: str, value: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype, *, differentiable: bool = False) -> Tensor | None:
+def class_vector(
+    name: str, value: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype, *, differentiable: bool = False
+) -> Tensor | None:
     """One value for each class, (C,), in the dtype of the statistics."""
     if value is None:
         return None
@@ -117,7 +119,7 @@ def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor
 
 
 def check_offset(name: str, value: object, extent: int, limit: int) -> int:
-    if isinstance(value, (bool, float)) or isinstance(value, Tensor):
+    if isinstance(value, (bool, float, Tensor)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if not 0 <= value <= limit - extent:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")

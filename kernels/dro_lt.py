@@ -18,8 +18,6 @@ is log1p(around) + (peak - l_j), two terms of one sign; 1 - p_j is around / (1 +
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

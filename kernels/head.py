@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logit_loss import ROW_ALIGNMENT, cosine_gradient, empty_rows, empty_statistics, row_stats
+from .logit_loss import ROW_ALIGNMENT, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
 from .products import (
     add_feature_gradient,
     cosine_product,
@@ -26,8 +26,9 @@ from .products import (
     fused_gradient,
     fused_stats,
     target_cosine,
-    unit_rows,
+    unit_features,
     weight_gradient,
+    weight_rows,
 )
 from .row_loss import ROW_STATS, finish_rows
 from .runtime import on_device
@@ -35,17 +36,13 @@ from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 
 # A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
 PANEL_ELEMENTS = 2**24
-STATS_SPLITS = 8  # of the classes, in the fused statistics: their tiles are larger than a row's, so rows alone leave a GPU idle
+FUSED_SPLITS = 8  # of a chunk's classes in the fused statistics: their tiles hold many rows, so rows alone would leave a GPU idle
 
 
 def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
     if plan == "materialised":
         return num_classes
     return min(num_classes, max(PANEL_ELEMENTS // num_rows // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
-
-
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    return features.dtype
 
 
 def _cosine_dtype(features: Tensor, normalize: bool) -> torch.dtype:
@@ -76,16 +73,16 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
     terms = LossTerms(*fields)
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     with on_device(features):
-        unit, inverse_norm = unit_rows(features, normalize=normalize, dtype=features.dtype, scale_copy=True)
+        unit, inverse_norm = unit_features(features, terms, normalize=normalize)
         own = target_cosine(features, linear_weight, terms.target, inverse_norm)
         own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
         size = chunk_size(plan, num_rows, num_classes)
         fused = plan == "recompute"
-        statistics = empty_statistics(STATS_SPLITS if fused else 1, num_rows, terms.label_smoothing > 0.0, features.device)
+        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms.label_smoothing > 0.0, features.device)
         cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
-            weight, inverse = unit_rows(linear_weight[part], normalize=normalize, dtype=features.dtype, scale_copy=False)
+            weight, inverse = weight_rows(linear_weight[part], features.dtype, find_norms=normalize)
             if inverse is not None:
                 inverse_norm_weight[part] = inverse
             resume = part.start > 0
@@ -97,9 +94,8 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
                 row_stats(here, chunk, part.start, statistics, resume=resume, padded=True)
         loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)
         kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
-        kept_unit = unit if normalize else features.new_empty(0)
         kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
-        return loss, [stats, denominator, kept_unit, kept_norm, inverse_norm_weight, kept_cosine]
+        return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, kept_cosine]
 
 
 @head_forward.register_fake
@@ -115,7 +111,7 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     return empty(*((num_rows,) if terms.reduction == "none" else ())), [
         empty(ROW_STATS, num_rows),
         empty(),
-        features.new_empty((num_rows, dim) if normalize else (0,)),
+        features.new_empty((num_rows, dim)),
         empty(num_rows if normalize else 0),
         empty(num_classes if normalize else 0),
         cosine,
@@ -138,8 +134,6 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
     stats, denominator, unit, inverse_norm, inverse_norm_weight, cosine = saved
     with on_device(features):
         grad_loss = grad_loss.contiguous()
-        if not normalize:
-            unit = unit_rows(features, normalize=False, dtype=features.dtype, scale_copy=False)[0]
         size = chunk_size(plan, num_rows, num_classes)
         gradient = empty_rows(num_rows, size, _gradient_dtype(features), features.device)
         if plan == "chunked":
@@ -150,7 +144,7 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
         partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
         row_sum = features.new_zeros(num_rows, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
-            weight = unit_rows(linear_weight[part], normalize=False, dtype=features.dtype, scale_copy=False)[0]
+            weight = weight_rows(linear_weight[part], features.dtype, find_norms=False)[0]
             inverse = inverse_norm_weight[part] if normalize else None
             here = gradient[:, : part.stop - part.start]
             if plan == "recompute":
@@ -159,9 +153,7 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
                 logits = cosine[:, : part.stop - part.start]
                 if plan == "chunked":
                     cosine_product(unit, weight, inverse, logits)
-                sums = cosine_gradient(
-                    logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=True
-                )
+                sums = cosine_gradient(logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=True)
             chunk_row_sum, class_sum, bias_sum = sums
             if chunk_row_sum is not None:
                 row_sum += chunk_row_sum

@@ -21,10 +21,12 @@ from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import NVIDIA, on_device
 from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 
-# Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product leaves its row.
+# Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product
+# leaves its row.
 ROW_ALIGNMENT = 128
 STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
 GRADIENT_COLUMNS = 512
+PROGRAMS = 1024  # of the statistics: enough to fill a large GPU several times; a small batch splits its classes to get there
 
 
 def padded_columns(num_classes: int) -> int:
@@ -138,7 +140,7 @@ def finish_gradient_tile(
 ):  # fmt: skip
     """The gradient that enters the products, rounded, and its sums over the tile's classes and samples that the backward of the norms and of the bias needs.
 
-    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A sum that is not asked for is returned as anything.
+    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A sum that is not asked for is anything.
     """
     if MASKED:
         dz = tl.where(present[None, :], dz, 0.0)
@@ -160,7 +162,9 @@ def finish_gradient_tile(
 
 
 @triton.jit
-def load_row_gradient(stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, TWO: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr):
+def load_row_gradient(
+    stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, TWO: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr
+):  # fmt: skip
     """Whether the row has a gradient, its statistics, and the factor s * upstream / denominator. A row without is not to be read, whatever it holds."""
     offset = tl.load(stats_ptr + rows, mask=in_batch, other=float("inf"))
     grad_a = tl.load(stats_ptr + num_rows + rows, mask=in_batch, other=0.0)
@@ -393,6 +397,17 @@ def empty_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torc
     return torch.empty((num_rows, padded_columns(num_classes)), dtype=dtype, device=device)[:, :num_classes]
 
 
+def _stats_tile_shape(num_classes: int, shift: int) -> tuple[int, int]:
+    columns = min(STATS_COLUMNS, max(triton.next_power_of_2(num_classes + shift), 16))
+    return min(STATS_COLUMNS // columns, 16), columns
+
+
+def stats_splits(num_rows: int, num_classes: int) -> int:
+    """Shares of the classes that `row_stats` walks over side by side."""
+    rows, columns = _stats_tile_shape(num_classes, 0)
+    return max(1, min(triton.cdiv(num_classes, columns), PROGRAMS // triton.cdiv(num_rows, rows)))
+
+
 def row_stats(
     cosine: Tensor,  # (N, C) of this call's classes
     terms: LossTerms,  # per-class vectors of this call's classes; class_offset is the global index of its first class
@@ -406,8 +421,7 @@ def row_stats(
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
     peak, rest, blend = statistics
-    columns = min(STATS_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
-    rows = min(STATS_COLUMNS // columns, 16)
+    rows, columns = _stats_tile_shape(num_classes, layout.shift)
     splits = peak.shape[0]
     tiles = triton.cdiv(triton.cdiv(num_classes + layout.shift, columns), splits)
     _row_stats_kernel[(triton.cdiv(num_rows, rows), splits)](
@@ -444,7 +458,7 @@ def cosine_gradient(
     class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
     summed = bias_grad or inverse_norm is not None
     row_tiles = triton.cdiv(num_rows, rows)
-    splits = triton.cdiv(num_rows, 128) if summed else triton.cdiv(row_tiles, 4)
+    splits = triton.cdiv(num_rows, 128) if summed else min(triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
     device = cosine.device
     row_sum = class_sum = bias_sum = None
     if inverse_norm is not None:
@@ -477,7 +491,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss ((), or (N,) unreduced), row statistics (4, N), denominator of the mean ()."""
     terms = LossTerms(*args)
     with on_device(cosine):
-        statistics = empty_statistics(1, cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
+        statistics = empty_statistics(stats_splits(*cosine.shape), cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
         return finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
 

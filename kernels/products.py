@@ -63,8 +63,8 @@ def _precision() -> str:
 
 @triton.jit
 def _unit_rows_kernel(
-    x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, num_rows, dim, zero_norm,
-    SCALE_COPY: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
@@ -79,14 +79,20 @@ def _unit_rows_kernel(
         norm = tl.sqrt(squares)
         # written so that a NaN norm stays NaN
         factor = tl.where(norm <= zero_norm, 0.0, 1.0 / norm)
+    if target_ptr is not None:
+        ignored = tl.load(target_ptr + rows, mask=in_batch, other=0) == ignore_index
+        if target_b_ptr is not None:
+            ignored |= tl.load(target_b_ptr + rows, mask=in_batch, other=0) == ignore_index
+        factor = tl.where(ignored, 0.0, factor)
+    if inverse_norm_ptr is not None:
         tl.store(inverse_norm_ptr + rows, factor, mask=in_batch)
     if copy_ptr is not None:
         for start in range(0, dim, DEPTH):
             at = start + tl.arange(0, DEPTH)
             inside = in_batch[:, None] & (at < dim)[None, :]
             x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
-            if SCALE_COPY:
-                x *= factor[:, None]
+            if target_ptr is not None:
+                x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 whatever the row holds
             tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
@@ -203,7 +209,9 @@ def _fused_stats_kernel(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
-        peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None, blend_ptr is not None)
+        peak, rest, blend = accumulate_tile(
+            peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None, blend_ptr is not None
+        )  # fmt: skip
     store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
 
 
@@ -232,7 +240,7 @@ def _fused_gradient_kernel(
     bias = load_class_term(bias_ptr, classes, present, 0.0)
     class_weight = load_class_term(class_weight_ptr, classes, present, 1.0)
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
-    kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
+    _, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
         stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
     )
     v = disturb(
@@ -336,22 +344,35 @@ def _weight_gradient_kernel(
     tl.store(out_ptr + (place * dim)[:, None] + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def unit_rows(x: Tensor, *, normalize: bool, dtype: torch.dtype, scale_copy: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows in `dtype`, unit-length with `scale_copy`, and their inverse norms (None without `normalize`).
-
-    The rows are `x` itself where nothing has to change and its elements are contiguous.
-    """
+def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, terms: LossTerms | None) -> None:
     num_rows, dim = x.shape
-    copied = x.dtype != dtype or x.stride(1) != 1 or (scale_copy and normalize)
-    rows = torch.empty((num_rows, dim), dtype=dtype, device=x.device) if copied else x
-    inverse_norm = torch.empty(num_rows, dtype=torch.float32, device=x.device) if normalize else None
-    if copied or normalize:
-        depth = min(triton.next_power_of_2(dim), 1024)
-        tile_rows = min(max(4096 // depth, 1), 16)
-        _unit_rows_kernel[(triton.cdiv(num_rows, tile_rows),)](
-            x, x.stride(0), x.stride(1), rows if copied else None, rows.stride(0), inverse_norm, num_rows, dim, ZERO_NORM,
-            SCALE_COPY=scale_copy and normalize, ROWS=tile_rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    depth = min(triton.next_power_of_2(dim), 1024)
+    rows = min(max(4096 // depth, 1), 16)
+    _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
+        x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm,
+        terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, ZERO_NORM,
+        ROWS=rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Features as the products take them: of unit length with `normalize`, and then with their inverse norms (N,); 0 for a row that takes no part.
+
+    Such a row has no direction, or is ignored: whatever it holds, NaN too, stays out of every product.
+    """
+    unit = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
+    _rows_pass(features, unit, inverse_norm, terms)
+    return unit, inverse_norm
+
+
+def weight_rows(linear_weight: Tensor, dtype: torch.dtype, *, find_norms: bool) -> tuple[Tensor, Tensor | None]:
+    """Weights as the products take them, the tensor itself wherever that is possible, and with `find_norms` their inverse norms (C,)."""
+    copied = linear_weight.dtype != dtype or linear_weight.stride(1) != 1
+    rows = torch.empty(linear_weight.shape, dtype=dtype, device=linear_weight.device) if copied else linear_weight
+    inverse_norm = torch.empty(linear_weight.shape[0], dtype=torch.float32, device=linear_weight.device) if find_norms else None
+    if copied or find_norms:
+        _rows_pass(linear_weight, rows if copied else None, inverse_norm, None)
     return rows, inverse_norm
 
 
@@ -379,8 +400,9 @@ def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: 
 
 
 def fused_stats(
-    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, terms: LossTerms, first_class: int, statistics: tuple[Tensor, Tensor, Tensor | None], *, resume: bool
-) -> None:
+    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, terms: LossTerms, first_class: int,
+    statistics: tuple[Tensor, Tensor, Tensor | None], *, resume: bool,
+) -> None:  # fmt: skip
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = fused_tile_of(x.dtype)
