@@ -25,9 +25,9 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 7
 _LOW = 0xFFFFFFFF
 _GROUP = 8  # classes that share a counter
-# Groups computed at a time. On a CPU large enough that torch gives every thread of a pair a share (its grain is 32768 elements), small enough for the cache;
-# on another device large, because there a small operation costs its launch.
-_CPU_CHUNK = 49152
+# Groups computed at a time. On a CPU twice torch's grain of 32768 elements, the least that keeps two threads busy: more would leave the cache. On another
+# device many, because there a small operation costs its launch.
+_CPU_CHUNK = 1 << 16
 _DEVICE_CHUNK = 1 << 22
 
 

@@ -85,7 +85,7 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
     else:
         u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
         radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # -2 ln(2) / 9
-        # Around the middle of the quarter circle, t = pi/4 + (pi/2) v, cosine and sine are even(v) - odd(v) and even(v) + odd(v): nothing to swap, no signs. Both
+        # Around the middle of the quarter circle, t = pi/4 + (pi/2) v, cosine and sine are even(v) - odd(v) and even(v) + odd(v): no swap, no sign. Both
         # are polynomials in v^2, fitted to 2e-9.
         v = ((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5
         square = v * v

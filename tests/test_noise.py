@@ -104,7 +104,8 @@ def test_triton_words_equal_the_oracle(device: torch.device) -> None:
 
 
 def test_draws_equal_the_oracle(backend: str, device: torch.device) -> None:
-    for row_offset, class_offset in ((0, 0), (ROW, 13), (2**63 - 10, LAST_CLASS - 40)):
+    # Triton's interpreter keeps an int from 2**31 to 2**32 - 1 as an unsigned one.
+    for row_offset, class_offset in ((0, 0), (ROW, 13), (2**32 - 3, 2**32 - 8), (2**31 + 1, 2**31 + 3), (2**63 - 10, LAST_CLASS - 40)):
         assert_close(draw(backend, device, SEED, 9, 41, row_offset, class_offset), oracle.noise(SEED, 9, 41, row_offset, class_offset))
 
 
@@ -417,4 +418,5 @@ def test_compiled_kernel(target: str) -> None:
             assert body.count(f"MUFU.{special}") == words
         # Five full rounds of two wide products make four words; the first two rounds share theirs between the rows and groups of a thread.
         assert body.count("IMAD.WIDE") <= 5 * words
-        assert body.count("I2F") == body.count("CALL") == 0
+        assert body.count("I2F") <= 1  # of the block's number, to divide it: no field of a word goes that way
+        assert body.count("CALL") == 0
