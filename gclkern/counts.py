@@ -29,9 +29,9 @@ def as_vector(name: str, value: object, meaning: str) -> Tensor:
     else:
         try:
             # torch.tensor copies, so a read-only array needs no warning; float64 keeps the digits of Python's floats.
-            vector = torch.tensor(value)
-            if vector.dtype == torch.float32:
-                vector = torch.tensor(value, dtype=torch.float64)
+            vector = torch.tensor(value, device="cpu")
+            if vector.is_floating_point():
+                vector = torch.tensor(value, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a sequence of numbers, a numpy array or a tensor, {meaning}, got {type(value).__name__} ({error})") from error
     if vector.dtype == torch.bool or vector.is_complex():

@@ -72,8 +72,8 @@ class _ClassLoss(nn.Module):
         if num_classes is None:
             num_classes = vectors["weight"].numel() if isinstance(vectors["weight"], Tensor) else 1
         loss_terms(
-            "the class counts", torch.zeros(1, num_classes), num_classes, torch.zeros(1, dtype=torch.int64), target_b=None, lam=None, seed=0, row_offset=0,
-            class_offset=0, **vectors, **self._options(),
+            "the class counts", torch.zeros(1, num_classes, device="cpu"), num_classes, torch.zeros(1, dtype=torch.int64, device="cpu"), target_b=None,
+            lam=None, seed=0, row_offset=0, class_offset=0, **vectors, **self._options(),
         )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:

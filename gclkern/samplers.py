@@ -90,8 +90,9 @@ class _EpochSampler(Sampler[int]):
         return -(-self.num_samples // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
-        places = torch.arange(self.position, len(self)) * self.num_replicas + self.rank
-        return iter(self._order()[places % self.num_samples].tolist())
+        with torch.device("cpu"):  # whatever torch's default device is
+            places = torch.arange(self.position, len(self)) * self.num_replicas + self.rank
+            return iter(self._order()[places % self.num_samples].tolist())
 
     def _order(self) -> Tensor:
         """The samples (num_samples,) that all ranks together draw in this epoch."""
@@ -215,7 +216,7 @@ class EffectiveNumberSampler(_WeightedSampler):
         self.beta = check_beta(beta)
 
     def _class_mass(self, counts: Tensor) -> Tensor:
-        return counts * inverse_effective_number(counts, torch.tensor(self.beta, dtype=torch.float64))
+        return counts * inverse_effective_number(counts, counts.new_tensor(self.beta))
 
 
 class CBENSampler(_WeightedSampler):

@@ -49,7 +49,8 @@ def effective_number_weights(class_counts: Vector, beta: float = 0.9999) -> Tens
         >>> effective_number_weights([5000, 500, 50])
         tensor([0.0341, 0.2752, 2.6907])
     """
-    values = inverse_effective_number(check_class_counts(class_counts), torch.tensor(check_beta(beta), dtype=torch.float64))
+    counts = check_class_counts(class_counts)
+    values = inverse_effective_number(counts, counts.new_tensor(check_beta(beta)))
     return (values * (values.numel() / values.sum())).to(device_of(class_counts), torch.float32)
 
 

@@ -231,6 +231,14 @@ def test_repr() -> None:
     assert repr(LinearGCLLoss(COUNTS)).endswith("backend='auto', plan='auto')")
 
 
+@pytest.mark.parametrize("make", [GCLLoss, LinearGCLLoss, LDAMLoss, LogitAdjustedLoss])
+def test_the_default_device_does_not_matter(make: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        criterion = make(COUNTS)
+        assert torch.equal(drw_weights(COUNTS, 0), torch.ones(CLASSES, device="cpu"))
+    assert all(buffer.device.type == "cpu" for buffer in criterion.buffers())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_compiles_into_one_graph(name: str) -> None:
     torch.compiler.reset()

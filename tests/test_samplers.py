@@ -155,6 +155,14 @@ def test_torch_generators_are_left_alone(make: Callable[..., Any]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@every_sampler
+def test_the_default_device_does_not_matter(make: Callable[..., Any]) -> None:
+    labels = LABELS.tolist()
+    with torch.device("meta"):
+        order = list(make(labels))
+    assert order == list(make(labels))
+
+
 # First draws of seed 2^40 + 5, epoch 3, by sampler: they hold on every platform and version. The weighted samplers map the same random words, and here
 # their probabilities differ by less than 2%.
 FIRST_DRAWS = {
