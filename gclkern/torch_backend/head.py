@@ -1,0 +1,290 @@
+"""The loss of a classifier head in torch: features (N, D) against one weight row for each class (C, D), without a normalised copy of the weights.
+
+With unit vectors f_hat and w_hat and G = dL/dcos, normalisation and its backward happen beside the products:
+
+    cos_ij = <f_hat_i, w_j> / |w_j|
+    df_i = (p_i - <p_i, f_hat_i> f_hat_i) / |f_i|,          p_i = sum_j (G_ij / |w_j|) w_j
+    dw_j = p_j - <p_j, w_j> w_j / |w_j|^2,                  p_j = sum_i (G_ij / |w_j|) f_hat_i
+
+so one matrix, G over the norms of the classes, enters both gradient products, and the projections use the very numbers that the products used. Classes are
+taken in chunks, each projected while it is in the cache. The upstream gradient, scalar or one for each row, scales the rows of f_hat and of df.
+
+A plan is the choice of the chunk whose cosines exist at a time:
+    materialised   all classes, one (N, C) matrix; forward turns it into G over the norms in place, so that backward is two products
+    chunked        as many classes as make a matrix of _CHUNK_BYTES; backward computes the cosines again: four products
+    recompute      the same with a matrix of _PANEL_BYTES, whatever the number of classes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
+from gclkern.torch_backend.rows import (
+    ROW_STATS,
+    RowGradients,
+    RowSums,
+    disturb_,
+    finish_rows,
+    gradient_,
+    kept_rows,
+    noise_scratch,
+    reduce_rows,
+    row_blocks,
+    row_upstream,
+    statistics_dtype,
+)
+
+_CHUNK_BYTES = 32 * 2**20  # of cosines: far above what a product needs to run at full speed
+_PANEL_BYTES = 4 * 2**20  # of cosines: stays in the cache and in the shadow of every other tensor
+_MIN_CLASSES = 64  # thinner products waste the machine
+_WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
+
+_PROJECTION_BYTES = 2**20  # of weight rows projected at a time: passes over them stay in the second-level cache
+
+_MIN_NORM = 1e-12
+# Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
+_NO_DIRECTION = 1e-20
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+def _chunk_classes(plan: str, num_rows: int, num_classes: int, dtype: torch.dtype) -> int:
+    """How many classes' cosines exist at a time."""
+    if plan == "materialised":
+        return num_classes
+    size = _CHUNK_BYTES if plan == "chunked" else _PANEL_BYTES
+    return min(num_classes, max(_MIN_CLASSES, size // (num_rows * dtype.itemsize)))
+
+
+def _product_classes(linear_weight: Tensor, dtype: torch.dtype) -> int:
+    return max(_MIN_CLASSES, _WEIGHT_BYTES // (linear_weight.shape[1] * dtype.itemsize))
+
+
+def _inverse_norms(matrix: Tensor, no_direction: float) -> Tensor:
+    """1 / |row|; `no_direction` where the norm counts as 0, NaN where it is not finite."""
+    norm = torch.linalg.vector_norm(matrix, dim=1)
+    return torch.where(norm.isfinite(), norm.reciprocal(), math.nan).masked_fill_(norm <= _MIN_NORM, no_direction)
+
+
+def _feature_inverse(features: Tensor, terms: LossTerms, normalize: bool) -> Tensor:
+    """1 / |f_i| (N,); 0 for a row that takes no part: without a direction, or ignored."""
+    inverse = _inverse_norms(features, 0.0) if normalize else torch.ones(features.shape[0], dtype=features.dtype, device=features.device)
+    return inverse.masked_fill_(~kept_rows(terms), 0.0)
+
+
+def _times_rows(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows times their factor; 0 where that is 0, whatever the row holds."""
+    column = factor.unsqueeze(1)
+    return torch.mul(matrix, column, out=out).masked_fill_(column == 0, 0.0)
+
+
+def _matrix(panel: Tensor, num_rows: int, num_classes: int) -> Tensor:
+    """The first elements of a flat panel as a contiguous matrix."""
+    return panel[: num_rows * num_classes].view(num_rows, num_classes)
+
+
+class _Head:
+    """The cosines of one call, chunk of classes by chunk."""
+
+    def __init__(self, features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str) -> None:
+        self.num_rows, self.num_classes = features.shape[0], linear_weight.shape[0]
+        self.dtype, self.device = statistics_dtype(features), features.device
+        self.features = features.to(self.dtype)
+        self.linear_weight = linear_weight
+        self.terms = terms
+        self.normalize = normalize
+        self.width = _chunk_classes(plan, self.num_rows, self.num_classes, self.dtype)
+        self.product_classes = min(self.width, _product_classes(linear_weight, self.dtype))
+        self.noise = noise_scratch(self.num_rows, self.width, terms, self.device)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def weight_rows(self, classes: slice) -> Tensor:
+        """Rows of the weight in the precision of the products: the weight itself wherever that is possible."""
+        return self.linear_weight[classes].to(self.dtype)
+
+    def chunks(self) -> Iterator[slice]:
+        return _spans(0, self.num_classes, self.width)
+
+    def multiply(self, unit: Tensor, chunk: slice, out: Tensor, inverse: Tensor, find_norms: bool) -> None:
+        """out = <f_hat_i, w_j> for a chunk of classes. 16-bit weights pass through float32 a few rows at a time; `inverse` receives 1 / |w_j|."""
+        whole = self.linear_weight.dtype == self.dtype
+        for classes in _spans(chunk.start, chunk.stop, self.width if whole else self.product_classes):
+            rows = self.weight_rows(classes)
+            if find_norms:
+                inverse[classes] = _inverse_norms(rows, _NO_DIRECTION)
+            torch.mm(unit, rows.t(), out=out[:, classes.start - chunk.start : classes.stop - chunk.start])
+
+    def blocks(self, matrix: Tensor, chunk: slice, inverse: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Turns the products of a chunk into u, a block of rows at a time, and hands out the block."""
+        scale = inverse[chunk] * self.terms.scale if self.normalize else self.terms.scale
+        for rows in row_blocks(self.num_rows, matrix.shape[1], self.device):
+            block = matrix[rows]
+            if isinstance(scale, Tensor) or scale != 1.0:
+                block.mul_(scale)
+            disturb_(block, self.terms, rows, chunk, self.noise)
+            yield rows, block
+
+
+class _WeightGradient:
+    """dw = p - <p, w> w / |w|^2 for a few rows of the weight at a time."""
+
+    def __init__(self, head: _Head, unit: Tensor, inverse: Tensor) -> None:
+        self.head = head
+        self.unit = unit  # f_hat times the upstream gradient
+        self.inverse = inverse
+        self.grad = torch.empty(head.linear_weight.shape, dtype=head.linear_weight.dtype, device=head.device)
+        self.cast = None if self.grad.dtype == head.dtype else head.empty(head.product_classes, self.grad.shape[1])
+        self.flat = inverse == _NO_DIRECTION
+        # On a CPU the answer is known, elsewhere it would synchronise.
+        self.some_flat = head.normalize and (head.device.type != "cpu" or bool(self.flat.any()))
+        self.step = min(head.product_classes, max(1, _PROJECTION_BYTES // (self.grad.shape[1] * head.dtype.itemsize)))
+        self.scratch = head.empty(self.step if head.normalize else 0, self.grad.shape[1])
+
+    def add(self, gradient: Tensor, rows: Tensor, classes: slice) -> None:
+        """`gradient` (N, classes) is G over the norms, `rows` are the weight's."""
+        product = self.grad[classes] if self.cast is None else self.cast[: rows.shape[0]]
+        torch.mm(gradient.t(), self.unit, out=product)
+        if self.head.normalize:
+            inverse = self.inverse[classes].unsqueeze(1)
+            for some in _spans(0, rows.shape[0], self.step):
+                terms = torch.mul(product[some], rows[some], out=self.scratch[: some.stop - some.start])
+                along = terms.sum(1, keepdim=True).mul_(inverse[some]).mul_(inverse[some])
+                product[some].addcmul_(rows[some], along, value=-1)
+            if self.some_flat:
+                product.masked_fill_(self.flat[classes].unsqueeze(1), 0.0)
+        if self.cast is not None:
+            self.grad[classes] = product
+
+
+def _project_rows_(products: Tensor, features: Tensor, inverse: Tensor, upstream: Tensor, normalize: bool) -> None:
+    """p becomes df = (p - <p, f_hat> f_hat) / |f| times the upstream gradient, in place."""
+    if normalize:
+        unit = _times_rows(features, inverse)
+        products.addcmul_(unit, torch.linalg.vecdot(products, unit).unsqueeze(1), value=-1)
+    _times_rows(products, inverse * upstream, out=products)
+
+
+def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients) -> None:
+    """The products of a chunk become G over the norms, in place."""
+    for rows, block in head.blocks(matrix, chunk, inverse):
+        block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
+        gradient_(block, head.terms, stats, rows, chunk)
+        if head.normalize:
+            block.mul_(inverse[chunk])
+
+
+def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *some, normalize, plan, for_backward = args
+    terms = LossTerms(*some)
+    head = _Head(features, linear_weight, terms, normalize, plan)
+    feature_inverse = _feature_inverse(head.features, terms, normalize)
+    unit = _times_rows(head.features, feature_inverse)
+    class_inverse = head.empty(head.num_classes if normalize else 0)
+    sums = RowSums(head.num_rows, terms, head.dtype, head.device)
+    panel = head.empty(head.num_rows * head.width)
+    for chunk in head.chunks():
+        matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
+        head.multiply(unit, chunk, matrix, class_inverse, normalize)
+        for rows, block in head.blocks(matrix, chunk, class_inverse):
+            sums.add_(block, rows, chunk)
+    losses, stats = finish_rows(sums, head.num_classes)
+    loss, denominator = reduce_rows(losses, terms)
+    if not for_backward:
+        return loss, []
+    if plan != "materialised":
+        return loss, [torch.stack(stats), feature_inverse, class_inverse, denominator]
+    stats = stats.times(terms.scale)
+    gradient = panel.view(head.num_rows, head.num_classes)
+    everything = slice(0, head.num_classes)
+    for rows in row_blocks(head.num_rows, head.num_classes, head.device):
+        gradient_(gradient[rows], terms, stats, rows, everything)
+        if normalize:
+            gradient[rows].mul_(class_inverse)
+    return loss, [gradient, feature_inverse, class_inverse, denominator]
+
+
+def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *some, normalize, plan, features_grad, weight_grad, bias_grad = args
+    terms = LossTerms(*some)
+    head = _Head(features, linear_weight, terms, normalize, plan)
+    kept_matrix, feature_inverse, class_inverse, denominator = saved
+    upstream = row_upstream(grad_loss, denominator, terms, head.dtype)
+    materialised = plan == "materialised"
+    unit = head.features if materialised else _times_rows(head.features, feature_inverse)
+    products = torch.zeros(features.shape if features_grad else (0,), dtype=head.dtype, device=head.device)
+    weights = _WeightGradient(head, _times_rows(head.features, feature_inverse * upstream), class_inverse) if weight_grad else None
+    grad_bias = head.empty(head.num_classes if bias_grad else 0)
+
+    panel = kept_matrix.view(-1) if materialised else head.empty(head.num_rows * head.width)
+    for chunk in head.chunks():
+        matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
+        if not materialised:
+            head.multiply(unit, chunk, matrix, class_inverse, False)
+            _gradient_again(head, matrix, chunk, class_inverse, RowGradients(*kept_matrix).times(terms.scale))
+        if bias_grad:
+            torch.mv(matrix.t(), upstream, out=grad_bias[chunk])
+        for classes in _spans(chunk.start, chunk.stop, head.product_classes):
+            rows = head.weight_rows(classes)
+            gradient = matrix[:, classes.start - chunk.start : classes.stop - chunk.start]
+            if features_grad:
+                products.addmm_(gradient, rows)
+            if weights is not None:
+                weights.add(gradient, rows, classes)
+    grad_weight = linear_weight.new_empty(0) if weights is None else weights.grad
+    if bias_grad:
+        grad_bias.div_(class_inverse * terms.scale if normalize else terms.scale)
+    if features_grad:
+        del weights, unit  # their room serves what follows
+        _project_rows_(products, head.features, feature_inverse, upstream, normalize)
+    return products.to(features.dtype), grad_weight, grad_bias
+
+
+head_forward = torch.library.custom_op(
+    "gclkern::torch_head_forward",
+    _head_forward,
+    mutates_args=(),
+    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
+)
+head_backward = torch.library.custom_op(
+    "gclkern::torch_head_backward",
+    _head_backward,
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
+        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+
+
+@head_forward.register_fake
+def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *some, normalize, plan, for_backward = args
+    num_rows, num_classes, dtype = features.shape[0], linear_weight.shape[0], statistics_dtype(features)
+    loss = features.new_empty((num_rows,) if LossTerms(*some).reduction == "none" else (), dtype=dtype)
+    if not for_backward:
+        return loss, []
+    kept_shape = (num_rows, num_classes) if plan == "materialised" else (ROW_STATS, num_rows)
+    shapes = (kept_shape, (num_rows,), (num_classes if normalize else 0,), ())
+    return loss, [features.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+@head_backward.register_fake
+def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features_grad, weight_grad, bias_grad = args[-3:]
+    grad_features = torch.empty(features.shape if features_grad else (0,), dtype=features.dtype, device=features.device)
+    grad_weight = torch.empty(linear_weight.shape if weight_grad else (0,), dtype=linear_weight.dtype, device=linear_weight.device)
+    return grad_features, grad_weight, features.new_empty((linear_weight.shape[0] if bias_grad else 0,), dtype=statistics_dtype(features))
+
+
+head_backward.register_autograd(refuse_second_derivative)

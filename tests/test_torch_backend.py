@@ -1,0 +1,444 @@
+"""The torch operators against the float64 formula, finite differences, each other, and their promises on memory and bad rows."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gclkern.torch_backend
+from gclkern.kernels.terms import LossTerms
+from tests import oracle
+
+OPS = torch.ops.gclkern
+PLANS = ("materialised", "chunked", "recompute")
+ROWS, CLASSES, DIM = 7, 21, 5
+SEED = 2**40 + 5
+ROOT = Path(__file__).resolve().parent.parent
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cloud": {"cloud": True},
+    "margin": {"margin": True, "cloud": True},
+    "bias": {"bias": True, "scale": 1.0},
+    "weight": {"weight": True, "cloud": True},
+    "smoothing": {"label_smoothing": 0.2, "margin": True},
+    "smoothing weight": {"label_smoothing": 0.2, "weight": True, "bias": True},
+    "focal": {"gamma": 1.5, "focal_detach": False, "margin": True},
+    "focal small gamma": {"gamma": 0.5, "focal_detach": False},
+    "focal detached": {"gamma": 1.0, "cloud": True, "weight": True},
+    "two targets": {"two": True, "cloud": True, "margin": True},
+    "two targets, all options": {
+        "two": True, "cloud": True, "margin": True, "bias": True, "weight": True, "label_smoothing": 0.1, "gamma": 2.0, "focal_detach": False,
+    },
+    "two targets, detached": {"two": True, "gamma": 1.0, "weight": True},
+    "offsets": {"cloud": True, "row_offset": 2**33 + 1, "class_offset": 13},
+}  # fmt: skip
+
+
+class Case:
+    """One set of options as float64 tensors, as the terms of the operators and as the keywords of the oracle."""
+
+    def __init__(self, options: dict[str, Any], reduction: str = "mean", classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> None:
+        random = torch.Generator().manual_seed(0)
+        options = dict(options)
+        vectors = {
+            "cloud": torch.rand(classes, generator=random, dtype=torch.float64),
+            "margin": 0.3 * torch.rand(classes, generator=random, dtype=torch.float64),
+            "bias": torch.randn(classes, generator=random, dtype=torch.float64),
+            "weight": 0.5 + torch.rand(classes, generator=random, dtype=torch.float64),
+        }
+        self.vectors = {name: vector if options.pop(name, False) else None for name, vector in vectors.items()}
+        target = torch.randint(classes, (ROWS,), generator=random)
+        target[2] = -100
+        self.target = target
+        self.target_b: Tensor | None = None
+        self.lam: Tensor | None = None
+        if options.pop("two", False):
+            self.target_b = torch.randint(classes, (ROWS,), generator=random)
+            self.target_b[3] = target[3]
+            self.target_b[4] = -100
+            self.lam = torch.rand(ROWS, generator=random, dtype=torch.float64)
+        self.plain = {
+            "scale": 8.0, "gamma": 0.0, "focal_detach": True, "label_smoothing": 0.0, "ignore_index": -100, "row_offset": 0, "class_offset": 0, **options,
+        }  # fmt: skip
+        self.reduction = reduction
+        self.dtype = dtype
+        self.cosine = torch.rand(ROWS, classes, generator=random, dtype=torch.float64) * 2 - 1
+        self.features = torch.randn(ROWS, DIM, generator=random, dtype=torch.float64)
+        self.linear_weight = torch.randn(classes, DIM, generator=random, dtype=torch.float64)
+        self.grad_loss = torch.rand((ROWS,) if reduction == "none" else (), generator=random, dtype=torch.float64) + 0.5
+
+    def terms(self, bias: Tensor | None = None) -> LossTerms:
+        vectors = {name: None if vector is None else vector.to(self.dtype) for name, vector in self.vectors.items()}
+        if bias is not None:
+            vectors["bias"] = bias
+        seed = None if vectors["cloud"] is None else torch.tensor(SEED)
+        lam = None if self.lam is None else self.lam.to(self.dtype)
+        return LossTerms(target=self.target, target_b=self.target_b, lam=lam, seed=seed, reduction=self.reduction, **vectors, **self.plain)
+
+    def keywords(self) -> dict[str, Any]:
+        return dict(self.vectors, target_b=self.target_b, lam=self.lam, seed=SEED, reduction=self.reduction, **self.plain)
+
+    def leaves(self, *names: str) -> list[Tensor]:
+        found = [self.vectors["bias"] if name == "bias" else getattr(self, name) for name in names]
+        return [leaf.clone().requires_grad_() for leaf in found if leaf is not None]
+
+
+def differentiable(terms_of: Any, forward: Any, backward: Any) -> Any:
+    """An autograd Function over one pair of operators, whose last input is the bias or None."""
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            *matrices, bias = inputs
+            loss: Tensor
+            loss, saved = forward(*matrices, terms_of(bias))
+            ctx.save_for_backward(*matrices, bias, *saved)
+            ctx.matrices = len(matrices)
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad_loss: Tensor) -> Any:
+            matrices, (bias, *saved) = ctx.saved_tensors[: ctx.matrices], ctx.saved_tensors[ctx.matrices :]
+            grads = backward(grad_loss, *matrices, saved, terms_of(bias), bias is not None)
+            return (*grads[:-1], None if bias is None else grads[-1])
+
+    return Loss.apply
+
+
+def logit_loss(case: Case) -> Any:
+    def forward(cosine: Tensor, terms: LossTerms) -> Any:
+        loss, *saved = OPS.torch_logit_forward(cosine, *terms)
+        return loss, saved
+
+    def backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], terms: LossTerms, bias_grad: bool) -> Any:
+        return OPS.torch_logit_backward(grad_loss, cosine, *saved, *terms, bias_grad)
+
+    return differentiable(case.terms, forward, backward)
+
+
+def head_loss(case: Case, plan: str, normalize: bool = True) -> Any:
+    def forward(features: Tensor, linear_weight: Tensor, terms: LossTerms) -> Any:
+        return OPS.torch_head_forward(features, linear_weight, *terms, normalize, plan, True)
+
+    def backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, bias_grad: bool) -> Any:
+        return OPS.torch_head_backward(grad_loss, features, linear_weight, saved, *terms, normalize, plan, True, True, bias_grad)
+
+    return differentiable(case.terms, forward, backward)
+
+
+def with_gradients(loss: Tensor, leaves: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, grad_loss.to(loss.dtype))]
+
+
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks and chunks even for matrices of this size, with ends that fit nothing."""
+    monkeypatch.setattr(gclkern.torch_backend.rows, "block_rows", lambda num_rows, num_classes, device: min(num_rows, 3))
+    monkeypatch.setattr(gclkern.torch_backend.head, "_MIN_CLASSES", 4)
+    monkeypatch.setattr(gclkern.torch_backend.head, "_CHUNK_BYTES", 9 * 8 * ROWS)
+    monkeypatch.setattr(gclkern.torch_backend.head, "_PANEL_BYTES", 5 * 8 * ROWS)
+    monkeypatch.setattr(gclkern.torch_backend.head, "_WEIGHT_BYTES", 4 * 8 * DIM)
+    monkeypatch.setattr(gclkern.torch_backend.head, "_PROJECTION_BYTES", 3 * 8 * DIM)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_logits_follow_the_formula(name: str, reduction: str) -> None:
+    case = Case(OPTIONS[name], reduction)
+    # the stream's draws are float32 numbers here and exact in the formula
+    tolerance = 1e-10 if case.vectors["cloud"] is None else 2e-5
+    leaves = case.leaves("cosine", "bias")
+    reference = oracle.gcl_cross_entropy(leaves[0], case.target, **{**case.keywords(), "bias": leaves[1] if len(leaves) > 1 else None})
+    expected = with_gradients(reference, leaves, case.grad_loss)
+    mine = case.leaves("cosine", "bias")
+    actual = with_gradients(logit_loss(case)(mine[0], mine[1] if len(mine) > 1 else None), mine, case.grad_loss)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_head_follows_the_formula(name: str, plan: str, normalize: bool) -> None:
+    case = Case(OPTIONS[name], "none")
+    tolerance = 1e-10 if case.vectors["cloud"] is None else 2e-5
+    leaves = case.leaves("features", "linear_weight", "bias")
+    keywords = {**case.keywords(), "bias": leaves[2] if len(leaves) > 2 else None}
+    expected = with_gradients(oracle.linear_gcl_cross_entropy(leaves[0], leaves[1], case.target, normalize=normalize, **keywords), leaves, case.grad_loss)
+    mine = case.leaves("features", "linear_weight", "bias")
+    actual = with_gradients(head_loss(case, plan, normalize)(*mine[:2], mine[2] if len(mine) > 2 else None), mine, case.grad_loss)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if not options.get("gamma") or options.get("focal_detach") is False])
+def test_gradients_match_finite_differences(name: str) -> None:
+    case = Case(OPTIONS[name], "none")
+    inputs: list[Tensor | None] = [*case.leaves("cosine", "bias")]
+    assert torch.autograd.gradcheck(logit_loss(case), (*inputs, None)[:2], fast_mode=True)
+    inputs = [*case.leaves("features", "linear_weight", "bias")]
+    for plan in PLANS:
+        assert torch.autograd.gradcheck(head_loss(case, plan), (*inputs, None)[:3], fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_inputs(dtype: torch.dtype, reduction: str) -> None:
+    case = Case(OPTIONS["two targets, all options"], reduction, dtype=torch.float32)
+    case.features, case.linear_weight, case.cosine = (matrix.to(dtype).double() for matrix in (case.features, case.linear_weight, case.cosine))
+    leaves = case.leaves("features", "linear_weight", "bias")
+    keywords = {**case.keywords(), "bias": leaves[2]}
+    expected = with_gradients(oracle.linear_gcl_cross_entropy(leaves[0], leaves[1], case.target, **keywords), leaves, case.grad_loss)
+    for plan in PLANS:
+        mine = [leaves[0].detach().to(dtype).requires_grad_(), leaves[1].detach().to(dtype).requires_grad_(), leaves[2].detach().float().requires_grad_()]
+        actual = with_gradients(head_loss(case, plan)(*mine), mine, case.grad_loss)
+        assert [value.dtype for value in actual] == [torch.float32, dtype, dtype, torch.float32]
+        for value, reference in zip(actual, expected, strict=True):
+            step = 2e-5 if value.dtype == torch.float32 else torch.finfo(dtype).eps
+            torch.testing.assert_close(value.double(), reference, rtol=step, atol=step * 0.1)
+    cosine, bias = case.leaves("cosine", "bias")
+    expected = with_gradients(oracle.gcl_cross_entropy(cosine, case.target, **{**case.keywords(), "bias": bias}), [cosine], case.grad_loss)
+    narrow = cosine.detach().to(dtype).requires_grad_()
+    actual = with_gradients(logit_loss(case)(narrow, bias.detach().float()), [narrow], case.grad_loss)
+    assert [value.dtype for value in actual] == [torch.float32, dtype]
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual[1].double(), expected[1], rtol=max(2e-5, torch.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_features_beside_float32_weights(dtype: torch.dtype) -> None:
+    case = Case(OPTIONS["cloud"], dtype=torch.float32)
+    features, weight = case.features.to(dtype), case.linear_weight.float()
+    reference = [features.float().requires_grad_(), weight.clone().requires_grad_()]
+    expected = with_gradients(head_loss(case, "materialised")(*reference, None), reference, case.grad_loss)
+    mine = [features.requires_grad_(), weight.requires_grad_()]
+    actual = with_gradients(head_loss(case, "materialised")(*mine, None), mine, case.grad_loss)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    assert torch.equal(actual[1], expected[1].to(dtype))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_backward_can_be_repeated(plan: str) -> None:
+    case = Case(OPTIONS["two targets, all options"], dtype=torch.float32)
+    inputs = [leaf.detach().float().requires_grad_() for leaf in case.leaves("features", "linear_weight", "bias")]
+    loss = head_loss(case, plan)(*inputs)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # and the whole call, too
+    third = torch.autograd.grad(head_loss(case, plan)(*inputs), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_only_the_gradients_asked_for(plan: str) -> None:
+    case = Case(OPTIONS["bias"])
+    terms = case.terms()
+    _, saved = OPS.torch_head_forward(case.features, case.linear_weight, *terms, True, plan, True)
+    together = OPS.torch_head_backward(case.grad_loss, case.features, case.linear_weight, saved, *terms, True, plan, True, True, True)
+    for index in range(3):
+        wanted = [index == other for other in range(3)]
+        grads = OPS.torch_head_backward(case.grad_loss, case.features, case.linear_weight, saved, *terms, True, plan, *wanted)
+        assert [grad.numel() > 0 for grad in grads] == wanted
+        assert torch.equal(grads[index], together[index])
+    loss, saved = OPS.torch_head_forward(case.features, case.linear_weight, *terms, True, plan, False)
+    assert saved == [] and torch.isfinite(loss)
+
+
+def test_strides_do_not_matter() -> None:
+    case = Case(OPTIONS["cloud"])
+    features = torch.empty(DIM, 2 * ROWS, dtype=torch.float64).t()[::2].copy_(case.features)
+    weight = torch.empty(CLASSES, 3 * DIM, dtype=torch.float64)[:, ::3].copy_(case.linear_weight)
+    cosine = torch.empty(CLASSES, 2 * ROWS, dtype=torch.float64).t()[1::2].copy_(case.cosine)
+    for plan in PLANS:
+        plain = case.leaves("features", "linear_weight")
+        expected = with_gradients(head_loss(case, plan)(*plain, None), plain, case.grad_loss)
+        strided = [features.requires_grad_(), weight.requires_grad_()]
+        torch.testing.assert_close(with_gradients(head_loss(case, plan)(*strided, None), strided, case.grad_loss), expected)
+    leaf = case.leaves("cosine")
+    expected = with_gradients(logit_loss(case)(leaf[0], None), leaf, case.grad_loss)
+    torch.testing.assert_close(with_gradients(logit_loss(case)(cosine.requires_grad_(), None), [cosine], case.grad_loss), expected)
+
+
+def test_a_sure_target_keeps_its_digits() -> None:
+    # At scale 30 and p_y = 1 - 4e-12 the loss, its gradient and the focal factor are far below the spacing of float32 around 1.
+    logits = torch.tensor([[1.0, 0.1, 0.05, -0.2]])
+    terms = Case({"scale": 30.0, "gamma": 0.5, "focal_detach": False}, "sum", classes=4, dtype=torch.float32).terms()
+    terms = terms._replace(target=torch.tensor([0]))
+    loss, stats, denominator = OPS.torch_logit_forward(logits, *terms)
+    grad, _ = OPS.torch_logit_backward(torch.tensor(1.0), logits, stats, denominator, *terms, False)
+    rest = torch.exp(30.0 * (logits[0, 1:].double() - 1)).sum()
+    nll = torch.log1p(rest)
+    missed = -torch.expm1(-nll)
+    slope = missed**0.5 * (1 + 0.5 * nll * torch.exp(-nll) / missed)
+    torch.testing.assert_close(loss.double(), nll * missed**0.5, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[0, 0].double(), -30.0 * slope * rest / (1 + rest), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_bad_row_stays_alone(plan: str, bad: float) -> None:
+    case = Case(OPTIONS["two targets, all options"], "none", dtype=torch.float32)
+    clean = [leaf.detach().float() for leaf in case.leaves("features", "linear_weight", "bias")]
+    dirty = [clean[0].clone(), *clean[1:]]
+    dirty[0][1, 2] = bad
+    others = torch.arange(ROWS) != 1
+    results = []
+    for inputs in (clean, dirty):
+        leaves = [leaf.clone().requires_grad_() for leaf in inputs]
+        results.append(with_gradients(head_loss(case, plan)(*leaves), leaves, case.grad_loss))
+    (loss, grad, *_), (dirty_loss, dirty_grad, dirty_weight, _) = results
+    assert torch.equal(loss[others], dirty_loss[others]) and torch.equal(grad[others], dirty_grad[others])
+    assert dirty_loss[1].isnan() and dirty_grad[1].isnan().all() and dirty_weight.isnan().any()
+
+    cosine = case.cosine.float().requires_grad_()
+    bias = clean[2]
+    expected = with_gradients(logit_loss(case)(cosine, bias), [cosine], case.grad_loss)
+    broken = case.cosine.float()
+    broken[1, 2] = math.nan
+    actual = with_gradients(logit_loss(case)(broken.requires_grad_(), bias), [broken], case.grad_loss)
+    assert torch.equal(actual[0][others], expected[0][others]) and torch.equal(actual[1][others], expected[1][others])
+    assert actual[0][1].isnan()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_ignored_row_adds_nothing_whatever_it_holds(plan: str) -> None:
+    case = Case(OPTIONS["two targets"])
+    clean = case.leaves("features", "linear_weight")
+    expected = with_gradients(head_loss(case, plan)(*clean, None), clean, case.grad_loss)
+    dirty = case.leaves("features", "linear_weight")
+    with torch.no_grad():
+        dirty[0][2] = math.nan
+        dirty[0][4] = math.inf
+    actual = with_gradients(head_loss(case, plan)(*dirty, None), dirty, case.grad_loss)
+    torch.testing.assert_close(actual, expected)
+    assert (actual[1][2] == 0).all() and (actual[1][4] == 0).all()
+    cosine = case.cosine.clone()
+    cosine[2] = math.nan
+    cosine[4] = 1e300
+    loss = logit_loss(case)(cosine.requires_grad_(), None)
+    assert torch.isfinite(loss) and (torch.autograd.grad(loss, cosine)[0][[2, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["cloud", "weight", "focal", "two targets"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_all_rows_ignored(plan: str, name: str) -> None:
+    for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
+        case = Case(OPTIONS[name], reduction)
+        case.target = torch.full((ROWS,), -100)
+        leaves = case.leaves("features", "linear_weight")
+        loss, *grads = with_gradients(head_loss(case, plan)(*leaves, None), leaves, case.grad_loss)
+        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+        assert all((grad == 0).all() for grad in grads)
+        cosine = case.leaves("cosine")
+        loss, grad = with_gradients(logit_loss(case)(cosine[0], None), cosine, case.grad_loss)
+        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_without_a_direction(plan: str) -> None:
+    case = Case(OPTIONS["bias"])
+    case.features[0] = 0
+    case.features[1] = 1e-14
+    case.linear_weight[3] = 0
+    case.linear_weight[4] = 1e-14
+    leaves = case.leaves("features", "linear_weight", "bias")
+    expected = with_gradients(
+        oracle.linear_gcl_cross_entropy(leaves[0], leaves[1], case.target, **{**case.keywords(), "bias": leaves[2]}), leaves, case.grad_loss
+    )
+    mine = case.leaves("features", "linear_weight", "bias")
+    actual = with_gradients(head_loss(case, plan)(*mine), mine, case.grad_loss)
+    torch.testing.assert_close(actual, expected)
+    assert (actual[1][:2] == 0).all() and (actual[2][3:5] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("two", [True, False])
+def test_few_classes(classes: int, two: bool) -> None:
+    case = Case({"two": two, "margin": True}, "none", classes=classes)
+    cosine = case.leaves("cosine")
+    expected = with_gradients(oracle.gcl_cross_entropy(cosine[0], case.target, **case.keywords()), cosine, case.grad_loss)
+    mine = case.leaves("cosine")
+    torch.testing.assert_close(with_gradients(logit_loss(case)(mine[0], None), mine, case.grad_loss), expected)
+
+
+def test_classes_that_are_switched_off() -> None:
+    case = Case(OPTIONS["bias"], "none")
+    case.target[2] = 5  # the formula has no answer for an ignored row of infinite logits
+    assert case.vectors["bias"] is not None
+    off = [column for column in range(CLASSES) if column not in case.target.tolist()][:5]
+    case.vectors["bias"][off] = -math.inf
+    for plan in PLANS:
+        leaves = case.leaves("features", "linear_weight")
+        bias = case.vectors["bias"]
+        expected = with_gradients(oracle.linear_gcl_cross_entropy(leaves[0], leaves[1], case.target, **case.keywords()), leaves, case.grad_loss)
+        mine = case.leaves("features", "linear_weight")
+        torch.testing.assert_close(with_gradients(head_loss(case, plan)(*mine, bias), mine, case.grad_loss), expected)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1])
+def test_a_label_that_is_no_class_makes_its_row_nan(label: int) -> None:
+    case = Case(OPTIONS["two targets"], "none")
+    expected, *_ = OPS.torch_logit_forward(case.cosine, *case.terms())
+    case.target = case.target.clone()
+    case.target[0] = label
+    others = torch.arange(ROWS) != 0
+    loss, *_ = OPS.torch_logit_forward(case.cosine, *case.terms())
+    assert loss[0].isnan() and torch.equal(loss[others], expected[others])
+    for plan in PLANS:
+        loss, _ = OPS.torch_head_forward(case.features, case.linear_weight, *case.terms(), True, plan, True)
+        assert loss[0].isnan() and loss[others].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["plain", "two targets, all options"])
+def test_operators_are_registered_soundly(name: str) -> None:
+    case = Case(OPTIONS[name], dtype=torch.float32)
+    terms = case.terms()
+    cosine, features, weight, grad_loss = (tensor.float() for tensor in (case.cosine, case.features, case.linear_weight, case.grad_loss))
+    torch.library.opcheck(OPS.torch_logit_forward, (cosine, *terms))
+    _, stats, denominator = OPS.torch_logit_forward(cosine, *terms)
+    for bias_grad in (True, False):
+        torch.library.opcheck(OPS.torch_logit_backward, (grad_loss, cosine, stats, denominator, *terms, bias_grad))
+    for plan in PLANS:
+        for normalize in (True, False):
+            torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, normalize, plan, True))
+            _, saved = OPS.torch_head_forward(features, weight, *terms, normalize, plan, True)
+            torch.library.opcheck(OPS.torch_head_backward, (grad_loss, features, weight, saved, *terms, normalize, plan, True, True, True))
+    torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, True, "recompute", False))
+
+
+MEMORY = """
+import torch, gclkern.torch_backend
+from benchmarks.memory import peak_bytes
+from gclkern.kernels.terms import LossTerms
+
+torch.set_num_threads(1)
+
+def problem(rows, classes, dim):
+    terms = LossTerms(torch.arange(rows), None, None, torch.rand(classes), None, None, None, torch.tensor(1), 30.0, 0.0, True, 0.0, -100, 0, 0, "mean")
+    return torch.randn(rows, dim), torch.randn(classes, dim), terms
+
+def step(features, weight, terms):
+    loss, saved = torch.ops.gclkern.torch_head_forward(features, weight, *terms, True, "recompute", True)
+    grads = torch.ops.gclkern.torch_head_backward(torch.ones(()), features, weight, saved, *terms, True, "recompute", True, True, False)
+    assert bool(torch.isfinite(grads[1].sum()))
+
+step(*problem(8, 16, 8))  # what is loaded and compiled once
+inputs = problem(64, 1_000_000, 64)
+print(peak_bytes(lambda: step(*inputs)) - inputs[1].nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of the resident set from /proc")
+def test_a_million_classes_need_no_matrix_of_logits() -> None:
+    # beyond the weight and its gradient; the logits alone would be 256 MB
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 64 * 10**6
