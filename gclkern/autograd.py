@@ -20,7 +20,7 @@ def _operator(name: str, backend: str) -> Any:
     return getattr(torch.ops.gclkern, name if backend == "triton" else f"torch_{name}")
 
 
-def _terms_of(ctx: Any, saved: tuple[Tensor | None, ...]) -> LossTerms:
+def _terms_of(ctx: Any, saved: tuple[Any, ...]) -> LossTerms:
     return LossTerms(*saved[-_TENSORS:], *ctx.plain_terms)
 
 

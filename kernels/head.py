@@ -58,8 +58,8 @@ def _gradient_dtype(features: Tensor) -> torch.dtype:
 def _chunks(terms: LossTerms, num_classes: int, size: int) -> Iterator[tuple[slice, LossTerms]]:
     for start in range(0, num_classes, size):
         part = slice(start, min(start + size, num_classes))
-        vectors = {name: None if value is None else value[part] for name in ("cloud", "margin", "bias", "weight") for value in (getattr(terms, name),)}
-        yield part, terms._replace(class_offset=terms.class_offset + start, **vectors)
+        cloud, margin, bias, weight = (None if value is None else value[part] for value in (terms.cloud, terms.margin, terms.bias, terms.weight))
+        yield part, terms._replace(cloud=cloud, margin=margin, bias=bias, weight=weight, class_offset=terms.class_offset + start)
 
 
 @torch.library.custom_op(

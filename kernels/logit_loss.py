@@ -389,7 +389,7 @@ def layout_of(cosine: Tensor, class_offset: int) -> Layout:
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
     address = cosine.storage_offset() * cosine.element_size()  # storage itself is always well aligned
     paired = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
-    return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, paired)
+    return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, bool(paired))
 
 
 def empty_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -491,7 +491,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss ((), or (N,) unreduced), row statistics (4, N), denominator of the mean ()."""
     terms = LossTerms(*args)
     with on_device(cosine):
-        statistics = empty_statistics(stats_splits(*cosine.shape), cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
+        statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
         return finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
 
@@ -514,14 +514,14 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator
     *fields, bias_grad = args
     terms = LossTerms(*fields)
     with on_device(cosine):
-        out = empty_rows(*cosine.shape, cosine.dtype, cosine.device)
+        out = empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device)
         grad_bias = cosine_gradient(cosine, grad_loss, stats, denominator, terms, 0, out, inverse_norm=None, bias_grad=bias_grad, padded=False)[2]
         return out, cosine.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
 
 
 @logit_backward.register_fake
 def _(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(*cosine.shape, cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)
+    return empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)
 
 
 logit_backward.register_autograd(refuse_second_derivative)
