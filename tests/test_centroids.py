@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from gclkern.centroids import ClassCentroids, class_centroids
 from tests.launches import Launches
@@ -228,7 +229,7 @@ def _one_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_share_their_centroids(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_rank, (str(tmp_path),), nprocs=2)
+    start_processes(_one_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     expected, expected_counts = class_centroids(*problem(40, 4, 6), 4)
     own = 0
     for rank in range(2):
