@@ -89,7 +89,7 @@ def _one_target(
         spread = class_share * (total_weight - weight)
     chain = share
     if FOCAL:
-        loss = tl.maximum(loss, 0.0)
+        loss = tl.where(loss < 0.0, 0.0, loss)  # a maximum would drop a NaN
         missed = one_minus_exp_neg(loss)
         factor = tl.where(missed > 0.0, tl.exp2(gamma * tl.log2(missed)), missed)
         chain = share * factor
