@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
-
-
-@functools.cache
-def _triton_fault() -> str | None:
-    """Why the kernels cannot be used at all on this machine, or None. Triton is imported here and nowhere earlier."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+# Found out without importing Triton, and once: a traced function may not look for packages.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -29,11 +22,10 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        usable = tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _triton_fault() is None
+        usable = tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _HAS_TRITON
         return "triton" if usable else "torch"
-    fault = _triton_fault()
-    if fault is not None:
-        raise ValueError(f'backend="triton" cannot run: {fault}; install it, or use backend="torch"')
+    if not _HAS_TRITON:
+        raise ValueError('backend="triton" cannot run: Triton is not installed; install it, or use backend="torch"')
     if tensor.dtype == torch.float64:
         raise TypeError('backend="triton" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"')
     if tensor.device.type == "cpu":
