@@ -108,6 +108,9 @@ def _launches(case: Callable[[], object]) -> list[Launch]:
     return list(launches)
 
 
+_built: dict[str, CompiledKernel] = {}  # of this worker, because cases share kernels
+
+
 def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -> list[CompiledKernel]:
     launches = [launch for launch in _launches(case) if kernel in (None, launch.name)]
     if not launches:
@@ -115,8 +118,9 @@ def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -
     compiled: dict[str, CompiledKernel] = {}
     for launch in launches:
         key, make = _specialise(launch, target)
-        if key not in compiled:
-            compiled[key] = make()
+        if key not in _built:
+            _built[key] = make()
+        compiled[key] = _built[key]
     return list(compiled.values())
 
 
@@ -142,7 +146,7 @@ def _specialise(launch: Launch, target: str) -> tuple[str, Callable[[], Compiled
         named = {kernel.arg_names[path[0]]: value for path, value in constants.items() if len(path) == 1}
         return _compile(source, target, options, {k: v for k, v in launch.kwargs.items() if k not in kernel.arg_names}, named)
 
-    return f"{launch.name} {specialization} {options}", make
+    return f"{target} {kernel.module} {launch.name} {specialization} {options}", make
 
 
 def _compile(source: Any, target: str, options: Any, given: dict[str, Any], constants: dict[str, Any]) -> CompiledKernel:

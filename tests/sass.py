@@ -148,7 +148,10 @@ class Program:
         return tuple(loops)
 
     def hot_loop(self, contains: str | None = None) -> Code:
-        """The innermost loop that does work (`contains`: with this opcode), the longest of several; the whole kernel where there is none."""
+        """The innermost loop that does work (`contains`: with this opcode); the whole kernel where there is none.
+
+        Of several, the one that takes the fewest instructions for each `contains` (a main loop beside its masked or not unrolled rest), without it the longest.
+        """
 
         def works(loop: Loop) -> bool:
             return any(loop.code.count(opcode) for opcode in ((contains,) if contains else WORK))
@@ -157,7 +160,8 @@ class Program:
         innermost = [loop for loop in working if not any(other.body < loop.body for other in working)]
         if not innermost:
             return self.body
-        return max((loop.code for loop in innermost), key=lambda code: len(code.instructions))
+        codes = [loop.code for loop in innermost]
+        return max(codes, key=lambda code: len(code.instructions)) if contains is None else min(codes, key=lambda code: code.instructions_per(contains))
 
     def _blocks(self) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
         """Basic blocks by their first address, and the blocks that may follow each."""
