@@ -1,0 +1,166 @@
+"""What training sees of a data set: images by index, and batches of an epoch whose augmentation depends only on the epoch's seed and a sample's place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gclkern.data.augment import AUGMENTATIONS, augment
+from gclkern.noise import philox_words, resolve_seed
+
+# Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
+_STREAM = 0x3C6EF372A54FF53A
+# Samples augmented at once: small batches would cost more in kernel launches than in work.
+_CHUNK = 4096
+
+
+def epoch_places(count: int, position: int, num_replicas: int, rank: int) -> Tensor:
+    """Places in the whole epoch of a rank's next `count` samples, when it has already seen `position`: the numbering of gclkern.samplers."""
+    return torch.arange(position, position + count) * num_replicas + rank
+
+
+def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
+    """Random numbers (places, count) in [0, 1), float32: a pure function of the seed, a sample's place in the epoch and the column."""
+    groups = torch.arange(-(-count // 4), device=places.device)
+    key = resolve_seed(seed, places.device) ^ _STREAM
+    words = philox_words(key, places, groups).flatten(1)[:, :count]
+    return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+class ImageSet(Protocol):
+    """Images with labels. `device` is where batches are wanted."""
+
+    labels: Tensor  # (M,) int64, on the CPU
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
+        """Images (B, C, H, W) float32, normalised; augmented when `train`, with random numbers from the generator (None: torch's own)."""
+        ...
+
+    def loader(
+        self,
+        batches: Iterable[Sequence[int]],
+        *,
+        device: torch.device,
+        epoch_seed: int = 0,
+        train: bool = False,
+        position: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of each batch of indices, on the device.
+
+        When `train`, the augmentation of a sample depends on `epoch_seed` and its place in the epoch alone: `position` is the number of samples of the epoch
+        that this rank has already done, as for the samplers, so a resumed epoch goes on as it would have, and several ranks augment as one process does.
+        """
+        ...
+
+
+class DeviceImages:
+    """A small set of images that lives on the device as uint8 and is augmented there, many samples at once."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: str = "standard",
+        padding: int = 4,
+        flip: bool = True,
+    ) -> None:
+        """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1]; `padding` pixels on each side for the crop."""
+        if augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
+        self.images, self.labels = images, labels.to("cpu", torch.int64)
+        self.augmentation, self.padding, self.flip = augmentation, padding, flip
+        self._scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
+        self._shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    def subset(self, indices: Tensor) -> DeviceImages:
+        """A set of the samples at `indices`, with the same settings."""
+        other = object.__new__(DeviceImages)
+        other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
+        return other
+
+    def _move(self, device: torch.device) -> None:
+        if self.images.device != device:
+            self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
+
+    def _batch(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
+        images = self.images[indices]
+        if numbers is not None:
+            images = augment(images, numbers, self.augmentation, self.padding, self.flip)
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
+        self._move(device)
+        numbers = None
+        if train and (columns := AUGMENTATIONS[self.augmentation]):
+            source = device if generator is None else generator.device
+            numbers = torch.rand(indices.numel(), columns, device=source, generator=generator).to(device)
+        return self._batch(indices.to(device), numbers)
+
+    def loader(
+        self,
+        batches: Iterable[Sequence[int]],
+        *,
+        device: torch.device,
+        epoch_seed: int = 0,
+        train: bool = False,
+        position: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self._move(device)
+        columns = AUGMENTATIONS[self.augmentation] if train else 0
+        for chunk in _chunks(batches):
+            sizes = [len(batch) for batch in chunk]
+            indices = torch.tensor([index for batch in chunk for index in batch])
+            places = epoch_places(indices.numel(), position, num_replicas, rank)
+            position += indices.numel()
+            numbers = uniform_numbers(epoch_seed, places.to(device), columns) if columns else None
+            images, labels = self._batch(indices.to(device), numbers), self.labels[indices].to(device)
+            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+
+
+def _chunks(batches: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Consecutive batches, together about _CHUNK samples."""
+    chunk: list[Sequence[int]] = []
+    size = 0
+    for batch in batches:
+        chunk.append(batch)
+        size += len(batch)
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@dataclass
+class DataSplits:
+    """A data set ready for training.
+
+    The groups are those of the whole long-tailed training set, so that a held-out part does not move classes between them.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    holdout: ImageSet | None  # a stratified part taken out of the training set
+    class_counts: list[int]  # of `train`
+    groups: dict[str, list[int]]  # "many", "medium", "few": class indices; an empty group is absent
+    num_classes: int
+    class_names: list[str] | None
+    channels: int
+    image_size: int

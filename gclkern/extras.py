@@ -1,0 +1,29 @@
+"""Packages that only training needs: they come with the extra `train` and are imported where they are used, never with the library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def need(module: str, purpose: str) -> Any:
+    """The module, or an error that says how to install it.
+
+    Raises:
+        ImportError: it is not installed; the message names what needs it and the command.
+
+    Example:
+        >>> need("json", "the summary").dumps([1])
+        '[1]'
+        >>> need("no_such_module", "the summary")
+        Traceback (most recent call last):
+        ImportError: the summary needs no_such_module, which is not installed; run: pip install 'gclkern[train]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        if error.name is not None and error.name.partition(".")[0] != package:
+            raise  # it is there, but something that it needs is not
+        extra = "'gclkern[train]'" if package != "timm" else "timm"
+        raise ImportError(f"{purpose} needs {package}, which is not installed; run: pip install {extra}", name=module) from None
