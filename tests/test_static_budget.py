@@ -151,14 +151,14 @@ def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
         (loss_fp32, "_gradient_kernel", 28),
         # in a head the cosines lie in a padded buffer; its gradient also sums over rows and over columns
         (head_bf16, "_row_stats_kernel", 25),
-        (head_bf16, "_gradient_kernel", 42),
+        (head_bf16, "_gradient_kernel", 44),
     ],
 )
 def test_instructions_per_logit(builds: Builds, case: Case, kernel: str, limit: float) -> None:
     for build in builds.of(case, "sm_90", kernel):
         loop = build.hot_loop("MUFU.EX2")
         logits = build.constants["ROWS"] * build.constants["COLUMNS"] // (32 * build.options["num_warps"])
-        assert logits <= loop.count("MUFU.EX2") < 2 * logits, "the loop does not hold one exponential for each logit, and perhaps two or three more"
+        assert logits <= loop.count("MUFU.EX2") < 2 * logits, "not one pass over `logits` logits"
         assert loop.instructions_per_logit(logits) <= limit
         assert loop.slow_paths == 0
 
