@@ -183,40 +183,52 @@ def load_row_gradient(
 
 
 @triton.jit
-def _load_pairs(cosine_ptr, row_offsets, first_class, wanted, COLUMNS: tl.constexpr):
+def _load_pair(pairs, taken, first_class, readable, PLACE: tl.constexpr, MASKED: tl.constexpr):
+    """Two cosines in one word for each row and lane: those of the lane's classes 2 * PLACE and 2 * PLACE + 1."""
+    lanes = tl.arange(0, pairs.shape[1])
+    wanted = taken[:, None]
+    if MASKED:
+        wanted = wanted & (first_class + lanes * 8 + 2 * PLACE < readable)[None, :]
+    return tl.load(pairs + PLACE, mask=wanted, other=0)
+
+
+@triton.jit
+def _load_pairs(row_ptr, taken, first_class, readable, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
     """16-bit cosines of rows that are aligned to 4 bytes only, as at C = 8142, so that one thread still holds 8 neighbours.
 
     A plain load would give each thread one aligned pair and send the noise, which comes in eights, through shared memory. Four loads of a pair, joined in the
     order in which the noise is joined, meet it in registers.
     """
-    pairs = (cosine_ptr + row_offsets + first_class).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
-    pair0 = tl.load(pairs, mask=wanted, other=0)
-    pair1 = tl.load(pairs + 1, mask=wanted, other=0)
-    pair2 = tl.load(pairs + 2, mask=wanted, other=0)
-    pair3 = tl.load(pairs + 3, mask=wanted, other=0)
-    joined = tl.join(tl.join(pair0, pair2), tl.join(pair1, pair3))
-    dtype: tl.constexpr = cosine_ptr.dtype.element_ty
+    pairs = (row_ptr + first_class).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
+    even = tl.join(_load_pair(pairs, taken, first_class, readable, 0, MASKED), _load_pair(pairs, taken, first_class, readable, 2, MASKED))
+    odd = tl.join(_load_pair(pairs, taken, first_class, readable, 1, MASKED), _load_pair(pairs, taken, first_class, readable, 3, MASKED))
+    joined = tl.join(even, odd)
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
     if dtype == tl.bfloat16:
         low = (joined << 16).to(tl.float32, bitcast=True)
         high = (joined & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         low = (joined & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
         high = (joined >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.join(low, high).reshape(row_offsets.shape[0], COLUMNS)
+    return tl.join(low, high).reshape(taken.shape[0], COLUMNS)
 
 
 @triton.jit
 def _load_cosines(
-    cosine_ptr, stride_n_units, stride_c, rows, classes, first_class, wanted, MASKED: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    PAIRED: tl.constexpr,
+    cosine_ptr, stride_n_units, stride_c, rows, taken, classes, first_class, readable, MASKED: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    offsets = rows * stride_n_units * STRIDE_UNIT
-    if PAIRED and not MASKED:
-        cosine = _load_pairs(cosine_ptr, offsets, first_class, wanted, classes.shape[0])
+    """A tile of cosines in float32, 0 in rows that are not taken and beyond the readable classes."""
+    row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
+    wanted = taken[:, None]
+    if MASKED:
+        wanted = wanted & ((classes >= 0) & (classes < readable))[None, :]
+    if PAIRED:
+        cosine = _load_pairs(row_ptr, taken, first_class, readable, classes.shape[0], MASKED)
     elif CONTIGUOUS:
-        cosine = tl.load((cosine_ptr + offsets)[:, None] + classes[None, :], mask=wanted, other=0.0).to(tl.float32)
+        cosine = tl.load(row_ptr[:, None] + classes[None, :], mask=wanted, other=0.0).to(tl.float32)
     else:
-        cosine = tl.load((cosine_ptr + offsets)[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
+        cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
     return cosine
 
 
@@ -231,15 +243,15 @@ def _stats_tile(
     if MASKED:
         classes = columns - shift
         present = (classes >= 0) & (classes < num_classes)
-        wanted = in_batch[:, None] & ((classes >= 0) & (classes < readable))[None, :]
     else:
         classes = columns
         present = columns >= 0
-        wanted = in_batch[:, None]
     cloud = load_class_term(cloud_ptr, classes, present, 0.0)
     bias = load_class_term(bias_ptr, classes, present, 0.0)
     weight = load_class_term(weight_ptr, classes, present, 1.0)
-    cosine = _load_cosines(cosine_ptr, stride_n_units, stride_c, rows, classes, tile * COLUMNS, wanted, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED)
+    cosine = _load_cosines(
+        cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
+    )  # fmt: skip
     v = disturb(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
@@ -312,10 +324,9 @@ def _gradient_tile(
         kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
             stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
         )
-        wanted = kept[:, None]
-        if MASKED:
-            wanted = wanted & ((classes >= 0) & (classes < readable))[None, :]
-        cosine = _load_cosines(cosine_ptr, stride_n_units, stride_c, rows, classes, tile * COLUMNS, wanted, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED)
+        cosine = _load_cosines(
+            cosine_ptr, stride_n_units, stride_c, rows, kept, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
+        )  # fmt: skip
         v = disturb(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
@@ -388,7 +399,8 @@ def layout_of(cosine: Tensor, class_offset: int) -> Layout:
     """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
     address = cosine.storage_offset() * cosine.element_size()  # storage itself is always well aligned
-    paired = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
+    four_byte_rows = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
+    paired = four_byte_rows and cosine.shape[1] % 2 == 0 and class_offset % 8 == 0
     return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, bool(paired))
 
 
