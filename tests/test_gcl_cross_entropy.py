@@ -582,7 +582,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Options]:
     return (cosine.T.contiguous().T if draw(st.booleans()) else cosine), target, options
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     cosine, target, options = problem

@@ -103,8 +103,9 @@ def test_many_panels(name: str, normalize: bool, plan: str, backend: str, device
     check(features, weight, labels(rows, classes), options, vector(rows), normalize=normalize, reduction="none", plan=plan, backend=backend)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "normalize"), [*((*pair, True) for pair in DTYPE_PAIRS), (*DTYPE_PAIRS[0], False), (*DTYPE_PAIRS[3], False)], ids=str
+)
 def test_sixteen_bit_features(dtype: torch.dtype, weight_dtype: torch.dtype, normalize: bool, plan: str, backend: str, device: torch.device) -> None:
     rows, classes, width = 5, 37, 32
     options = option_sets(rows, classes)["cloud"] | {"scale": 16.0 if normalize else 1.0}
@@ -140,7 +141,7 @@ def test_full_tiles(rows: int, classes: int, width: int, dtype: torch.dtype, wei
     check(features, weight, labels(rows, classes), {"margin": 0.1, "weight": vector(classes, 0.5, 2.0)}, vector(rows), reduction="none", plan=plan)
 
 
-@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 1), (1, 2, 3), (7, 1, 5), (2, 7, 1), (3, 100, 130), (17, 65, 64), (2, 1030, 4)])
+@pytest.mark.parametrize(("rows", "classes", "width"), [(1, 1, 1), (1, 2, 3), (7, 1, 5), (2, 7, 1), (3, 100, 130), (17, 65, 64), (2, 520, 4)])
 def test_odd_sizes(rows: int, classes: int, width: int, plan: str, backend: str, device: torch.device) -> None:
     features, weight = matrix(rows, width, device=device), matrix(classes, width, device=device, seed=1)
     cloud = vector(classes, 0.0, 0.5, seed=6)
@@ -560,7 +561,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
     return matrix(rows, width, seed=seed), matrix(classes, width, seed=seed + 8), labels(rows, classes, seed + 5), options
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     features, weight, target, options = problem
