@@ -1,0 +1,244 @@
+"""What the benchmarks share: shapes, long-tailed inputs, contestants, and the cases that they make.
+
+A bench_*.py file describes one Operation: how its inputs are made, its contestants, and the least work that it takes. The fixture `measure` of conftest.py
+runs a case of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gclkern
+from benchmarks.timing import Call
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCALE = 30.0  # GCL's first stage
+NOISE_MUL = 0.5
+BOTH = "forward + backward"
+PHASES = ("forward", "backward", BOTH)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}  # autocast: features of its dtype beside float32 weights
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Samples in a batch, classes, feature dimensions; the counts of the most frequent and the rarest class; training images."""
+
+    name: str
+    rows: int
+    classes: int
+    dim: int
+    most: int = 1000
+    least: int = 1
+    counts_file: str | None = None  # of the folder that GCLKERN_DATA names: the true counts, one a line
+
+    def class_counts(self) -> Tensor:
+        """Training images of each class (C,) float64: true ones where there are, else the exponential profile of the long-tailed benchmarks."""
+        folder = os.environ.get("GCLKERN_DATA")
+        if folder is not None and self.counts_file is not None and (path := Path(folder, self.counts_file)).exists():
+            return torch.tensor([float(line) for line in path.read_text().split()], dtype=torch.float64)
+        share = torch.arange(self.classes, dtype=torch.float64) / max(self.classes - 1, 1)
+        return (self.most * (self.least / self.most) ** share).floor().clamp(min=1.0)
+
+
+SMOKE = Shape("smoke", 8, 24, 16, 50, 2)
+CIFAR = Shape("CIFAR-100", 128, 100, 64, 500, 5)
+IMAGENET = Shape("ImageNet-LT", 512, 1000, 2048, 1280, 5, "counts_imagenet_lt.txt")
+INATURALIST = Shape("iNaturalist", 512, 8142, 2048, 1000, 2, "counts_inat18.txt")
+HUNDRED_THOUSAND = Shape("100k classes", 4096, 100_000, 512)
+MILLION = Shape("1M classes", 1024, 1_000_000, 512)
+
+# By the machine and what is asked of it. The shapes that decide come first: a report that runs out of time lacks the others.
+SHAPES = {
+    "smoke": (SMOKE,),
+    "cpu": (CIFAR, IMAGENET),
+    "cuda": (INATURALIST, HUNDRED_THOUSAND, MILLION, IMAGENET, CIFAR),
+}
+
+
+def sweep(grid: str) -> tuple[Shape, ...]:
+    """Shapes that differ in their classes alone, for the charts."""
+    if grid == "smoke":
+        return ()
+    rows, dim, classes = (1024, 512, (1_000, 10_000, 100_000, 1_000_000)) if grid == "cuda" else (128, 128, (1_000, 4_000, 16_000, 64_000))
+    return tuple(Shape(f"sweep {count}", rows, count, dim) for count in classes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of inputs: `leaves` are the tensors whose gradients a step returns."""
+
+    shape: Shape
+    dtype: str
+    device: torch.device
+    leaves: tuple[Tensor, ...]
+    target: Tensor  # (N,)
+    class_counts: Tensor  # (C,)
+
+    @functools.cached_property
+    def cloud(self) -> Tensor:
+        return (NOISE_MUL * gclkern.cloud_sizes(self.class_counts)).to(self.device)
+
+    @property
+    def leaf_bytes(self) -> int:
+        return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
+
+
+def draw_labels(shape: Shape, device: torch.device) -> Tensor:
+    """Labels of a batch (N,) as instance-balanced sampling draws them."""
+    return torch.multinomial(shape.class_counts(), shape.rows, replacement=True).to(device)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the operation."""
+
+    includes: str  # what a timing of it includes, and what of the operation it leaves out
+    prepare: Callable[[Any, str], Call]  # from the inputs and a phase, the call that is timed
+    phases: tuple[str, ...] | None = None  # those that it has; None: all
+    dtypes: tuple[str, ...] | None = None
+    shapes: Callable[[Shape], bool] = lambda shape: True
+    bytes_factor: float = 1.0  # what it must move over the operation's least bytes
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a bench_*.py file measures."""
+
+    name: str
+    make_inputs: Callable[[Shape, str, torch.device], Any]
+    contestants: Mapping[str, Contestant]
+    phases: tuple[str, ...] = PHASES
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    shapes: Mapping[str, tuple[Shape, ...]] | None = None  # None: SHAPES
+    least_bytes: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0  # 0: no bound worth a number
+    least_flops: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0
+    cold: bool = False  # whether training finds the inputs in memory rather than in the cache
+    graph: bool = True  # whether the device's time counts alone; else launches count too, as in a training loop
+    on_device: bool = True  # False: runs on the CPU everywhere
+
+    def cases(self, grid: str) -> Iterable[Case]:
+        swept = sweep(grid) if self.name == "head" else ()
+        for shape in (*(SHAPES if self.shapes is None else self.shapes)[grid], *swept):
+            # the charts take one dtype and the whole step
+            dtypes, phases = (("bf16",) if grid == "cuda" else ("fp32",), (BOTH,)) if shape in swept else (self.dtypes, self.phases)
+            if grid == "smoke":
+                phases = phases[-1:]
+            if grid == "cpu" and shape is IMAGENET:
+                dtypes = dtypes[:1]  # products of 16 bits are slow on most CPUs
+            for dtype in dtypes:
+                for name, contestant in self.contestants.items():
+                    fits = (contestant.dtypes is None or dtype in contestant.dtypes) and contestant.shapes(shape)
+                    for phase in phases:
+                        if fits and (contestant.phases is None or phase in contestant.phases):
+                            yield Case(self, shape, dtype, name, phase)
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: Operation
+    shape: Shape
+    dtype: str
+    contestant: str
+    phase: str
+
+    @property
+    def key(self) -> str:
+        return " | ".join((self.operation.name, self.shape.name, self.dtype, self.contestant, self.phase))
+
+    @property
+    def group(self) -> str:
+        return " | ".join((self.operation.name, self.shape.name, self.dtype, self.phase))
+
+    def __str__(self) -> str:
+        return "-".join((self.shape.name, self.dtype, self.contestant, self.phase)).replace(" + ", "+").replace(" ", "_")
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def step_of(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs, str], Call]:
+    """The phases of a loss: "forward" with everything that backward needs, "backward" from there to the gradients of all leaves, or both."""
+
+    def prepare(inputs: Inputs, phase: str) -> Call:
+        def forward() -> Tensor:
+            with inputs.autocast():
+                return loss(inputs)
+
+        if phase == "forward":
+            return forward
+        if phase == BOTH:
+            return lambda: torch.autograd.grad(forward(), inputs.leaves)
+        value = forward()
+        return lambda: torch.autograd.grad(value, inputs.leaves, retain_graph=True)
+
+    return prepare
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor], shape: Shape, dtype: str) -> Callable[..., Tensor]:
+    torch._dynamo.reset()  # else the second shape compiles for any shape
+    # the smoke test wants to know that the function can be traced, not to wait for a compiler
+    return torch.compile(function, dynamic=False, backend="eager" if shape is SMOKE else "inductor")
+
+
+def compiled(function: Callable[..., Tensor], inputs: Inputs) -> Callable[..., Tensor]:
+    """`function` under torch.compile for exactly these shapes. Its buffers are gone after one backward, so it has no phase of backward alone."""
+    return _compiled(function, inputs.shape, inputs.dtype)
+
+
+COMPILED_PHASES = ("forward", BOTH)
+COMPILED_CPU = ("CIFAR-100", "smoke")  # elsewhere the C++ compiler would take longer than the rest of a CPU's run
+
+
+def compiles(shape: Shape) -> bool:
+    return torch.cuda.is_available() or shape.name in COMPILED_CPU
+
+
+def plain_gcl(
+    cosine: Tensor,  # (N, C)
+    cloud: Tensor,  # (C,)
+    target: Tensor,  # (N,)
+) -> Tensor:
+    """GCL as one writes it in torch operators: the noise by randn, the logits by a chain of operators."""
+    noise = torch.randn_like(cosine).mul(1 / 3).abs().clamp(max=1.0)
+    return F.cross_entropy(SCALE * (cosine - cloud * noise), target)
+
+
+def plain_head(features: Tensor, weight: Tensor, cloud: Tensor, target: Tensor) -> Tensor:
+    return plain_gcl(F.linear(F.normalize(features), F.normalize(weight)), cloud, target)
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """Twelve digits that change when one of the files, or its name, does."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def kernels_hash() -> str:
+    """What a GPU's results belong to: the files in kernels/."""
+    return content_hash((ROOT / "kernels").glob("*.py"))
+
+
+def torch_hash() -> str:
+    """What a CPU's results belong to: the torch implementations."""
+    package = ROOT / "gclkern"
+    return content_hash([*(package / "torch_backend").glob("*.py"), package / "noise.py", package / "dro.py", package / "centroids.py"])

@@ -1,0 +1,130 @@
+"""How a benchmark case is run: `pytest --benchmark-only` measures, plain `pytest` makes sure that every case runs, on tiny shapes.
+
+--record PATH         append each case's result to a JSON-lines file, and leave out the cases that it already holds
+--stop-after SECONDS  end cleanly when this much time is over
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.common import Case, compiles
+from benchmarks.memory import allocated_peak
+from benchmarks.timing import Stopwatch, cold_copies, prepare
+
+STOPWATCH = Stopwatch()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="append each benchmark's result to this file, and leave out those that it holds")
+    parser.addoption("--stop-after", type=float, help="seconds after which no further benchmark starts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_START] = time.monotonic()
+
+
+_START = pytest.StashKey[float]()
+
+
+def _recorded(config: pytest.Config) -> set[str]:
+    path: Path | None = config.getoption("--record")
+    return set() if path is None or not path.exists() else {json.loads(line)["key"] for line in path.read_text().splitlines()}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    grid = ("cuda" if torch.cuda.is_available() else "cpu") if metafunc.config.getoption("benchmark_only") else "smoke"
+    cases = metafunc.module.OPERATION.cases(grid)
+    done = _recorded(metafunc.config)
+    cases = [case for case in cases if case.key not in done and ("compile" not in case.contestant or compiles(case.shape))]
+    metafunc.parametrize("case", cases, ids=map(str, cases))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "measure" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=STOPWATCH))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - item.config.stash[_START] > limit:
+        pytest.exit("the time given by --stop-after is over", returncode=0)
+
+
+def _record(config: pytest.Config, case: Case, result: dict[str, Any]) -> None:
+    path: Path | None = config.getoption("--record")
+    if path is not None:
+        names = {"operation": case.operation.name, "shape": case.shape.name, "dtype": case.dtype, "contestant": case.contestant, "phase": case.phase}
+        sizes = {"rows": case.shape.rows, "classes": case.shape.classes, "dim": case.shape.dim}
+        with path.open("a") as file:
+            file.write(json.dumps({"key": case.key, **names, **sizes, **result}) + "\n")
+
+
+def _rates(case: Case, seconds: float) -> dict[str, float]:
+    """GB/s and TFLOP/s of the least work that the operation takes, where it has such a bound."""
+    contestant = case.operation.contestants[case.contestant]
+    moved = contestant.bytes_factor * case.operation.least_bytes(case.shape, case.dtype, case.phase)
+    flops = case.operation.least_flops(case.shape, case.dtype, case.phase)
+    return {name: amount / seconds / unit for name, amount, unit in (("gb_per_s", moved, 1e9), ("tflop_per_s", flops, 1e12)) if amount}
+
+
+def _time(case: Case, inputs: Any, device: torch.device, benchmark: Any) -> dict[str, Any]:
+    """The case's rounds, as pytest-benchmark's statistics and as the record's. What they allocated is free again when this returns."""
+    operation, contestant = case.operation, case.operation.contestants[case.contestant]
+    copies = cold_copies(inputs.leaf_bytes, device) if operation.cold else 1
+    sets = [inputs, *(operation.make_inputs(case.shape, case.dtype, device) for _ in range(copies - 1))]
+    timed = prepare([lambda chosen=chosen: contestant.prepare(chosen, case.phase) for chosen in sets], device, graph=operation.graph)
+    rounds: list[float] = []
+
+    def one_round() -> None:
+        rounds.append(timed.seconds())
+        STOPWATCH.seconds += rounds[-1]
+
+    benchmark.pedantic(one_round, rounds=timed.rounds)
+    return {"seconds": statistics.median(rounds), "fastest_seconds": min(rounds), "rounds": len(rounds), "timed_by": timed.how, "input_sets": copies}
+
+
+def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
+    operation, contestant = case.operation, case.operation.contestants[case.contestant]
+    device = torch.device("cuda" if operation.on_device and torch.cuda.is_available() else "cpu")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    inputs = operation.make_inputs(case.shape, case.dtype, device)
+    if not config.getoption("benchmark_only"):
+        benchmark.disabled = True  # runs once
+        benchmark.pedantic(contestant.prepare(inputs, case.phase))
+        return
+    benchmark.group = case.group
+    result = _time(case, inputs, device, benchmark)
+    result["peak_bytes"] = allocated_peak(contestant.prepare(inputs, case.phase), device)
+    result |= {**_rates(case, result["seconds"]), "includes": contestant.includes}
+    benchmark.extra_info.update(result)
+    _record(config, case, result)
+
+
+@pytest.fixture
+def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], None]:
+    """Runs a case: once where benchmarks are not asked for, else timed, with its memory, and recorded, be it as a failure."""
+
+    def run(case: Case) -> None:
+        try:
+            _run(case, pytestconfig, benchmark)
+        except Exception as error:
+            _record(pytestconfig, case, {"error": f"{type(error).__name__}: {error}"[:500]})
+            raise
+
+    return run

@@ -1,0 +1,127 @@
+"""How long a call takes: on a GPU the device's time, by replaying a CUDA graph of many calls; elsewhere the wall clock.
+
+A caller gives makers, one for each set of inputs. A maker does what is not timed and returns the call that is. The calls take turns, so that no call
+finds in the cache what training would find in memory; how many sets that takes, `cold_copies` says.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+Maker = Callable[[], Call]
+
+GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that its own launch does not show
+MAX_CALLS = 64
+ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.6}  # what all rounds of a case may take together
+ROUNDS = {"cuda": (7, 50), "cpu": (3, 25)}  # and their number: for a median at least, at most
+
+
+class Stopwatch:
+    """A clock that only moves by what it is given. As pytest-benchmark's timer it makes a round's duration the one that a GPU's events tell."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@dataclass(frozen=True)
+class Timed:
+    how: str
+    seconds: Callable[[], float]  # one round: seconds of one call, on average over the round's calls
+    rounds: int
+
+
+def cold_copies(input_bytes: int, device: torch.device) -> int:
+    """Sets of inputs that make a GPU's cache forget the first before it comes round again."""
+    if device.type != "cuda":
+        return 1
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(32, 1 + math.ceil(2 * cache / max(input_bytes, 1))) if input_bytes < 2 * cache else 1
+
+
+def _number_of_rounds(seconds: float, kind: str) -> int:
+    low, high = ROUNDS[kind]
+    return max(low, min(high, int(ROUND_SECONDS[kind] / max(seconds, 1e-9))))
+
+
+def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Timed:
+    """Makes and warms up the calls. With `graph`, calls that a CUDA graph cannot hold fall back to events around each round, and the result says so."""
+    if device.type != "cuda":
+        return _wall_clock(makers)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream, so both belong to the one that captures
+        calls = [make() for make in makers]
+        for _ in range(3):
+            for call in calls:
+                call()
+    torch.cuda.synchronize(device)
+    reason = "as a training loop launches it"
+    if graph:
+        try:
+            return _graph(calls, stream)
+        except RuntimeError as error:
+            reason = f"capture failed: {str(error).splitlines()[0][:120]}"
+            torch.cuda.synchronize(device)
+    return _events(calls, stream, reason)
+
+
+def _between_events(work: Call, stream: torch.cuda.Stream) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        start.record()
+        work()
+        end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _graph(calls: Sequence[Call], stream: torch.cuda.Stream) -> Timed:
+    def capture(repeats: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph
+
+    captured, repeats = capture(1), 1
+    seconds = _between_events(captured.replay, stream)
+    if seconds < GRAPH_SECONDS:
+        repeats = max(1, min(math.ceil(GRAPH_SECONDS / seconds), MAX_CALLS // len(calls)))
+        captured = capture(repeats)
+    count = repeats * len(calls)
+    rounds = _number_of_rounds(_between_events(captured.replay, stream), "cuda")
+    return Timed("CUDA graph", lambda: _between_events(captured.replay, stream) / count, rounds)
+
+
+def _events(calls: Sequence[Call], stream: torch.cuda.Stream, reason: str) -> Timed:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    rounds = _number_of_rounds(_between_events(run, stream), "cuda")
+    return Timed(f"CUDA events ({reason})", lambda: _between_events(run, stream) / len(calls), rounds)
+
+
+def _wall_clock(makers: Sequence[Maker]) -> Timed:
+    calls = [make() for make in makers]
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+
+    seconds()  # warms up
+    return Timed("wall clock", seconds, _number_of_rounds(seconds() * len(calls), "cpu"))
