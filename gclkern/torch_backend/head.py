@@ -17,6 +17,7 @@ A plan is the choice of the chunk whose cosines exist at a time:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -45,7 +46,7 @@ _PANEL_BYTES = 4 * 2**20  # of cosines: stays in the cache and in the shadow of 
 _MIN_CLASSES = 64  # thinner products waste the machine
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
 
-_PROJECTION_BYTES = 2**20  # of weight rows projected at a time: passes over them stay in the second-level cache
+_PROJECTION_BYTES = 2 * 2**20  # of weight rows projected at a time: passes over them stay close in the cache
 
 _MIN_NORM = 1e-12
 # Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
@@ -104,7 +105,10 @@ class _Head:
         self.normalize = normalize
         self.width = _chunk_classes(plan, self.num_rows, self.num_classes, self.dtype)
         self.product_classes = min(self.width, _product_classes(linear_weight, self.dtype))
-        self.noise = noise_scratch(self.num_rows, self.width, terms, self.device)
+
+    @functools.cached_property
+    def noise(self) -> Tensor | None:
+        return noise_scratch(self.num_rows, self.width, self.terms, self.device)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
