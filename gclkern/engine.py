@@ -1,0 +1,268 @@
+"""The pieces of a training run: the network, one training step, mixup, seeds, ranks, stopping cleanly, a captured step and prediction.
+
+Whatever is random in a run is a pure function of (seed of the run, phase, epoch, step): the order of the samples, their augmentation, mixup, the noise of the
+loss, dropout. So a checkpoint needs no state of a generator, and a run that is resumed from any step goes on bit by bit as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gclkern.data import ImageSet
+from gclkern.dro import DROLTLoss
+from gclkern.layers import CosineLinear, unit_rows
+from gclkern.losses import LinearGCLLoss
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A seed of 63 bits for a purpose, such as ("noise", epoch, step); unrelated for different seeds and purposes.
+
+    Example:
+        >>> derive_seed(0, "noise", 1) == derive_seed(0, "noise", 1), derive_seed(0, "noise", 1) == derive_seed(0, "noise", 2)
+        (True, False)
+    """
+    text = repr((seed, *purpose)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class ScaledClassifier(nn.Module):
+    """A classifier with a factor for each class: what LWS learns and tau-norm sets (Kang et al., ICLR 2020, section 4.2).
+
+    logit_ij = factor_j * (<f_i, w_j> + bias_j); with `normalize` f and w have unit length, as in a cosine classifier.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, normalize: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, in_features))
+        self.bias = None if normalize else nn.Parameter(torch.zeros(num_classes))
+        self.factor = nn.Parameter(torch.ones(num_classes))
+        self.normalize = normalize
+
+    def forward(self, features: Tensor) -> Tensor:
+        weight = self.weight
+        if self.normalize:
+            features, weight = unit_rows(features), unit_rows(weight)
+        return F.linear(features, weight, self.bias) * self.factor
+
+
+def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
+    """The classifier of a phase: "linear", "cosine", "scaled linear" or "scaled cosine"."""
+    if kind == "linear":
+        return nn.Linear(in_features, num_classes)
+    if kind == "cosine":
+        return CosineLinear(in_features, num_classes)
+    return ScaledClassifier(in_features, num_classes, normalize=kind == "scaled cosine")
+
+
+class Network(nn.Module):
+    """A backbone, a classifier, and the scale that turns the classifier's output into logits."""
+
+    scale: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.classify(self.backbone(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Cosines or logits in float32, whatever autocast says: bfloat16 would cost a third of their digits."""
+        with torch.autocast(features.device.type, enabled=False):
+            output: Tensor = self.head(features.float())
+        return output
+
+
+class TrainingStep(nn.Module):
+    """From images to the loss, as one module: what is compiled, captured or run on several ranks."""
+
+    def __init__(self, network: Network, loss: nn.Module, *, trains: str, robust: DROLTLoss | None = None, robust_weight: float = 0.0) -> None:
+        super().__init__()
+        self.network, self.loss, self.robust = network, loss, robust
+        self.trains, self.robust_weight = trains, robust_weight
+
+    def learn(self) -> list[nn.Parameter]:
+        """Set requires_grad as the phase wants it and return what learns. Epsilon of DRO-LT is among it, and so in the group that decays."""
+        head = self.network.head
+        chosen = {"all": self.network, "backbone": self.network.backbone, "head": head, "scale": head}[self.trains]
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(False)
+        names = {"factor"} if self.trains == "scale" else {name for name, _ in chosen.named_parameters()} - {"factor"}
+        for name, parameter in chosen.named_parameters():
+            parameter.requires_grad_(name in names)
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def train(self, mode: bool = True) -> TrainingStep:
+        """A backbone that does not learn stays in eval mode: its batch normalisation would drift otherwise."""
+        super().train(mode)
+        if self.trains not in ("all", "backbone"):
+            self.network.backbone.eval()
+        return self
+
+    def forward(
+        self,
+        images: Tensor,  # (N, C, H, W)
+        target: Tensor,  # (N,)
+        seed: Tensor,  # ()
+        row_offset: int,
+        target_b: Tensor | None = None,  # (N,)
+        lam: Tensor | None = None,  # ()
+        centroids: Tensor | None = None,  # (C, D)
+        counts: Tensor | None = None,  # (C,)
+    ) -> Tensor:
+        with torch.set_grad_enabled(self.trains in ("all", "backbone") and torch.is_grad_enabled()):
+            features = self.network.backbone(images)
+        mixed = {"target_b": target_b, "lam": lam}
+        if isinstance(self.loss, LinearGCLLoss):
+            loss = self.loss(features, self.network.head.weight, target, seed=seed, row_offset=row_offset, **mixed)
+        else:
+            loss = self.loss(self.network.classify(features), target, **mixed)
+        if self.robust is not None:
+            loss = loss + self.robust_weight * self.robust(features, target, centroids, counts)
+        return loss  # type: ignore[no-any-return]
+
+
+def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed images, their second targets and the share of the first (Zhang et al., ICLR 2018), a pure function of the seed and the block of the batch.
+
+    The share is one number for the whole batch, Beta(alpha, alpha), as in the releases of MiSLAS and GCL, so all blocks of a seed have the same.
+    """
+    share = random.Random(seed).betavariate(alpha, alpha)
+    order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(derive_seed(seed, block))).to(images.device)
+    return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.tensor(share, device=images.device)
+
+
+def step_batches(order: Sequence[int] | Iterator[int], size: int) -> Iterator[list[int]]:
+    """Batches of `size` indices; fewer at the end are left out."""
+    batch: list[int] = []
+    for index in order:
+        batch.append(index)
+        if len(batch) == size:
+            yield batch
+            batch = []
+
+
+class CapturedStep:
+    """Forward, backward and optimizer step as one CUDA graph: small networks are bound by the launch of their kernels, not by the kernels.
+
+    The first calls run as they are, on a side stream, and are ordinary training steps; the next one captures. Shapes stay the same from call to call.
+    """
+
+    def __init__(self, run: Any, optimizer: torch.optim.Optimizer, warmup: int = 3) -> None:
+        self.run, self.optimizer, self.warmup = run, optimizer, warmup
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.loss: Tensor
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.warmup:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss: Tensor = self.run(**inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        if self.graph is None:
+            self.inputs = {name: value.clone() for name, value in inputs.items()}
+            self.optimizer.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.run(**self.inputs)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+class Ranks:
+    """This process among those that ``torchrun`` started; alone without it."""
+
+    def __init__(self, device: str) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """Rows (ceil(total / world), ...) of every rank, of which rank r holds r, r + world, ...; in their order (total, ...)."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; a collective call."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM: the run then ends its step, writes a checkpoint and leaves. A second Ctrl-C interrupts at once."""
+    requests: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@torch.no_grad()
+def predict(network: Network, images: ImageSet, ranks: Ranks, *, amp: torch.dtype | None = None, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Logits (M, C) and features (M, D) of all images, float32, in eval mode, on every rank."""
+    network.eval()
+    total = len(images)
+    mine = [index % total for index in range(ranks.rank, -(-total // ranks.world) * ranks.world, ranks.world)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    logits, features = [], []
+    with torch.autocast(ranks.device.type, dtype=amp, enabled=amp is not None):
+        for batch, _ in images.loader(batches, device=ranks.device):
+            found = network.backbone(batch).float()
+            features.append(found)
+            logits.append(network.scale * network.classify(found))
+    return ranks.gather_rows(torch.cat(logits), total), ranks.gather_rows(torch.cat(features), total)
