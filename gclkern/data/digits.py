@@ -13,7 +13,7 @@ _LARGEST = 140
 
 
 def load_digits(imbalance: float, profile: str, seed: int) -> DataSplits:
-    """A stratified fifth as test set, a long-tailed subset of the rest; the groups are terciles, as limits of 100 and 20 samples would leave them nearly empty."""
+    """A stratified fifth as test set, a long-tailed subset of the rest; the groups are terciles: limits of 100 and 20 samples would leave them nearly empty."""
     digits = need("sklearn.datasets", "the data set digits-lt").load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).to(torch.int64)

@@ -9,13 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gclkern.data.augment import AUGMENTATIONS, augment
+from gclkern.data.augment import AUGMENTATIONS, augment_batch
 from gclkern.noise import philox_words, resolve_seed
 
 # Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
 _STREAM = 0x3C6EF372A54FF53A
-# Samples augmented at once: small batches would cost more in kernel launches than in work.
-_CHUNK = 4096
+# Samples augmented at once: on a GPU small batches would cost more in kernel launches than in work, on a CPU large ones leave its caches.
+_DEVICE_CHUNK = 4096
+_CPU_CHUNK = 256
 
 
 def epoch_places(count: int, position: int, num_replicas: int, rank: int) -> Tensor:
@@ -35,8 +36,13 @@ class ImageSet(Protocol):
     """Images with labels. `device` is where batches are wanted."""
 
     labels: Tensor  # (M,) int64, on the CPU
+    augment: str  # the augmentation of training: "none", "standard", or for DeviceImages "autoaugment"
 
     def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """A set of the samples at `indices`, with the same settings."""
+        ...
 
     def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
         """Images (B, C, H, W) float32, normalised; augmented when `train`, with random numbers from the generator (None: torch's own)."""
@@ -71,15 +77,13 @@ class DeviceImages:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        augmentation: str = "standard",
+        augment: str = "standard",
         padding: int = 4,
         flip: bool = True,
     ) -> None:
         """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1]; `padding` pixels on each side for the crop."""
-        if augmentation not in AUGMENTATIONS:
-            raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
         self.images, self.labels = images, labels.to("cpu", torch.int64)
-        self.augmentation, self.padding, self.flip = augmentation, padding, flip
+        self.augment, self.padding, self.flip = augment, padding, flip
         self._scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
 
@@ -92,6 +96,12 @@ class DeviceImages:
         other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
         return other
 
+    def _columns(self) -> int:
+        """Random numbers that a sample takes."""
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
+        return AUGMENTATIONS[self.augment]
+
     def _move(self, device: torch.device) -> None:
         if self.images.device != device:
             self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
@@ -99,13 +109,13 @@ class DeviceImages:
     def _batch(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
         images = self.images[indices]
         if numbers is not None:
-            images = augment(images, numbers, self.augmentation, self.padding, self.flip)
+            images = augment_batch(images, numbers, self.augment, self.padding, self.flip)
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
     def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
         self._move(device)
         numbers = None
-        if train and (columns := AUGMENTATIONS[self.augmentation]):
+        if train and (columns := self._columns()):
             source = device if generator is None else generator.device
             numbers = torch.rand(indices.numel(), columns, device=source, generator=generator).to(device)
         return self._batch(indices.to(device), numbers)
@@ -122,8 +132,8 @@ class DeviceImages:
         rank: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         self._move(device)
-        columns = AUGMENTATIONS[self.augmentation] if train else 0
-        for chunk in _chunks(batches):
+        columns = self._columns() if train else 0
+        for chunk in _chunks(batches, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
             sizes = [len(batch) for batch in chunk]
             indices = torch.tensor([index for batch in chunk for index in batch])
             places = epoch_places(indices.numel(), position, num_replicas, rank)
@@ -133,14 +143,14 @@ class DeviceImages:
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
 
 
-def _chunks(batches: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Consecutive batches, together about _CHUNK samples."""
+def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Sequence[int]]]:
+    """Consecutive batches, at least `least` samples together but at the end."""
     chunk: list[Sequence[int]] = []
     size = 0
     for batch in batches:
         chunk.append(batch)
         size += len(batch)
-        if size >= _CHUNK:
+        if size >= least:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -53,7 +53,7 @@ def choose_subset(labels: Tensor, counts: Sequence[int], seed: int) -> Tensor:
 
     The reference subset of CIFAR-LT: seed numpy, then for each class in ascending order shuffle the indices of its samples and take the first n.
     """
-    random = np.random.RandomState(check_int("seed", seed, 0, 2**32 - 1))  # noqa: NPY002
+    random = np.random.RandomState(check_int("seed", seed, 0, 2**32 - 1))
     chosen = []
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels.numpy() == label)
@@ -67,7 +67,7 @@ def choose_subset(labels: Tensor, counts: Sequence[int], seed: int) -> Tensor:
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (kept, taken), each in ascending order: `fraction` of every class is taken, rounded, at least one sample, but never a class's last one."""
     check_number("fraction", fraction, 0.0, 1.0, open_low=True)
-    random = np.random.RandomState(check_int("seed", seed, 0, 2**32 - 1))  # noqa: NPY002
+    random = np.random.RandomState(check_int("seed", seed, 0, 2**32 - 1))
     taken = torch.zeros(labels.numel(), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = np.flatnonzero(labels.numpy() == label)

@@ -1,0 +1,324 @@
+"""Image files on disk: the lists of ImageNet-LT, Places-LT and iNaturalist 2018, a user's own lists, and folders with one folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gclkern.data.groups import count_groups
+from gclkern.data.images import DataSplits, epoch_places, uniform_numbers
+from gclkern.extras import need
+
+
+class _Lists(NamedTuple):
+    train: str
+    test: str
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LISTS = {
+    "imagenet-lt": _Lists("ImageNet_LT_train.txt", "ImageNet_LT_test.txt", 1000, _IMAGENET_MEAN, _IMAGENET_STD),
+    "places-lt": _Lists("Places_LT_train.txt", "Places_LT_test.txt", 365, _IMAGENET_MEAN, _IMAGENET_STD),
+    "inat18": _Lists("iNaturalist18_train.txt", "iNaturalist18_val.txt", 8142, (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+}
+LISTS = tuple(_LISTS)
+_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+
+
+class CorruptImageError(RuntimeError):
+    """An image file that cannot be read."""
+
+
+class _Request(NamedTuple):
+    """A sample as a worker is asked for it."""
+
+    place: int
+    seed: int
+
+
+class _Batch(NamedTuple):
+    """What a worker answers: pixels (n, 3, H, W) uint8 and labels (n,) of the images that can be read, and a line on each other one."""
+
+    pixels: Tensor
+    labels: Tensor
+    failures: list[str]
+
+
+class _Files(Dataset[Any]):
+    """Decodes and transforms image files in worker processes."""
+
+    def __init__(self, paths: Sequence[str], labels: Tensor, image_size: int, train: bool) -> None:
+        self.paths, self.labels = paths, labels
+        transforms = need("torchvision.transforms", "a data set of image files")
+        if train:
+            steps = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.ColorJitter(0.4, 0.4, 0.4, 0)]
+        else:
+            steps = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
+        self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
+
+    def __getitem__(self, request: _Request) -> tuple[Tensor | None, int, str]:
+        """Pixels, label and nothing, or no pixels and what is wrong with the file."""
+        image_module = need("PIL.Image", "a data set of image files")
+        path, label = self.paths[request.place], int(self.labels[request.place])
+        try:
+            with image_module.open(path) as file:
+                image = file.convert("RGB")
+        except FileNotFoundError:
+            return None, label, f"{path} does not exist"
+        except Exception as error:  # decoders raise many kinds on a damaged file
+            return None, label, f"{path} cannot be read as an image ({error})"
+        # torchvision's transforms draw from torch's own generator: the main process must find it as it was, and each sample has its own numbers
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(request.seed)
+            return self.transform(image), label, ""
+
+
+def _collate(samples: Sequence[tuple[Tensor | None, int, str]]) -> _Batch:
+    readable = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
+    pixels = torch.stack([pixels for pixels, _ in readable]) if readable else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
+    return _Batch(pixels, labels, [failure for _, _, failure in samples if failure])
+
+
+class ListImages:
+    """Images that stay in their files, decoded and augmented by worker processes.
+
+    `skipped` holds what is wrong with each file left out so far, when `skip_corrupt`: in training another image of the same batch takes its place, so that
+    batches keep their size; in evaluation it is missing.
+    """
+
+    augment = "standard"
+
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, *, mean: Sequence[float], std: Sequence[float], image_size: int, workers: int, skip_corrupt: bool
+    ) -> None:
+        self.paths, self.labels = paths, labels
+        self.image_size, self.workers, self.skip_corrupt = image_size, workers, skip_corrupt
+        self.mean, self.std = mean, std
+        self.skipped: dict[str, None] = {}  # an ordered set: sampling may meet a file many times
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Tensor) -> ListImages:
+        """A set of the samples at `indices`, with the same settings."""
+        other = object.__new__(ListImages)
+        other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices], "skipped": {}}
+        return other
+
+    def _finish(self, batch: _Batch, wanted: int, device: torch.device, train: bool) -> tuple[Tensor, Tensor]:
+        pixels, labels, failures = batch
+        if failures and not self.skip_corrupt:
+            raise CorruptImageError(f"{failures[0]}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
+        self.skipped.update(dict.fromkeys(failures))
+        if not labels.numel():
+            raise CorruptImageError(f"not one image of a batch can be read, the first is: {failures[0]}")
+        if train and labels.numel() < wanted:
+            filled = torch.arange(wanted) % labels.numel()
+            pixels, labels = pixels[filled], labels[filled]
+        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
+
+    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
+        files = self._dataset(train)
+        seeds = torch.randint(2**62, (indices.numel(),), generator=generator, device=None if generator is None else generator.device).tolist()
+        samples = [files[_Request(index, seed)] for index, seed in zip(indices.tolist(), seeds, strict=True)]
+        return self._finish(_collate(samples), indices.numel(), device, train)[0]
+
+    def _dataset(self, train: bool) -> _Files:
+        if self.augment not in ("standard", "none"):
+            raise ValueError(f"augment must be standard or none for image files, got {self.augment!r}")
+        return _Files(self.paths, self.labels, self.image_size, train and self.augment == "standard")
+
+    def loader(
+        self,
+        batches: Iterable[Sequence[int]],
+        *,
+        device: torch.device,
+        epoch_seed: int = 0,
+        train: bool = False,
+        position: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        requests, sizes = [], []
+        for batch in batches:
+            places = epoch_places(len(batch), position, num_replicas, rank)
+            position += len(batch)
+            seeds = (uniform_numbers(epoch_seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
+            requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
+            sizes.append(len(batch))
+        loader: DataLoader[Any] = DataLoader(
+            self._dataset(train),
+            batch_sampler=requests,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
+        )
+        for size, answer in zip(sizes, loader, strict=True):
+            yield self._finish(_Batch(*answer), size, device, train)
+
+
+def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
+    """The relative paths and labels (M,) of a list with a line `relative/path label` for each image.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not of this form, or no line; the message names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no list {path}; each line of it should be `relative/path label`")
+    paths, labels = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, label = line.rstrip().rpartition(" ")
+        if not name.strip() or not label.isdecimal():
+            raise ValueError(f"{path}:{number}: expected `relative/path label` with a label from 0 on, got {line!r}")
+        paths.append(name.strip())
+        labels.append(int(label))
+    if not paths:
+        raise ValueError(f"{path} lists no image")
+    return paths, torch.tensor(labels, dtype=torch.int64)
+
+
+def _places_candidates(folder: PurePosixPath, class_folder: PurePosixPath | None) -> Iterator[PurePosixPath]:
+    """Where the two layouts of Places keep the images that a list has in `folder`; `class_folder` is where it has the training images of their class.
+
+    The small-image archive has data_256/a/apartment_building/outdoor/ and val_256/, the other one train/apartment_building-outdoor/ and val/airfield/.
+    """
+    yield folder
+    top, *names = folder.parts or ("",)
+    if top == "data_256" and len(names) > 1:
+        for part in ("train", "val"):
+            yield from (PurePosixPath(part, joint.join(names[1:])) for joint in "-_/")
+    elif top in ("train", "val") and names:
+        yield from (PurePosixPath("data_256", names[0][0], *joined) for joined in (names, "-".join(names).split("-")))
+        yield PurePosixPath("val_256")
+    elif top == "val_256" and class_folder is not None:
+        for train_folder in _places_candidates(class_folder, None):
+            if train_folder.parts[0] == "train":
+                yield PurePosixPath("val", *train_folder.parts[1:])
+
+
+def _locate(root: Path, paths: Sequence[str], labels: Tensor, class_folders: dict[int, PurePosixPath], places: bool) -> list[str]:
+    """The files of a list under `root`; one folder of the list is looked up once, its files are not opened here."""
+    found: dict[tuple[PurePosixPath, int], Path] = {}
+    located = []
+    for path, label in zip(map(PurePosixPath, paths), labels.tolist(), strict=True):
+        key = path.parent, label
+        if key not in found:
+            candidates = list(_places_candidates(path.parent, class_folders.get(label))) if places else [path.parent]
+            exists = [root / folder for folder in candidates if (root / folder / path.name).is_file()] or [root / f for f in candidates if (root / f).is_dir()]
+            if not exists:
+                raise FileNotFoundError(f"the list has {path}, but {root} holds no folder {' or '.join(map(str, candidates))}; pass the folder with --data-dir")
+            found[key] = exists[0]
+        located.append(str(found[key] / path.name))
+    return located
+
+
+def _read_folder(root: Path) -> tuple[list[str], Tensor, list[str]]:
+    """Paths, labels and class names of a folder that has one folder for each class, in alphabetical order."""
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in _SUFFIXES)
+        paths += files
+        labels += [label] * len(files)
+    if not paths:
+        raise ValueError(f"{root} has no folder of images for each class, such as {root / 'cat' / '1.jpg'}")
+    return paths, torch.tensor(labels, dtype=torch.int64), names
+
+
+def _splits(
+    name: str,
+    train: tuple[Sequence[str], Tensor],
+    test: tuple[Sequence[str], Tensor],
+    class_names: list[str] | None,
+    options: dict[str, Any],
+) -> DataSplits:
+    """Checks the labels, which must be 0 to C - 1 with training images for each."""
+    counts = train[1].bincount().tolist()
+    if missing := [label for label, count in enumerate(counts) if count == 0]:
+        raise ValueError(f"classes without a training image: {', '.join(map(str, missing[:10]))}; labels must be 0 to C - 1 without a gap")
+    if (highest := int(test[1].max())) >= len(counts):
+        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {len(counts) - 1}")
+    return DataSplits(
+        name=name,
+        train=ListImages(*train, **options),
+        test=ListImages(*test, **options),
+        holdout=None,
+        class_counts=counts,
+        groups=count_groups(counts),
+        num_classes=len(counts),
+        class_names=class_names,
+        channels=3,
+        image_size=options["image_size"],
+    )
+
+
+def load_lists(
+    name: str,
+    data_dir: str | os.PathLike[str],
+    train_list: str | os.PathLike[str] | None,
+    test_list: str | os.PathLike[str] | None,
+    *,
+    image_size: int,
+    workers: int,
+    skip_corrupt: bool,
+) -> DataSplits:
+    """A data set of list files, known by name or a user's own ("list"); without arguments for them the known lists are looked for in `data_dir`."""
+    root, known = Path(data_dir), _LISTS.get(name)
+    if known is None and (train_list is None or test_list is None):
+        raise ValueError("the data set 'list' needs --train-list and --test-list, text files with a line `relative/path label` for each image")
+    listed = []
+    for given, default in ((train_list, known and known.train), (test_list, known and known.test)):
+        path = Path(given) if given is not None else root / str(default)
+        if given is None and not path.is_file():
+            raise FileNotFoundError(f"{name} needs its list {default} in {root}; put it there, or pass --train-list and --test-list")
+        listed.append(read_list(path))
+    (train_paths, train_labels), (test_paths, test_labels) = listed
+    if known is not None and (found := train_labels.unique().numel()) != known.num_classes:
+        raise ValueError(f"{name} has {known.num_classes} classes, but its training list has {found}; for a list of your own take the data set 'list'")
+    class_folders = {label: PurePosixPath(path).parent for path, label in zip(train_paths, train_labels.tolist(), strict=True)}
+    places = name == "places-lt"
+    mean, std = (known.mean, known.std) if known is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
+    options = {"image_size": image_size, "workers": workers, "skip_corrupt": skip_corrupt, "mean": mean, "std": std}
+    return _splits(
+        name,
+        (_locate(root, train_paths, train_labels, class_folders, places), train_labels),
+        (_locate(root, test_paths, test_labels, class_folders, places), test_labels),
+        None,
+        options,
+    )
+
+
+def load_folder(data_dir: str | os.PathLike[str], *, image_size: int, workers: int, skip_corrupt: bool) -> DataSplits:
+    """The folder train/ and one of test/ and val/ in `data_dir`, each with one folder for each class."""
+    root = Path(data_dir)
+    test_root = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
+    if not (root / "train").is_dir() or test_root is None:
+        raise FileNotFoundError(f"{root} must hold train/ and test/ or val/, each with one folder of images for each class; for text lists take 'list'")
+    train_paths, train_labels, names = _read_folder(root / "train")
+    test_paths, test_labels, test_names = _read_folder(test_root)
+    if unknown := [name for name in test_names if name not in names]:
+        raise ValueError(f"{test_root / unknown[0]} is a class that {root / 'train'} does not have")
+    to_train = torch.tensor([names.index(name) for name in test_names])
+    options = {"image_size": image_size, "workers": workers, "skip_corrupt": skip_corrupt, "mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
+    return _splits("folder", (train_paths, train_labels), (test_paths, to_train[test_labels]), names, options)
