@@ -1,0 +1,188 @@
+"""The pictures of a run: curves, accuracy by class, confusion between groups, and embeddings in the plane."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gclkern.extras import need
+from gclkern.metrics import Report
+
+# Colours that people with colour blindness tell apart (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+_GREY = "#888888"
+# t-SNE takes minutes beyond this many points, and more of them hide each other.
+_MOST_POINTS = 2000
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its row of axes, drawn without a display."""
+    figure = need("matplotlib.figure", "a picture").Figure(figsize=(width, height), layout="constrained")
+    need("matplotlib.backends.backend_agg", "a picture").FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Every numeric column of a metrics file over its epochs: losses, accuracies and calibration (shares in [0, 1], shown in percent), and learning rates.
+
+    Rows of different values in a column `stage`, if there is one, follow each other, with a line between them.
+
+    Raises:
+        ValueError: the file has no rows.
+    """
+    with Path(history_csv).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{history_csv} has no rows yet")
+    stages = [row.get("stage") or "" for row in rows]
+    numbers = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name and name not in ("epoch", "stage", "step")}
+    numbers = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
+    panels: dict[str, list[str]] = {}
+    for name in numbers:
+        lower = name.lower()
+        if "loss" in lower or "nll" in lower:
+            panels.setdefault("loss", []).append(name)
+        elif lower in ("lr", "learning_rate"):
+            panels.setdefault("learning rate", []).append(name)
+        elif any(part in lower for part in ("top1", "acc", "many", "medium", "few", "ece")):
+            panels.setdefault("percent", []).append(name)
+    if not panels:
+        raise ValueError(f"{history_csv} has no column of a loss, an accuracy or a learning rate")
+    figure, axes = _figure(5 * len(panels), 3.6, len(panels))
+    epochs = np.arange(1, len(rows) + 1)
+    changes = [place + 0.5 for place in range(1, len(rows)) if stages[place] != stages[place - 1]]
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        for colour, name in zip(_COLOURS * len(names), names, strict=False):
+            known = np.isfinite(numbers[name])
+            values = numbers[name][known] * (100 if title == "percent" else 1)
+            axis.plot(epochs[known], values, color=colour, label=name, marker="o" if known.sum() < 40 else None, markersize=3, linewidth=1.4)
+        for change in changes:
+            axis.axvline(change, color=_GREY, linewidth=0.8, linestyle=":")
+        axis.set(xlabel="epoch", ylabel=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """The accuracy of every class, from the most frequent to the rarest, above its number of training samples.
+
+    Raises:
+        ValueError: a report of another number of classes.
+    """
+    order = sorted(range(len(class_counts)), key=lambda c: -class_counts[c])
+    figure, (axis,) = _figure(8, 4)
+    counts = axis.twinx()
+    places = np.arange(len(order))
+    counts.fill_between(places, [class_counts[c] for c in order], step="mid", color=_GREY, alpha=0.25, linewidth=0)
+    counts.set(yscale="log", ylabel="training samples (grey)")
+    counts.spines[["top"]].set_visible(False)
+    for colour, (name, report) in zip(_COLOURS * len(reports), reports.items(), strict=False):
+        if len(report.per_class) != len(order):
+            raise ValueError(f"the report of {name} has {len(report.per_class)} classes, but there are {len(order)} class counts")
+        shares = 100 * np.array([report.per_class[c] for c in order])
+        if len(order) <= 50:
+            axis.plot(places, shares, color=colour, marker="o", markersize=4, linewidth=1.2, label=name)
+        else:
+            # one point a class would be a cloud: the line is the mean over neighbours, the points stay faint
+            axis.plot(places, shares, color=colour, marker=".", markersize=3, linestyle="none", alpha=0.35)
+            axis.plot(places, _running_mean(shares, len(order) // 20), color=colour, linewidth=1.8, label=name)
+    axis.set(xlabel="class, from the most frequent to the rarest", ylabel="accuracy, %", ylim=(-3, 103), zorder=counts.get_zorder() + 1)
+    axis.patch.set_visible(False)
+    if len(order) <= 20:
+        axis.set_xticks(places, [str(c) for c in order])
+    axis.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _running_mean(values: np.ndarray[Any, Any], reach: int) -> np.ndarray[Any, Any]:
+    """The mean of the values at most `reach` places away, NaN left out."""
+    known = np.isfinite(values)
+    window = np.ones(2 * reach + 1)
+    sums = np.convolve(np.where(known, values, 0), window, mode="same")
+    return sums / np.maximum(np.convolve(known.astype(float), window, mode="same"), 1)
+
+
+def plot_group_confusion(predictions: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:
+    """For the samples of each group: the shares that are right, wrong but within the group, and taken for another group."""
+    names = list(groups)
+    group_of = torch.full((1 + max(int(predictions.max()), int(labels.max()), *(c for classes in groups.values() for c in classes)),), -1)
+    for place, classes in enumerate(groups.values()):
+        group_of[list(classes)] = place
+    predictions, labels = predictions.cpu(), labels.cpu()
+    table = np.full((len(names), len(names) + 1), np.nan)
+    for row in range(len(names)):
+        of_group = group_of[labels] == row
+        total = int(of_group.sum())
+        if total:
+            right = predictions[of_group] == labels[of_group]
+            guessed = group_of[predictions[of_group]][~right]
+            table[row] = [100 * float(right.sum()) / total, *(100 * float((guessed == column).sum()) / total for column in range(len(names)))]
+    figure, (axis,) = _figure(1.6 + 1.3 * (len(names) + 1), 1.2 + 0.9 * len(names))
+    axis.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(names) + 1), ["right", *(f"wrong,\n{name}" for name in names)])
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="prediction", ylabel="true group")
+    for row, column in np.ndindex(table.shape):
+        share = table[row, column]
+        axis.text(column, row, "-" if np.isnan(share) else f"{share:.1f}", ha="center", va="center", color="white" if share > 55 else "black")
+    axis.set_title("% of the samples of each group", fontsize=10)
+    _save(figure, path)
+
+
+def plot_tsne(embeddings: Mapping[str, Tensor], labels: Tensor, path: str | os.PathLike[str], *, seed: int = 0) -> None:
+    """Embeddings (M, D) of the same samples by several methods, side by side in the plane by t-SNE, coloured by class (GCL, CVPR 2022, Figure 3).
+
+    Directions are compared, as a cosine classifier does. At most 2,000 samples and, of many classes, ten from the first to the last are shown.
+
+    Raises:
+        ValueError: embeddings of another number of samples, or fewer than five samples.
+    """
+    tsne = need("sklearn.manifold", "the picture of embeddings").TSNE
+    labels = labels.cpu()
+    classes = labels.unique()
+    if classes.numel() > 10:
+        classes = classes[torch.linspace(0, classes.numel() - 1, 10).round().long()]
+    kept = torch.isin(labels, classes).nonzero().flatten()
+    if kept.numel() > _MOST_POINTS:
+        kept = kept[torch.linspace(0, kept.numel() - 1, _MOST_POINTS).long()]
+    if kept.numel() < 5:
+        raise ValueError(f"t-SNE needs at least five samples, got {kept.numel()}")
+    # more samples a cluster than neighbours: scikit-learn's default of 30, less for few samples
+    perplexity = min(30.0, (kept.numel() - 1) / 3)
+    figure, axes = _figure(4.8 * len(embeddings) + 0.8, 4.6, len(embeddings))
+    colours = need("matplotlib", "a picture").colormaps["tab10"].colors
+    for axis, (name, features) in zip(axes, embeddings.items(), strict=True):
+        if features.shape[0] != labels.numel():
+            raise ValueError(f"the embeddings of {name} are of {features.shape[0]} samples, but there are {labels.numel()} labels")
+        directions = torch.nn.functional.normalize(features.detach().float().cpu()[kept])
+        points = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(directions.numpy())
+        for place, label in enumerate(classes.tolist()):
+            chosen = (labels[kept] == label).numpy()
+            axis.scatter(*points[chosen].T, s=7, color=colours[place], linewidth=0, label=str(label))
+        axis.set(title=name, xticks=[], yticks=[])
+        axis.spines[["left", "bottom"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title="class", markerscale=2.5)
+    _save(figure, path)
