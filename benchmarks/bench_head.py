@@ -40,7 +40,8 @@ def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
 
 def ours(plan: str) -> Callable[[Inputs, str], Call]:
     def loss(inputs: Inputs) -> Tensor:
-        return linear_gcl_cross_entropy(*inputs.leaves, inputs.target, inputs.cloud, scale=SCALE, plan=plan)
+        features, weight = inputs.leaves
+        return linear_gcl_cross_entropy(features, weight, inputs.target, inputs.cloud, scale=SCALE, plan=plan)
 
     return step_of(loss)
 
@@ -62,7 +63,7 @@ def products(inputs: Inputs, phase: str) -> Call:
 
 
 def cosface(inputs: Inputs, phase: str) -> Call:
-    from pytorch_metric_learning.losses import CosFaceLoss
+    from pytorch_metric_learning.losses import CosFaceLoss  # type: ignore[import-not-found]
 
     features = inputs.leaves[0]
     loss = CosFaceLoss(inputs.shape.classes, inputs.shape.dim, scale=SCALE).to(inputs.device, inputs.leaves[1].dtype)
@@ -71,7 +72,7 @@ def cosface(inputs: Inputs, phase: str) -> Call:
 
 
 def liger(inputs: Inputs, phase: str) -> Call:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore[import-not-found]
 
     def loss(inputs: Inputs) -> Tensor:
         features, weight = inputs.leaves
@@ -111,7 +112,8 @@ CONTESTANTS = {
     "gclkern": Contestant('normalisation, noise, loss; all gradients; plan="auto"', ours("auto")),
     **PLANS,
     "plain torch": Contestant(
-        "the same formula in torch operators, noise by randn", step_of(lambda inputs: plain_head(*inputs.leaves, inputs.cloud, inputs.target))
+        "the same formula in torch operators, noise by randn",
+        step_of(lambda inputs: plain_head(inputs.leaves[0], inputs.leaves[1], inputs.cloud, inputs.target)),
     ),
     "torch.compile": Contestant(
         "plain torch under torch.compile, compilation left out",

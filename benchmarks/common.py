@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,9 @@ class Inputs:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "autocast")
 
 
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
+
+
 def draw_labels(shape: Shape, device: torch.device) -> Tensor:
     """Labels of a batch (N,) as instance-balanced sampling draws them."""
     return torch.multinomial(shape.class_counts(), shape.rows, replacement=True).to(device)
@@ -172,10 +175,10 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def step_of(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs, str], Call]:
+def step_of(loss: Callable[[AnyInputs], Tensor]) -> Callable[[AnyInputs, str], Call]:
     """The phases of a loss: "forward" with everything that backward needs, "backward" from there to the gradients of all leaves, or both."""
 
-    def prepare(inputs: Inputs, phase: str) -> Call:
+    def prepare(inputs: AnyInputs, phase: str) -> Call:
         def forward() -> Tensor:
             with inputs.autocast():
                 return loss(inputs)

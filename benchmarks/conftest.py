@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -22,6 +23,7 @@ from benchmarks.memory import allocated_peak
 from benchmarks.timing import Stopwatch, cold_copies, prepare
 
 STOPWATCH = Stopwatch()
+STOPPED, BROKEN = 10, 11  # exit codes: time is over; no further CUDA call of this process can succeed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     limit = item.config.getoption("--stop-after")
     if limit is not None and time.monotonic() - item.config.stash[_START] > limit:
-        pytest.exit("the time given by --stop-after is over", returncode=0)
+        pytest.exit("the time given by --stop-after is over", returncode=STOPPED)
 
 
 def _record(config: pytest.Config, case: Case, result: dict[str, Any]) -> None:
@@ -85,7 +87,7 @@ def _time(case: Case, inputs: Any, device: torch.device, benchmark: Any) -> dict
     operation, contestant = case.operation, case.operation.contestants[case.contestant]
     copies = cold_copies(inputs.leaf_bytes, device) if operation.cold else 1
     sets = [inputs, *(operation.make_inputs(case.shape, case.dtype, device) for _ in range(copies - 1))]
-    timed = prepare([lambda chosen=chosen: contestant.prepare(chosen, case.phase) for chosen in sets], device, graph=operation.graph)
+    timed = prepare([functools.partial(contestant.prepare, chosen, case.phase) for chosen in sets], device, graph=operation.graph)
     rounds: list[float] = []
 
     def one_round() -> None:
@@ -116,6 +118,16 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
     _record(config, case, result)
 
 
+def _context_is_gone() -> bool:
+    """Whether a kernel has failed on the GPU, so that every later call of this process fails as well."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 @pytest.fixture
 def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], None]:
     """Runs a case: once where benchmarks are not asked for, else timed, with its memory, and recorded, be it as a failure."""
@@ -125,6 +137,8 @@ def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], Non
             _run(case, pytestconfig, benchmark)
         except Exception as error:
             _record(pytestconfig, case, {"error": f"{type(error).__name__}: {error}"[:500]})
+            if _context_is_gone():
+                pytest.exit("the CUDA context is gone", returncode=BROKEN)
             raise
 
     return run

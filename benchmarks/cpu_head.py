@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gclkern.torch_backend  # noqa: F401 (registers the operators)
+from benchmarks.common import torch_hash
 from benchmarks.memory import peak_bytes
 from gclkern.kernels.terms import LossTerms
 from gclkern.noise import fill_noise
@@ -143,7 +144,7 @@ def main() -> None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads", "rounds")}
         machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
         results = {name: times[name] | memory[name] for name in CONTESTANTS}
-        args.json.write_text(json.dumps({"shape": shape, "software": machine, "results": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,349 @@
+"""Everything that a machine with a GPU is asked for, in one command that may be interrupted: python -m benchmarks.gpu_report
+
+Tests, sanitizers, all benchmarks, each kernel's time and, where ncu is installed, its counters, in one JSON file in benchmarks/results/, with a copy in $OUT
+where that is set. The file is written after every step; the same command continues it, in the next call or on another machine that has the file. It begins anew
+when the kernels have changed. Without a GPU it runs a CPU's shapes and one file of tests: that shows that the path works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import INATURALIST, RESULTS, ROOT, SMOKE, kernels_hash, torch_hash
+
+CALL_SECONDS = 540  # of the 600 that a call may take
+ATTEMPTS = 2  # at a step that does not end, over all calls
+STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
+BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
+DRY_RUN_TESTS = ("test_clouds.py",)  # CI runs them all on a CPU
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__bytes.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_executed.sum",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)
+GPU = torch.cuda.is_available()
+
+
+@dataclass
+class Report:
+    """What is known so far, and where it is kept."""
+
+    path: Path
+    deadline: float
+    data: dict[str, Any] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def save(self) -> None:
+        with self.lock:
+            text = json.dumps(self.data, indent=1) + "\n"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(text)
+            partial.replace(self.path)
+            if "OUT" in os.environ:
+                Path(os.environ["OUT"], self.path.name).write_text(text)
+
+    def step(self, name: str) -> dict[str, Any]:
+        with self.lock:
+            step: dict[str, Any] = self.data["steps"].setdefault(name, {"status": "open", "attempts": 0})
+            return step
+
+    def open(self, name: str) -> bool:
+        return self.step(name)["status"] == "open"
+
+    def close(self, name: str, status: str, **result: Any) -> None:
+        with self.lock:
+            self.step(name).update({"status": status, **result})
+            self.save()
+        print(f"{self.seconds_left:6.0f} s left  {name}: {status}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "CPU", "cpu": platform.machine(), "cores": os.cpu_count()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "liger-kernel", "pytorch-metric-learning", "torchvision", "pytest-benchmark"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    if GPU:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "capability": list(torch.cuda.get_device_capability()),
+            "memory_bytes": properties.total_memory,
+            "processors": properties.multi_processor_count,
+        }
+        found["cache_bytes"] = properties.L2_cache_size
+        if shutil.which("nvidia-smi") is not None:
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
+            found["driver, clock, top clock, power limit"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found | {"versions": versions}
+
+
+def run(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None, watch: Callable[[], None] | None = None) -> tuple[int | None, str]:
+    """Exit code, None where the time was over, and the end of the output. `watch` is called every few seconds."""
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | (environment or {}), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        code: int | None = None
+        while code is None and time.monotonic() < end:
+            try:
+                code = process.wait(max(0.1, min(10.0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                code = None
+            if watch is not None:
+                watch()
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its own children too
+            process.wait()
+        output.seek(0)
+        return code, output.read()[-20_000:]
+
+
+def attempt(report: Report, name: str, command: Sequence[str], limit: float, environment: dict[str, str] | None = None) -> tuple[int, str] | None:
+    """Runs a step's command; None where it did not end: the step stays open, until ATTEMPTS calls have tried."""
+    seconds = min(report.seconds_left, limit)
+    if seconds < 5:
+        return None
+    step = report.step(name)
+    step["attempts"] += 1
+    code, output = run(command, seconds, environment)
+    if code is None:
+        if step["attempts"] >= ATTEMPTS:
+            report.close(name, "did not end", output=output[-2000:])
+        return None
+    return code, output
+
+
+def test_file(report: Report, path: Path) -> None:
+    name = f"tests/{path.name}"
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        command = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider", "--benchmark-disable", "--no-header", f"--junitxml={results}"]
+        done = attempt(report, name, command, 450)
+        if done is None:
+            return
+        code, output = done
+        if not results.exists():
+            report.close(name, "failed", exit_code=code, output=output[-4000:])
+            return
+        suite = ElementTree.parse(results).getroot().find("testsuite")
+        assert suite is not None
+        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        broken = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+        messages = {str(case.get("name")): str(next(child for child in case if child.tag != "properties").get("message"))[:400] for case in broken}
+    passed = code in (0, 5)  # 5: the file has no test for this machine
+    report.close(
+        name, "passed" if passed else "failed", **counts, seconds=float(suite.get("time", 0)), broken=messages, output="" if passed else output[-4000:]
+    )
+
+
+def sanitizer(report: Report, tool: str) -> None:
+    name = f"compute-sanitizer {tool}"
+    if not GPU or shutil.which("compute-sanitizer") is None:
+        report.close(name, "not here")
+        return
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--target-processes", "application-only"]
+    command = ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.exercise"]
+    # one allocation for each tensor: the caching allocator would hide a read beyond a tensor's end
+    done = attempt(report, name, command, 400, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    if done is not None:
+        code, output = done
+        summary = re.findall(r"========= (.*SUMMARY.*)", output)
+        report.close(name, "passed" if code == 0 else "failed", exit_code=code, summary=summary, output="" if code == 0 else output[-6000:])
+
+
+def checks(report: Report) -> None:
+    """Tests and sanitizers wait mostly for compilers, so several run at a time; nothing is timed meanwhile."""
+    files = sorted((ROOT / "tests").glob("test_*.py")) if GPU else [ROOT / "tests" / name for name in DRY_RUN_TESTS]
+    files.sort(key=lambda path: -path.stat().st_size)  # the long ones first
+    work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
+    work += [partial(test_file, report, path) for path in files if report.open(f"tests/{path.name}")]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        for future in [pool.submit(task) for task in work]:
+            future.result()
+
+
+def benchmark(report: Report, name: str) -> None:
+    step = f"benchmarks/bench_{name}.py"
+    if not report.open(step) or report.seconds_left < 30:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "record.jsonl")
+        before = [result for result in report.data["benchmarks"] if result["file"] == step]
+        record.write_text("".join(json.dumps(result) + "\n" for result in before))
+        others = [result for result in report.data["benchmarks"] if result["file"] != step]
+
+        def absorb() -> None:
+            lines = record.read_text().split("\n")[:-1]  # the last may be half written
+            report.data["benchmarks"] = others + [{**json.loads(line), "file": step} for line in lines]
+            report.save()
+
+        while report.seconds_left > 30:
+            done_before = len(report.data["benchmarks"])
+            options = ["--benchmark-only", "--record", str(record), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
+            code, output = run([sys.executable, "-m", "pytest", step, *options], report.seconds_left - 5, watch=absorb)
+            absorb()
+            mine = [result for result in report.data["benchmarks"] if result["file"] == step]
+            if code in (0, 1, 5):
+                report.close(step, "done", cases=len(mine), failed=sum("error" in result for result in mine))
+                return
+            if code in (STOPPED, None) and len(report.data["benchmarks"]) > done_before:
+                return
+            report.step(step)["attempts"] += 1
+            if report.step(step)["attempts"] >= ATTEMPTS and code != BROKEN:
+                report.close(step, "did not end", exit_code=code, output=output[-3000:])
+                return
+
+
+def kernels(report: Report) -> None:
+    if not report.open("kernel times"):
+        return
+    shape = INATURALIST if GPU else SMOKE
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.json")
+        done = attempt(report, "kernel times", [sys.executable, "-m", "benchmarks.exercise", "--shape", shape.name, "--profile", str(path)], 240)
+        if done is not None:
+            times = json.loads(path.read_text()) if path.exists() else {}
+            report.close("kernel times", "done" if times else "failed", shape=shape.name, times=times, output="" if times else done[1][-3000:])
+
+
+def counters(report: Report) -> None:
+    name = "ncu"
+    if not report.open(name):
+        return
+    if not GPU or shutil.which("ncu") is None:
+        report.close(name, "not here")
+        return
+    # of our kernels alone: Triton gives a kernel the name of its function
+    names = re.findall(r"^def (\w+_kernel)\(", "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py")), re.MULTILINE)
+    options = ["--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({'|'.join(names)})$"]
+    done = attempt(report, name, ["ncu", *options, sys.executable, "-m", "benchmarks.exercise", "--shape", INATURALIST.name], 240)
+    if done is not None:
+        code, output = done
+        lines = [line for line in output.splitlines() if line.startswith('"')]
+        # the first row under the header holds the units
+        rows = [{key: row[key] for key in ("Kernel Name", "Grid Size", *COUNTERS) if key in row} for row in csv.DictReader(lines)]
+        report.close(name, "done" if rows else "failed", exit_code=code, rows=rows, output="" if rows else output[-3000:])
+
+
+def table(data: dict[str, Any]) -> str:
+    """The whole operation of every shape: ours beside its floor and its peers."""
+    results = [result for result in data["benchmarks"] if "error" not in result]
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        if result["phase"] not in ("forward", "backward"):
+            groups.setdefault((result["operation"], result["shape"], result["dtype"]), {})[result["contestant"]] = result
+    lines = [f"{'':48}{'ms':>10}{'peak MB':>10}{'x floor':>9}{'x plain':>9}{'x compile':>10}"]
+    for (operation, shape, dtype), found in groups.items():
+        ours = [name for name in found if name.startswith("gclkern")]
+        floor = next((found[name]["seconds"] for name in ("bare products", "device copy", "device fill") if name in found), None)
+        for name in ours:
+            seconds = found[name]["seconds"]
+            ratios = [floor, *(found[peer]["seconds"] if peer in found else None for peer in ("plain torch", "torch.compile"))]
+            values = [f"{seconds / ratio:.2f}" if ratio else "-" for ratio in ratios]
+            label = f"{operation} | {shape} | {dtype} | {name.removeprefix('gclkern').strip(' ,') or 'auto'}"
+            lines.append(f"{label:48}{1e3 * seconds:10.3f}{found[name]['peak_bytes'] / 1e6:10.1f}{values[0]:>9}{values[1]:>9}{values[2]:>10}")
+    return "\n".join(lines)
+
+
+def summary(data: dict[str, Any]) -> str:
+    steps = data["steps"]
+    tests = {name: step for name, step in steps.items() if name.startswith("tests/")}
+    failed = [f"{name}: {', '.join(step.get('broken', {})) or step['status']}" for name, step in tests.items() if step["status"] not in ("passed", "open")]
+    errors = [f"{result['key']}: {result['error'][:150]}" for result in data["benchmarks"] if "error" in result]
+    others = [f"{name}: {step['status']}" for name, step in steps.items() if not name.startswith("tests/")]
+    by_graph = statistics.mean("graph" in result.get("timed_by", "") for result in data["benchmarks"]) if data["benchmarks"] else 0.0
+    return "\n".join(
+        [
+            table(data),
+            f"device {data['machine']['device']}, torch {data['machine']['versions']['torch']}, kernels {data['kernels_hash']}",
+            f"test files: {sum(step['status'] == 'passed' for step in tests.values())} passed of {len(tests)}",
+            f"benchmark cases: {len(data['benchmarks'])}, of which {len(errors)} failed; {by_graph:.0%} timed by CUDA graphs",
+            *(f"  {line}" for line in [*others, *failed, *errors[:20]]),
+        ]
+    )
+
+
+def begin(path: Path, deadline: float) -> Report:
+    """The report at `path` where it belongs to these kernels, versions and device, else a new one."""
+    report = Report(path, deadline)
+    identity: dict[str, Any] = {"machine": machine(), "kernels_hash": kernels_hash(), "torch_hash": torch_hash()}
+    keys = ("device", "versions")
+    if path.exists():
+        old = json.loads(path.read_text())
+        hashes = ("kernels_hash",) if GPU else ("kernels_hash", "torch_hash")
+        same = all(old[name] == identity[name] for name in hashes) and all(old["machine"][key] == identity["machine"][key] for key in keys)
+        if same:
+            report.data = old
+            return report
+        print(f"{path.name} belongs to other sources, versions or another device: beginning anew", flush=True)
+    report.data = {**identity, "complete": False, "steps": {}, "benchmarks": []}
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hash", action="store_true", help="print the content hash of the kernels and end")
+    parser.add_argument("--resume", type=Path, help="the JSON file to continue; default benchmarks/results/<device>.json")
+    parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="after which no further step begins and running ones end")
+    args = parser.parse_args()
+    if args.hash:
+        print(kernels_hash())
+        return
+    deadline = time.monotonic() + args.seconds
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
+    report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
+    checks(report)
+    for name in BENCHMARKS:
+        benchmark(report, name)
+    kernels(report)
+    counters(report)
+    report.data["complete"] = all(not report.open(name) for name in expected_steps())
+    report.save()
+    print(summary(report.data))
+    print(f"{report.path}: {'complete' if report.data['complete'] else 'not complete, the same command continues it'}")
+
+
+def expected_steps() -> list[str]:
+    files = [path.name for path in (ROOT / "tests").glob("test_*.py")] if GPU else list(DRY_RUN_TESTS)
+    others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "kernel times", "ncu"]
+    return [*(f"tests/{name}" for name in files), *others, *(f"benchmarks/bench_{name}.py" for name in BENCHMARKS)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The README shows what the committed results hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import readme
+
+
+def test_readme_agrees_with_the_results() -> None:
+    assert readme.disagreements() == [], "`python -m benchmarks.readme` writes the README's tables and charts"
+
+
+def _result(shape: str, classes: int, contestant: str, seconds: float) -> dict[str, Any]:
+    names = {"operation": "head", "shape": shape, "dtype": "bf16", "contestant": contestant, "phase": "forward + backward", "includes": "everything"}
+    return {**names, "rows": 4, "classes": classes, "dim": 8, "seconds": seconds, "peak_bytes": int(1e9 * seconds)}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A made-up report of a GPU, with its charts."""
+    sweep = [
+        _result(f"sweep {classes}", classes, name, classes * factor) for classes in (10, 1000) for name, factor in (("gclkern", 1e-6), ("plain torch", 4e-6))
+    ]
+    failed = {**_result("iNaturalist", 8142, "Liger", 1.0), "error": "out of memory"}
+    benchmarks = [_result("iNaturalist", 8142, "gclkern", 0.00125), _result("iNaturalist", 8142, "plain torch", 0.004), failed, *sweep]
+    machine = {"device": "A made-up GPU", "versions": {"torch": "2.11"}}
+    report = tmp_path / "made-up.json"
+    report.write_text(json.dumps({"machine": machine, "complete": True, "kernels_hash": "0123456789ab", "benchmarks": benchmarks}))
+    for path, svg in readme.charts(report).items():
+        path.write_text(svg)
+    return tmp_path
+
+
+def test_tables_and_charts_come_from_the_results(results: Path) -> None:
+    page = results / "README.md"
+    page.write_text("before\n<!-- results:begin gpu -->\nold\n<!-- results:end -->\nafter\n")
+    assert readme.disagreements(page, results) == ["section gpu"]
+    page.write_text(readme.wanted(page.read_text(), results))
+    assert readme.disagreements(page, results) == []
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "| iNaturalist, bf16 | 1.25 ms, 1.25 MB | 4 ms, 4 MB |" in text
+    assert "`0123456789ab`" in text and "made-up-time.svg" in text and "Liger" not in text
+
+
+def test_a_changed_number_is_found(results: Path) -> None:
+    page = results / "README.md"
+    page.write_text(readme.wanted("<!-- results:begin gpu -->\n<!-- results:end -->\n", results))
+    page.write_text(page.read_text().replace("1.25 ms", "0.25 ms"))
+    (results / "made-up-memory.svg").write_text("<svg/>")
+    assert readme.disagreements(page, results) == ["section gpu", "made-up-memory.svg"]
+
+
+def test_a_result_without_a_section_is_found(results: Path) -> None:
+    page = results / "README.md"
+    page.write_text("no tables\n")
+    assert readme.disagreements(page, results) == ["no section gpu"]
+
+
+def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'tpu'"):
+        readme.render("tpu", tmp_path)
+
+
+def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
+    assert [readme.render(name, tmp_path).startswith("Not measured yet") for name in readme.SECTIONS] == [True] * 3
