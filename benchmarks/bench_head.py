@@ -105,7 +105,7 @@ def least_flops(shape: Shape, dtype: str, phase: str) -> float:
 
 
 PLANS = {
-    f"gclkern {plan}": Contestant(f'normalisation, noise, loss; all gradients; plan="{plan}"', ours(plan), shapes=large)
+    f"gclkern {plan}": Contestant(f'normalisation, noise, loss; all gradients; plan="{plan}"', ours(plan), (BOTH,), shapes=large)
     for plan in ("materialised", "chunked", "recompute")
 }
 CONTESTANTS = {

@@ -143,9 +143,13 @@ class Operation:
                 phases = phases[-1:]
             if grid == "cpu" and shape is IMAGENET:
                 dtypes = dtypes[:1]  # products of 16 bits are slow on most CPUs
+            if shape in (HUNDRED_THOUSAND, MILLION) and len(dtypes) > 1:
+                dtypes = dtypes[1:]  # nobody trains these in float32
             for dtype in dtypes:
                 for name, contestant in self.contestants.items():
                     fits = (contestant.dtypes is None or dtype in contestant.dtypes) and contestant.shapes(shape)
+                    if name == "torch.compile":
+                        fits = grid == "cuda" or (dtype == "fp32" and shape in (SMOKE, CIFAR))  # a C++ compiler takes longer than all the rest
                     for phase in phases:
                         if fits and (contestant.phases is None or phase in contestant.phases):
                             yield Case(self, shape, dtype, name, phase)
@@ -206,11 +210,6 @@ def compiled(function: Callable[..., Tensor], inputs: Inputs) -> Callable[..., T
 
 
 COMPILED_PHASES = ("forward", BOTH)
-COMPILED_CPU = ("CIFAR-100", "smoke")  # elsewhere the C++ compiler would take longer than the rest of a CPU's run
-
-
-def compiles(shape: Shape) -> bool:
-    return torch.cuda.is_available() or shape.name in COMPILED_CPU
 
 
 def plain_gcl(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import Case, compiles
+from benchmarks.common import Case
 from benchmarks.memory import allocated_peak
 from benchmarks.timing import Stopwatch, cold_copies, prepare
 
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grid = ("cuda" if torch.cuda.is_available() else "cpu") if metafunc.config.getoption("benchmark_only") else "smoke"
     cases = metafunc.module.OPERATION.cases(grid)
     done = _recorded(metafunc.config)
-    cases = [case for case in cases if case.key not in done and ("compile" not in case.contestant or compiles(case.shape))]
+    cases = [case for case in cases if case.key not in done]
     metafunc.parametrize("case", cases, ids=map(str, cases))
 
 

@@ -40,7 +40,7 @@ class Timed:
 
 
 def cold_copies(input_bytes: int, device: torch.device) -> int:
-    """Sets of inputs that make a GPU's cache forget the first before it comes round again."""
+    """Sets of inputs that make a GPU's cache forget the first before it comes round again; at most 32, so the smallest problems stay warm."""
     if device.type != "cuda":
         return 1
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -64,14 +64,33 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
             for call in calls:
                 call()
     torch.cuda.synchronize(device)
-    reason = "as a training loop launches it"
-    if graph:
-        try:
-            return _graph(calls, stream)
-        except RuntimeError as error:
-            reason = f"capture failed: {str(error).splitlines()[0][:120]}"
-            torch.cuda.synchronize(device)
-    return _events(calls, stream, reason)
+    if not graph:
+        return _events(calls, stream, "as a training loop launches it")
+    if _waits_for_the_device(calls[0], stream):
+        return _events(calls, stream, "it waits for the device")
+    try:
+        return _graph(calls, stream)
+    except RuntimeError as error:
+        torch.cuda.synchronize(device)
+        # a capture that failed leaves torch's generator in the state of one that goes on
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
+        return _events(calls, stream, f"capture failed: {str(error).splitlines()[0][:120]}")
+
+
+def _waits_for_the_device(call: Call, stream: torch.cuda.Stream) -> bool:
+    """Whether the call synchronises, which no CUDA graph can hold."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize()
+    return False
 
 
 def _between_events(work: Call, stream: torch.cuda.Stream) -> float:
@@ -95,6 +114,7 @@ def _graph(calls: Sequence[Call], stream: torch.cuda.Stream) -> Timed:
         torch.cuda.synchronize()
         return graph
 
+    torch.cuda.empty_cache()  # a graph allocates from a pool of its own, which must fit beside what the warm-up left
     captured, repeats = capture(1), 1
     seconds = _between_events(captured.replay, stream)
     if seconds < GRAPH_SECONDS:
