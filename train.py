@@ -10,118 +10,401 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gclkern import ClassCentroids, DROLTLoss
+from gclkern import DROLTLoss
 from gclkern.checkpoint import CheckpointError, load_checkpoint
-from gclkern.data import DATASETS, DataSplits, load_data
-from gclkern.engine import CapturedStep, Network, Ranks, TrainingStep, build_head, derive_seed, mixup, predict, step_batches, stop_requests
+from gclkern.data import DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.engine import (
+    CapturedStep,
+    Network,
+    Ranks,
+    TrainingStep,
+    build_head,
+    derive_seed,
+    epoch_centroids,
+    mixup,
+    number,
+    predict,
+    step_batches,
+    stop_requests,
+    update_average,
+)  # fmt: skip
 from gclkern.extras import need
-from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
+from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
 from gclkern.metrics import Report, evaluate_logits, format_table
 from gclkern.models import build_backbone
-from gclkern.retrain import nearest_class_mean, replace_head, search_tau, tau_normalise
-from gclkern.runs import RunFolder, new_folder, report_columns
+from gclkern.retrain import replace_head, retrain_without_gradients
+from gclkern.runs import RunFolder, draw_pictures, new_folder, report_columns
 from gclkern.weights import drw_weights
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Arguments that a resumed run may change: where things are and how long they may take, not what comes out.
+FREE = {"resume", "evaluate", "out", "data_dir", "download", "workers", "device", "checkpoint_seconds", "pictures"}
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The arguments, and the checkpoint that --resume or --evaluate names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits-lt", help=f"data set: {', '.join(DATASETS)} (default digits-lt)")
-    group.add_argument("--data-dir", help="folder of the data set")
-    group.add_argument("--imbalance", type=float, help="largest over smallest class (default: 20 for digits-lt, 100 for CIFAR)")
-    group.add_argument("--holdout", type=float, default=0.0, help="share of the training set that is held out to select by (default 0: select nothing)")
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, default="gcl")
-    group.add_argument("--retrain", choices=RETRAINS, help="second stage (default: the method's own)")
-    group.add_argument("--sampler", choices=SAMPLERS, help="sampler of the second stage (default: the recipe's)")
-    group.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none (default: the recipe's)")
-    group.add_argument("--baseline", action=argparse.BooleanOptionalAction, help="train a cross-entropy baseline too (default: on digits-lt)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--model", help="backbone (default: small-cnn for digits-lt, resnet32 for CIFAR, resnet50)")
-    group.add_argument("--epochs", type=int, help="epochs of stage 1 (default: the recipe's)")
-    group.add_argument("--retrain-epochs", type=int, help="epochs of the second stage (default: the recipe's)")
-    group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, help="folder of the run (default runs/DATA-METHOD)")
-    return parser.parse_args(argv)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="digits-lt", choices=DATASETS, metavar="NAME", help=f"{', '.join(DATASETS)} (default digits-lt, which needs no files)")
+    add("--data-dir", default="data", help="folder of the data set's files (default data)")
+    add("--download", action="store_true", help="fetch CIFAR into --data-dir if it is not there")
+    add("--imbalance", type=number(float, 1), help="images of the largest class over the smallest's (default 20 for digits, 100 for CIFAR)")
+    add("--profile", choices=("exp", "step"), default="exp", help="how class counts fall (default exp)")
+    add("--holdout", type=number(float, 0, 0.9), default=0.0, help="share of the training set held out to choose the best epoch by (default 0: take the last)")
+    add("--train-list", help="text file with a line `path label` for each training image, for --data list")
+    add("--test-list", help="the same for test images")
+    add("--image-size", type=number(int, 1), default=224, help="pixels of a side, for image files (default 224)")
+    add("--workers", type=number(int, 0), default=4, help="processes that read image files (default 4)")
+    add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
+    add = parser.add_argument_group("method: settings that are not given are the published ones for the method and the data set").add_argument
+    add("--method", choices=METHODS, default="gcl", help="loss of stage 1 (default gcl)")
+    add("--retrain", choices=RETRAINS, help="stage 2, which trains the classifier anew (default gcl for the clouded methods, else none)")
+    add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for gcl, class-balanced for crt and lws)")
+    add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
+    add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
+    add("--augment", choices=("none", "standard", "autoaugment"), help="of small sets (default standard, for DRO-LT on CIFAR autoaugment)")
+    add("--baseline", action=argparse.BooleanOptionalAction, help="train by cross entropy for as many epochs, too (default: on digits-lt)")
+    add("--model", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=None, help="start from ImageNet's weights (default: for places-lt)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1), help="epochs of stage 1")
+    add("--batch-size", type=number(int, 2), help="images of a step of stage 1, over all processes")
+    add("--lr", type=number(float, 0), help="learning rate of stage 1")
+    add("--weight-decay", type=number(float, 0), help="weight decay of all stages")
+    add("--retrain-epochs", type=number(int, 1), help="epochs of stage 2")
+    add("--retrain-batch-size", type=number(int, 2), help="images of a step of stage 2")
+    add("--retrain-lr", type=number(float, 0), help="learning rate of stage 2")
+    add("--tau", type=number(float, 0), help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
+    add("--accumulate", type=number(int, 1), default=1, help="parts in which a step's images are run, to save memory (default 1)")
+    add("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help="evaluate an average of the weights, such as 0.999 (default 0: none)")
+    add("--seed", type=number(int, 0), default=0, help="of everything random but the choice of the long-tailed subset (default 0)")
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
+    add("--amp", choices=list(AMP), default="off", help="autocast (default off)")
+    add("--compile", action="store_true", help="compile the step with torch.compile")
+    add("--capture", action=argparse.BooleanOptionalAction, help="run the step as a CUDA graph (default: where that is possible)")
+    add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit by bit, on a GPU too")
+    add = parser.add_argument_group("runs and checkpoints").add_argument
+    add("--out", help="folder of the run (default runs/DATA-METHOD, numbered)")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
+    add("--evaluate", metavar="CHECKPOINT", help="print the report of a checkpoint and leave")
+    add("--eval-every", type=number(int, 1), help="epochs between evaluations (default a twentieth of the stage)")
+    add("--checkpoint-seconds", type=number(float, 0), default=30.0, help="at most so long between checkpoints (default 30; 0 writes one each step)")
+    add("--pictures", action=argparse.BooleanOptionalAction, default=True, help="draw curves, accuracies, confusion and t-SNE at the end (default yes)")
+    args, state = parser.parse_args(argv), None
+    if args.resume or args.evaluate:
+        path = Path(args.resume or args.evaluate)
+        state = load_checkpoint(path / "last.pt" if path.is_dir() else path)
+        if args.resume and state.get("kind") != "training":
+            raise CheckpointError(f"{path} holds a finished network, not a run to go on with; give the run's folder or its last.pt")
+        parser.set_defaults(**{name: value for name, value in state["config"].items() if name not in ("resume", "evaluate")})
+        args = parser.parse_args(argv)
+        changed = [name for name, value in state["config"].items() if name not in FREE and getattr(args, name) != value]
+        if args.resume and changed:
+            name = changed[0]
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: the run was started with {state['config'][name]}, now it is {getattr(args, name)}; leave {flag} out or start a new run")
+        args.out = str(path if path.is_dir() else path.parent)
+    return args, state
 
 
-def main(args: argparse.Namespace) -> None:
-    ranks = Ranks("auto")
-    data = load_data(args.data, data_dir=args.data_dir, imbalance=args.imbalance, seed=0, holdout=args.holdout)
-    overrides = {"epochs": args.epochs, "mixup": args.mixup}
-    retrain_overrides = {"epochs": args.retrain_epochs, "sampler": args.sampler, "mixup": args.mixup}
-    phases = plan(
-        args.method, args.retrain, args.data, data.class_counts, baseline=args.data == "digits-lt" if args.baseline is None else args.baseline,
-        stage1={name: value for name, value in overrides.items() if value is not None},
-        stage2={name: value for name, value in retrain_overrides.items() if value is not None},
+@dataclass
+class Job:
+    """What every phase of a run shares."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    data: DataSplits
+    run: RunFolder
+    stop: list[int]  # not empty when a signal asked to stop
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """A signal asked to stop, and the checkpoint is written."""
+
+
+def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
+    ranks = Ranks(args.device)
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    data = load_data(
+        args.data, data_dir=args.data_dir, imbalance=args.imbalance, profile=args.profile, holdout=args.holdout, download=args.download,
+        image_size=args.image_size, workers=args.workers, skip_corrupt=args.skip_corrupt, train_list=args.train_list, test_list=args.test_list,
     )  # fmt: skip
-    run = RunFolder(args.out or new_folder(Path("runs"), f"{args.data}-{args.method}"), {}, write=ranks.rank == 0, history=[], reports={})
-    network = None
+    for images, part in ((data.train, "training"), (data.test, "test")):
+        if ranks.rank == 0 and getattr(images, "skipped", None):
+            print(f"left out {len(images.skipped)} {part} images that cannot be read, such as {images.skipped[0]}")
+    if args.evaluate:
+        assert state is not None
+        report = measure(load_network(state, data, args, ranks), data, args, ranks)
+        if ranks.rank == 0:
+            print(format_table([(state["name"], report)]))
+        return
+    phases = plan_run(args, data)
     for phase in phases:
-        network = prepare(phase, network, data, args, ranks)
-        report = train_phase(phase, network, data, args, ranks, run)
-        run.reports[phase.name] = report
-    print(format_table(list(run.reports.items())))
+        if phase.batch_size % (ranks.world * args.accumulate):
+            raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {ranks.world} processes times --accumulate {args.accumulate}")
+    if args.pictures:
+        need("matplotlib", "drawing pictures (or give --no-pictures)")
+        need("sklearn", "drawing pictures (or give --no-pictures)")
+    folder = Path(args.out) if args.out else new_folder(Path("runs"), f"{args.data}-{args.method}")
+    if state is None and (folder / "last.pt").exists():
+        raise ValueError(f"--out: {folder} already holds a run; go on with it by --resume {folder}, or choose another folder")
+    kept = {"history": [], "reports": {}} if state is None else {name: state[name] for name in ("history", "reports")}
+    run = RunFolder(folder, vars(args), write=ranks.rank == 0, **kept)
+    network, started = None, time.monotonic()
+    try:
+        with stop_requests() as stop:
+            job = Job(args, ranks, data, run, stop)
+            for index in range(state["phase"] if state else 0, len(phases)):
+                phase = phases[index]
+                network = load_network(state, data, args, ranks) if state else prepare(phase, network, data, args, ranks)
+                train_phase(job, phase, index, network, state)
+                report = measure(network, data, args, ranks)
+                run.reports[phase.name] = report.as_dict()
+                run.save(f"{phase.name}.pt", network_state(args, phase, network))
+                state = None
+    except Stopped:
+        if ranks.rank == 0:
+            print(f"stopped; go on with: python train.py --resume {folder}")
+        return
+    if ranks.rank == 0:
+        finish(job, phases, time.monotonic() - started)
+
+
+def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
+    """The phases, with the arguments in place of the published settings."""
+    first = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "sampler": args.stage1_sampler, "mixup": args.mixup}
+    first |= {"weight_decay": args.weight_decay}
+    second = {"epochs": args.retrain_epochs, "batch_size": args.retrain_batch_size, "lr": args.retrain_lr, "sampler": args.sampler}
+    return plan(
+        args.method, args.retrain, args.data, data.class_counts, baseline=args.data == "digits-lt" if args.baseline is None else args.baseline,
+        stage1={name: value for name, value in first.items() if value is not None},
+        stage2={name: value for name, value in second.items() if value is not None},
+    )  # fmt: skip
+
+
+def build_network(head: str, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
+    torch.manual_seed(derive_seed(args.seed, "weights"))
+    pretrained = args.data == "places-lt" if args.pretrained is None else args.pretrained
+    backbone = build_backbone(args.model or default_model(args.data), image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
+    network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(ranks.device)
+    return network.to(memory_format=torch.channels_last) if args.channels_last else network  # type: ignore[call-overload, no-any-return]
 
 
 def prepare(phase: Phase, network: Network | None, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
+    """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
     if network is None or phase.start == "fresh":
-        torch.manual_seed(derive_seed(args.seed, "weights"))
-        backbone = build_backbone(args.model or "small-cnn", image_size=data.image_size, in_channels=data.channels)
-        return Network(backbone, build_head(phase.head, backbone.feature_dim, data.num_classes)).to(ranks.device)
+        return build_network(phase.head, data, args, ranks)
     torch.manual_seed(derive_seed(args.seed, "new head"))
-    if phase.start == "new head" or type(network.head) is not type(build_head(phase.head, 1, 1)):
-        replace_head(network, phase.head, keep=phase.start != "new head")
+    replace_head(network, phase.head, keep=phase.start == "previous")
     return network
 
 
-def train_phase(phase: Phase, network: Network, data: DataSplits, args: argparse.Namespace, ranks: Ranks, run: RunFolder) -> Report:
-    loss = build_loss(phase, data.class_counts).to(ranks.device)
+def load_network(state: dict[str, Any], data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
+    """The network of a checkpoint; the average of its weights where the checkpoint is to be evaluated and has one."""
+    weights = state["average"] if args.evaluate and state.get("average") else state["network"]
+    if weights["head.weight"].shape[0] != data.num_classes:
+        classes = weights["head.weight"].shape[0]
+        raise CheckpointError(f"the checkpoint has {classes} classes, {data.name} has {data.num_classes}; evaluate it on its own data set")
+    network = build_network(state["head"], data, args, ranks)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the network {args.model or default_model(args.data)}; leave --model out to use its own") from error
+    return network
+
+
+def measure(network: Network, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Report:
+    return evaluate_logits(predict(network, data.test, ranks, amp=AMP[args.amp])[0], data.test.labels, data.groups, data.num_classes)
+
+
+def network_state(args: argparse.Namespace, phase: Phase, network: Network) -> dict[str, Any]:
+    """A checkpoint of a network without the state of its training."""
+    return {"kind": "network", "config": vars(args), "name": phase.name, "head": phase.head, "network": network.state_dict()}
+
+
+def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dict[str, Any] | None) -> None:
+    """Train the network in place, from its beginning or from a checkpoint."""
+    args, ranks, data, run = job.args, job.ranks, job.data, job.run
+    device = ranks.device
+    if phase.trains in ("ncm", "tau-norm"):
+        retrain_without_gradients(phase.trains, network, data, ranks, args.tau)
+        return
+    steps = max(1, (phase.epoch_samples or len(data.train)) // phase.batch_size)
+    sampler = SAMPLERS[phase.sampler](
+        data.train.labels, num_samples=steps * phase.batch_size, seed=derive_seed(args.seed, phase.name, "order"), num_replicas=ranks.world, rank=ranks.rank,
+        **phase.sampler_options,
+    )  # fmt: skip
+    local = phase.batch_size // ranks.world  # images of this process in a step
+    loss = build_loss(phase, data.class_counts).to(device)
     network.scale.fill_(loss.scale)
-    module = TrainingStep(network, loss, trains=phase.trains)
-    optimizer = torch.optim.SGD(module.learn(), lr=phase.lr, momentum=0.9, weight_decay=phase.weight_decay)
-    steps = max(1, len(data.train) // phase.batch_size)
-    sampler = SAMPLERS[phase.sampler](data.train.labels, num_samples=steps * phase.batch_size, seed=derive_seed(args.seed, phase.name, "order"))
-    bar = need("tqdm", "the progress bar").tqdm(total=phase.epochs * steps, desc=phase.name, unit="step")
-    for epoch in range(phase.epochs):
+    robust = DROLTLoss(data.class_counts).to(device) if phase.robust else None
+    module = TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust)
+    learned = module.learn()
+    possible = device.type == "cuda" and ranks.world == 1 and args.accumulate == 1 and args.amp != "fp16" and not args.compile
+    if args.capture and not possible:
+        raise ValueError("--capture needs a GPU, one process, --accumulate 1, no --amp fp16 and no --compile; leave it out")
+    capture = possible if args.capture is None else args.capture
+    rate = torch.tensor(phase.lr, device=device) if capture else phase.lr  # a captured step reads the rate from the device
+    optimizer = torch.optim.SGD(learned, lr=rate, momentum=0.9, weight_decay=phase.weight_decay, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    average = copy.deepcopy(network) if args.ema else None
+    total, first_epoch, first_step, best = torch.zeros((), dtype=torch.float64, device=device), 0, 0, -1.0
+    centroids: dict[str, Tensor] = {}
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        if robust is not None:
+            robust.load_state_dict(state["robust"])
+        centroids = {name: value.to(device) for name, value in state["centroids"].items()}
+        total.fill_(state["total"])
+        first_epoch, first_step, best = state["epoch"], state["step"], state["best"]
+
+    def batches(purpose: str, epoch: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images and labels of an epoch's steps, from `step` on."""
+        sampler.set_epoch(epoch, position=step * local)
+        return data.train.loader(
+            step_batches(iter(sampler), local), device=device, epoch_seed=derive_seed(args.seed, phase.name, purpose, epoch), train=True,
+            position=step * local, num_replicas=ranks.world, rank=ranks.rank,
+        )  # fmt: skip
+
+    runnable = torch.nn.parallel.DistributedDataParallel(module) if ranks.world > 1 else module
+    if args.compile:
+        runnable = torch.compile(runnable)
+
+    def forward_backward(row_offset: int, **inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=AMP[args.amp], enabled=args.amp != "off", cache_enabled=not capture):
+            value = runnable(row_offset=row_offset, **inputs) / args.accumulate
+        scaler.scale(value).backward()
+        return value.detach()
+
+    def whole_step(**inputs: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = forward_backward(0, **inputs)
+        optimizer.step()
+        return value
+
+    captured = CapturedStep(whole_step, optimizer) if capture else None
+
+    def save(epoch: int, step: int) -> None:
+        run.save("last.pt", {
+            "kind": "training", "config": vars(args), "name": phase.name, "head": phase.head, "phase": index, "epoch": epoch, "step": step,
+            "total": float(ranks.mean(total.clone())), "best": best,
+            "network": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "average": None if average is None else average.state_dict(), "robust": None if robust is None else robust.state_dict(),
+            "centroids": centroids, "history": run.history, "reports": run.reports,
+        })  # fmt: skip
+
+    evaluate_every = args.eval_every or max(1, phase.epochs // 20)
+    bar = need("tqdm", "the progress bar").tqdm(
+        total=phase.epochs * steps * phase.batch_size, initial=(first_epoch * steps + first_step) * phase.batch_size, desc=phase.name, unit=" img",
+        unit_scale=True, disable=ranks.rank > 0,
+    )  # fmt: skip
+    saved = time.monotonic()
+    for epoch in range(first_epoch, phase.epochs):
+        rate = phase.schedule.rate(phase.lr, epoch, phase.epochs)
         for group in optimizer.param_groups:
-            group["lr"] = phase.schedule.rate(phase.lr, epoch, phase.epochs)
+            group["lr"] = group["lr"].to(device).fill_(rate) if capture else rate
+        if phase.drw is not None:
+            loss.weight.copy_(drw_weights(data.class_counts, epoch, round(phase.drw * phase.epochs)))
+        if robust is not None and first_step == 0:
+            centroids = epoch_centroids(network, batches("centroids", epoch, 0), data.num_classes, ranks)
         module.train()
-        sampler.set_epoch(epoch)
-        batches = step_batches(iter(sampler), phase.batch_size)
-        epoch_seed = derive_seed(args.seed, phase.name, "augmentation", epoch)
-        total = torch.zeros((), dtype=torch.float64)
-        for step, (images, target) in enumerate(data.train.loader(batches, device=ranks.device, epoch_seed=epoch_seed, train=True)):
+        for step, (images, target) in enumerate(batches("training", epoch, first_step), first_step):
             seed = derive_seed(args.seed, phase.name, epoch, step)
-            inputs = {"target_b": None, "lam": None}
-            if phase.mixup:
-                images, inputs["target_b"], inputs["lam"] = mixup(images, target, phase.mixup, seed, 0)
-            value = module(images, target, torch.tensor(seed), 0, **inputs)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            total += value.detach()
-            bar.update()
-        bar.set_postfix(loss=f"{float(total) / steps:.3f}")
+            torch.manual_seed(seed)  # for layers that draw, such as dropout
+            if captured is None:
+                optimizer.zero_grad()
+            for part in range(args.accumulate):
+                # The draws of a step are dealt out to blocks in turn, so that two processes train as one does that accumulates two parts.
+                block = part * ranks.world + ranks.rank
+                inputs = {"images": images[part :: args.accumulate], "target": target[part :: args.accumulate], **centroids}
+                if phase.mixup:
+                    inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], phase.mixup, seed, block)
+                if args.channels_last:
+                    inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
+                inputs["seed"] = torch.tensor(seed, device=device)
+                total += captured(**inputs) if captured else forward_backward(block * len(inputs["target"]), **inputs)
+            if captured is None:
+                scaler.step(optimizer)
+                scaler.update()
+            if average is not None:
+                update_average(average, network, args.ema, epoch * steps + step)
+            bar.update(phase.batch_size)
+            if step + 1 < steps and (ranks.world == 1 or step % 20 == 0):
+                stopping = ranks.any(bool(job.stop))
+                if stopping or ranks.any(time.monotonic() - saved >= args.checkpoint_seconds):
+                    save(epoch, step + 1)
+                    saved = time.monotonic()
+                if stopping:
+                    bar.close()
+                    raise Stopped
+        mean_loss = float(ranks.mean(total)) / steps
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"{phase.name}: the loss of epoch {epoch} is {mean_loss}; train with a lower learning rate, or without --amp fp16")
+        row: dict[str, Any] = {"phase": phase.name, "epoch": epoch + 1, "lr": rate, "loss": mean_loss}
+        if (epoch + 1) % evaluate_every == 0 or epoch + 1 == phase.epochs:
+            shown = network if average is None else average
+            row |= report_columns(measure(shown, data, args, ranks))
+            if data.holdout is not None:
+                held = evaluate_logits(predict(shown, data.holdout, ranks, amp=AMP[args.amp])[0], data.holdout.labels, data.groups, data.num_classes)
+                row["holdout"] = sum(held.groups.values()) / len(held.groups)
+                if row["holdout"] > best:
+                    best = row["holdout"]
+                    run.save("best.pt", network_state(args, phase, shown))
+        run.log(row)
+        bar.set_postfix(loss=f"{mean_loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
+        total.zero_()
+        first_step = 0
+        stopping = ranks.any(bool(job.stop))
+        if stopping or epoch + 1 == phase.epochs or ranks.any(time.monotonic() - saved >= args.checkpoint_seconds):
+            save(epoch + 1, 0)
+            saved = time.monotonic()
+        if stopping:
+            bar.close()
+            raise Stopped
     bar.close()
-    logits, _ = predict(network, data.test, ranks)
-    return evaluate_logits(logits, data.test.labels, data.groups, data.num_classes)
+    if average is not None:
+        network.load_state_dict(average.state_dict())
+
+
+def finish(job: Job, phases: list[Phase], seconds: float) -> None:
+    """The table, the summary and the pictures, from what is on the disk: a resumed run has the earlier phases only there."""
+    args, data, run = job.args, job.data, job.run
+    alone = Ranks.alone(job.ranks.device)
+    if data.holdout is not None and (run.path / "best.pt").exists():
+        best = load_network(load_checkpoint(run.path / "best.pt"), data, args, alone)
+        run.reports["best on held-out"] = measure(best, data, args, alone).as_dict()
+    reports = {name: Report(**report) for name, report in run.reports.items()}
+    print(format_table(list(reports.items())))
+    run.finish({"reports": run.reports, "class_counts": data.class_counts, "groups": data.groups, "config": vars(args), "seconds": round(seconds, 1)})
+    if args.pictures:
+        found = {}
+        for name in dict.fromkeys((phases[0].name, phases[-1].name)):
+            found[name] = predict(load_network(load_checkpoint(run.path / f"{name}.pt"), data, args, alone), data.test, alone)
+        draw_pictures(run.path, reports, found, data)
+    print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if args.pictures else ""))
 
 
 if __name__ == "__main__":
     try:
-        main(parse_arguments())
-    except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
-        sys.exit(f"train.py: {error}")
+        main(*parse_arguments())
+    except (ValueError, TypeError, FileNotFoundError, ImportError, CheckpointError, CorruptImageError) as error:
+        sys.exit(f"train.py: error: {error}")

@@ -100,7 +100,8 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("state"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
     if content.get("version") != _VERSION:
-        raise CheckpointError(f"{path} has version {content.get('version')} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
+        version = content.get("version")
+        raise CheckpointError(f"{path} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
     if content.get("digest") != _digest(content["state"]):
         raise CheckpointError(f"{path} is damaged: its values do not match its digest; use another checkpoint")
     state: dict[str, Any] = content["state"]

@@ -6,11 +6,13 @@ loss, dropout. So a checkpoint needs no state of a generator, and a run that is 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import math
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gclkern.centroids import ClassCentroids
 from gclkern.data import ImageSet
 from gclkern.dro import DROLTLoss
 from gclkern.layers import CosineLinear, unit_rows
@@ -136,6 +139,22 @@ class TrainingStep(nn.Module):
         return loss  # type: ignore[no-any-return]
 
 
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: an int or a finite float in [low, high]."""
+
+    def parse(text: str) -> float:
+        bounds = f"a {'whole ' if kind is int else ''}number " + (f"of at least {low}" if high == math.inf else f"from {low} to {high}")
+        try:
+            value: float = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}") from None
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
 def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mixed images, their second targets and the share of the first (Zhang et al., ICLR 2018), a pure function of the seed and the block of the batch.
 
@@ -146,7 +165,7 @@ def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -
     return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.tensor(share, device=images.device)
 
 
-def step_batches(order: Sequence[int] | Iterator[int], size: int) -> Iterator[list[int]]:
+def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
     """Batches of `size` indices; fewer at the end are left out."""
     batch: list[int] = []
     for index in order:
@@ -154,6 +173,18 @@ def step_batches(order: Sequence[int] | Iterator[int], size: int) -> Iterator[li
         if len(batch) == size:
             yield batch
             batch = []
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move an exponential average of the weights; it begins with a shorter memory, (1 + step) / (10 + step), to forget the initial weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    kept, new = average.state_dict().values(), network.state_dict().values()
+    moving = [(old, value) for old, value in zip(kept, new, strict=True) if old.is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in moving], [value for _, value in moving], 1 - decay)
+    for old, value in zip(kept, new, strict=True):
+        if not old.is_floating_point():
+            old.copy_(value)
 
 
 class CapturedStep:
@@ -207,6 +238,19 @@ class Ranks:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
+    @classmethod
+    def alone(cls, device: torch.device) -> Ranks:
+        """One process, whatever runs beside it."""
+        ranks = object.__new__(cls)
+        ranks.world, ranks.rank, ranks.device = 1, 0, device
+        return ranks
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give all ranks the first one's batch statistics, as DistributedDataParallel does before each forward pass."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
     def gather_rows(self, rows: Tensor, total: int) -> Tensor:
         """Rows (ceil(total / world), ...) of every rank, of which rank r holds r, r + world, ...; in their order (total, ...)."""
         if self.world == 1:
@@ -256,6 +300,7 @@ def stop_requests() -> Iterator[list[int]]:
 def predict(network: Network, images: ImageSet, ranks: Ranks, *, amp: torch.dtype | None = None, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Logits (M, C) and features (M, D) of all images, float32, in eval mode, on every rank."""
     network.eval()
+    ranks.share_buffers(network)
     total = len(images)
     mine = [index % total for index in range(ranks.rank, -(-total // ranks.world) * ranks.world, ranks.world)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -266,3 +311,14 @@ def predict(network: Network, images: ImageSet, ranks: Ranks, *, amp: torch.dtyp
             features.append(found)
             logits.append(network.scale * network.classify(found))
     return ranks.gather_rows(torch.cat(logits), total), ranks.gather_rows(torch.cat(features), total)
+
+
+@torch.no_grad()
+def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, ranks: Ranks) -> dict[str, Tensor]:
+    """Mean feature and count of each class over an epoch's batches of all ranks, in eval mode: DRO-LT's "centroids" and "counts"."""
+    network.eval()
+    ranks.share_buffers(network)
+    means = ClassCentroids(num_classes, network.backbone.feature_dim).to(ranks.device)
+    for images, target in loader:
+        means.update(network.backbone(images).float(), target)
+    return dict(zip(("centroids", "counts"), means.compute(), strict=True))

@@ -48,6 +48,7 @@ class Phase:
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
     drw: float | None = None  # share of the epochs after which class weights come in
     robust: float = 0.0  # weight of the DRO-LT bound beside the loss
+    sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
 
 
@@ -83,6 +84,11 @@ def family(dataset: str) -> str:
     return known.get(dataset, "imagenet")
 
 
+def default_model(dataset: str) -> str:
+    """The backbone that published numbers on a data set are for."""
+    return {"digits": "small-cnn", "cifar": "resnet32", "places": "resnet152"}.get(family(dataset), "resnet50")
+
+
 def _clouded(settings: str, stage: int) -> dict[str, Any]:
     """Arguments of GCL's loss (released recipes); the large sets take those of Places-LT."""
     large = settings not in ("cifar", "digits")
@@ -107,8 +113,9 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
     long = max(class_counts) * len(class_counts)
     weighted = {} if clouded else {"weight": "counts"}
     robust = replace(
-        phase, name="stage-1-robust", epochs=80 if settings != "digits" else 10, batch_size=128, lr=0.005, weight_decay=1e-4, schedule=Schedule(), mixup=0.0,
-        options=phase.options | weighted, sampler="class-aware", trains="backbone", start="previous", robust=1.0, epoch_samples=long,
+        phase, name="stage-1-robust", epochs=80 if settings != "digits" else 10, batch_size=128, lr=0.005, weight_decay=1e-4, schedule=Schedule(),
+        mixup=0.0, options=phase.options | weighted, sampler="class-aware", sampler_options={"samples_per_class": 4}, trains="backbone", start="previous",
+        robust=1.0, epoch_samples=long,
     )  # fmt: skip
     classifier = replace(robust, name="stage-1-classifier", epochs=max(1, robust.epochs // 4), lr=0.01, options={}, trains="head", robust=0.0)
     return [phase, robust] if clouded else [phase, robust, classifier]
@@ -154,7 +161,12 @@ def plan(
     phases[0] = replace(phases[0], **(stage1 or {}))
     retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
     if retrain != "none":
-        phases.append(replace(_second_stage(retrain, settings, phases[0]), **(stage2 or {})))
+        second = _second_stage(retrain, settings, phases[0])
+        if stage2 and not second.epochs:
+            raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {', '.join(stage2)}")
+        phases.append(replace(second, **(stage2 or {})))
+    elif stage2:
+        raise ValueError(f"there is no stage 2, so nothing takes these settings of it: {', '.join(stage2)}; choose one with --retrain")
     if baseline:
         shared = {"batch_size": phases[0].batch_size, "epochs": sum(phase.epochs for phase in phases)}
         phases.insert(0, replace(_first_stage("ce", settings, class_counts)[0], name="baseline", **shared))

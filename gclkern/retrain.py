@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gclkern.centroids import class_centroids
-from gclkern.engine import Network, ScaledClassifier, build_head
+from gclkern.data import DataSplits
+from gclkern.engine import Network, Ranks, ScaledClassifier, build_head, predict
 
 
 def replace_head(network: Network, kind: str, *, keep: bool) -> None:
@@ -17,6 +18,16 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
     if keep:
         new.load_state_dict(old.state_dict(), strict=False)
     network.head = new
+
+
+def retrain_without_gradients(kind: str, network: Network, data: DataSplits, ranks: Ranks, tau: float | None) -> None:
+    """The phase "ncm" or "tau-norm"; tau is searched on the held-out part where none is given, and 1 without such a part."""
+    if kind == "ncm":
+        nearest_class_mean(network, predict(network, data.train, ranks)[1], data.train.labels.to(ranks.device))
+        return
+    if tau is None and data.holdout is not None:
+        tau = search_tau(network, predict(network, data.holdout, ranks)[1], data.holdout.labels.to(ranks.device))
+    tau_normalise(network, 1.0 if tau is None else tau)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gclkern.checkpoint import save_checkpoint
 from gclkern.data import DataSplits
 from gclkern.metrics import Report
@@ -76,6 +78,17 @@ class RunFolder:
             write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self.board is not None:
                 self.board.close()
+
+
+def draw_pictures(folder: Path, reports: dict[str, Report], found: dict[str, tuple[Tensor, Tensor]], data: DataSplits) -> None:
+    """The run's pictures, from the reports of its phases and from (logits, features) on the test set of the first and the last one."""
+    from gclkern import plots  # needs packages of the extra `train`
+
+    last = list(found)[-1]
+    plots.plot_curves(folder / "metrics.csv", folder / "curves.png")
+    plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png")
+    plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png")
+    plots.plot_tsne({name: features.cpu() for name, (_, features) in found.items()}, data.test.labels, folder / "tsne.png")
 
 
 def report_columns(report: Report) -> dict[str, float]:
