@@ -6,6 +6,7 @@ launches without running them and compiles them for the target, so a kernel gets
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
@@ -78,10 +79,12 @@ def compile_case(case: Callable[[], object], target: str, kernel: str | None = N
 def _workers(vendor: str) -> ProcessPoolExecutor:
     # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
     count = min(2, os.cpu_count() or 1) if vendor == "cuda" else 1
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _prepare_worker, (vendor,))
+    cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
+    atexit.register(cache.cleanup)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _prepare_worker, (vendor, cache.name))
 
 
-def _prepare_worker(vendor: str) -> None:
+def _prepare_worker(vendor: str, cache: str) -> None:
     """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor, and never taken from a cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
@@ -91,14 +94,7 @@ def _prepare_worker(vendor: str) -> None:
     torch.version.cuda = "13.0" if vendor == "cuda" else None
     torch.version.hip = "7.0" if vendor == "hip" else None
     triton.knobs.compilation.always_compile = True
-    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="aot-cache-")
-    multiprocessing.util.Finalize(None, _remove, (triton.knobs.cache.dir,), exitpriority=0)
-
-
-def _remove(folder: str) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    triton.knobs.cache.dir = cache
 
 
 @functools.cache
