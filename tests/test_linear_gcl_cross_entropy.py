@@ -33,7 +33,7 @@ def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "torch":
         from gclkern.torch_backend import head as torch_head
 
-        for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES", "_PROJECTION_BYTES"):
+        for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES"):
             monkeypatch.setattr(torch_head, name, 1)
     else:
         from gclkern.kernels import head

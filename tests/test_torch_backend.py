@@ -146,7 +146,6 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gclkern.torch_backend.head, "_CHUNK_BYTES", 9 * 8 * ROWS)
     monkeypatch.setattr(gclkern.torch_backend.head, "_PANEL_BYTES", 5 * 8 * ROWS)
     monkeypatch.setattr(gclkern.torch_backend.head, "_WEIGHT_BYTES", 4 * 8 * DIM)
-    monkeypatch.setattr(gclkern.torch_backend.head, "_PROJECTION_BYTES", 3 * 8 * DIM)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

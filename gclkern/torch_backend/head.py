@@ -41,12 +41,10 @@ from gclkern.torch_backend.rows import (
     statistics_dtype,
 )
 
-_CHUNK_BYTES = 32 * 2**20  # of cosines: far above what a product needs to run at full speed
+_CHUNK_BYTES = 16 * 2**20  # of cosines, twice in backward: far above what a product needs to run at full speed
 _PANEL_BYTES = 4 * 2**20  # of cosines: stays in the cache and in the shadow of every other tensor
 _MIN_CLASSES = 64  # thinner products waste the machine
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
-
-_PROJECTION_BYTES = 2 * 2**20  # of weight rows projected at a time: passes over them stay close in the cache
 
 _MIN_NORM = 1e-12
 # Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
@@ -129,11 +127,13 @@ class _Head:
                 inverse[classes] = _inverse_norms(rows, _NO_DIRECTION)
             torch.mm(unit, rows.t(), out=out[:, classes.start - chunk.start : classes.stop - chunk.start])
 
-    def blocks(self, matrix: Tensor, chunk: slice, inverse: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Turns the products of a chunk into u, a block of rows at a time, and hands out the block."""
+    def blocks(self, matrix: Tensor, chunk: slice, inverse: Tensor, raw: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Turns the products of a chunk into u, a block of rows at a time, and hands out the block; `raw` receives the products themselves."""
         scale = inverse[chunk] * self.terms.scale if self.normalize else self.terms.scale
         for rows in row_blocks(self.num_rows, matrix.shape[1], self.device):
             block = matrix[rows]
+            if raw is not None:
+                raw[rows] = block
             if isinstance(scale, Tensor) or scale != 1.0:
                 block.mul_(scale)
             disturb_(block, self.terms, rows, chunk, self.noise)
@@ -152,19 +152,13 @@ class _WeightGradient:
         self.flat = inverse == _NO_DIRECTION
         # On a CPU the answer is known, elsewhere it would synchronise.
         self.some_flat = head.normalize and (head.device.type != "cpu" or bool(self.flat.any()))
-        self.step = min(head.product_classes, max(1, _PROJECTION_BYTES // (self.grad.shape[1] * head.dtype.itemsize)))
-        self.scratch = head.empty(self.step if head.normalize else 0, self.grad.shape[1])
 
-    def add(self, gradient: Tensor, rows: Tensor, classes: slice) -> None:
-        """`gradient` (N, classes) is G over the norms, `rows` are the weight's."""
+    def add(self, gradient: Tensor, rows: Tensor, classes: slice, along: Tensor | None) -> None:
+        """`gradient` (N, classes) is G over the norms, `rows` are the weight's, `along` is <p, w>."""
         product = self.grad[classes] if self.cast is None else self.cast[: rows.shape[0]]
         torch.mm(gradient.t(), self.unit, out=product)
-        if self.head.normalize:
-            inverse = self.inverse[classes].unsqueeze(1)
-            for some in _spans(0, rows.shape[0], self.step):
-                terms = torch.mul(product[some], rows[some], out=self.scratch[: some.stop - some.start])
-                along = terms.sum(1, keepdim=True).mul_(inverse[some]).mul_(inverse[some])
-                product[some].addcmul_(rows[some], along, value=-1)
+        if along is not None:
+            product.addcmul_(rows, (along * self.inverse[classes].square()).unsqueeze(1), value=-1)
             if self.some_flat:
                 product.masked_fill_(self.flat[classes].unsqueeze(1), 0.0)
         if self.cast is not None:
@@ -179,13 +173,23 @@ def _project_rows_(products: Tensor, features: Tensor, inverse: Tensor, upstream
     _times_rows(products, inverse * upstream, out=products)
 
 
-def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients) -> None:
-    """The products of a chunk become G over the norms, in place."""
-    for rows, block in head.blocks(matrix, chunk, inverse):
+def _along(kept: Tensor, grad_loss: Tensor, upstream: Tensor) -> Tensor:
+    """<p, w> of all classes, from G times the products: summed over the samples, or of each sample where they have upstream gradients of their own."""
+    if kept.dim() == 2:
+        return torch.mv(kept.t(), upstream)
+    return torch.where(kept == 0, 0.0, kept * grad_loss)  # without a kept sample the mean's gradient is NaN, and nobody's
+
+
+def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients, upstream: Tensor) -> Tensor | None:
+    """The products of a chunk become G over the norms, in place. Returns <p, w> of its classes, where they are normalised."""
+    raw = torch.empty_like(matrix) if head.normalize else None
+    for rows, block in head.blocks(matrix, chunk, inverse, raw):
         block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
         gradient_(block, head.terms, stats, rows, chunk)
-        if head.normalize:
+        if raw is not None:
             block.mul_(inverse[chunk])
+            raw[rows].mul_(block)
+    return None if raw is None else torch.mv(raw.t(), upstream)
 
 
 def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -197,32 +201,36 @@ def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[
     class_inverse = head.empty(head.num_classes if normalize else 0)
     sums = RowSums(head.num_rows, terms, head.dtype, head.device)
     panel = head.empty(head.num_rows * head.width)
+    raw = head.empty(head.num_rows, head.num_classes) if normalize and for_backward and plan == "materialised" else None
     for chunk in head.chunks():
         matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
         head.multiply(unit, chunk, matrix, class_inverse, normalize)
-        for rows, block in head.blocks(matrix, chunk, class_inverse):
+        for rows, block in head.blocks(matrix, chunk, class_inverse, raw):
             sums.add_(block, rows, chunk)
     losses, stats = finish_rows(sums, head.num_classes)
     loss, denominator = reduce_rows(losses, terms)
     if not for_backward:
         return loss, []
     if plan != "materialised":
-        return loss, [torch.stack(stats), feature_inverse, class_inverse, denominator]
+        return loss, [torch.stack(stats), feature_inverse, class_inverse, denominator, head.empty(0)]
     stats = stats.times(terms.scale)
     gradient = panel.view(head.num_rows, head.num_classes)
     everything = slice(0, head.num_classes)
     for rows in row_blocks(head.num_rows, head.num_classes, head.device):
         gradient_(gradient[rows], terms, stats, rows, everything)
-        if normalize:
-            gradient[rows].mul_(class_inverse)
-    return loss, [gradient, feature_inverse, class_inverse, denominator]
+        if raw is not None:
+            raw[rows].mul_(gradient[rows].mul_(class_inverse))
+    along = head.empty(0)
+    if raw is not None:
+        along = raw if terms.reduction == "none" else raw.sum(0)
+    return loss, [gradient, feature_inverse, class_inverse, denominator, along]
 
 
 def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *some, normalize, plan, features_grad, weight_grad, bias_grad = args
     terms = LossTerms(*some)
     head = _Head(features, linear_weight, terms, normalize, plan)
-    kept_matrix, feature_inverse, class_inverse, denominator = saved
+    kept_matrix, feature_inverse, class_inverse, denominator, kept_along = saved
     upstream = row_upstream(grad_loss, denominator, terms, head.dtype)
     materialised = plan == "materialised"
     unit = head.features if materialised else _times_rows(head.features, feature_inverse)
@@ -230,12 +238,15 @@ def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, s
     weights = _WeightGradient(head, _times_rows(head.features, feature_inverse * upstream), class_inverse) if weight_grad else None
     grad_bias = head.empty(head.num_classes if bias_grad else 0)
 
+    along: Tensor | None = None  # <p, w> of the classes of a chunk, from the products rather than from p: a pass over (N, C), not over (C, D)
     panel = kept_matrix.view(-1) if materialised else head.empty(head.num_rows * head.width)
     for chunk in head.chunks():
         matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
         if not materialised:
             head.multiply(unit, chunk, matrix, class_inverse, False)
-            _gradient_again(head, matrix, chunk, class_inverse, RowGradients(*kept_matrix).times(terms.scale))
+            along = _gradient_again(head, matrix, chunk, class_inverse, RowGradients(*kept_matrix).times(terms.scale), upstream)
+        elif normalize:
+            along = _along(kept_along, grad_loss / denominator, upstream)
         if bias_grad:
             torch.mv(matrix.t(), upstream, out=grad_bias[chunk])
         for classes in _spans(chunk.start, chunk.stop, head.product_classes):
@@ -244,7 +255,7 @@ def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, s
             if features_grad:
                 products.addmm_(gradient, rows)
             if weights is not None:
-                weights.add(gradient, rows, classes)
+                weights.add(gradient, rows, classes, None if along is None else along[classes.start - chunk.start : classes.stop - chunk.start])
     grad_weight = linear_weight.new_empty(0) if weights is None else weights.grad
     if bias_grad:
         grad_bias.div_(class_inverse * terms.scale if normalize else terms.scale)
@@ -279,7 +290,10 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     if not for_backward:
         return loss, []
     kept_shape = (num_rows, num_classes) if plan == "materialised" else (ROW_STATS, num_rows)
-    shapes = (kept_shape, (num_rows,), (num_classes if normalize else 0,), ())
+    along: tuple[int, ...] = (0,)
+    if plan == "materialised" and normalize:
+        along = (num_rows, num_classes) if LossTerms(*some).reduction == "none" else (num_classes,)
+    shapes = (kept_shape, (num_rows,), (num_classes if normalize else 0,), (), along)
     return loss, [features.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
