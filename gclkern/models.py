@@ -89,7 +89,7 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
     Raises:
         ValueError: an unknown name, or one that has no pretrained weights, no linear classifier or not this number of channels.
         ImportError: torchvision or timm is missing; the message names the command to install it.
-        RuntimeError: the pretrained weights could not be fetched.
+        FileNotFoundError: the pretrained weights could not be fetched.
 
     Example:
         >>> backbone = build_backbone("resnet32")
@@ -106,7 +106,7 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
             return _from_timm(name.removeprefix("timm:"), image_size, in_channels, pretrained)
         return _from_torchvision(name, image_size, in_channels, pretrained)
     except OSError as error:
-        raise RuntimeError(f"the pretrained weights of {name} could not be fetched ({error}); leave out --pretrained, or run once with a connection") from error
+        raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); leave out --pretrained, or connect once") from error
 
 
 def _from_torchvision(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> nn.Module:

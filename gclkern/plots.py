@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _number(text: str | None) -> float:
 def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Every numeric column of a metrics file over its epochs: losses, accuracies and calibration (shares in [0, 1], shown in percent), and learning rates.
 
-    Rows of different values in a column `stage`, if there is one, follow each other, with a line between them.
+    The phases that the column `phase` names follow each other, with a line between them.
 
     Raises:
         ValueError: the file has no rows.
@@ -56,8 +57,9 @@ def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{history_csv} has no rows yet")
-    stages = [row.get("stage") or "" for row in rows]
-    numbers = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name and name not in ("epoch", "stage", "step")}
+    phases = [row.get("phase") or "" for row in rows]
+    starts = [0, *(place for place in range(1, len(rows)) if phases[place] != phases[place - 1]), len(rows)]
+    numbers = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name and name not in ("epoch", "phase", "step")}
     numbers = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
     panels: dict[str, list[str]] = {}
     for name in numbers:
@@ -66,20 +68,23 @@ def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str
             panels.setdefault("loss", []).append(name)
         elif lower in ("lr", "learning_rate"):
             panels.setdefault("learning rate", []).append(name)
-        elif any(part in lower for part in ("top1", "acc", "many", "medium", "few", "ece")):
+        elif any(part in lower for part in ("top1", "acc", "many", "medium", "few", "ece", "holdout")):
             panels.setdefault("percent", []).append(name)
     if not panels:
         raise ValueError(f"{history_csv} has no column of a loss, an accuracy or a learning rate")
     figure, axes = _figure(5 * len(panels), 3.6, len(panels))
     epochs = np.arange(1, len(rows) + 1)
-    changes = [place + 0.5 for place in range(1, len(rows)) if stages[place] != stages[place - 1]]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for colour, name in zip(_COLOURS * len(names), names, strict=False):
-            known = np.isfinite(numbers[name])
-            values = numbers[name][known] * (100 if title == "percent" else 1)
-            axis.plot(epochs[known], values, color=colour, label=name, marker="o" if known.sum() < 40 else None, markersize=3, linewidth=1.4)
-        for change in changes:
-            axis.axvline(change, color=_GREY, linewidth=0.8, linestyle=":")
+            marker = "o" if np.isfinite(numbers[name]).sum() < 40 else None
+            for start, end in pairwise(starts):
+                known = start + np.flatnonzero(np.isfinite(numbers[name][start:end]))
+                values = numbers[name][known] * (100 if title == "percent" else 1)
+                axis.plot(epochs[known], values, color=colour, label=None if start else name, marker=marker, markersize=3, linewidth=1.4)
+        for start, end in pairwise(starts):
+            if start:
+                axis.axvline(start + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
+            axis.text((start + end + 1) / 2, 1.01, phases[start], transform=axis.get_xaxis_transform(), ha="center", va="bottom", color=_GREY, fontsize=8)
         axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=8)
@@ -96,7 +101,7 @@ def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[in
     figure, (axis,) = _figure(8, 4)
     counts = axis.twinx()
     places = np.arange(len(order))
-    counts.fill_between(places, [class_counts[c] for c in order], step="mid", color=_GREY, alpha=0.25, linewidth=0)
+    counts.bar(places, [class_counts[c] for c in order], width=1, color=_GREY, alpha=0.25, linewidth=0)
     counts.set(yscale="log", ylabel="training samples (grey)")
     counts.spines[["top"]].set_visible(False)
     for colour, (name, report) in zip(_COLOURS * len(reports), reports.items(), strict=False):
@@ -113,7 +118,7 @@ def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[in
     axis.patch.set_visible(False)
     if len(order) <= 20:
         axis.set_xticks(places, [str(c) for c in order])
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -183,6 +188,6 @@ def plot_tsne(embeddings: Mapping[str, Tensor], labels: Tensor, path: str | os.P
             chosen = (labels[kept] == label).numpy()
             axis.scatter(*points[chosen].T, s=7, color=colours[place], linewidth=0, label=str(label))
         axis.set(title=name, xticks=[], yticks=[])
-        axis.spines[["left", "bottom"]].set_visible(False)
+        axis.spines[:].set(visible=True, color="#cccccc")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title="class", markerscale=2.5)
     _save(figure, path)

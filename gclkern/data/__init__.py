@@ -43,10 +43,12 @@ def load_data(
         download: fetch CIFAR through torchvision when it is not there.
         image_size: pixels of a side, of the data sets of image files.
         workers: processes that read image files; 0 reads them in this one.
-        skip_corrupt: leave out image files that cannot be read, instead of an error that names the first; `train.skipped` lists them.
+        skip_corrupt: read every image file once and leave out those that cannot be read, listed in `train.skipped` and `test.skipped`. Without it the
+            first one met raises an error.
         train_list, test_list: text files with a line `relative/path label` for each image.
 
     Raises:
+        CorruptImageError: from a loader, or when not one file can be read.
         FileNotFoundError, ValueError: data that is not there or not as it should be; the message says what to do.
         ImportError: an extra package is missing; the message names the command to install it.
 

@@ -110,7 +110,7 @@ def _find(files: _Files, data_dir: Path, download: bool) -> Path:
         try:
             dataset(root=str(data_dir), train=True, download=True)
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
+            raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
         return candidates[0]
     needed = ", ".join((*files.train, files.test))
     raise FileNotFoundError(

@@ -45,12 +45,23 @@ class _Request(NamedTuple):
     seed: int
 
 
-class _Batch(NamedTuple):
-    """What a worker answers: pixels (n, 3, H, W) uint8 and labels (n,) of the images that can be read, and a line on each other one."""
+def _open(path: str, draft: bool = False) -> Any:
+    """The decoded image; when only whether it can be decoded matters, a `draft` of a JPEG at an eighth of its size, which reads the whole file all the same.
 
-    pixels: Tensor
-    labels: Tensor
-    failures: list[str]
+    Raises:
+        CorruptImageError: the file is missing or cannot be read; the message begins with its path.
+    """
+    try:
+        with need("PIL.Image", "a data set of image files").open(path) as file:
+            if draft:
+                file.draft("RGB", (1, 1))
+            return file.convert("RGB")
+    except ImportError:
+        raise
+    except FileNotFoundError as error:
+        raise CorruptImageError(f"{path} does not exist") from error
+    except Exception as error:  # decoders raise many kinds on a damaged file
+        raise CorruptImageError(f"{path} cannot be read as an image ({error})") from error
 
 
 class _Files(Dataset[Any]):
@@ -65,46 +76,70 @@ class _Files(Dataset[Any]):
             steps = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
         self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
 
-    def __getitem__(self, request: _Request) -> tuple[Tensor | None, int, str]:
-        """Pixels, label and nothing, or no pixels and what is wrong with the file."""
-        image_module = need("PIL.Image", "a data set of image files")
-        path, label = self.paths[request.place], int(self.labels[request.place])
+    def __getitem__(self, request: _Request) -> tuple[Tensor, int] | str:
+        """Pixels (3, H, W) uint8 and label, or what is wrong with the file, as an exception would arrive with the worker's traceback for a message."""
         try:
-            with image_module.open(path) as file:
-                image = file.convert("RGB")
-        except FileNotFoundError:
-            return None, label, f"{path} does not exist"
-        except Exception as error:  # decoders raise many kinds on a damaged file
-            return None, label, f"{path} cannot be read as an image ({error})"
+            image = _open(self.paths[request.place])
+        except CorruptImageError as error:
+            return str(error)
         # torchvision's transforms draw from torch's own generator: the main process must find it as it was, and each sample has its own numbers
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(request.seed)
-            return self.transform(image), label, ""
+            return self.transform(image), int(self.labels[request.place])
 
 
-def _collate(samples: Sequence[tuple[Tensor | None, int, str]]) -> _Batch:
-    readable = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
-    pixels = torch.stack([pixels for pixels, _ in readable]) if readable else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
-    return _Batch(pixels, labels, [failure for _, _, failure in samples if failure])
+def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    failure = next((sample for sample in samples if isinstance(sample, str)), None)
+    if failure is not None:
+        return failure
+    pixels, labels = zip(*samples, strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+class _Check(Dataset[str]):
+    """What is wrong with each file, "" for nothing."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, place: int) -> str:
+        try:
+            _open(self.paths[place], draft=True)
+        except CorruptImageError as error:
+            return str(error)
+        return ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def _leave_out_corrupt(paths: Sequence[str], labels: Tensor, workers: int) -> tuple[list[str], Tensor, list[str]]:
+    """Paths and labels of the images that can be read, and what is wrong with the others. Every file is read once."""
+    checks: DataLoader[str] = DataLoader(_Check(paths), batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    failures = [failure for batch in checks for failure in batch]
+    kept = [place for place, failure in enumerate(failures) if not failure]
+    return [paths[place] for place in kept], labels[kept], [failure for failure in failures if failure]
 
 
 class ListImages:
-    """Images that stay in their files, decoded and augmented by worker processes.
-
-    `skipped` holds what is wrong with each file left out so far, when `skip_corrupt`: in training another image of the same batch takes its place, so that
-    batches keep their size; in evaluation it is missing.
-    """
-
-    augment = "standard"
+    """Images that stay in their files, decoded and augmented by worker processes. `skipped` says what was wrong with each file that was left out."""
 
     def __init__(
-        self, paths: Sequence[str], labels: Tensor, *, mean: Sequence[float], std: Sequence[float], image_size: int, workers: int, skip_corrupt: bool
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int = 224,
+        workers: int = 4,
+        augment: str = "standard",
+        skipped: Sequence[str] = (),
     ) -> None:
         self.paths, self.labels = paths, labels
-        self.image_size, self.workers, self.skip_corrupt = image_size, workers, skip_corrupt
         self.mean, self.std = mean, std
-        self.skipped: dict[str, None] = {}  # an ordered set: sampling may meet a file many times
+        self.image_size, self.workers, self.augment = image_size, workers, augment
+        self.skipped = list(skipped)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -112,28 +147,21 @@ class ListImages:
     def subset(self, indices: Tensor) -> ListImages:
         """A set of the samples at `indices`, with the same settings."""
         other = object.__new__(ListImages)
-        other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices], "skipped": {}}
+        other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
         return other
 
-    def _finish(self, batch: _Batch, wanted: int, device: torch.device, train: bool) -> tuple[Tensor, Tensor]:
-        pixels, labels, failures = batch
-        if failures and not self.skip_corrupt:
-            raise CorruptImageError(f"{failures[0]}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
-        self.skipped.update(dict.fromkeys(failures))
-        if not labels.numel():
-            raise CorruptImageError(f"not one image of a batch can be read, the first is: {failures[0]}")
-        if train and labels.numel() < wanted:
-            filled = torch.arange(wanted) % labels.numel()
-            pixels, labels = pixels[filled], labels[filled]
-        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    def _finish(self, answer: Sequence[Tensor] | str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels on the device."""
+        if isinstance(answer, str):
+            raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
+        pixels, labels = (column.to(device, non_blocking=True) for column in answer)
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
 
     def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
         files = self._dataset(train)
-        seeds = torch.randint(2**62, (indices.numel(),), generator=generator, device=None if generator is None else generator.device).tolist()
-        samples = [files[_Request(index, seed)] for index, seed in zip(indices.tolist(), seeds, strict=True)]
-        return self._finish(_collate(samples), indices.numel(), device, train)[0]
+        seeds = torch.randint(2**48, (indices.numel(),), generator=generator, device=None if generator is None else generator.device).tolist()
+        return self._finish(_collate([files[_Request(place, seed)] for place, seed in zip(indices.tolist(), seeds, strict=True)]), device)[0]
 
     def _dataset(self, train: bool) -> _Files:
         if self.augment not in ("standard", "none"):
@@ -151,13 +179,12 @@ class ListImages:
         num_replicas: int = 1,
         rank: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        requests, sizes = [], []
+        requests = []
         for batch in batches:
             places = epoch_places(len(batch), position, num_replicas, rank)
             position += len(batch)
             seeds = (uniform_numbers(epoch_seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
             requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
-            sizes.append(len(batch))
         loader: DataLoader[Any] = DataLoader(
             self._dataset(train),
             batch_sampler=requests,  # type: ignore[arg-type]
@@ -166,8 +193,8 @@ class ListImages:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
         )
-        for size, answer in zip(sizes, loader, strict=True):
-            yield self._finish(_Batch(*answer), size, device, train)
+        for answer in loader:
+            yield self._finish(answer, device)
 
 
 def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
@@ -250,26 +277,40 @@ def _splits(
     name: str,
     train: tuple[Sequence[str], Tensor],
     test: tuple[Sequence[str], Tensor],
-    class_names: list[str] | None,
-    options: dict[str, Any],
+    *,
+    mean: Sequence[float] = _IMAGENET_MEAN,
+    std: Sequence[float] = _IMAGENET_STD,
+    class_names: list[str] | None = None,
+    image_size: int,
+    workers: int,
+    skip_corrupt: bool,
 ) -> DataSplits:
-    """Checks the labels, which must be 0 to C - 1 with training images for each."""
-    counts = train[1].bincount().tolist()
+    """Checks the labels, which must be 0 to C - 1 with training images for each, and with `skip_corrupt` the files."""
+    num_classes = int(train[1].max()) + 1
+    if (highest := int(test[1].max())) >= num_classes:
+        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}")
+    sets = []
+    for paths, labels in (train, test):
+        skipped: list[str] = []
+        if skip_corrupt:
+            paths, labels, skipped = _leave_out_corrupt(paths, labels, workers)
+            if not paths:
+                raise CorruptImageError(f"not one image can be read, the first is: {skipped[0]}")
+        sets.append(ListImages(paths, labels, mean=mean, std=std, image_size=image_size, workers=workers, skipped=skipped))
+    counts = sets[0].labels.bincount(minlength=num_classes).tolist()
     if missing := [label for label, count in enumerate(counts) if count == 0]:
         raise ValueError(f"classes without a training image: {', '.join(map(str, missing[:10]))}; labels must be 0 to C - 1 without a gap")
-    if (highest := int(test[1].max())) >= len(counts):
-        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {len(counts) - 1}")
     return DataSplits(
         name=name,
-        train=ListImages(*train, **options),
-        test=ListImages(*test, **options),
+        train=sets[0],
+        test=sets[1],
         holdout=None,
         class_counts=counts,
         groups=count_groups(counts),
-        num_classes=len(counts),
+        num_classes=num_classes,
         class_names=class_names,
         channels=3,
-        image_size=options["image_size"],
+        image_size=image_size,
     )
 
 
@@ -297,15 +338,16 @@ def load_lists(
     if known is not None and (found := train_labels.unique().numel()) != known.num_classes:
         raise ValueError(f"{name} has {known.num_classes} classes, but its training list has {found}; for a list of your own take the data set 'list'")
     class_folders = {label: PurePosixPath(path).parent for path, label in zip(train_paths, train_labels.tolist(), strict=True)}
-    places = name == "places-lt"
     mean, std = (known.mean, known.std) if known is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
-    options = {"image_size": image_size, "workers": workers, "skip_corrupt": skip_corrupt, "mean": mean, "std": std}
     return _splits(
         name,
-        (_locate(root, train_paths, train_labels, class_folders, places), train_labels),
-        (_locate(root, test_paths, test_labels, class_folders, places), test_labels),
-        None,
-        options,
+        (_locate(root, train_paths, train_labels, class_folders, name == "places-lt"), train_labels),
+        (_locate(root, test_paths, test_labels, class_folders, name == "places-lt"), test_labels),
+        mean=mean,
+        std=std,
+        image_size=image_size,
+        workers=workers,
+        skip_corrupt=skip_corrupt,
     )
 
 
@@ -320,5 +362,12 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int, workers: i
     if unknown := [name for name in test_names if name not in names]:
         raise ValueError(f"{test_root / unknown[0]} is a class that {root / 'train'} does not have")
     to_train = torch.tensor([names.index(name) for name in test_names])
-    options = {"image_size": image_size, "workers": workers, "skip_corrupt": skip_corrupt, "mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
-    return _splits("folder", (train_paths, train_labels), (test_paths, to_train[test_labels]), names, options)
+    return _splits(
+        "folder",
+        (train_paths, train_labels),
+        (test_paths, to_train[test_labels]),
+        class_names=names,
+        image_size=image_size,
+        workers=workers,
+        skip_corrupt=skip_corrupt,
+    )
