@@ -35,6 +35,7 @@ import torch
 from benchmarks.common import INATURALIST, RESULTS, ROOT, SMOKE, kernels_hash, torch_hash
 
 CALL_SECONDS = 540  # of the 600 that a call may take
+SHORTEST = 5.0  # seconds: with less left, a step does not begin
 ATTEMPTS = 2  # at a step that does not end, over all calls
 STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
@@ -137,7 +138,7 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str] | No
 def attempt(report: Report, name: str, command: Sequence[str], limit: float, environment: dict[str, str] | None = None) -> tuple[int, str] | None:
     """Runs a step's command; None where it did not end: the step stays open, until ATTEMPTS calls have tried."""
     seconds = min(report.seconds_left, limit)
-    if seconds < 5:
+    if seconds < SHORTEST:
         return None
     step = report.step(name)
     step["attempts"] += 1

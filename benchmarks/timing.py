@@ -56,8 +56,8 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
     """Makes and warms up the calls. With `graph`, calls that a CUDA graph cannot hold fall back to events around each round, and the result says so."""
     if device.type != "cuda":
         return _wall_clock(makers)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, outside = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream, so both belong to the one that captures
         calls = [make() for make in makers]
         for _ in range(3):
@@ -71,8 +71,9 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
     try:
         return _graph(calls, stream)
     except RuntimeError as error:
+        # a capture that failed leaves its stream current, and torch's generator in the state of a capture that goes on
+        torch.cuda.set_stream(outside)
         torch.cuda.synchronize(device)
-        # a capture that failed leaves torch's generator in the state of one that goes on
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
         return _events(calls, stream, f"capture failed: {str(error).splitlines()[0][:120]}")
@@ -114,7 +115,6 @@ def _graph(calls: Sequence[Call], stream: torch.cuda.Stream) -> Timed:
         torch.cuda.synchronize()
         return graph
 
-    torch.cuda.empty_cache()  # a graph allocates from a pool of its own, which must fit beside what the warm-up left
     captured, repeats = capture(1), 1
     seconds = _between_events(captured.replay, stream)
     if seconds < GRAPH_SECONDS:

@@ -1,0 +1,112 @@
+"""The benchmarks measure what they say: contestants agree with one another, memory is counted right, and the report continues where it stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report
+from benchmarks.common import BOTH, SMOKE, Inputs
+from benchmarks.memory import allocated_peak
+from benchmarks.timing import prepare
+
+CPU = torch.device("cpu")
+
+
+def without_noise(inputs: Inputs) -> Inputs:
+    """The same inputs for classes of equal counts, which have no clouds: what is left is no matter of chance."""
+    return Inputs(inputs.shape, inputs.dtype, inputs.device, inputs.leaves, inputs.target, torch.ones_like(inputs.class_counts))
+
+
+@pytest.mark.parametrize(
+    ("operation", "names"),
+    [
+        (bench_logit_loss.OPERATION, ["gclkern", "gclkern, no noise", "plain torch"]),
+        (bench_head.OPERATION, ["gclkern", "gclkern materialised", "gclkern chunked", "gclkern recompute", "plain torch"]),
+        (bench_dro_lt.OPERATION, ["gclkern", "plain torch", "as released"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, common.Operation) else "",
+)
+def test_contestants_compute_the_same(operation: common.Operation, names: list[str]) -> None:
+    torch.manual_seed(0)
+    inputs = operation.make_inputs(SMOKE, "fp32", CPU)
+    if operation is not bench_dro_lt.OPERATION:
+        inputs = without_noise(inputs)
+    first, *others = (operation.contestants[name].prepare(inputs, BOTH)() for name in names)
+    for grads in others:
+        torch.testing.assert_close(grads, first, rtol=1e-3, atol=1e-5)
+
+
+def test_centroids_are_the_same() -> None:
+    inputs = bench_centroids.make_inputs(SMOKE, "fp32", CPU)
+    ours, plain = (bench_centroids.CONTESTANTS[name].prepare(inputs, bench_centroids.PASS)() for name in ("gclkern", "plain torch"))
+    assert isinstance(ours, tuple)
+    torch.testing.assert_close(plain, ours[0])
+
+
+def test_phases_add_up() -> None:
+    inputs = without_noise(bench_head.make_inputs(SMOKE, "fp32", CPU))
+    prepared = bench_head.CONTESTANTS["gclkern"].prepare
+    backward = prepared(inputs, "backward")
+    torch.testing.assert_close(backward(), prepared(inputs, BOTH)())
+    torch.testing.assert_close(backward(), backward())
+
+
+def test_class_counts_are_long_tailed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GCLKERN_DATA", raising=False)
+    counts = common.CIFAR.class_counts()
+    assert len(counts) == 100 and int(counts[0]) == 500 and int(counts[-1]) == 5 and bool((counts.diff() <= 0).all())
+    (tmp_path / "counts_inat18.txt").write_text("3\n1\n2\n")
+    monkeypatch.setenv("GCLKERN_DATA", str(tmp_path))
+    assert common.INATURALIST.class_counts().tolist() == [3, 1, 2]
+
+
+def test_peak_counts_what_lives_at_once() -> None:
+    def call() -> torch.Tensor:
+        for _ in range(3):
+            first = torch.zeros(1000)  # 4000 bytes, gone before the next
+            del first
+        second = torch.zeros(500)
+        return second + 1.0
+
+    assert allocated_peak(call, CPU) == pytest.approx(4000, abs=64)
+
+
+def test_a_round_is_the_mean_of_its_calls() -> None:
+    timed = prepare([lambda: lambda: time.sleep(0.02), lambda: lambda: time.sleep(0.04)], CPU, graph=True)
+    assert timed.how == "wall clock" and timed.seconds() >= 0.03
+
+
+def test_hash_follows_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    file = tmp_path / "kernel.py"
+    file.write_text("one")
+    before = common.content_hash([file])
+    file.write_text("two")
+    assert len(before) == 12 and common.content_hash([file]) != before
+    assert common.content_hash([file]) == common.content_hash([file])
+
+
+def test_report_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    path = tmp_path / "made-up.json"
+    first = gpu_report.begin(path, time.monotonic() + 10)
+    first.close("ncu", "not here")
+    assert not gpu_report.begin(path, 0.0).open("ncu")
+    monkeypatch.setattr(gpu_report, "kernels_hash", lambda: "other kernels")
+    assert gpu_report.begin(path, 0.0).open("ncu")
+
+
+def test_a_step_that_does_not_end_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu_report, "SHORTEST", 0.0)
+    assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and report.open("step")
+    assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and not report.open("step")
+    assert (tmp_path / "out" / "made-up.json").exists()
