@@ -18,6 +18,8 @@ is log1p(around) + (peak - l_j), two terms of one sign; 1 - p_j is around / (1 +
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -344,7 +346,7 @@ def dro_lt_forward(
 
 def _saved(features: Tensor, num_classes: int) -> list[Tensor]:
     num_rows = features.shape[0]
-    anchors = torch.sym_min(num_rows, num_classes)
+    anchors: Any = torch.sym_min(num_rows, num_classes)
     return [
         features.new_empty((anchors, padded(num_rows, SAMPLE_ALIGNMENT)), dtype=torch.float32),
         features.new_empty((STATS, anchors), dtype=torch.float32),

@@ -54,7 +54,7 @@ def tile_of(dtype: torch.dtype) -> Tile:
 
 def fused_tile_of(dtype: torch.dtype) -> Tile:
     """Half the rows: the noise of a tile needs as many registers as its product."""
-    return Tile(64, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 8, 3)
+    return Tile(64, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 32, 32, 8, 3)
 
 
 def _precision() -> str:
