@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.centroids import class_centroids
 from gclkern.data import DataSplits
-from gclkern.engine import Network, Ranks, ScaledClassifier, build_head, predict
+from gclkern.engine import Network, Ranks, ScaledClassifier, build_head, epoch_centroids, predict
+from gclkern.methods import COSINE_SCALE
 
 
 def replace_head(network: Network, kind: str, *, keep: bool) -> None:
@@ -23,7 +23,7 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
 def retrain_without_gradients(kind: str, network: Network, data: DataSplits, ranks: Ranks, tau: float | None) -> None:
     """The phase "ncm" or "tau-norm"; tau is searched on the held-out part where none is given, and 1 without such a part."""
     if kind == "ncm":
-        nearest_class_mean(network, predict(network, data.train, ranks)[1], data.train.labels.to(ranks.device))
+        nearest_class_mean(network, data, ranks)
         return
     if tau is None and data.holdout is not None:
         tau = search_tau(network, predict(network, data.holdout, ranks)[1], data.holdout.labels.to(ranks.device))
@@ -31,11 +31,14 @@ def retrain_without_gradients(kind: str, network: Network, data: DataSplits, ran
 
 
 @torch.no_grad()
-def nearest_class_mean(network: Network, features: Tensor, labels: Tensor) -> None:
-    """Classify by the cosine to the class means of the training features."""
-    means, _ = class_centroids(features, labels, network.head.weight.shape[0])
+def nearest_class_mean(network: Network, data: DataSplits, ranks: Ranks) -> None:
+    """Classify by the cosine to the class means of the training features, of images without augmentation."""
+    indices = range(ranks.rank, len(data.train), ranks.world)
+    batches = [indices[start : start + 500] for start in range(0, len(indices), 500)]
+    means = epoch_centroids(network, data.train.loader(batches, device=ranks.device), data.num_classes, ranks)["centroids"]
     replace_head(network, "cosine", keep=False)
     network.head.weight.copy_(means)
+    network.scale.fill_(COSINE_SCALE)
 
 
 @torch.no_grad()
