@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import INATURALIST, RESULTS, ROOT, SMOKE, kernels_hash, torch_hash
+from benchmarks.common import INATURALIST, RESULTS, ROOT, SMOKE, installed, kernels_hash, torch_hash
 
 CALL_SECONDS = 540  # of the 600 that a call may take
-SHORTEST = 5.0  # seconds: with less left, a step does not begin
+CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
+SHORTEST = 45.0  # with less left, a step does not begin: it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls
 STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
@@ -51,6 +52,8 @@ COUNTERS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
 GPU = torch.cuda.is_available()
+# Compilers take most of a test's time on a GPU; pytest-xdist lets several work on one file.
+PARALLEL = ("-n", "4") if GPU and installed("xdist") else ()
 
 
 @dataclass
@@ -62,9 +65,15 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    began: float = field(default_factory=time.monotonic)
+
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def check_seconds_left(self) -> float:
+        return self.began + CHECK_SECONDS - time.monotonic()
 
     def save(self) -> None:
         with self.lock:
@@ -154,8 +163,8 @@ def test_file(report: Report, path: Path) -> None:
     name = f"tests/{path.name}"
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
-        command = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={results}"]
-        done = attempt(report, name, command, 450)
+        command = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={results}", *PARALLEL]
+        done = attempt(report, name, command, report.check_seconds_left)
         if done is None:
             return
         code, output = done
@@ -166,7 +175,7 @@ def test_file(report: Report, path: Path) -> None:
         assert suite is not None
         counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
         broken = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-        messages = {str(case.get("name")): str(next(child for child in case if child.tag != "properties").get("message"))[:400] for case in broken}
+        messages = {str(case.get("name")): " ".join(str(child.get("message")) for child in case if child.tag in ("failure", "error"))[:400] for case in broken}
     passed = code in (0, 5)  # 5: the file has no test for this machine
     report.close(
         name, "passed" if passed else "failed", **counts, seconds=float(suite.get("time", 0)), broken=messages, output="" if passed else output[-4000:]
@@ -181,7 +190,7 @@ def sanitizer(report: Report, tool: str) -> None:
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--target-processes", "application-only"]
     command = ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.exercise"]
     # one allocation for each tensor: the caching allocator would hide a read beyond a tensor's end
-    done = attempt(report, name, command, 400, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    done = attempt(report, name, command, report.check_seconds_left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     if done is not None:
         code, output = done
         summary = re.findall(r"========= (.*SUMMARY.*)", output)
@@ -194,7 +203,7 @@ def checks(report: Report) -> None:
     files.sort(key=lambda path: -path.stat().st_size)  # the long ones first
     work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
     work += [partial(test_file, report, path) for path in files if report.open(f"tests/{path.name}")]
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // (4 if PARALLEL else 2))) as pool:
         for future in [pool.submit(task) for task in work]:
             future.result()
 
@@ -227,7 +236,7 @@ def benchmark(report: Report, name: str) -> None:
                 return
             report.step(step)["attempts"] += 1
             if report.step(step)["attempts"] >= ATTEMPTS and code != BROKEN:
-                report.close(step, "did not end", exit_code=code, output=output[-3000:])
+                report.close(step, "failed", exit_code=code, output=output[-3000:])
                 return
 
 

@@ -65,7 +65,9 @@ def cpu_head(results: Path) -> str:
 
 
 def _reports(results: Path, *, gpu: bool) -> list[Path]:
-    return [path for path in sorted(results.glob("*.json")) if path.name != "cpu_head.json" and (path.name != "cpu.json") == gpu]
+    """Reports that are complete: one that still runs is no result."""
+    files = (path for path in sorted(results.glob("*.json")) if path.name != "cpu_head.json" and (path.name != "cpu.json") == gpu)
+    return [path for path in files if json.loads(path.read_text())["complete"]]
 
 
 def _whole(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -114,7 +116,7 @@ def report(path: Path) -> str:
         parts.append(f"![{what} against the number of classes]({(RESULTS / chart.name).relative_to(ROOT).as_posix()})")
     gpu = path.name != "cpu.json"
     source = f"kernels `{data['kernels_hash']}`" if gpu else f"torch implementation `{data['torch_hash']}`"
-    parts.append(f"Measured at {source} by `python -m benchmarks.gpu_report`{'' if data['complete'] else '; not complete'}.")
+    parts.append(f"Measured at {source} by `python -m benchmarks.gpu_report`.")
     return "\n\n".join(parts)
 
 

@@ -62,6 +62,12 @@ def test_a_result_without_a_section_is_found(results: Path) -> None:
     assert readme.disagreements(page, results) == ["no section gpu"]
 
 
+def test_a_report_that_still_runs_is_no_result(results: Path) -> None:
+    report = results / "made-up.json"
+    report.write_text(report.read_text().replace('"complete": true', '"complete": false'))
+    assert readme.render("gpu", results).startswith("Not measured yet")
+
+
 def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'tpu'"):
         readme.render("tpu", tmp_path)
