@@ -50,7 +50,7 @@ class _BasicBlock(nn.Module):
 class ResNet32(nn.Module):
     """ResNet-32 for CIFAR (He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2): 5-5-5 blocks of 16, 32 and 64 channels.
 
-    Shortcuts have no parameters (option A: every second pixel, and zeros for the new channels). 463,216 parameters for three channels; Kaiming-normal weights.
+    Shortcuts have no parameters (option A: every second pixel, and zeros for the new channels). 463,504 parameters for three channels; Kaiming-normal weights.
     """
 
     feature_dim = 64

@@ -166,6 +166,8 @@ def plot_tsne(embeddings: Mapping[str, Tensor], labels: Tensor, path: str | os.P
         ValueError: embeddings of another number of samples, or fewer than five samples.
     """
     tsne = need("sklearn.manifold", "the picture of embeddings").TSNE
+    # Its threads meet so often that on a busy machine they wait for each other for most of the time.
+    one_thread = need("threadpoolctl", "the picture of embeddings").threadpool_limits
     labels = labels.cpu()
     classes = labels.unique()
     if classes.numel() > 10:
@@ -183,7 +185,8 @@ def plot_tsne(embeddings: Mapping[str, Tensor], labels: Tensor, path: str | os.P
         if features.shape[0] != labels.numel():
             raise ValueError(f"the embeddings of {name} are of {features.shape[0]} samples, but there are {labels.numel()} labels")
         directions = torch.nn.functional.normalize(features.detach().float().cpu()[kept])
-        points = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(directions.numpy())
+        with one_thread(1):
+            points = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(directions.numpy())
         for place, label in enumerate(classes.tolist()):
             chosen = (labels[kept] == label).numpy()
             axis.scatter(*points[chosen].T, s=7, color=colours[place], linewidth=0, label=str(label))
