@@ -23,7 +23,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, to look into."""
     saved: list[Any] = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+
+    def keep(figure: Any, path: Path) -> None:
+        saved.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
     return saved
 
 
