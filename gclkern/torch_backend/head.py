@@ -6,8 +6,8 @@ With unit vectors f_hat and w_hat and G = dL/dcos, normalisation and its backwar
     df_i = (p_i - <p_i, f_hat_i> f_hat_i) / |f_i|,          p_i = sum_j (G_ij / |w_j|) w_j
     dw_j = p_j - <p_j, w_j> w_j / |w_j|^2,                  p_j = sum_i (G_ij / |w_j|) f_hat_i
 
-so one matrix, G over the norms of the classes, enters both gradient products. <p_j, w_j> = sum_i G_ij cos_ij is a pass over (N, C) instead of two over (C, D): it
-needs the products once more after they became G, so a second matrix holds them until then. The upstream gradient, scalar or one for each row, scales the
+so one matrix, G over the norms of the classes, enters both gradient products. <p_j, w_j> = sum_i G_ij cos_ij is a pass over (N, C) instead of two over (C, D):
+it needs the products once more after they became G, so a second matrix holds them until then. The upstream gradient, scalar or one for each row, scales the
 rows of f_hat and of df.
 
 A plan is the choice of the chunk whose cosines exist at a time:
