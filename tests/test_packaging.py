@@ -48,7 +48,12 @@ def shared_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clone(folder: Path) -> Path:
     """A second checkout: the files that the first one holds, the link to the kernels kept as a link."""
-    ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".venv", "runs", "data")
+    everywhere = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", ".*_cache", ".venv")
+    top = shutil.ignore_patterns("build", "dist", "runs", "data")  # gclkern/data is part of the library
+
+    def ignored(path: str, names: list[str]) -> set[str]:
+        return everywhere(path, names) | (top(path, names) if Path(path) == ROOT else set())
+
     return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored))
 
 
