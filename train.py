@@ -198,9 +198,8 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
     )  # fmt: skip
 
 
-def build_network(head: str, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
+def build_network(head: str, data: DataSplits, args: argparse.Namespace, ranks: Ranks, *, pretrained: bool = False) -> Network:
     torch.manual_seed(derive_seed(args.seed, "weights"))
-    pretrained = args.data == "places-lt" if args.pretrained is None else args.pretrained
     backbone = build_backbone(args.model or default_model(args.data), image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
     network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(ranks.device)
     return network.to(memory_format=torch.channels_last) if args.channels_last else network  # type: ignore[call-overload, no-any-return]
@@ -209,7 +208,7 @@ def build_network(head: str, data: DataSplits, args: argparse.Namespace, ranks: 
 def prepare(phase: Phase, network: Network | None, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
     """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
     if network is None or phase.start == "fresh":
-        return build_network(phase.head, data, args, ranks)
+        return build_network(phase.head, data, args, ranks, pretrained=args.data == "places-lt" if args.pretrained is None else args.pretrained)
     torch.manual_seed(derive_seed(args.seed, "new head"))
     replace_head(network, phase.head, keep=phase.start == "previous")
     return network
@@ -340,7 +339,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
                     inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], phase.mixup, seed, block)
                 if args.channels_last:
                     inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
-                inputs["seed"] = torch.tensor(seed, device=device)
+                inputs["seed"] = torch.full((), seed, device=device)  # unlike torch.tensor it waits for nothing
                 total += captured(**inputs) if captured else forward_backward(block * len(inputs["target"]), **inputs)
             if captured is None:
                 scaler.step(optimizer)
@@ -406,5 +405,5 @@ def finish(job: Job, phases: list[Phase], seconds: float) -> None:
 if __name__ == "__main__":
     try:
         main(*parse_arguments())
-    except (ValueError, TypeError, FileNotFoundError, ImportError, CheckpointError, CorruptImageError) as error:
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError) as error:
         sys.exit(f"train.py: error: {error}")

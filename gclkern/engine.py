@@ -161,8 +161,11 @@ def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -
     The share is one number for the whole batch, Beta(alpha, alpha), as in the releases of MiSLAS and GCL, so all blocks of a seed have the same.
     """
     share = random.Random(seed).betavariate(alpha, alpha)
-    order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(derive_seed(seed, block))).to(images.device)
-    return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.tensor(share, device=images.device)
+    order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(derive_seed(seed, block)))
+    if images.device.type == "cuda":
+        order = order.pin_memory()  # else the copy would wait for the device
+    order = order.to(images.device, non_blocking=True)
+    return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.full((), share, device=images.device)
 
 
 def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:

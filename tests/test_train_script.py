@@ -1,0 +1,135 @@
+"""train.py as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--epochs", "2", "--device", "cpu"]
+
+
+def train(*arguments: object, fails: bool = False) -> str:
+    """What train.py prints, the end of it where it is expected to fail."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    assert (finished.returncode != 0) is fails, finished.stdout + finished.stderr
+    if fails:
+        assert "Traceback" not in finished.stderr
+        return finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of the default run, shortened."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    return folder, train(*SHORT, "--retrain-epochs", "2", "--out", folder)
+
+
+def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in run[1].splitlines()}
+    assert rows["top-1"] == ["many", "medium", "few", "ECE", "NLL"]
+    assert all(len(rows[name]) == 6 for name in ("baseline", "stage-1", "stage-2"))
+
+
+def test_the_baseline_has_the_same_budget(run: tuple[Path, str]) -> None:
+    with (run[0] / "metrics.csv").open() as file:
+        epochs = [row["phase"] for row in csv.DictReader(file)]
+    assert epochs.count("baseline") == epochs.count("stage-1") + epochs.count("stage-2") == 4
+
+
+def test_the_folder_is_complete(run: tuple[Path, str]) -> None:
+    files = {path.name for path in run[0].iterdir()}
+    pictures = {"curves.png", "class-accuracy.png", "group-confusion.png", "tsne.png"}
+    assert files >= {"config.json", "metrics.csv", "summary.json", "last.pt", "baseline.pt", "stage-1.pt", "stage-2.pt"} | pictures
+    assert not [name for name in files if name.endswith(".partial")]
+    summary = json.loads((run[0] / "summary.json").read_text())
+    assert set(summary["reports"]) == {"baseline", "stage-1", "stage-2"}
+    assert json.loads((run[0] / "config.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize("name", ["stage-2.pt", "."])
+def test_evaluate_repeats_the_report(run: tuple[Path, str], name: str) -> None:
+    expected = next(line.split() for line in run[1].splitlines() if line.startswith("stage-2"))
+    assert train("--evaluate", run[0] / name).splitlines()[1].split() == expected
+
+
+def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None:
+    assert train("--resume", run[0], "--no-pictures").splitlines()[:4] == run[1].splitlines()[:4]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+    (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    (["--method", "magic"], "invalid choice: 'magic'"),
+    (["--data", "cifar10-lt", "--data-dir", "nowhere"], "--download to fetch it"),
+    (["--model", "small-cmm"], "unknown network 'small-cmm'"),
+    (["--method", "ce", "--sampler", "cben"], "there is no stage 2"),
+    (["--accumulate", "5"], "does not divide"),
+    (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
+    (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
+    (["--out", "README.md"], "README.md"),
+])  # fmt: skip
+def test_bad_arguments_get_a_clear_error(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has everything imported already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path("train.py", run_name="__main__")
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
+def test_a_run_keeps_its_arguments(run: tuple[Path, str]) -> None:
+    assert "--lr: the run was started with None, now it is 0.3" in train("--resume", run[0], "--lr", "0.3", fails=True)
+    assert "already holds a run" in train("--out", run[0], fails=True)
+    assert "holds a finished network" in train("--resume", run[0] / "stage-1.pt", fails=True)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(np.full((12, 12, 3), 40 * index + 60 * (name == "b"), np.uint8)).save(tmp_path / part / name / f"{index}.png")
+    folder = ["--data", "folder", "--data-dir", tmp_path, "--workers", "1", "--image-size", "16"]
+    assert "the checkpoint has 10 classes, folder has 2" in train("--evaluate", run[0], *folder, fails=True)
+    short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--no-pictures", "--retrain", "crt", "--retrain-epochs", "1"]
+    assert "stage-2" in train(*short, "--out", tmp_path / "run")
+    broken = tmp_path / "train" / "a" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert str(broken) in train(*short, "--out", tmp_path / "broken", fails=True)
+    assert "left out 1 training images" in train(*short, "--out", tmp_path / "skipped", "--skip-corrupt")
+
+
+@pytest.mark.parametrize("options", [
+    ["--amp", "bf16", "--channels-last", "--ema", "0.9", "--accumulate", "2", "--retrain", "lws", "--retrain-epochs", "1"],
+    ["--amp", "fp16", "--deterministic", "--retrain", "ncm", "--holdout", "0.2", "--method", "ldam-drw"],
+])  # fmt: skip
+def test_options_of_speed(tmp_path: Path, options: list[str]) -> None:
+    assert "stage-2" in train(*SHORT, *options, "--no-baseline", "--no-pictures", "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "best.pt").exists() is ("--holdout" in options)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_as_a_plain_one(tmp_path: Path) -> None:
+    found = []
+    for option in ("--capture", "--no-capture"):
+        train("--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--deterministic", option, "--out", tmp_path / option)
+        with (tmp_path / option / "metrics.csv").open() as file:
+            found.append(torch.tensor([float(row["loss"]) for row in csv.DictReader(file)]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
