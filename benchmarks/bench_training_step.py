@@ -1,13 +1,14 @@
 """A whole training step: network, head, loss, gradients and SGD with momentum. What a faster head changes for a user.
 
-CIFAR-100 trains ResNet-32 on 32 x 32 images, iNaturalist torchvision's ResNet-50 on 224 x 224, where torchvision is installed; under autocast on a GPU.
+CIFAR-100 trains ResNet-32 on 32 x 32 images, iNaturalist torchvision's ResNet-50 on 224 x 224, where torchvision is installed; under autocast.
+A CPU trains a smaller network on fewer samples.
 Launches count: a step is timed as a training loop runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ from gclkern.models import build_backbone
 Head = Callable[[Inputs, Tensor, Tensor], Tensor]  # from features (N, D) and weight (C, D), the loss
 
 
-NETWORKS = {SMOKE: "small-cnn", CIFAR: "resnet32", INATURALIST: "resnet50"}
+CIFAR_SMALL = replace(CIFAR, name="CIFAR-100, 32 samples", rows=32)  # for a CPU
+NETWORKS = {SMOKE: "small-cnn", CIFAR: "resnet32", CIFAR_SMALL: "small-cnn", INATURALIST: "resnet50"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class StepInputs(Inputs):
 
 
 def make_inputs(shape: Shape, dtype: str, device: torch.device) -> StepInputs:
-    side = {SMOKE: 8, CIFAR: 32}.get(shape, 224)
+    side = {SMOKE: 8, INATURALIST: 224}.get(shape, 32)
     images = torch.randn(shape.rows, 3, side, side, device=device)
     return StepInputs(shape, dtype, device, (), draw_labels(shape, device), shape.class_counts(), images)
 
@@ -88,7 +90,7 @@ CONTESTANTS = {
     "torch cross entropy": Contestant("less: a head without normalisation and noise", step(cross_entropy)),
 }
 DTYPES = ("autocast" if torch.cuda.is_available() else "fp32",)
-SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (CIFAR,), "cuda": (CIFAR, *((INATURALIST,) if installed("torchvision") else ()))}
+SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (CIFAR_SMALL,), "cuda": (CIFAR, *((INATURALIST,) if installed("torchvision") else ()))}
 OPERATION = Operation("training step", make_inputs, CONTESTANTS, phases=("step",), dtypes=DTYPES, shapes=SHAPE_GRIDS, graph=False)
 
 
