@@ -30,7 +30,6 @@ from gclkern.engine import (
     Network,
     Ranks,
     TrainingStep,
-    build_head,
     derive_seed,
     epoch_centroids,
     mixup,
@@ -41,10 +40,10 @@ from gclkern.engine import (
     update_average,
 )  # fmt: skip
 from gclkern.extras import need
-from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
+from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
 from gclkern.metrics import Report, evaluate_logits, format_table
-from gclkern.models import build_backbone
-from gclkern.retrain import replace_head, retrain_without_gradients
+from gclkern.networks import load_network, network_state, prepare
+from gclkern.retrain import retrain_without_gradients
 from gclkern.runs import RunFolder, draw_pictures, new_folder, report_columns
 from gclkern.weights import drw_weights
 
@@ -146,11 +145,12 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
         image_size=args.image_size, workers=args.workers, skip_corrupt=args.skip_corrupt, train_list=args.train_list, test_list=args.test_list,
     )  # fmt: skip
     for images, part in ((data.train, "training"), (data.test, "test")):
-        if ranks.rank == 0 and getattr(images, "skipped", None):
-            print(f"left out {len(images.skipped)} {part} images that cannot be read, such as {images.skipped[0]}")
+        skipped = getattr(images, "skipped", None)
+        if ranks.rank == 0 and skipped:
+            print(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
     if args.evaluate:
         assert state is not None
-        report = measure(load_network(state, data, args, ranks), data, args, ranks)
+        report = measure(load_network(state, data, ranks.device, averaged=True), data, args, ranks)
         if ranks.rank == 0:
             print(format_table([(state["name"], report)]))
         return
@@ -172,11 +172,11 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
             job = Job(args, ranks, data, run, stop)
             for index in range(state["phase"] if state else 0, len(phases)):
                 phase = phases[index]
-                network = load_network(state, data, args, ranks) if state else prepare(phase, network, data, args, ranks)
+                network = load_network(state, data, ranks.device) if state else prepare(phase, network, data, vars(args), ranks.device)
                 train_phase(job, phase, index, network, state)
                 report = measure(network, data, args, ranks)
                 run.reports[phase.name] = report.as_dict()
-                run.save(f"{phase.name}.pt", network_state(args, phase, network))
+                run.save(f"{phase.name}.pt", network_state(vars(args), phase, network))
                 state = None
     except Stopped:
         if ranks.rank == 0:
@@ -198,43 +198,8 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
     )  # fmt: skip
 
 
-def build_network(head: str, data: DataSplits, args: argparse.Namespace, ranks: Ranks, *, pretrained: bool = False) -> Network:
-    torch.manual_seed(derive_seed(args.seed, "weights"))
-    backbone = build_backbone(args.model or default_model(args.data), image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
-    network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(ranks.device)
-    return network.to(memory_format=torch.channels_last) if args.channels_last else network  # type: ignore[call-overload, no-any-return]
-
-
-def prepare(phase: Phase, network: Network | None, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
-    """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
-    if network is None or phase.start == "fresh":
-        return build_network(phase.head, data, args, ranks, pretrained=args.data == "places-lt" if args.pretrained is None else args.pretrained)
-    torch.manual_seed(derive_seed(args.seed, "new head"))
-    replace_head(network, phase.head, keep=phase.start == "previous")
-    return network
-
-
-def load_network(state: dict[str, Any], data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Network:
-    """The network of a checkpoint; the average of its weights where the checkpoint is to be evaluated and has one."""
-    weights = state["average"] if args.evaluate and state.get("average") else state["network"]
-    if weights["head.weight"].shape[0] != data.num_classes:
-        classes = weights["head.weight"].shape[0]
-        raise CheckpointError(f"the checkpoint has {classes} classes, {data.name} has {data.num_classes}; evaluate it on its own data set")
-    network = build_network(state["head"], data, args, ranks)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit the network {args.model or default_model(args.data)}; leave --model out to use its own") from error
-    return network
-
-
 def measure(network: Network, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Report:
     return evaluate_logits(predict(network, data.test, ranks, amp=AMP[args.amp])[0], data.test.labels, data.groups, data.num_classes)
-
-
-def network_state(args: argparse.Namespace, phase: Phase, network: Network) -> dict[str, Any]:
-    """A checkpoint of a network without the state of its training."""
-    return {"kind": "network", "config": vars(args), "name": phase.name, "head": phase.head, "network": network.state_dict()}
 
 
 def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dict[str, Any] | None) -> None:
@@ -250,7 +215,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
         **phase.sampler_options,
     )  # fmt: skip
     local = phase.batch_size // ranks.world  # images of this process in a step
-    loss = build_loss(phase, data.class_counts).to(device)
+    loss: Any = build_loss(phase, data.class_counts).to(device)
     network.scale.fill_(loss.scale)
     robust = DROLTLoss(data.class_counts).to(device) if phase.robust else None
     module = TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust)
@@ -284,7 +249,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
             position=step * local, num_replicas=ranks.world, rank=ranks.rank,
         )  # fmt: skip
 
-    runnable = torch.nn.parallel.DistributedDataParallel(module) if ranks.world > 1 else module
+    runnable: Any = torch.nn.parallel.DistributedDataParallel(module) if ranks.world > 1 else module
     if args.compile:
         runnable = torch.compile(runnable)
 
@@ -304,9 +269,8 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
 
     def save(epoch: int, step: int) -> None:
         run.save("last.pt", {
-            "kind": "training", "config": vars(args), "name": phase.name, "head": phase.head, "phase": index, "epoch": epoch, "step": step,
-            "total": float(ranks.mean(total.clone())), "best": best,
-            "network": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            **network_state(vars(args), phase, network), "kind": "training", "phase": index, "epoch": epoch, "step": step, "best": best,
+            "total": float(ranks.mean(total.clone())), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "average": None if average is None else average.state_dict(), "robust": None if robust is None else robust.state_dict(),
             "centroids": centroids, "history": run.history, "reports": run.reports,
         })  # fmt: skip
@@ -367,7 +331,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
                 row["holdout"] = sum(held.groups.values()) / len(held.groups)
                 if row["holdout"] > best:
                     best = row["holdout"]
-                    run.save("best.pt", network_state(args, phase, shown))
+                    run.save("best.pt", network_state(vars(args), phase, shown))
         run.log(row)
         bar.set_postfix(loss=f"{mean_loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
         total.zero_()
@@ -389,7 +353,7 @@ def finish(job: Job, phases: list[Phase], seconds: float) -> None:
     args, data, run = job.args, job.data, job.run
     alone = Ranks.alone(job.ranks.device)
     if data.holdout is not None and (run.path / "best.pt").exists():
-        best = load_network(load_checkpoint(run.path / "best.pt"), data, args, alone)
+        best = load_network(load_checkpoint(run.path / "best.pt"), data, alone.device)
         run.reports["best on held-out"] = measure(best, data, args, alone).as_dict()
     reports = {name: Report(**report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))
@@ -397,7 +361,7 @@ def finish(job: Job, phases: list[Phase], seconds: float) -> None:
     if args.pictures:
         found = {}
         for name in dict.fromkeys((phases[0].name, phases[-1].name)):
-            found[name] = predict(load_network(load_checkpoint(run.path / f"{name}.pt"), data, args, alone), data.test, alone)
+            found[name] = predict(load_network(load_checkpoint(run.path / f"{name}.pt"), data, alone.device), data.test, alone)
         draw_pictures(run.path, reports, found, data)
     print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if args.pictures else ""))
 

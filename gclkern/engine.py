@@ -54,10 +54,9 @@ class ScaledClassifier(nn.Module):
         self.normalize = normalize
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.weight
         if self.normalize:
-            features, weight = unit_rows(features), unit_rows(weight)
-        return F.linear(features, weight, self.bias) * self.factor
+            return F.linear(unit_rows(features), unit_rows(self.weight), self.bias) * self.factor
+        return F.linear(features, self.weight, self.bias) * self.factor
 
 
 def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
@@ -72,6 +71,8 @@ def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
 class Network(nn.Module):
     """A backbone, a classifier, and the scale that turns the classifier's output into logits."""
 
+    backbone: Any  # a module with an attribute feature_dim
+    head: Any
     scale: Tensor
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:

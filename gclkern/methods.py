@@ -168,8 +168,8 @@ def plan(
     elif stage2:
         raise ValueError(f"there is no stage 2, so nothing takes these settings of it: {', '.join(stage2)}; choose one with --retrain")
     if baseline:
-        shared = {"batch_size": phases[0].batch_size, "epochs": sum(phase.epochs for phase in phases)}
-        phases.insert(0, replace(_first_stage("ce", settings, class_counts)[0], name="baseline", **shared))
+        plain = _first_stage("ce", settings, class_counts)[0]
+        phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=sum(phase.epochs for phase in phases)))
     return phases
 
 

@@ -43,7 +43,7 @@ def test_dro_lt_on_cifar_is_the_released_recipe() -> None:
     assert (first.loss, first.epochs, first.batch_size) == ("ce", 200, 128)
     assert (robust.epochs, robust.batch_size, robust.lr, robust.weight_decay, robust.trains, robust.robust) == (80, 128, 0.005, 1e-4, "backbone", 1.0)
     assert (robust.sampler, robust.sampler_options, robust.epoch_samples) == ("class-aware", {"samples_per_class": 4}, 150)
-    assert build_loss(robust, COUNTS).weight.tolist() == pytest.approx([1.0, 0.4, 0.1])
+    assert dict(build_loss(robust, COUNTS).named_buffers())["weight"].tolist() == pytest.approx([1.0, 0.4, 0.1])
     assert (classifier.epochs, classifier.lr, classifier.trains) == (20, 0.01, "head")
 
 
