@@ -107,7 +107,7 @@ def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[in
     for colour, (name, report) in zip(_COLOURS * len(reports), reports.items(), strict=False):
         if len(report.per_class) != len(order):
             raise ValueError(f"the report of {name} has {len(report.per_class)} classes, but there are {len(order)} class counts")
-        shares = 100 * np.array([report.per_class[c] for c in order])
+        shares = 100 * np.array([report.per_class[c] for c in order], dtype=float)  # None, of a report out of a file, becomes NaN
         if len(order) <= 50:
             axis.plot(places, shares, color=colour, marker="o", markersize=4, linewidth=1.2, label=name)
         else:

@@ -439,9 +439,9 @@ class TestLists:
         assert next(data.train.loader([[2]], device=CPU))[1].tolist() == [1]
 
     def test_paths_may_have_spaces(self, tmp_path: Path) -> None:
-        (tmp_path / "list.txt").write_text("a b/c d.jpg 3\n")
+        (tmp_path / "list.txt").write_text("a b/c d.jpg 3\n  e.jpg\t 4 \n")
         paths, labels = read_list(tmp_path / "list.txt")
-        assert (paths, labels.tolist()) == (["a b/c d.jpg"], [3])
+        assert (paths, labels.tolist()) == (["a b/c d.jpg", "e.jpg"], [3, 4])
 
     @pytest.mark.parametrize(
         ("text", "message"), [("a.jpg 0\nb.jpg\n", r"list\.txt:2: expected `relative/path label`"), ("a.jpg -1\n", "label from 0 on"), ("\n", "lists no image")]

@@ -62,7 +62,9 @@ def test_accuracy_by_class(classes: int, figures: list[Any], tmp_path: Path) -> 
     counts = [int(c) for c in np.random.default_rng(0).integers(1, 500, classes)]
     shares = [count / 500 for count in counts]
     shares[0] = float("nan")
-    plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0), "b": Report(0.5, {}, [0.5] * classes, 0, 0)}, counts, tmp_path / "class.png")
+    plots.plot_class_accuracy(
+        {"a": Report(**Report(0.5, {}, shares, 0, 0).as_dict()), "b": Report(0.5, {}, [0.5] * classes, 0, 0)}, counts, tmp_path / "class.png"
+    )
     assert drawn(tmp_path / "class.png")
     points = np.array(figures[0].axes[0].lines[0].get_ydata())
     assert np.all(np.diff(points[np.isfinite(points)]) <= 0), "the most frequent class comes first"

@@ -215,10 +215,10 @@ def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name, _, label = line.rstrip().rpartition(" ")
-        if not name.strip() or not label.isdecimal():
+        name, _, label = " ".join(line.strip().rsplit(maxsplit=1)).rpartition(" ")
+        if not name or not label.isdecimal():
             raise ValueError(f"{path}:{number}: expected `relative/path label` with a label from 0 on, got {line!r}")
-        paths.append(name.strip())
+        paths.append(name)
         labels.append(int(label))
     if not paths:
         raise ValueError(f"{path} lists no image")
