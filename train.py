@@ -77,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--baseline", action=argparse.BooleanOptionalAction, help="train by cross entropy for as many epochs, too (default: on digits-lt)")
     add("--model", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=None, help="start from ImageNet's weights (default: for places-lt)")
+    add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), help="epochs of stage 1")
     add("--batch-size", type=number(int, 2), help="images of a step of stage 1, over all processes")
@@ -154,6 +155,8 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
         if ranks.rank == 0:
             print(format_table([(state["name"], report)]))
         return
+    if args.augment or (args.method.endswith("dro-lt") and args.data.startswith("cifar")):
+        data.train.augment = args.augment or "autoaugment"  # DRO-LT's release has it
     phases = plan_run(args, data)
     for phase in phases:
         if phase.batch_size % (ranks.world * args.accumulate):
@@ -189,7 +192,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
 def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
     """The phases, with the arguments in place of the published settings."""
     first = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "sampler": args.stage1_sampler, "mixup": args.mixup}
-    first |= {"weight_decay": args.weight_decay}
+    first |= {"weight_decay": args.weight_decay, "trains": args.train}
     second = {"epochs": args.retrain_epochs, "batch_size": args.retrain_batch_size, "lr": args.retrain_lr, "sampler": args.sampler}
     return plan(
         args.method, args.retrain, args.data, data.class_counts, baseline=args.data == "digits-lt" if args.baseline is None else args.baseline,

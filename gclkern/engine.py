@@ -99,22 +99,29 @@ class TrainingStep(nn.Module):
         self.network, self.loss, self.robust = network, loss, robust
         self.trains, self.robust_weight = trains, robust_weight
 
+    def _learning(self) -> list[nn.Module]:
+        """The modules that learn."""
+        head, backbone = self.network.head, self.network.backbone
+        if self.trains != "last-block":
+            return {"all": [self.network], "backbone": [backbone], "head": [head], "scale": [head]}[self.trains]
+        if not isinstance(getattr(backbone, "layer4", None), nn.Module):
+            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; give --train all")
+        return [backbone.layer4, head]
+
     def learn(self) -> list[nn.Parameter]:
         """Set requires_grad as the phase wants it and return what learns. Epsilon of DRO-LT is among it, and so in the group that decays."""
-        head = self.network.head
-        chosen = {"all": self.network, "backbone": self.network.backbone, "head": head, "scale": head}[self.trains]
-        for parameter in self.network.parameters():
-            parameter.requires_grad_(False)
-        names = {"factor"} if self.trains == "scale" else {name for name, _ in chosen.named_parameters()} - {"factor"}
-        for name, parameter in chosen.named_parameters():
-            parameter.requires_grad_(name in names)
+        self.network.requires_grad_(False)
+        for module in self._learning():
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_((name == "factor") is (self.trains == "scale"))
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def train(self, mode: bool = True) -> TrainingStep:
-        """A backbone that does not learn stays in eval mode: its batch normalisation would drift otherwise."""
+        """Parts that do not learn stay in eval mode: their batch normalisation would drift otherwise."""
         super().train(mode)
-        if self.trains not in ("all", "backbone"):
-            self.network.backbone.eval()
+        self.network.eval()
+        for module in self._learning():
+            module.train(mode)
         return self
 
     def forward(
@@ -128,7 +135,7 @@ class TrainingStep(nn.Module):
         centroids: Tensor | None = None,  # (C, D)
         counts: Tensor | None = None,  # (C,)
     ) -> Tensor:
-        with torch.set_grad_enabled(self.trains in ("all", "backbone") and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains not in ("head", "scale") and torch.is_grad_enabled()):
             features = self.network.backbone(images)
         mixed = {"target_b": target_b, "lam": lam}
         if isinstance(self.loss, LinearGCLLoss):

@@ -44,7 +44,7 @@ class Phase:
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
     head: str = "linear"  # "linear" or "cosine"; "scaled" has a factor for each class as well
-    trains: str = "all"  # "all", "backbone", "head" or "scale": what learns; the rest stays as it is, batch normalisation in eval mode
+    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest stays as it is, batch normalisation in eval mode
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
     drw: float | None = None  # share of the epochs after which class weights come in
     robust: float = 0.0  # weight of the DRO-LT bound beside the loss
@@ -106,6 +106,8 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
     phase = Phase(
         "stage-1", epochs, batch_size, lr, weight_decay, schedule, loss, mixup=mixup, options=_clouded(settings, 1) if clouded else {},
         head="cosine" if loss in ("gcl", "ldam") else "linear", start="fresh", drw=0.8 if method == "ldam-drw" else None,
+        # a pretrained ResNet-152, in GCL's release as in its forerunners
+        trains="last-block" if settings == "places" else "all",
     )  # fmt: skip
     if not method.endswith("dro-lt"):
         return [phase]
@@ -169,7 +171,8 @@ def plan(
         raise ValueError(f"there is no stage 2, so nothing takes these settings of it: {', '.join(stage2)}; choose one with --retrain")
     if baseline:
         plain = _first_stage("ce", settings, class_counts)[0]
-        phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=sum(phase.epochs for phase in phases)))
+        epochs = sum(phase.epochs for phase in phases)
+        phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=epochs, trains=phases[0].trains))
     return phases
 
 

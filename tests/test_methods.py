@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gclkern.engine import Network, TrainingStep, build_head, derive_seed, mixup, step_batches
 from gclkern.losses import LinearGCLLoss
 from gclkern.methods import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan
+from gclkern.models import build_backbone
 from gclkern.weights import effective_number_weights, log_prior
 
 COUNTS = [50, 20, 5]
@@ -108,6 +109,19 @@ def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
     statistics = {"layers.2.running_mean", "layers.2.running_var", "layers.2.num_batches_tracked"}
     # A linear layer's bias before batch normalisation has no gradient, but for rounding.
     assert changed - {"layers.1.bias"} == learned - {"layers.1.bias"} | (statistics if trains in ("all", "backbone") else set())
+
+
+def test_only_the_last_block_learns() -> None:
+    network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
+    step = TrainingStep(network, build_loss(plan("ce", None, "places-lt", COUNTS)[0], COUNTS), trains="last-block")
+    assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
+    learned = {id(parameter) for parameter in step.learn()}
+    assert learned == {id(parameter) for module in (network.backbone.layer4, network.head) for parameter in module.parameters()}
+    step.train()
+    assert network.backbone.layer4.training
+    assert not network.backbone.layer3.training
+    with pytest.raises(ValueError, match="--train all"):
+        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.loss, trains="last-block").learn()
 
 
 def test_mixup_is_a_function_of_the_seed() -> None:
