@@ -54,8 +54,7 @@ class HeadLoss(torch.autograd.Function):
     """The loss of a classifier head: features (N, D) against one weight row for each class (C, D)."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, backend: str, *terms: Any) -> Tensor:
-        for_backward = any(ctx.needs_input_grad)
+    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, for_backward: bool, backend: str, *terms: Any) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             loss, saved = _operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
         ctx.save_for_backward(features, linear_weight, *saved, *terms[:_TENSORS])
@@ -67,8 +66,8 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         features, linear_weight, *saved = ctx.saved_tensors[:-_TENSORS]
         terms = _terms_of(ctx, ctx.saved_tensors)
-        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[5 + LossTerms._fields.index("bias")])
+        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[6 + LossTerms._fields.index("bias")])
         with torch.autocast(features.device.type, enabled=False):
             grads = _operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return (grad_features, grad_weight, None, None, None, *_term_gradients(grad_bias))
+        return (grad_features, grad_weight, None, None, None, None, *_term_gradients(grad_bias))

@@ -191,4 +191,7 @@ def linear_gcl_cross_entropy(
     chosen = resolve_backend(backend, features)
     if chosen == "triton":
         import gclkern.kernels.head  # noqa: F401 (registers the operators)
-    return HeadLoss.apply(features, linear_weight, normalize, resolve_plan(plan, features, linear_weight.shape[0], chosen), chosen, *terms)
+    resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
+    differentiable = (features, linear_weight, *(() if terms.bias is None else (terms.bias,)))
+    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    return HeadLoss.apply(features, linear_weight, normalize, resolved, for_backward, chosen, *terms)

@@ -11,7 +11,7 @@ PLANS = ("auto", "materialised", "chunked", "recompute")
 MATERIALISED_BYTES = 2**30
 
 
-def resolve_plan(plan: str, features: Tensor, num_classes: int, backend: str) -> str:
+def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:
     """The plan that serves features (N, D) and `num_classes` classes when the caller asks for `plan`.
 
     "auto" takes "materialised" while the (N, C) buffer is at most MATERIALISED_BYTES, and "recompute" beyond.
@@ -19,5 +19,6 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, backend: str) ->
     check_choice("plan", plan, PLANS)
     if plan != "auto":
         return plan
-    buffer = features.shape[0] * num_classes * (features.element_size() if backend == "triton" else max(features.element_size(), 4))
+    small = backend == "triton" and normalize and features.element_size() == 2  # cosines fit 16 bits, plain products do not
+    buffer = features.shape[0] * num_classes * (2 if small else max(features.element_size(), 4))
     return "materialised" if buffer <= MATERIALISED_BYTES else "recompute"

@@ -274,10 +274,11 @@ def _features_kernel(
     z = tl.load(z_ptr, mask=within, other=0.0).to(tl.float32)
     total = tl.zeros((ANCHORS, SAMPLES, DIM), tl.float32)
     for start in tl.range(0, num_anchors, ANCHORS):
-        # both buffers are padded: their last tile needs no mask
+        # both buffers are padded, with a pull of 0; but 0 times the centroid of a class that stays out may be NaN
         anchors = start + lanes
         classes = tl.load(class_ptr + anchors)
-        mu = tl.load(mu_ptr + (classes * centroids_stride_c)[:, None, None], mask=within, other=0.0).to(tl.float32)
+        wanted = within & (anchors < num_anchors)[:, None, None]
+        mu = tl.load(mu_ptr + (classes * centroids_stride_c)[:, None, None], mask=wanted, other=0.0).to(tl.float32)
         pull = tl.load(pull_ptr + (anchors.to(tl.int64) * pull_stride)[:, None, None] + samples[None, :, None])
         total += pull * (z - mu)
     grad = tl.sum(total, axis=0)

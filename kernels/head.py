@@ -25,6 +25,8 @@ from .products import (
     finish_feature_gradient,
     fused_gradient,
     fused_stats,
+    normalised_weight_rows,
+    scales_rows,
     target_cosine,
     unit_features,
     weight_gradient,
@@ -42,7 +44,8 @@ FUSED_SPLITS = 8  # of a chunk's classes in the fused statistics: their tiles ho
 def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
     if plan == "materialised":
         return num_classes
-    return min(num_classes, max(PANEL_ELEMENTS // num_rows // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
+    # a chunk of 2**20 classes is also what the second axis of a grid of tiles can take
+    return min(num_classes, max(min(PANEL_ELEMENTS // num_rows, 2**20) // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
 
 
 def _cosine_dtype(features: Tensor, normalize: bool) -> torch.dtype:
@@ -68,7 +71,7 @@ def _chunks(terms: LossTerms, num_classes: int, size: int) -> Iterator[tuple[sli
     schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
 )
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, cosines (of "materialised")."""
+    """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, row scales, cosines ("materialised")."""
     *fields, normalize, plan, _ = args
     terms = LossTerms(*fields)
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
@@ -81,10 +84,16 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
         statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms.label_smoothing > 0.0, features.device)
         cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
+        row_scale = features.new_empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
-            weight, inverse = weight_rows(linear_weight[part], features.dtype, find_norms=normalize)
-            if inverse is not None:
+            inverse = None
+            if normalize:
+                weight, inverse, scale = normalised_weight_rows(linear_weight[part], features.dtype)
                 inverse_norm_weight[part] = inverse
+                if scale is not None:
+                    row_scale[part] = scale
+            else:
+                weight = weight_rows(linear_weight[part], features.dtype)
             resume = part.start > 0
             if fused:
                 fused_stats(unit, weight, inverse, chunk, part.start, statistics, resume=resume)
@@ -95,7 +104,7 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
         loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)
         kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
         kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
-        return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, kept_cosine]
+        return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, row_scale, kept_cosine]
 
 
 @head_forward.register_fake
@@ -114,6 +123,7 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
         features.new_empty((num_rows, dim)),
         empty(num_rows if normalize else 0),
         empty(num_classes if normalize else 0),
+        empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0),
         cosine,
     ]
 
@@ -131,7 +141,7 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
     *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
     terms = LossTerms(*fields)
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
-    stats, denominator, unit, inverse_norm, inverse_norm_weight, cosine = saved
+    stats, denominator, unit, inverse_norm, inverse_norm_weight, row_scale, cosine = saved
     with on_device(features):
         grad_loss = grad_loss.contiguous()
         size = chunk_size(plan, num_rows, num_classes)
@@ -144,7 +154,8 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
         partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
         row_sum = features.new_zeros(num_rows, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
-            weight = weight_rows(linear_weight[part], features.dtype, find_norms=False)[0]
+            scale = row_scale[part] if row_scale.numel() > 0 else None
+            weight = weight_rows(linear_weight[part], features.dtype, scale)
             inverse = inverse_norm_weight[part] if normalize else None
             here = gradient[:, : part.stop - part.start]
             if plan == "recompute":
@@ -162,7 +173,7 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
             if features_grad:
                 add_feature_gradient(here, weight, partial, resume=part.start > 0)
             if weight_grad:
-                weight_gradient(here, unit, linear_weight[part], class_sum, inverse, grad_weight[part])
+                weight_gradient(here, unit, linear_weight[part], class_sum, inverse, scale, grad_weight[part])
         grad_features = features.new_empty(0)
         if features_grad:
             grad_features = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, features.dtype)

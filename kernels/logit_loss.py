@@ -398,7 +398,7 @@ class Layout(NamedTuple):
 def layout_of(cosine: Tensor, class_offset: int) -> Layout:
     """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
-    address = cosine.storage_offset() * cosine.element_size()  # storage itself is always well aligned
+    address = cosine.data_ptr()
     four_byte_rows = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
     paired = four_byte_rows and cosine.shape[1] % 2 == 0 and class_offset % 8 == 0
     return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, bool(paired))
@@ -470,7 +470,7 @@ def cosine_gradient(
     class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
     summed = bias_grad or inverse_norm is not None
     row_tiles = triton.cdiv(num_rows, rows)
-    splits = triton.cdiv(num_rows, 128) if summed else min(triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
+    splits = min(triton.cdiv(num_rows, 128) if summed else triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
     device = cosine.device
     row_sum = class_sum = bias_sum = None
     if inverse_norm is not None:

@@ -62,8 +62,14 @@ def _precision() -> str:
 
 
 @triton.jit
+def _inverse(norm, zero_norm):
+    """1 / norm; 0 for a row without a direction, NaN for one whose norm is no number, or none that float32 holds."""
+    return tl.where(norm <= zero_norm, 0.0, tl.where(norm < float("inf"), 1.0 / norm, float("nan")))
+
+
+@triton.jit
 def _unit_rows_kernel(
-    x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
+    x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, row_scale_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -77,8 +83,7 @@ def _unit_rows_kernel(
             x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
         norm = tl.sqrt(squares)
-        # written so that a NaN norm stays NaN
-        factor = tl.where(norm <= zero_norm, 0.0, 1.0 / norm)
+        factor = _inverse(norm, zero_norm)
     if target_ptr is not None:
         ignored = tl.load(target_ptr + rows, mask=in_batch, other=0) == ignore_index
         if target_b_ptr is not None:
@@ -91,6 +96,8 @@ def _unit_rows_kernel(
             at = start + tl.arange(0, DEPTH)
             inside = in_batch[:, None] & (at < dim)[None, :]
             x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            if row_scale_ptr is not None:
+                x *= tl.load(row_scale_ptr + rows, mask=in_batch, other=0.0)[:, None]
             if target_ptr is not None:
                 x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 whatever the row holds
             tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=inside)
@@ -115,7 +122,7 @@ def _target_cosine_kernel(
         cosine = tl.sum(product)
         if NORMALIZE:
             norm = tl.sqrt(tl.sum(squares))
-            cosine *= tl.load(inverse_norm_x_ptr + row) * tl.where(norm <= zero_norm, 0.0, 1.0 / norm)
+            cosine *= tl.load(inverse_norm_x_ptr + row) * _inverse(norm, zero_norm)
         tl.store(cosine_ptr + row, cosine)
     else:
         tl.store(cosine_ptr + row, 0.0)
@@ -168,8 +175,9 @@ def _cosine_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    classes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_tiles = tl.cdiv(num_rows, ROWS)  # one axis, because the others of a grid end at 65535
+    rows = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    classes = tl.program_id(0) // row_tiles * COLUMNS + tl.arange(0, COLUMNS)
     cosine, _ = _cosine_tile(
         x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, classes < num_classes, dim,
         ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
@@ -315,7 +323,7 @@ def _finish_features_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, out_ptr,
+    gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, row_scale_ptr, out_ptr,
     num_rows, num_classes, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -340,16 +348,17 @@ def _weight_gradient_kernel(
         along = tl.load(class_sum_ptr + classes, mask=classes < num_classes, other=0.0) * inverse_norm
         address = (place * weight_stride_c)[:, None] + (columns.to(tl.int64) * weight_stride_d)[None, :]
         weight = tl.load(weight_ptr + address, mask=inside, other=0.0).to(tl.float32)
-        total = tl.where((inverse_norm == 0.0)[:, None], 0.0, total - along[:, None] * weight)
+        row_scale = load_class_term(row_scale_ptr, classes, classes < num_classes, 1.0)[:, None]
+        total = tl.where((inverse_norm == 0.0)[:, None], 0.0, (total - along[:, None] * (weight * row_scale)) * row_scale)
     tl.store(out_ptr + (place * dim)[:, None] + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, terms: LossTerms | None) -> None:
+def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None = None, terms: LossTerms | None = None) -> None:
     num_rows, dim = x.shape
     depth = min(triton.next_power_of_2(dim), 1024)
     rows = min(max(4096 // depth, 1), 16)
     _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
-        x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm,
+        x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm, row_scale,
         terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, ZERO_NORM,
         ROWS=rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -362,18 +371,32 @@ def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tup
     """
     unit = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
-    _rows_pass(features, unit, inverse_norm, terms)
+    _rows_pass(features, unit, inverse_norm, terms=terms)
     return unit, inverse_norm
 
 
-def weight_rows(linear_weight: Tensor, dtype: torch.dtype, *, find_norms: bool) -> tuple[Tensor, Tensor | None]:
-    """Weights as the products take them, the tensor itself wherever that is possible, and with `find_norms` their inverse norms (C,)."""
+def scales_rows(linear_weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a copy of the weights in `dtype` scales its rows by powers of two: float16 has no room for small rows, and powers of two cost no digits."""
+    return dtype == torch.float16 and linear_weight.dtype != dtype
+
+
+def weight_rows(linear_weight: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, inverse_norm: Tensor | None = None) -> Tensor:
+    """Weights as the products take them, the tensor itself wherever that is possible. `inverse_norm` (C,) receives theirs in the same pass."""
     copied = linear_weight.dtype != dtype or linear_weight.stride(1) != 1
     rows = torch.empty(linear_weight.shape, dtype=dtype, device=linear_weight.device) if copied else linear_weight
-    inverse_norm = torch.empty(linear_weight.shape[0], dtype=torch.float32, device=linear_weight.device) if find_norms else None
-    if copied or find_norms:
-        _rows_pass(linear_weight, rows if copied else None, inverse_norm, None)
-    return rows, inverse_norm
+    if copied or inverse_norm is not None:
+        _rows_pass(linear_weight, rows if copied else None, inverse_norm, row_scale)
+    return rows
+
+
+def normalised_weight_rows(linear_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`weight_rows`, their inverse norms (C,) as the products meet them, and the row scales (C,) that bring each norm between 1 and 2, where they scale."""
+    inverse_norm = torch.empty(linear_weight.shape[0], dtype=torch.float32, device=linear_weight.device)
+    if not scales_rows(linear_weight, dtype):
+        return weight_rows(linear_weight, dtype, inverse_norm=inverse_norm), inverse_norm, None
+    _rows_pass(linear_weight, None, inverse_norm)
+    row_scale = torch.where(inverse_norm > 0, inverse_norm.log2().floor().exp2(), 1.0)
+    return weight_rows(linear_weight, dtype, row_scale), inverse_norm / row_scale, row_scale
 
 
 def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inverse_norm: Tensor | None) -> Tensor:
@@ -392,7 +415,7 @@ def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: 
     """out = x @ weight.T, each column times its class's inverse norm; `out` has padded rows, and its padding is written."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = tile_of(x.dtype)
-    _cosine_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes), tile.columns))](
+    _cosine_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(padded_columns(num_classes), tile.columns),)](
         x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes), num_rows, num_classes, dim,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -475,12 +498,14 @@ def finish_feature_gradient(partial: Tensor, row_sum: Tensor | None, unit: Tenso
     return out
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, linear_weight: Tensor, class_sum: Tensor | None, inverse_norm: Tensor | None, out: Tensor) -> None:
+def weight_gradient(
+    gradient: Tensor, x: Tensor, linear_weight: Tensor, class_sum: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None, out: Tensor
+) -> None:
     """out (C, D) = gradient.T @ x through the backward of the weights' normalisation."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
     tile = tile_of(gradient.dtype)
     _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows), triton.cdiv(dim, tile.columns))](
-        gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, out,
+        gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, row_scale, out,
         num_rows, num_classes, dim,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
