@@ -1,0 +1,76 @@
+"""What only the kernels of the head can get wrong: the edges of 16-bit copies, of addresses and of grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gclkern
+from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from tests.launches import Launches, capture_launches
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.mark.parametrize("plan", ["materialised", "recompute"])
+@pytest.mark.parametrize("length", [1e-9, 1e-4, 1e6])
+def test_cosines_beside_float16_features_do_not_depend_on_the_length_of_float32_weights(device: str, plan: str, length: float) -> None:
+    torch.manual_seed(0)
+    features, directions, target = torch.randn(4, 32, device=device).half(), torch.randn(20, 32, device=device), torch.arange(4, device=device)
+
+    def run(scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        leaf, weight = features.clone().requires_grad_(), (directions * scale).requires_grad_()
+        loss = linear_gcl_cross_entropy(leaf, weight, target, scale=10.0, plan=plan, backend="triton")
+        loss.backward()
+        assert leaf.grad is not None and weight.grad is not None
+        return loss.detach(), leaf.grad, weight.grad * scale
+
+    for found, wanted in zip(run(length), run(1.0), strict=True):
+        # rounding to float16 (2^-11) and of the gradient to bfloat16 (2^-8), which hits other digits at another length
+        assert (found - wanted).norm() <= 2**-6 * wanted.norm()
+
+
+def test_a_feature_row_whose_norm_overflows_is_nan_and_no_plausible_loss(device: str) -> None:
+    features = torch.ones(3, 8, device=device)
+    features[1] *= 1e20
+    weight = torch.randn(5, 8, device=device)
+    loss = linear_gcl_cross_entropy(features, weight, torch.arange(3, device=device), reduction="none", backend="triton")
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: Launches) -> None:
+    odd = torch.from_dlpack(torch.zeros(81, dtype=torch.float16)[1:].view(8, 10))
+    gcl_cross_entropy(odd, torch.arange(8), backend="triton")
+    assert odd.data_ptr() % 4 == 2
+    assert [launch.argument("PAIRED") for launch in launches if launch.name == "_row_stats_kernel"] == [False]
+
+
+@pytest.mark.parametrize("plan", ["materialised", "chunked", "recompute"])
+def test_no_grid_outgrows_its_second_axis(plan: str) -> None:
+    classes = 4_400_000
+    features, weight, target = torch.empty(1, 1), torch.empty(1, 1).expand(classes, 1), torch.zeros(1, dtype=torch.int64)
+    features.requires_grad_()
+    with capture_launches(execute=False) as launches:
+        linear_gcl_cross_entropy(features, weight, target, plan=plan, backend="triton").backward()
+    assert launches.names
+    assert all(extent <= 65535 for launch in launches for extent in tuple(launch.grid)[1:])
+
+
+def test_evaluation_keeps_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = gclkern.functional.HeadLoss.forward
+    monkeypatch.setattr(gclkern.functional.HeadLoss, "apply", lambda *args: seen.append(args[4]) or forward(torch.autograd.function.FunctionCtx(), *args))
+    features, weight = torch.randn(2, 4), torch.nn.Parameter(torch.randn(3, 4))
+    with torch.no_grad():
+        linear_gcl_cross_entropy(features, weight, torch.arange(2))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_class_zero_can_stay_out_with_any_centroid(device: str, backend: str) -> None:
+    centroids = torch.randn(4, 5, device=device)
+    centroids[0] = float("nan")
+    features = torch.randn(6, 5, device=device, requires_grad=True)
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0], device=device)
+    dro_lt_loss(features, torch.tensor([0, 1, 2, 3, 1, 0], device=device), centroids, 0.5, class_weight=weight, backend=backend).backward()
+    assert features.grad is not None and features.grad.isfinite().all()
