@@ -44,7 +44,7 @@ from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
 from gclkern.metrics import Report, evaluate_logits, format_table
 from gclkern.networks import load_network, network_state, prepare
 from gclkern.retrain import retrain_without_gradients
-from gclkern.runs import RunFolder, draw_pictures, new_folder, report_columns
+from gclkern.runs import RunFolder, conclude, new_folder, report_columns
 from gclkern.weights import drw_weights
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,7 +186,8 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
             print(f"stopped; go on with: python train.py --resume {folder}")
         return
     if ranks.rank == 0:
-        finish(job, phases, time.monotonic() - started)
+        first_and_last = list(dict.fromkeys((phases[0].name, phases[-1].name)))
+        conclude(run, data, ranks.device, compare=first_and_last, seconds=time.monotonic() - started, pictures=args.pictures)
 
 
 def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
@@ -349,24 +350,6 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
     bar.close()
     if average is not None:
         network.load_state_dict(average.state_dict())
-
-
-def finish(job: Job, phases: list[Phase], seconds: float) -> None:
-    """The table, the summary and the pictures, from what is on the disk: a resumed run has the earlier phases only there."""
-    args, data, run = job.args, job.data, job.run
-    alone = Ranks.alone(job.ranks.device)
-    if data.holdout is not None and (run.path / "best.pt").exists():
-        best = load_network(load_checkpoint(run.path / "best.pt"), data, alone.device)
-        run.reports["best on held-out"] = measure(best, data, args, alone).as_dict()
-    reports = {name: Report(**report) for name, report in run.reports.items()}
-    print(format_table(list(reports.items())))
-    run.finish({"reports": run.reports, "class_counts": data.class_counts, "groups": data.groups, "config": vars(args), "seconds": round(seconds, 1)})
-    if args.pictures:
-        found = {}
-        for name in dict.fromkeys((phases[0].name, phases[-1].name)):
-            found[name] = predict(load_network(load_checkpoint(run.path / f"{name}.pt"), data, alone.device), data.test, alone)
-        draw_pictures(run.path, reports, found, data)
-    print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if args.pictures else ""))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gclkern.checkpoint import save_checkpoint
+from gclkern.checkpoint import load_checkpoint, save_checkpoint
 from gclkern.data import DataSplits
-from gclkern.metrics import Report
+from gclkern.engine import Ranks, predict
+from gclkern.metrics import Report, evaluate_logits, format_table
+from gclkern.networks import load_network
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "many", "medium", "few", "ece", "holdout")
 
@@ -41,7 +46,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, write: bool, history: list[dict[str, Any]], reports: dict[str, dict[str, Any]]) -> None:
-        self.path, self.write = path, write
+        self.path, self.config, self.write = path, config, write
         self.history, self.reports = history, reports
         self.board: Any = None
         if not write:
@@ -73,11 +78,28 @@ class RunFolder:
         if self.write:
             save_checkpoint(self.path / name, state)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        if self.write:
-            write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-            if self.board is not None:
-                self.board.close()
+def conclude(run: RunFolder, data: DataSplits, device: torch.device, *, compare: Sequence[str], seconds: float, pictures: bool) -> None:
+    """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there.
+
+    `compare` names the phases whose embeddings are drawn side by side; the last one's predictions make the picture of confusions.
+    """
+    alone = Ranks.alone(device)
+
+    def found(name: str) -> tuple[Tensor, Tensor]:
+        return predict(load_network(load_checkpoint(run.path / f"{name}.pt"), data, device), data.test, alone)
+
+    if data.holdout is not None and (run.path / "best.pt").exists():
+        best = evaluate_logits(found("best")[0], data.test.labels, data.groups, data.num_classes)
+        run.reports["best on held-out"] = best.as_dict()
+    reports = {name: _from_dict(report) for name, report in run.reports.items()}
+    print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
+    summary = {"reports": run.reports, "class_counts": data.class_counts, "groups": data.groups, "config": run.config, "seconds": round(seconds, 1)}
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if run.board is not None:
+        run.board.close()
+    if pictures:
+        draw_pictures(run.path, reports, {name: found(name) for name in compare}, data)
+    print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))  # noqa: T201
 
 
 def draw_pictures(folder: Path, reports: dict[str, Report], found: dict[str, tuple[Tensor, Tensor]], data: DataSplits) -> None:
@@ -89,6 +111,11 @@ def draw_pictures(folder: Path, reports: dict[str, Report], found: dict[str, tup
     plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png")
     plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png")
     plots.plot_tsne({name: features.cpu() for name, (_, features) in found.items()}, data.test.labels, folder / "tsne.png")
+
+
+def _from_dict(report: dict[str, Any]) -> Report:
+    """The inverse of :meth:`Report.as_dict`."""
+    return Report(**report | {"per_class": [math.nan if share is None else share for share in report["per_class"]]})
 
 
 def report_columns(report: Report) -> dict[str, float]:
