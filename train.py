@@ -1,5 +1,7 @@
 """Train a long-tailed classifier: by default GCL (CVPR 2022, Algorithm 1) on a long-tailed split of scikit-learn's digits, beside a cross-entropy baseline.
 
+For example:
+
     python train.py
     python train.py --data cifar100-lt --data-dir data --method gcl --seed 1
     python train.py --resume runs/cifar100-lt-gcl
@@ -154,6 +156,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
         report = measure(load_network(state, data, ranks.device, averaged=True), data, args, ranks)
         if ranks.rank == 0:
             print(format_table([(state["name"], report)]))
+        ranks.close()
         return
     if args.augment or (args.method.endswith("dro-lt") and args.data.startswith("cifar")):
         data.train.augment = args.augment or "autoaugment"  # DRO-LT's release has it
@@ -185,6 +188,8 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
         if ranks.rank == 0:
             print(f"stopped; go on with: python train.py --resume {folder}")
         return
+    finally:
+        ranks.close()
     if ranks.rank == 0:
         first_and_last = list(dict.fromkeys((phases[0].name, phases[-1].name)))
         conclude(run, data, ranks.device, compare=first_and_last, seconds=time.monotonic() - started, pictures=args.pictures)
@@ -357,3 +362,5 @@ if __name__ == "__main__":
         main(*parse_arguments())
     except (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted")

@@ -78,6 +78,7 @@ class RunFolder:
         if self.write:
             save_checkpoint(self.path / name, state)
 
+
 def conclude(run: RunFolder, data: DataSplits, device: torch.device, *, compare: Sequence[str], seconds: float, pictures: bool) -> None:
     """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there.
 

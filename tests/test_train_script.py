@@ -81,9 +81,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
     (["--out", "README.md"], "README.md"),
 ])  # fmt: skip
-def test_bad_arguments_get_a_clear_error(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process, which has everything imported already."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
