@@ -506,7 +506,7 @@ def test_recompute_holds_nothing_of_size_n_times_c(backend: str, tmp_path: pathl
 
     The interpreter's tiles are numpy arrays that the profiler does not see; what a kernel writes to is torch's.
     """
-    if backend == "torch":  # panels of 4 MB and the noise's own; the matrix is far larger
+    if backend == "torch":  # panels of 2 MB and the noise's own; the matrix is far larger
         rows, classes, width = 256, 32768, 4
     else:
         rows, classes, width = 64, 2048, 4

@@ -43,7 +43,7 @@ from gclkern.torch_backend.rows import (
 )
 
 _CHUNK_BYTES = 16 * 2**20  # of cosines, twice in backward: far above what a product needs to run at full speed
-_PANEL_BYTES = 4 * 2**20  # of cosines: stays in the cache and in the shadow of every other tensor
+_PANEL_BYTES = 2 * 2**20  # of cosines, twice in backward: stays in the cache and in the shadow of every other tensor
 _MIN_CLASSES = 64  # thinner products waste the machine
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
 
