@@ -140,6 +140,8 @@ class Stopped(Exception):  # noqa: N818 (it is no error)
 
 def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     ranks = Ranks(args.device)
+    if args.data == "digits-lt":
+        torch.set_num_threads(1)  # on images this small threads wait for each other more than they work
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
