@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.dlpack
 
 from gclkern.autograd import HeadLoss
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
@@ -41,7 +42,7 @@ def test_a_feature_row_whose_norm_overflows_is_nan_and_no_plausible_loss(device:
 
 
 def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: Launches) -> None:
-    odd = torch.from_dlpack(torch.zeros(81, dtype=torch.float16)[1:].view(8, 10))
+    odd = torch.utils.dlpack.from_dlpack(torch.zeros(81, dtype=torch.float16)[1:].view(8, 10))
     gcl_cross_entropy(odd, torch.arange(8), backend="triton")
     assert odd.data_ptr() % 4 == 2
     assert [launch.argument("PAIRED") for launch in launches if launch.name == "_row_stats_kernel"] == [False]
