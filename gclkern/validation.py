@@ -119,9 +119,10 @@ def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor
 
 
 def check_offset(name: str, value: object, extent: int, limit: int) -> int:
-    if isinstance(value, (bool, float, Tensor)):
+    # while a graph is traced an int may be symbolic, which `check_int` would refuse
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 0 <= value <= limit - extent:  # type: ignore[operator]
+    if not 0 <= value <= limit - extent:
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")
     return value  # type: ignore[return-value]
 
