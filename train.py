@@ -42,7 +42,7 @@ from gclkern.engine import (
     update_average,
 )  # fmt: skip
 from gclkern.extras import need
-from gclkern.methods import METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
+from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
 from gclkern.metrics import Report, evaluate_logits, format_table
 from gclkern.networks import load_network, network_state, prepare
 from gclkern.retrain import retrain_without_gradients
@@ -52,6 +52,8 @@ from gclkern.weights import drw_weights
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Arguments that a resumed run may change: where things are and how long they may take, not what comes out.
 FREE = {"resume", "evaluate", "out", "data_dir", "download", "workers", "device", "checkpoint_seconds", "pictures"}
+# Arguments that stage 1 does not depend on, so that runs that differ in these alone can share it.
+LATER = FREE | {"stage1", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
@@ -72,7 +74,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add = parser.add_argument_group("method: settings that are not given are the published ones for the method and the data set").add_argument
     add("--method", choices=METHODS, default="gcl", help="loss of stage 1 (default gcl)")
     add("--retrain", choices=RETRAINS, help="stage 2, which trains the classifier anew (default gcl for the clouded methods, else none)")
+    add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1: retrain it, in place of training one")
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for gcl, class-balanced for crt and lws)")
+    add("--cloud", choices=list(CLOUDS), help="how GCL's clouds grow as classes get rarer (default log)")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     add("--augment", choices=("none", "standard", "autoaugment"), help="of small sets (default standard, for DRO-LT on CIFAR autoaugment)")
@@ -82,6 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), help="epochs of stage 1")
+    add("--epochs-scale", type=number(float, 0), default=1.0, metavar="FACTOR", help="times the epochs of every phase that are not given, and warm-up")
     add("--batch-size", type=number(int, 2), help="images of a step of stage 1, over all processes")
     add("--lr", type=number(float, 0), help="learning rate of stage 1")
     add("--weight-decay", type=number(float, 0), help="weight decay of all stages")
@@ -178,7 +183,9 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     try:
         with stop_requests() as stop:
             job = Job(args, ranks, data, run, stop)
-            for index in range(state["phase"] if state else 0, len(phases)):
+            if args.stage1 and state is None:
+                network = take_stage1(args, data, ranks.device)
+            for index in range(state["phase"] if state else len(phases) - 1 if args.stage1 else 0, len(phases)):
                 phase = phases[index]
                 network = load_network(state, data, ranks.device) if state else prepare(phase, network, data, vars(args), ranks.device)
                 train_phase(job, phase, index, network, state)
@@ -193,8 +200,8 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     finally:
         ranks.close()
     if ranks.rank == 0:
-        first_and_last = list(dict.fromkeys((phases[0].name, phases[-1].name)))
-        conclude(run, data, ranks.device, compare=first_and_last, seconds=time.monotonic() - started, pictures=args.pictures)
+        first_and_last = list(dict.fromkeys((next(iter(run.reports)), phases[-1].name)))
+        conclude(run, data, ranks.device, phases, compare=first_and_last, seconds=time.monotonic() - started, pictures=args.pictures)
 
 
 def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
@@ -202,11 +209,28 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
     first = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "sampler": args.stage1_sampler, "mixup": args.mixup}
     first |= {"weight_decay": args.weight_decay, "trains": args.train}
     second = {"epochs": args.retrain_epochs, "batch_size": args.retrain_batch_size, "lr": args.retrain_lr, "sampler": args.sampler}
-    return plan(
+    phases = plan(
         args.method, args.retrain, args.data, data.class_counts, baseline=args.data == "digits-lt" if args.baseline is None else args.baseline,
+        epochs_scale=args.epochs_scale, cloud=args.cloud,
         stage1={name: value for name, value in first.items() if value is not None},
         stage2={name: value for name, value in second.items() if value is not None},
     )  # fmt: skip
+    if args.stage1 and phases[-1].name != "stage-2":
+        raise ValueError(f"--stage1: there is no stage 2 to go on with after {args.stage1}; choose one with --retrain")
+    return phases
+
+
+def take_stage1(args: argparse.Namespace, data: DataSplits, device: torch.device) -> Network:
+    """The network of a finished stage 1, if it is the one that this run would have trained."""
+    state = load_checkpoint(args.stage1)
+    different = [name for name, value in state["config"].items() if name not in LATER and getattr(args, name) != value]
+    if state["kind"] != "network" or not state["name"].startswith("stage-1"):
+        raise CheckpointError(f"--stage1: {args.stage1} holds {state['name']} of kind {state['kind']}; give stage-1.pt of a finished run")
+    if different:
+        name = different[0]
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"--stage1: {args.stage1} was trained with {flag} {state['config'][name]}, this run has {getattr(args, name)}; give the same")
+    return load_network(state, data, device)
 
 
 def measure(network: Network, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Report:

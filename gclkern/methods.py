@@ -6,6 +6,7 @@ which starts from a trained model; a re-training stage is another; the cross-ent
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,13 @@ SAMPLERS = {
     "effective-number": EffectiveNumberSampler,
     "cben": CBENSampler,
     "class-aware": ClassAwareSampler,
+}
+# How cloud sizes follow from class counts: the strategies that GCL's paper compares.
+CLOUDS: dict[str, dict[str, Any]] = {
+    "log": {"strategy": "log"},
+    "cosine": {"strategy": "cosine"},
+    "power-1/3": {"strategy": "power", "exponent": 1 / 3},
+    "power-1/4": {"strategy": "power", "exponent": 1 / 4},
 }
 COSINE_SCALE = 30.0
 
@@ -140,9 +148,15 @@ def _second_stage(retrain: str, settings: str, first: Phase) -> Phase:
     return replace(plain, trains=retrain, head=f"scaled {first.head}" if retrain == "tau-norm" else "cosine", start="previous")
 
 
+def _scaled(phase: Phase, factor: float) -> Phase:
+    """The phase with `factor` times its epochs, at least one if it has any; the warm-up with them."""
+    epochs = max(min(1, phase.epochs), round(factor * phase.epochs))
+    return replace(phase, epochs=epochs, schedule=replace(phase.schedule, warmup=math.ceil(factor * phase.schedule.warmup)))
+
+
 def plan(
-    method: str, retrain: str | None, dataset: str, class_counts: list[int], *, baseline: bool = False, stage1: dict[str, Any] | None = None,
-    stage2: dict[str, Any] | None = None,
+    method: str, retrain: str | None, dataset: str, class_counts: list[int], *, baseline: bool = False, epochs_scale: float = 1.0, cloud: str | None = None,
+    stage1: dict[str, Any] | None = None, stage2: dict[str, Any] | None = None,
 ) -> list[Phase]:  # fmt: skip
     """The phases of a run.
 
@@ -152,6 +166,8 @@ def plan(
         dataset: decides the published settings.
         class_counts: training images of each class.
         baseline: whether a network trained by cross entropy for as many epochs as all other phases together comes first.
+        epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch.
+        cloud: one of CLOUDS; None is "log", the paper's choice.
         stage1, stage2: fields of :class:`Phase` that replace the published ones.
 
     Example:
@@ -159,16 +175,20 @@ def plan(
         ['baseline', 'stage-1', 'stage-2']
     """
     settings = family(dataset)
-    phases = _first_stage(method, settings, class_counts)
+    phases = [_scaled(phase, epochs_scale) for phase in _first_stage(method, settings, class_counts)]
     phases[0] = replace(phases[0], **(stage1 or {}))
     retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
     if retrain != "none":
-        second = _second_stage(retrain, settings, phases[0])
+        second = _scaled(_second_stage(retrain, settings, phases[0]), epochs_scale)
         if stage2 and not second.epochs:
             raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {', '.join(stage2)}")
         phases.append(replace(second, **(stage2 or {})))
     elif stage2:
         raise ValueError(f"there is no stage 2, so nothing takes these settings of it: {', '.join(stage2)}; choose one with --retrain")
+    if cloud is not None:
+        phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
+        if not any(phase.loss == "gcl" for phase in phases):
+            raise ValueError(f"--cloud {cloud}: the method {method} has no clouds; leave it out, or choose gcl")
     if baseline:
         plain = _first_stage("ce", settings, class_counts)[0]
         epochs = sum(phase.epochs for phase in phases)

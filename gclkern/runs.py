@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from gclkern.checkpoint import load_checkpoint, save_checkpoint
 from gclkern.data import DataSplits
 from gclkern.engine import Ranks, predict
+from gclkern.methods import Phase
 from gclkern.metrics import Report, evaluate_logits, format_table
 from gclkern.networks import load_network
 
@@ -79,7 +81,9 @@ class RunFolder:
             save_checkpoint(self.path / name, state)
 
 
-def conclude(run: RunFolder, data: DataSplits, device: torch.device, *, compare: Sequence[str], seconds: float, pictures: bool) -> None:
+def conclude(
+    run: RunFolder, data: DataSplits, device: torch.device, phases: Sequence[Phase], *, compare: Sequence[str], seconds: float, pictures: bool
+) -> None:
     """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there.
 
     `compare` names the phases whose embeddings are drawn side by side; the last one's predictions make the picture of confusions.
@@ -94,7 +98,10 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, *, compare:
         run.reports["best on held-out"] = best.as_dict()
     reports = {name: _from_dict(report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
-    summary = {"reports": run.reports, "class_counts": data.class_counts, "groups": data.groups, "config": run.config, "seconds": round(seconds, 1)}
+    summary = {
+        "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_counts": data.class_counts, "groups": data.groups,
+        "config": run.config, "seconds": round(seconds, 1),
+    }  # fmt: skip
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if run.board is not None:
         run.board.close()

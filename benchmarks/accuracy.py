@@ -1,0 +1,286 @@
+"""The papers' tables on real data, by train.py: python -m benchmarks.accuracy
+
+    python -m benchmarks.accuracy papers --data-dir data --jobs 8      # on a GPU: full schedules, three seeds
+    python -m benchmarks.accuracy papers --jobs 8 --seconds 540        # what fits into nine minutes; the same command goes on
+    python -m benchmarks.accuracy cpu --jobs 2                         # schedules short enough for a CPU
+    python -m benchmarks.accuracy papers --data cifar100-lt --methods ce gcl-stage1 gcl --seeds 0
+
+Each run is a process of train.py with a folder under --runs. A finished one leaves a JSON file in --results and is not run again, an unfinished one is resumed
+from its checkpoint. A second stage retrains the checkpoint of the run that it shares stage 1 with, if that is there; else it trains stage 1 itself, to the same
+weights. At the end the tables of all results are printed, as the README has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.common import RESULTS, ROOT, content_hash
+from benchmarks.gpu_report import machine
+from gclkern.engine import number, stop_requests
+from gclkern.methods import plan
+from gclkern.runs import write_text
+
+ACCURACY = RESULTS / "accuracy"
+GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop
+# A short schedule takes less of DRO-LT's own phases than of the others: their epochs draw n_max * C images, four times the training set of CIFAR-10-LT.
+ROBUST_SHARE = 0.25
+# Settings that say where things are, not what was done.
+PLACES = {"data_dir", "out", "resume", "evaluate", "stage1", "download", "workers", "checkpoint_seconds", "pictures"}
+
+
+class Method(NamedTuple):
+    """A row of a table: what it is called there, how train.py runs it, and the method whose stage 1 it retrains."""
+
+    label: str
+    options: tuple[str, ...]
+    stage1: str | None = None
+
+
+def _gcl(label: str, *options: str) -> Method:
+    return Method(label, ("--method", "gcl", *options), "gcl-stage1")
+
+
+METHODS = {
+    "ce": Method("cross entropy", ("--method", "ce")),
+    "ce-mixup": Method("cross entropy, mixup", ("--method", "ce", "--mixup", "1")),
+    "ldam-drw": Method("LDAM-DRW", ("--method", "ldam-drw")),
+    "ce-mixup-crt": Method("cross entropy, mixup, cRT", ("--method", "ce", "--mixup", "1", "--retrain", "crt"), "ce-mixup"),
+    "la": Method("logit adjustment", ("--method", "la")),
+    "gcl-stage1": Method("GCL, stage 1", ("--method", "gcl", "--retrain", "none")),
+    "gcl-class-balanced": _gcl("GCL, class-balanced sampling", "--retrain", "gcl", "--sampler", "class-balanced"),
+    "gcl": _gcl("GCL", "--retrain", "gcl", "--sampler", "cben"),
+    "dro-lt": Method("DRO-LT", ("--method", "dro-lt")),
+    "gcl-dro-lt": Method("GCL + DRO-LT", ("--method", "gcl+dro-lt")),
+    "cloud-cosine": Method("GCL, clouds by cosine", ("--method", "gcl", "--cloud", "cosine")),
+    "cloud-power-1/3": Method("GCL, clouds by power 1/3", ("--method", "gcl", "--cloud", "power-1/3")),
+    "cloud-power-1/4": Method("GCL, clouds by power 1/4", ("--method", "gcl", "--cloud", "power-1/4")),
+    "gcl-instance": _gcl("GCL, instance sampling", "--retrain", "gcl", "--sampler", "instance"),
+    "gcl-effective-number": _gcl("GCL, effective-number sampling", "--retrain", "gcl", "--sampler", "effective-number"),
+    "gcl-lws": _gcl("GCL stage 1, LWS", "--retrain", "lws"),
+    "gcl-tau-norm": _gcl("GCL stage 1, tau-norm", "--retrain", "tau-norm"),
+    "gcl-crt": _gcl("GCL stage 1, cRT", "--retrain", "crt"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs: all combinations of data sets, imbalance factors, methods and seeds."""
+
+    data: tuple[str, ...]
+    imbalance: tuple[float, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs_scale: float = 1.0  # of the published schedules
+    options: tuple[str, ...] = ()  # of train.py, for every run
+
+
+_BOTH = ("cifar100-lt", "cifar10-lt")
+_MAIN = ("ce", "ce-mixup", "ldam-drw", "ce-mixup-crt", "la", "gcl-stage1", "gcl-class-balanced", "gcl", "dro-lt", "gcl-dro-lt")
+TABLES = {
+    "papers": Table(_BOTH, (100,), _MAIN),
+    "factors": Table(_BOTH, (50, 200), _MAIN),
+    "dro-lt": Table(("cifar100-lt",), (10,), ("ce", "dro-lt", "gcl-dro-lt")),
+    "clouds": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "cloud-cosine", "cloud-power-1/3", "cloud-power-1/4")),
+    "samplers": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "gcl-class-balanced", "gcl-instance", "gcl-effective-number")),
+    "retrains": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "gcl-lws", "gcl-tau-norm", "gcl-crt")),
+    "cpu": Table(
+        ("cifar10-lt",), (100,), ("ce", "ldam-drw", "gcl-stage1", "gcl", "dro-lt"), (0, 1), 0.05,
+        ("--amp", "bf16", "--channels-last", "--eval-every", "2"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of train.py."""
+
+    data: str
+    imbalance: float
+    method: str
+    seed: int
+    epochs_scale: float
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        schedule = "full" if self.epochs_scale == 1 else f"x{self.epochs_scale:g}"
+        return f"{self.data}-{self.imbalance:g}-{self.method.replace('/', '_')}-{schedule}-seed{self.seed}"
+
+    @property
+    def base(self) -> Run | None:
+        """The run whose stage 1 this one retrains."""
+        stage1 = METHODS[self.method].stage1
+        return None if stage1 is None else replace(self, method=stage1)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of train.py; where things are comes on top."""
+        arguments = ["--data", self.data, "--imbalance", f"{self.imbalance:g}", "--seed", str(self.seed), "--no-baseline", "--no-pictures"]
+        arguments += [*METHODS[self.method].options, *self.options]
+        if self.epochs_scale == 1:
+            return arguments
+        if self.method.endswith("dro-lt"):
+            published = plan("ce", None, self.data, [1])[0].epochs
+            arguments += ["--epochs", str(max(1, round(self.epochs_scale * published))), "--epochs-scale", f"{ROBUST_SHARE * self.epochs_scale:g}"]
+            return arguments
+        return [*arguments, "--epochs-scale", f"{self.epochs_scale:g}"]
+
+
+def runs_of(table: Table) -> list[Run]:
+    """First seeds first, so that a table that is stopped has a number everywhere before it has a deviation anywhere."""
+    return [
+        Run(data, imbalance, method, seed, table.epochs_scale, table.options)
+        for seed in table.seeds
+        for data in table.data
+        for imbalance in table.imbalance
+        for method in table.methods
+    ]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs and results are, and how train.py is started."""
+
+    runs: Path
+    results: Path
+    data_dir: str
+    threads: int  # of each process on a CPU
+
+    def folder(self, run: Run) -> Path:
+        return self.runs / run.name
+
+    def result(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
+
+    def command(self, run: Run) -> list[str]:
+        """That begins the run or goes on with it."""
+        folder, train = self.folder(run), [sys.executable, str(ROOT / "train.py")]
+        if (folder / "last.pt").exists():
+            return [*train, "--resume", str(folder), "--data-dir", self.data_dir]
+        command = [*train, *run.arguments, "--out", str(folder), "--data-dir", self.data_dir]
+        if run.base is not None and (checkpoint := self.folder(run.base) / "stage-1.pt").exists():
+            command += ["--stage1", str(checkpoint)]
+        return command
+
+    def start(self, run: Run) -> subprocess.Popen[bytes]:
+        self.runs.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}  # a line a minute
+        with (self.runs / f"{run.name}.log").open("ab") as log:
+            # a session of its own: Ctrl-C reaches this process alone, which passes on one request to stop
+            return subprocess.Popen(self.command(run), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def collect(self, run: Run) -> dict[str, Any]:
+        """Write the result of a finished run."""
+        folder = self.folder(run)
+        summary = json.loads((folder / "summary.json").read_text())
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        curves = {name: [_value(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+        result = {
+            "data": run.data,
+            "imbalance": run.imbalance,
+            "method": run.method,
+            "seed": run.seed,
+            "epochs_scale": run.epochs_scale,
+            "arguments": run.arguments,
+            "settings": {name: value for name, value in summary["config"].items() if name not in PLACES},
+            "phases": summary["phases"],
+            "machine": machine(),
+            "code": content_hash([ROOT / "train.py", *(ROOT / "gclkern").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]),
+            "class_counts": summary["class_counts"],
+            "groups": summary["groups"],
+            "reports": summary["reports"],
+            "curves": curves,
+        }
+        self.results.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+        write_text(self.result(run), "{\n" + lines + "\n}\n")
+        return result
+
+
+def _value(text: str) -> Any:
+    """A cell of metrics.csv: a number, a word, or None where it is empty."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text or None
+
+
+def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> list[Run]:
+    """Run what is not finished, `jobs` at a time, until it is or a signal or the clock says stop; returns the runs that failed."""
+    began = time.monotonic()
+    pending = [run for run in runs if not bench.result(run).exists()]
+    print(f"{len(runs) - len(pending)} of {len(runs)} runs are finished", flush=True)
+    running: dict[Run, subprocess.Popen[bytes]] = {}
+    failed: list[Run] = []
+    asked: float | None = None  # when the runs were asked to stop
+    with stop_requests() as stop:
+        while running or (pending and asked is None):
+            now = time.monotonic()
+            if asked is None and (stop or now - began >= seconds):
+                asked = now
+                for process in running.values():
+                    process.terminate()
+            for run, process in list(running.items()):
+                if asked is not None and now - asked >= GRACE:
+                    process.kill()
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if (bench.folder(run) / "summary.json").exists():
+                    top1 = list(bench.collect(run)["reports"].values())[-1]["top1"]
+                    print(f"{now - began:7.0f} s  {run.name}: top-1 {100 * top1:.2f}", flush=True)
+                elif asked is None:
+                    failed.append(run)
+                    print(f"{now - began:7.0f} s  {run.name}: failed, see {bench.runs / run.name}.log", flush=True)
+            for run in list(pending) if asked is None else ():
+                if run.base in failed:
+                    failed.append(run)
+                    pending.remove(run)
+                elif len(running) < jobs and run.base not in running and run.base not in pending:
+                    pending.remove(run)
+                    running[run] = bench.start(run)
+            time.sleep(0.1)
+    done = sum(bench.result(run).exists() for run in runs)
+    print(f"{done} of {len(runs)} runs are finished" + ("" if done + len(failed) == len(runs) else "; the same command goes on"), flush=True)
+    return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    default = "papers" if torch.cuda.is_available() else "cpu"
+    add("table", nargs="?", default=default, choices=list(TABLES), help=f"{', '.join(TABLES)} (default papers on a GPU, else cpu)")
+    add("--data", nargs="+", metavar="NAME", help="data sets in place of the table's")
+    add("--imbalance", nargs="+", type=number(float, 1), metavar="FACTOR", help="imbalance factors in place of the table's")
+    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=f"methods in place of the table's, of {', '.join(METHODS)}")
+    add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="seeds in place of the table's")
+    add("--epochs-scale", type=number(float, 0), metavar="FACTOR", help="share of the published epochs in place of the table's")
+    add("--data-dir", default="data", help="folder of the data sets' files (default data)")
+    add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1)")
+    add("--seconds", type=number(float, 0), default=float("inf"), help="stop after so long, with checkpoints (default never)")
+    add("--runs", type=Path, default=ROOT / "runs" / "accuracy", help="folder of the runs' folders (default runs/accuracy)")
+    add("--results", type=Path, default=ACCURACY, help="folder of the results (default benchmarks/results/accuracy)")
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) for name in ("data", "imbalance", "methods", "seeds", "epochs_scale") if getattr(args, name) is not None}
+    table = replace(TABLES[args.table], **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    bench = Bench(args.runs, args.results, args.data_dir, threads=max(1, (os.cpu_count() or 1) // args.jobs))
+    failed = run_all(bench, runs_of(table), jobs=args.jobs, seconds=args.seconds)
+    if failed:
+        sys.exit(f"failed: {', '.join(run.name for run in failed)}")
+
+
+if __name__ == "__main__":
+    main()
