@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gclkern.clouds import cloud_sizes
 from gclkern.engine import Network, TrainingStep, build_head, derive_seed, mixup, step_batches
 from gclkern.losses import LinearGCLLoss
 from gclkern.methods import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan
@@ -51,6 +52,28 @@ def test_dro_lt_on_cifar_is_the_released_recipe() -> None:
 def test_given_settings_replace_published_ones() -> None:
     first, second = plan("gcl", None, "cifar10-lt", COUNTS, stage1={"epochs": 7, "mixup": 0.0}, stage2={"sampler": "class-balanced"})
     assert (first.epochs, first.mixup, second.mixup, second.sampler) == (7, 0.0, 0.0, "class-balanced")
+
+
+def test_every_phase_is_shortened_by_one_factor() -> None:
+    phases = plan("dro-lt", "gcl", "cifar10-lt", COUNTS, epochs_scale=0.1)
+    assert [phase.epochs for phase in phases] == [20, 8, 2, 3]
+    assert phases[0].schedule.warmup == 1
+    assert phases[0].schedule.rate(0.1, 0, 20) == phases[0].schedule.rate(0.1, 15, 20) == 0.1  # a warm-up of one epoch is none
+    assert [phase.epochs for phase in plan("ce", "tau-norm", "cifar10-lt", COUNTS, epochs_scale=1e-9)] == [1, 0]
+    assert plan("gcl", None, "cifar10-lt", COUNTS, epochs_scale=1.0) == plan("gcl", None, "cifar10-lt", COUNTS)
+    assert plan("gcl", None, "cifar10-lt", COUNTS, epochs_scale=0.1, stage1={"epochs": 7})[0].epochs == 7
+
+
+@pytest.mark.parametrize(("cloud", "exponent"), [("log", None), ("cosine", None), ("power-1/3", 1 / 3), ("power-1/4", 1 / 4)])
+def test_clouds_are_the_same_in_both_stages(cloud: str, exponent: float | None) -> None:
+    expected = cloud_sizes(COUNTS, cloud.split("-")[0], exponent)
+    for phase in plan("gcl", None, "cifar10-lt", COUNTS, cloud=cloud):
+        torch.testing.assert_close(build_loss(phase, COUNTS).cloud, 0.5 * expected)
+
+
+def test_a_cloud_without_clouds_is_refused() -> None:
+    with pytest.raises(ValueError, match="the method ce has no clouds"):
+        plan("ce", None, "cifar10-lt", COUNTS, cloud="cosine")
 
 
 @pytest.mark.parametrize("retrain", ["none", "ncm", "tau-norm"])

@@ -80,6 +80,8 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
     (["--out", "README.md"], "README.md"),
+    (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
+    (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip
 def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process, which has everything imported already."""
@@ -94,6 +96,19 @@ def test_a_run_keeps_its_arguments(run: tuple[Path, str]) -> None:
     assert "--lr: the run was started with None, now it is 0.3" in train("--resume", run[0], "--lr", "0.3", fails=True)
     assert "already holds a run" in train("--out", run[0], fails=True)
     assert "holds a finished network" in train("--resume", run[0] / "stage-1.pt", fails=True)
+
+
+def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path) -> None:
+    """A run on a finished stage 1 ends as one that trained it, bit by bit; a stage 1 of other settings is refused."""
+    options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--stage1", run[0] / "stage-1.pt"]
+    train(*options, "--out", tmp_path / "run")
+    expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (run[0], tmp_path / "run"))
+    assert found["reports"] == {"stage-2": expected["reports"]["stage-2"]}
+    assert [phase["name"] for phase in found["phases"]] == ["baseline", "stage-1", "stage-2"]
+    message = train(*options, "--seed", "1", "--out", tmp_path / "other", fails=True)
+    assert "stage-1.pt was trained with --seed 0, this run has 1" in message
+    options[-1] = run[0] / "last.pt"
+    assert "give stage-1.pt of a finished run" in train(*options, "--out", tmp_path / "other", fails=True)
 
 
 def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path) -> None:
