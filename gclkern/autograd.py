@@ -13,7 +13,7 @@ from torch import Tensor
 from gclkern.kernels.terms import LossTerms
 
 # LossTerms opens with its tensors: those travel through save_for_backward, the plain values through the context.
-_TENSORS = LossTerms._fields.index("scale")
+TENSOR_TERMS = LossTerms._fields.index("scale")
 
 
 def _operator(name: str, backend: str) -> Any:
@@ -21,7 +21,7 @@ def _operator(name: str, backend: str) -> Any:
 
 
 def _terms_of(ctx: Any, saved: tuple[Any, ...]) -> LossTerms:
-    return LossTerms(*saved[-_TENSORS:], *ctx.plain_terms)
+    return LossTerms(*saved[-TENSOR_TERMS:], *ctx.plain_terms)
 
 
 def _term_gradients(grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -35,8 +35,8 @@ class LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, cosine: Tensor, backend: str, *terms: Any) -> Tensor:
         with torch.autocast(cosine.device.type, enabled=False):
             loss, row_stats, denominator = _operator("logit_forward", backend)(cosine, *terms)
-        ctx.save_for_backward(cosine, row_stats, denominator, *terms[:_TENSORS])
-        ctx.plain_terms = terms[_TENSORS:]
+        ctx.save_for_backward(cosine, row_stats, denominator, *terms[:TENSOR_TERMS])
+        ctx.plain_terms = terms[TENSOR_TERMS:]
         ctx.backend = backend
         return loss
 
@@ -57,14 +57,14 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, for_backward: bool, backend: str, *terms: Any) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             loss, saved = _operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
-        ctx.save_for_backward(features, linear_weight, *saved, *terms[:_TENSORS])
-        ctx.plain_terms = terms[_TENSORS:]
+        ctx.save_for_backward(features, linear_weight, *saved, *terms[:TENSOR_TERMS])
+        ctx.plain_terms = terms[TENSOR_TERMS:]
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        features, linear_weight, *saved = ctx.saved_tensors[:-_TENSORS]
+        features, linear_weight, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
         terms = _terms_of(ctx, ctx.saved_tensors)
         wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[6 + LossTerms._fields.index("bias")])
         with torch.autocast(features.device.type, enabled=False):

@@ -17,7 +17,7 @@ from gclkern.backend import resolve_backend
 from gclkern.centroids import class_centroids
 from gclkern.dro import dro_lt_loss
 from gclkern.plans import resolve_plan
-from gclkern.validation import check_matrix, check_same_device, loss_terms
+from gclkern.validation import check_head, check_matrix, loss_terms
 
 __all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy"]
 
@@ -169,20 +169,7 @@ def linear_gcl_cross_entropy(
         >>> features.grad.shape, classifier.weight.grad.shape
         (torch.Size([8, 16]), torch.Size([100, 16]))
     """
-    check_matrix("features", features)
-    check_matrix("linear_weight", linear_weight)
-    check_same_device("linear_weight", linear_weight, "features", features)
-    if features.shape[1] != linear_weight.shape[1]:
-        raise ValueError(
-            f"linear_weight must have shape (classes, {features.shape[1]}) to match features of shape {tuple(features.shape)}, got {tuple(linear_weight.shape)}"
-        )
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {normalize!r}")
-    device_type = features.device.type
-    if torch.is_autocast_enabled(device_type) and features.dtype != torch.float64:
-        features = features.to(torch.get_autocast_dtype(device_type))
-    if features.dtype != linear_weight.dtype and (features.dtype.itemsize != 2 or linear_weight.dtype != torch.float32):
-        raise TypeError(f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights")
+    features = check_head(features, linear_weight, normalize=normalize)
     terms = loss_terms(
         "features", features, linear_weight.shape[0], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam,
         gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed,

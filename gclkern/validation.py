@@ -52,8 +52,8 @@ def check_same_device(name: str, value: Tensor, reference_name: str, reference: 
         raise ValueError(f"{name} is on {value.device} but {reference_name} is on {reference.device}; move one of them")
 
 
-def check_target(name: str, target: object, rows: int, num_classes: int, ignore_index: int | None, reference_name: str, reference: Tensor) -> Tensor:
-    """Labels (N,) int64; where their values may be read, each is a class or `ignore_index`."""
+def check_labels(name: str, target: object, rows: int, reference_name: str, reference: Tensor) -> Tensor:
+    """Labels (N,) int64, of whatever values."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor of class labels, got {type(target).__name__}")
     if target.dtype != torch.int64:
@@ -61,6 +61,12 @@ def check_target(name: str, target: object, rows: int, num_classes: int, ignore_
     if target.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), one label for each row of {reference_name}, got {tuple(target.shape)}")
     check_same_device(name, target, reference_name, reference)
+    return target
+
+
+def check_target(name: str, target: object, rows: int, num_classes: int, ignore_index: int | None, reference_name: str, reference: Tensor) -> Tensor:
+    """Labels (N,) int64; where their values may be read, each is a class or `ignore_index`."""
+    target = check_labels(name, target, rows, reference_name, reference)
     if values_may_be_read(target):
         wrong = (target < 0) | (target >= num_classes)
         if ignore_index is not None:
@@ -125,6 +131,25 @@ def check_offset(name: str, value: object, extent: int, limit: int) -> int:
     if not 0 <= value <= limit - extent:
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")
     return value  # type: ignore[return-value]
+
+
+def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> Tensor:
+    """The features (N, D) of a head with weights (C, D), in autocast's dtype where that is on."""
+    check_matrix("features", features)
+    check_matrix("linear_weight", linear_weight)
+    check_same_device("linear_weight", linear_weight, "features", features)
+    if features.shape[1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"linear_weight must have shape (classes, {features.shape[1]}) to match features of shape {tuple(features.shape)}, got {tuple(linear_weight.shape)}"
+        )
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+    device_type = features.device.type
+    if torch.is_autocast_enabled(device_type) and features.dtype != torch.float64:
+        features = features.to(torch.get_autocast_dtype(device_type))
+    if features.dtype != linear_weight.dtype and (features.dtype.itemsize != 2 or linear_weight.dtype != torch.float32):
+        raise TypeError(f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights")
+    return features
 
 
 def loss_terms(

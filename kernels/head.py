@@ -11,7 +11,7 @@ Backward writes the gradient of one chunk at a time, rounded for the products, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from .products import (
 )
 from .row_loss import ROW_STATS, finish_rows
 from .runtime import on_device
-from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
+from .terms import LOSS_TERMS_SCHEMA, ClassShards, LossTerms, refuse_second_derivative
 
 # A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
 PANEL_ELEMENTS = 2**24
@@ -65,15 +65,13 @@ def _chunks(terms: LossTerms, num_classes: int, size: int) -> Iterator[tuple[sli
         yield part, terms._replace(cloud=cloud, margin=margin, bias=bias, weight=weight, class_offset=terms.class_offset + start)
 
 
-@torch.library.custom_op(
-    "gclkern::head_forward",
-    mutates_args=(),
-    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
-)
-def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, row scales, cosines ("materialised")."""
-    *fields, normalize, plan, _ = args
-    terms = LossTerms(*fields)
+def run_forward(
+    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, shards: ClassShards | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, row scales, cosines ("materialised").
+
+    `shards` are the classes that other ranks hold.
+    """
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     with on_device(features):
         unit, inverse_norm = unit_features(features, terms, normalize=normalize)
@@ -101,10 +99,25 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
                 here = cosine[:, : part.stop - part.start]
                 cosine_product(unit, weight, inverse, here)
                 row_stats(here, chunk, part.start, statistics, resume=resume, padded=True)
+        if shards is not None:
+            peak, rest, blend, owns = shards.merge(*statistics, [own] if own_b is None else [own, own_b], terms.scale)
+            statistics = (peak, rest, blend)
+            own, own_b = owns[0], None if own_b is None else owns[1]
+            num_classes, terms = shards.num_classes, shards.terms
         loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)
         kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
         kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
         return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, row_scale, kept_cosine]
+
+
+@torch.library.custom_op(
+    "gclkern::head_forward",
+    mutates_args=(),
+    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
+)
+def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *fields, normalize, plan, _ = args
+    return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan)
 
 
 @head_forward.register_fake
@@ -128,18 +141,11 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     ]
 
 
-@torch.library.custom_op(
-    "gclkern::head_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
-        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def run_backward(
+    grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
+    features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
-    *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
-    terms = LossTerms(*fields)
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
     stats, denominator, unit, inverse_norm, inverse_norm_weight, row_scale, cosine = saved
     with on_device(features):
@@ -152,6 +158,7 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
         grad_bias = features.new_empty(num_classes if bias_grad else 0, dtype=torch.float32)
         splits = feature_gradient_splits(num_rows, dim, gradient.dtype)
         partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
+        summed: Callable[[], Tensor] | None = None
         row_sum = features.new_zeros(num_rows, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
             scale = row_scale[part] if row_scale.numel() > 0 else None
@@ -172,12 +179,31 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
                 grad_bias[part] = bias_sum
             if features_grad:
                 add_feature_gradient(here, weight, partial, resume=part.start > 0)
+                if shards is not None and part.stop == num_classes:
+                    # other ranks' shares arrive while the last chunk's weight gradient is computed
+                    found = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, torch.float32)
+                    summed = shards.scatter(found)
             if weight_grad:
                 weight_gradient(here, unit, linear_weight[part], class_sum, inverse, scale, grad_weight[part])
         grad_features = features.new_empty(0)
-        if features_grad:
+        if summed is not None:
+            grad_features = summed().to(features.dtype)
+        elif features_grad:
             grad_features = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, features.dtype)
         return grad_features, grad_weight, grad_bias
+
+
+@torch.library.custom_op(
+    "gclkern::head_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
+        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
+    return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*fields), normalize, plan, features_grad, weight_grad, bias_grad)
 
 
 @head_backward.register_fake

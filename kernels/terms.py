@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -36,6 +37,28 @@ LOSS_TERMS_SCHEMA = (
     "Tensor target, Tensor? target_b, Tensor? lam, Tensor? cloud, Tensor? margin, Tensor? bias, Tensor? weight, Tensor? seed, "
     "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction"
 )
+
+
+class ClassShards(Protocol):
+    """The classes of other ranks, for a head that holds only some: what a walk over its own classes needs of theirs."""
+
+    terms: LossTerms  # of all classes; the walk's own have the labels and the class vectors of the classes it holds
+    num_classes: int  # of all ranks
+
+    def merge(
+        self,
+        peak: Tensor,  # (splits, N)
+        rest: Tensor,  # (splits, N), sums of exp(factor * (logit - peak))
+        blend: Tensor | None,  # (splits, N)
+        own: list[Tensor],  # (N,) of each target: what its owner found, anything elsewhere
+        factor: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """The statistics (1, N) of all ranks' classes, and the targets' values from their owners."""
+        ...
+
+    def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
+        """Start to add up all ranks' gradients of the features (N, D); the result, when called, is the sum's rows of this rank."""
+        ...
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:

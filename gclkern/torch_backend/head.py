@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
+from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, ClassShards, LossTerms, refuse_second_derivative
 from gclkern.torch_backend.rows import (
     ROW_STATS,
     RowGradients,
     RowSums,
     disturb_,
     finish_rows,
+    finite_peak,
     gradient_,
     kept_rows,
     noise_scratch,
@@ -193,9 +194,10 @@ def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, 
     return None if raw is None else torch.mv(raw.t(), upstream)
 
 
-def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, normalize, plan, for_backward = args
-    terms = LossTerms(*some)
+def run_forward(
+    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, shards: ClassShards | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and what backward needs; `shards` are the classes that other ranks hold."""
     head = _Head(features, linear_weight, terms, normalize, plan)
     feature_inverse = _feature_inverse(head.features, terms, normalize)
     unit = _times_rows(head.features, feature_inverse)
@@ -208,13 +210,18 @@ def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[
         head.multiply(unit, chunk, matrix, class_inverse, normalize)
         for rows, block in head.blocks(matrix, chunk, class_inverse, raw):
             sums.add_(block, rows, chunk)
-    losses, stats = finish_rows(sums, head.num_classes)
-    loss, denominator = reduce_rows(losses, terms)
+    local_peak = sums.peak
+    if shards is not None:
+        sums = sums.merged(shards)
+    losses, stats = finish_rows(sums, head.num_classes if shards is None else shards.num_classes)
+    loss, denominator = reduce_rows(losses, sums.terms)
     if not for_backward:
         return loss, []
     if plan != "materialised":
         return loss, [torch.stack(stats), feature_inverse, class_inverse, denominator, head.empty(0)]
     stats = stats.times(terms.scale)
+    if shards is not None:  # the panel holds exponentials over the peaks of the classes that are here
+        stats = stats._replace(slope=stats.slope * torch.exp(finite_peak(local_peak) - finite_peak(sums.peak)))
     gradient = panel.view(head.num_rows, head.num_classes)
     everything = slice(0, head.num_classes)
     for rows in row_blocks(head.num_rows, head.num_classes, head.device):
@@ -227,9 +234,11 @@ def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[
     return loss, [gradient, feature_inverse, class_inverse, denominator, along]
 
 
-def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *some, normalize, plan, features_grad, weight_grad, bias_grad = args
-    terms = LossTerms(*some)
+def run_backward(
+    grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
+    features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
     head = _Head(features, linear_weight, terms, normalize, plan)
     kept_matrix, feature_inverse, class_inverse, denominator, kept_along = saved
     upstream = row_upstream(grad_loss, denominator, terms, head.dtype)
@@ -263,7 +272,19 @@ def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, s
     if features_grad:
         del weights, unit  # their room serves what follows
         _project_rows_(products, head.features, feature_inverse, upstream, normalize)
+        if shards is not None:
+            products = shards.scatter(products)()
     return products.to(features.dtype), grad_weight, grad_bias
+
+
+def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *some, normalize, plan, for_backward = args
+    return run_forward(features, linear_weight, LossTerms(*some), normalize, plan, for_backward)
+
+
+def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *some, normalize, plan, features_grad, weight_grad, bias_grad = args
+    return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*some), normalize, plan, features_grad, weight_grad, bias_grad)
 
 
 head_forward = torch.library.custom_op(

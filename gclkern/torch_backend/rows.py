@@ -14,6 +14,7 @@ Rows are kept apart by selection, never by multiplication with 0, so that a NaN 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import LossTerms
+from gclkern.kernels.terms import ClassShards, LossTerms
 from gclkern.noise import fill_noise
 
 # Logits of a block, for each thread of a CPU: with their noise 2 MB in float32, so that a block stays in the cache while torch's operators, which give a
@@ -130,6 +131,16 @@ class RowSums:
         block.sub_(anchor.unsqueeze(1)).exp_()
         self.rest[rows] = self.rest[rows] * torch.exp(before - anchor) + block.sum(1)
         self.peak[rows] = peak
+
+    def merged(self, shards: ClassShards) -> RowSums:
+        """The sums over the classes of all ranks."""
+        whole = copy.copy(self)
+        whole.terms = shards.terms
+        peak, rest, blend, own = shards.merge(self.peak[None], self.rest[None], self.blend[None], self.values, 1.0)
+        whole.peak, whole.rest, whole.blend = peak[0], rest[0], self.blend if blend is None else blend[0]
+        known = [(labels >= 0) & (labels < shards.num_classes) for labels in row_targets(shards.terms)]
+        whole.values = [value.masked_fill(~there, math.nan) for value, there in zip(own, known, strict=True)]
+        return whole
 
 
 def finite_peak(peak: Tensor) -> Tensor:

@@ -1,0 +1,267 @@
+"""The loss of a classifier whose classes are spread over the ranks of a process group.
+
+Rank r holds the weights of a range of classes and the features of its own samples. A step then is
+
+    features of all ranks gathered   (N, D)
+    each rank: products with its classes, noise, and the softmax statistics of its logits: peak_i, rest_i = sum_j exp(z_ij - peak_i)
+    peaks: maximum over the ranks; rests, rescaled to it, and the targets' cosines: sum over the ranks
+    every rank: the same losses (N,); then the gradient of its logits, its weights and, partly, of all features
+    feature gradients summed over the ranks, each of which keeps its own rows
+
+so between ranks travel 2 N D numbers and a few for each sample, whatever the number of classes. Noise is keyed on the global sample and class: the loss and all
+gradients are those of one process that holds everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gclkern.autograd import TENSOR_TERMS
+from gclkern.backend import resolve_backend
+from gclkern.distributed.ranks import Ranks
+from gclkern.distributed.shards import Shards, agree
+from gclkern.kernels.terms import LossTerms
+from gclkern.noise import resolve_seed
+from gclkern.plans import resolve_plan
+from gclkern.validation import check_head, check_labels, loss_terms
+
+# Labels that no rank takes for a class of its own.
+_IGNORED, _ELSEWHERE = -1, -(2**30)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of the sharded loss is, beside its tensors."""
+
+    ranks: Ranks
+    shards: Shards
+    normalize: bool
+    plan: str
+    backend: str
+    for_backward: bool
+    averaged_gradients: bool
+
+
+class _OtherClasses:
+    """The classes of other ranks (gclkern.kernels.terms.ClassShards)."""
+
+    def __init__(self, call: _Call, terms: LossTerms) -> None:
+        self.call, self.terms, self.num_classes = call, terms, call.shards.num_classes
+
+    def merge(self, peak: Tensor, rest: Tensor, blend: Tensor | None, own: list[Tensor], factor: float) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+        ranks, mine = self.call.ranks, self.call.shards.mine
+        targets = [self.terms.target] if self.terms.target_b is None else [self.terms.target, self.terms.target_b]
+        held = [(target >= mine.start) & (target < mine.stop) for target in targets]
+        top = ranks.max_(peak.amax(0), "reducing the largest logits")
+        anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row without a class beside its targets: -inf minus -inf is NaN
+        parts = [(rest * torch.exp(factor * (peak - anchor))).sum(0)]
+        parts += [torch.where(here, value, 0.0) for here, value in zip(held, own, strict=True)]
+        if blend is not None:
+            parts.append(blend.sum(0))
+        sums = ranks.sum_(torch.stack(parts), "reducing the softmax sums")
+        return top[None], sums[:1], None if blend is None else sums[-1:], list(sums[1 : 1 + len(own)])
+
+    def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
+        if self.call.averaged_gradients:
+            gradient = gradient * self.call.ranks.world
+        return self.call.ranks.start_scatter(gradient, "reducing the gradients of the features")
+
+
+def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
+    """The terms as the walk over this rank's classes sees them."""
+
+    def local(target: Tensor | None) -> Tensor | None:
+        if target is None:
+            return None
+        here = torch.where((target >= mine.start) & (target < mine.stop), target - mine.start, _ELSEWHERE)
+        return torch.where(target == terms.ignore_index, _IGNORED, here)
+
+    cloud, margin, bias, weight = (None if vector is None else vector[mine] for vector in (terms.cloud, terms.margin, terms.bias, terms.weight))
+    target = local(terms.target)
+    assert target is not None
+    return terms._replace(
+        target=target, target_b=local(terms.target_b), cloud=cloud, margin=margin, bias=bias, weight=weight, ignore_index=_IGNORED,
+        class_offset=terms.class_offset + mine.start,
+    )  # fmt: skip
+
+
+class ShardedHeadLoss(torch.autograd.Function):
+    """The collective twin of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, call: _Call, *terms: Any) -> Tensor:
+        whole = call.ranks.gather_rows(features, "gathering the features")
+        everything = LossTerms(*terms)
+        local = _local_terms(everything, call.shards.mine)
+        with torch.autocast(features.device.type, enabled=False):
+            if call.backend == "triton":
+                from gclkern.kernels import head as kernels
+
+                loss, saved = kernels.run_forward(whole, linear_weight, local, call.normalize, call.plan, _OtherClasses(call, everything))
+            else:
+                from gclkern.torch_backend import head as operators
+
+                loss, saved = operators.run_forward(
+                    whole, linear_weight, local, call.normalize, call.plan, call.for_backward, _OtherClasses(call, everything)
+                )  # fmt: skip
+        if not call.for_backward:
+            saved = []
+        ctx.save_for_backward(whole, linear_weight, *saved, *local[:TENSOR_TERMS])
+        ctx.plain_terms = local[TENSOR_TERMS:]
+        ctx.call, ctx.rows = call, features.shape[0]
+        if local.reduction == "none":
+            loss = loss[call.ranks.rank * ctx.rows : (call.ranks.rank + 1) * ctx.rows].clone()
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        features, linear_weight, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
+        local = LossTerms(*ctx.saved_tensors[-TENSOR_TERMS:], *ctx.plain_terms)
+        place = 3 + LossTerms._fields.index("bias")
+        features_grad, weight_grad, bias_grad = (ctx.needs_input_grad[index] for index in (0, 1, place))
+        if local.reduction == "none":
+            grad_loss = call.ranks.gather_rows(grad_loss, "gathering the gradients of the losses")
+        others = _OtherClasses(call, local)
+        with torch.autocast(features.device.type, enabled=False):
+            if call.backend == "triton":
+                from gclkern.kernels import head as kernels
+
+                run_backward = kernels.run_backward
+            else:
+                from gclkern.torch_backend import head as operators
+
+                run_backward = operators.run_backward
+            grads = run_backward(
+                grad_loss, features, linear_weight, saved, local, call.normalize, call.plan, features_grad, weight_grad, bias_grad, others
+            )  # fmt: skip
+        grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, (features_grad, weight_grad, bias_grad), strict=True))
+        if grad_bias is not None:
+            grad_bias = call.ranks.gather_parts(grad_bias, call.shards.sizes, "gathering the gradient of the bias")
+        return (grad_features, grad_weight, None, *(grad_bias if field == "bias" else None for field in LossTerms._fields))
+
+
+def _local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """A DTensor's own rows and the group that shares it; a plain tensor as it is."""
+    if not hasattr(linear_weight, "placements"):
+        return linear_weight, group
+    dims = [dim for dim, placement in enumerate(linear_weight.placements) if placement.is_shard(0)]
+    others = [placement for placement in linear_weight.placements if not (placement.is_shard(0) or placement.is_replicate())]
+    if len(dims) != 1 or others:
+        raise ValueError(f"linear_weight is a DTensor placed {linear_weight.placements}; its classes must be sharded, Shard(0), over one mesh dimension")
+    return linear_weight.to_local(), linear_weight.device_mesh.get_group(dims[0])  # type: ignore[attr-defined]
+
+
+@torch.compiler.disable
+def sharded_linear_gcl_cross_entropy(
+    features: Tensor,  # (n, D)
+    linear_weight: Tensor,  # (classes of this rank, D)
+    target: Tensor,  # (n,)
+    cloud: Tensor | None = None,  # (C,)
+    *,
+    group: dist.ProcessGroup | None = None,
+    averaged_gradients: bool = False,
+    normalize: bool = True,
+    plan: str = "auto",
+    scale: float = 30.0,
+    margin: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    gamma: float = 0.0,
+    focal_detach: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    seed: Tensor | int | None = None,
+    row_offset: int = 0,
+    class_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    r""":func:`gclkern.functional.linear_gcl_cross_entropy` with the classes spread over the ranks of a process group; a collective call.
+
+    Each rank passes its own samples and the weights of its own classes: ranges that follow each other in the order of the ranks, of any sizes. Everything that
+    belongs to a class or counts classes is that of ALL classes, the same on every rank: `cloud`, `margin`, `bias` and `weight` are (C,), labels are in [0, C).
+    With every rank's samples in the order of the ranks, loss and gradients are those of one process, to rounding.
+
+    Args:
+        features: this rank's samples (n, D), as many on every rank.
+        linear_weight: the rows of this rank's classes, or a DTensor (C, D) whose rows are sharded over one dimension of its mesh, which then is the group.
+        target: labels of this rank's samples (n,), int64.
+        group: the ranks that share the classes; None is the default group. Without torch.distributed one process holds all classes.
+        averaged_gradients: False returns the gradient of the loss. True multiplies that of `features` by the number of ranks, for a backbone whose wrapper
+            averages gradients over these ranks where they should be added up: DistributedDataParallel and FSDP do. The gradients of `linear_weight` and
+            `bias` are complete on every rank either way and need no averaging.
+        seed: as in the functional API; the ranks share the first one's. `row_offset` is the index of the first rank's first sample.
+        class_offset: index of the first rank's first class.
+        target_b, lam: this rank's, as `target`; lam is a number, () or (n,), of the same form on every rank.
+        cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, ignore_index, reduction, backend: as in
+            :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
+
+    Returns:
+        The loss of all ranks' samples, () and the same on every rank, for "mean" and "sum"; those of this rank's samples (n,) for "none". Backward is a
+        collective call, too, with the same upstream gradient on every rank for "mean" and "sum".
+
+    Raises:
+        ValueError, TypeError: as the functional API, on the rank whose argument is wrong; :class:`ShardError` on the others.
+        ShardError: the ranks do not agree on shapes or options, or one has died: at the latest after the timeout of the process group.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.distributed import ShardedCosineLinear, sharded_linear_gcl_cross_entropy
+        >>> classifier = ShardedCosineLinear(16, 1000)  # this rank's part of it under torchrun, all of it in one process
+        >>> features, target = torch.randn(8, 16, requires_grad=True), torch.randint(1000, (8,))
+        >>> loss = sharded_linear_gcl_cross_entropy(features, classifier.weight, target)
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([8, 16])
+    """
+    linear_weight, group = _local_shard(linear_weight, group)
+    ranks = Ranks(group)
+    problem: Exception | None = None
+    try:
+        features = check_head(features, linear_weight, normalize=normalize)
+        for name, labels in (("target", target), ("target_b", target_b)):
+            if labels is not None:
+                check_labels(name, labels, features.shape[0], "features", features)
+        if isinstance(lam, Tensor) and lam.shape not in ((), features.shape[:1]):
+            raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
+        if cloud is not None:
+            seed = resolve_seed(seed, features.device)
+    except (ValueError, TypeError) as error:
+        problem = error
+    differentiable = (features, linear_weight, *(() if bias is None else (bias,)))
+    for_backward = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable)
+    needs = [for_backward and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
+    present = [value is not None for value in (cloud, margin, bias, weight, target_b)]
+    options = (
+        normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, row_offset, class_offset, backend, averaged_gradients,
+        needs, present, margin if isinstance(margin, (int, float)) else None, lam.dim() if isinstance(lam, Tensor) else lam,
+    )  # fmt: skip
+    shards = agree(ranks, features, linear_weight, options, problem)
+    if ranks.world > 1:
+        if isinstance(seed, Tensor):
+            seed = ranks.first_rank_s_(seed.clone(), "sharing the seed")
+        target = ranks.gather_rows(target, "gathering the labels")
+        target_b = None if target_b is None else ranks.gather_rows(target_b, "gathering the second labels")
+        if isinstance(lam, Tensor):
+            lam = ranks.gather_rows(lam.expand(features.shape[0]), "gathering the mixing shares")
+    whole = features.new_empty((target.shape[0], 0))
+    terms = loss_terms(
+        "features", whole, shards.num_classes, target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam, gamma=gamma,
+        focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset,
+        class_offset=class_offset,
+    )  # fmt: skip
+    chosen = resolve_backend(backend, features)
+    resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
+    call = _Call(ranks, shards, normalize, resolved, chosen, for_backward, averaged_gradients)
+    return ShardedHeadLoss.apply(features, linear_weight, call, *terms)
