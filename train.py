@@ -12,7 +12,6 @@ For example:
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -27,26 +26,14 @@ from torch import Tensor
 from gclkern import DROLTLoss
 from gclkern.checkpoint import CheckpointError, load_checkpoint
 from gclkern.data import DATASETS, CorruptImageError, DataSplits, load_data
-from gclkern.engine import (
-    CapturedStep,
-    Network,
-    Ranks,
-    TrainingStep,
-    derive_seed,
-    epoch_centroids,
-    mixup,
-    number,
-    predict,
-    step_batches,
-    stop_requests,
-    update_average,
-)  # fmt: skip
+from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure, number, stop_requests
 from gclkern.extras import need
 from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
-from gclkern.metrics import Report, evaluate_logits, format_table
+from gclkern.metrics import format_table
 from gclkern.networks import load_network, network_state, prepare
 from gclkern.retrain import retrain_without_gradients
-from gclkern.runs import RunFolder, conclude, new_folder, report_columns
+from gclkern.runs import RunFolder, conclude, new_folder, progress_bar, report_columns
+from gclkern.steps import Trainer, TrainingStep, step_batches
 from gclkern.weights import drw_weights
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,7 +147,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
             print(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
     if args.evaluate:
         assert state is not None
-        report = measure(load_network(state, data, ranks.device, averaged=True), data, args, ranks)
+        report = measure(load_network(state, data, ranks.device, averaged=True), data.test, data, ranks, AMP[args.amp])
         if ranks.rank == 0:
             print(format_table([(state["name"], report)]))
         ranks.close()
@@ -189,7 +176,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
                 phase = phases[index]
                 network = load_network(state, data, ranks.device) if state else prepare(phase, network, data, vars(args), ranks.device)
                 train_phase(job, phase, index, network, state)
-                report = measure(network, data, args, ranks)
+                report = measure(network, data.test, data, ranks, AMP[args.amp])
                 run.reports[phase.name] = report.as_dict()
                 run.save(f"{phase.name}.pt", network_state(vars(args), phase, network))
                 state = None
@@ -233,46 +220,31 @@ def take_stage1(args: argparse.Namespace, data: DataSplits, device: torch.device
     return load_network(state, data, device)
 
 
-def measure(network: Network, data: DataSplits, args: argparse.Namespace, ranks: Ranks) -> Report:
-    return evaluate_logits(predict(network, data.test, ranks, amp=AMP[args.amp])[0], data.test.labels, data.groups, data.num_classes)
-
-
 def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dict[str, Any] | None) -> None:
     """Train the network in place, from its beginning or from a checkpoint."""
     args, ranks, data, run = job.args, job.ranks, job.data, job.run
-    device = ranks.device
     if phase.trains in ("ncm", "tau-norm"):
         retrain_without_gradients(phase.trains, network, data, ranks, args.tau)
         return
     steps = max(1, (phase.epoch_samples or len(data.train)) // phase.batch_size)
+    local = phase.batch_size // ranks.world  # images of this process in a step
     sampler = SAMPLERS[phase.sampler](
         data.train.labels, num_samples=steps * phase.batch_size, seed=derive_seed(args.seed, phase.name, "order"), num_replicas=ranks.world, rank=ranks.rank,
         **phase.sampler_options,
     )  # fmt: skip
-    local = phase.batch_size // ranks.world  # images of this process in a step
-    loss: Any = build_loss(phase, data.class_counts).to(device)
+    loss: Any = build_loss(phase, data.class_counts).to(ranks.device)
     network.scale.fill_(loss.scale)
-    robust = DROLTLoss(data.class_counts).to(device) if phase.robust else None
+    robust = DROLTLoss(data.class_counts).to(ranks.device) if phase.robust else None
     module = TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust)
-    learned = module.learn()
-    possible = device.type == "cuda" and ranks.world == 1 and args.accumulate == 1 and args.amp != "fp16" and not args.compile
-    if args.capture and not possible:
-        raise ValueError("--capture needs a GPU, one process, --accumulate 1, no --amp fp16 and no --compile; leave it out")
-    capture = possible if args.capture is None else args.capture
-    rate = torch.tensor(phase.lr, device=device) if capture else phase.lr  # a captured step reads the rate from the device
-    optimizer = torch.optim.SGD(learned, lr=rate, momentum=0.9, weight_decay=phase.weight_decay, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    average = copy.deepcopy(network) if args.ema else None
-    total, first_epoch, first_step, best = torch.zeros((), dtype=torch.float64, device=device), 0, 0, -1.0
+    trainer = Trainer(
+        module, ranks, weight_decay=phase.weight_decay, mixup=phase.mixup, accumulate=args.accumulate, amp=AMP[args.amp], ema=args.ema,
+        compiled=args.compile, capture=args.capture, channels_last=args.channels_last,
+    )  # fmt: skip
+    total, first_epoch, first_step, best = torch.zeros((), dtype=torch.float64, device=ranks.device), 0, 0, -1.0
     centroids: dict[str, Tensor] = {}
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        if robust is not None:
-            robust.load_state_dict(state["robust"])
-        centroids = {name: value.to(device) for name, value in state["centroids"].items()}
+        trainer.load_state_dict(state)
+        centroids = {name: value.to(ranks.device) for name, value in state["centroids"].items()}
         total.fill_(state["total"])
         first_epoch, first_step, best = state["epoch"], state["step"], state["best"]
 
@@ -280,107 +252,58 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
         """This process's images and labels of an epoch's steps, from `step` on."""
         sampler.set_epoch(epoch, position=step * local)
         return data.train.loader(
-            step_batches(iter(sampler), local), device=device, epoch_seed=derive_seed(args.seed, phase.name, purpose, epoch), train=True,
+            step_batches(iter(sampler), local), device=ranks.device, epoch_seed=derive_seed(args.seed, phase.name, purpose, epoch), train=True,
             position=step * local, num_replicas=ranks.world, rank=ranks.rank,
         )  # fmt: skip
 
-    runnable: Any = torch.nn.parallel.DistributedDataParallel(module) if ranks.world > 1 else module
-    if args.compile:
-        runnable = torch.compile(runnable)
-
-    def forward_backward(row_offset: int, **inputs: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype=AMP[args.amp], enabled=args.amp != "off", cache_enabled=not capture):
-            value = runnable(row_offset=row_offset, **inputs) / args.accumulate
-        scaler.scale(value).backward()
-        return value.detach()
-
-    def whole_step(**inputs: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        value = forward_backward(0, **inputs)
-        optimizer.step()
-        return value
-
-    captured = CapturedStep(whole_step, optimizer) if capture else None
-
-    def save(epoch: int, step: int) -> None:
-        run.save("last.pt", {
-            **network_state(vars(args), phase, network), "kind": "training", "phase": index, "epoch": epoch, "step": step, "best": best,
-            "total": float(ranks.mean(total.clone())), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "average": None if average is None else average.state_dict(), "robust": None if robust is None else robust.state_dict(),
-            "centroids": centroids, "history": run.history, "reports": run.reports,
-        })  # fmt: skip
-
-    evaluate_every = args.eval_every or max(1, phase.epochs // 20)
-    bar = need("tqdm", "the progress bar").tqdm(
-        total=phase.epochs * steps * phase.batch_size, initial=(first_epoch * steps + first_step) * phase.batch_size, desc=phase.name, unit=" img",
-        unit_scale=True, disable=ranks.rank > 0,
-    )  # fmt: skip
     saved = time.monotonic()
-    for epoch in range(first_epoch, phase.epochs):
-        rate = phase.schedule.rate(phase.lr, epoch, phase.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"].to(device).fill_(rate) if capture else rate
-        if phase.drw is not None:
-            loss.weight.copy_(drw_weights(data.class_counts, epoch, round(phase.drw * phase.epochs)))
-        if robust is not None and first_step == 0:
-            centroids = epoch_centroids(network, batches("centroids", epoch, 0), data.num_classes, ranks)
-        module.train()
-        for step, (images, target) in enumerate(batches("training", epoch, first_step), first_step):
-            seed = derive_seed(args.seed, phase.name, epoch, step)
-            torch.manual_seed(seed)  # for layers that draw, such as dropout
-            if captured is None:
-                optimizer.zero_grad()
-            for part in range(args.accumulate):
-                # The draws of a step are dealt out to blocks in turn, so that two processes train as one does that accumulates two parts.
-                block = part * ranks.world + ranks.rank
-                inputs = {"images": images[part :: args.accumulate], "target": target[part :: args.accumulate], **centroids}
-                if phase.mixup:
-                    inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], phase.mixup, seed, block)
-                if args.channels_last:
-                    inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
-                inputs["seed"] = torch.full((), seed, device=device)  # unlike torch.tensor it waits for nothing
-                total += captured(**inputs) if captured else forward_backward(block * len(inputs["target"]), **inputs)
-            if captured is None:
-                scaler.step(optimizer)
-                scaler.update()
-            if average is not None:
-                update_average(average, network, args.ema, epoch * steps + step)
-            bar.update(phase.batch_size)
-            if step + 1 < steps and (ranks.world == 1 or step % 20 == 0):
-                stopping = ranks.any(bool(job.stop))
-                if stopping or ranks.any(time.monotonic() - saved >= args.checkpoint_seconds):
-                    save(epoch, step + 1)
-                    saved = time.monotonic()
-                if stopping:
-                    bar.close()
-                    raise Stopped
-        mean_loss = float(ranks.mean(total)) / steps
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"{phase.name}: the loss of epoch {epoch} is {mean_loss}; train with a lower learning rate, or without --amp fp16")
-        row: dict[str, Any] = {"phase": phase.name, "epoch": epoch + 1, "lr": rate, "loss": mean_loss}
-        if (epoch + 1) % evaluate_every == 0 or epoch + 1 == phase.epochs:
-            shown = network if average is None else average
-            row |= report_columns(measure(shown, data, args, ranks))
-            if data.holdout is not None:
-                held = evaluate_logits(predict(shown, data.holdout, ranks, amp=AMP[args.amp])[0], data.holdout.labels, data.groups, data.num_classes)
-                row["holdout"] = sum(held.groups.values()) / len(held.groups)
-                if row["holdout"] > best:
-                    best = row["holdout"]
-                    run.save("best.pt", network_state(vars(args), phase, shown))
-        run.log(row)
-        bar.set_postfix(loss=f"{mean_loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
-        total.zero_()
-        first_step = 0
+
+    def checkpoint(epoch: int, step: int, *, due: bool = False) -> None:
+        """Write one if it is due by now or a signal asked to stop, and then stop."""
+        nonlocal saved
         stopping = ranks.any(bool(job.stop))
-        if stopping or epoch + 1 == phase.epochs or ranks.any(time.monotonic() - saved >= args.checkpoint_seconds):
-            save(epoch + 1, 0)
+        if stopping or ranks.any(due or time.monotonic() - saved >= args.checkpoint_seconds):
+            run.save("last.pt", {
+                **network_state(vars(args), phase, network), **trainer.state_dict(), "kind": "training", "phase": index, "epoch": epoch, "step": step,
+                "best": best, "total": float(ranks.mean(total.clone())), "centroids": centroids, "history": run.history, "reports": run.reports,
+            })  # fmt: skip
             saved = time.monotonic()
         if stopping:
-            bar.close()
             raise Stopped
-    bar.close()
-    if average is not None:
-        network.load_state_dict(average.state_dict())
+
+    evaluate_every = args.eval_every or max(1, phase.epochs // 20)
+    with progress_bar(phase.name, phase.epochs * steps * phase.batch_size, (first_epoch * steps + first_step) * phase.batch_size, show=ranks.rank == 0) as bar:
+        for epoch in range(first_epoch, phase.epochs):
+            rate = phase.schedule.rate(phase.lr, epoch, phase.epochs)
+            trainer.set_rate(rate)
+            if phase.drw is not None:
+                loss.weight.copy_(drw_weights(data.class_counts, epoch, round(phase.drw * phase.epochs)))
+            if robust is not None and first_step == 0:
+                centroids = epoch_centroids(network, batches("centroids", epoch, 0), data.num_classes, ranks)
+            module.train()
+            for step, (images, target) in enumerate(batches("training", epoch, first_step), first_step):
+                total += trainer.step(images, target, derive_seed(args.seed, phase.name, epoch, step), epoch * steps + step, **centroids)
+                bar.update(phase.batch_size)
+                if step + 1 < steps and (ranks.world == 1 or step % 20 == 0):
+                    checkpoint(epoch, step + 1)
+            mean_loss = float(ranks.mean(total)) / steps
+            if not math.isfinite(mean_loss):
+                raise ValueError(f"{phase.name}: the loss of epoch {epoch + 1} is {mean_loss}; train with a lower learning rate, or without --amp fp16")
+            row: dict[str, Any] = {"phase": phase.name, "epoch": epoch + 1, "lr": rate, "loss": mean_loss}
+            if (epoch + 1) % evaluate_every == 0 or epoch + 1 == phase.epochs:
+                row |= report_columns(measure(trainer.shown, data.test, data, ranks, AMP[args.amp]))
+                if data.holdout is not None:
+                    held = measure(trainer.shown, data.holdout, data, ranks, AMP[args.amp])
+                    row["holdout"] = sum(held.groups.values()) / len(held.groups)
+                    if row["holdout"] > best:
+                        best = row["holdout"]
+                        run.save("best.pt", network_state(vars(args), phase, trainer.shown))
+            run.log(row)
+            bar.set_postfix(loss=f"{mean_loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
+            total.zero_()
+            first_step = 0
+            checkpoint(epoch + 1, 0, due=epoch + 1 == phase.epochs)
+    network.load_state_dict(trainer.shown.state_dict())
 
 
 if __name__ == "__main__":

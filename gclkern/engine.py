@@ -1,4 +1,4 @@
-"""The pieces of a training run: the network, one training step, mixup, seeds, ranks, stopping cleanly, a captured step and prediction.
+"""The pieces of a training run: the network, seeds, ranks, stopping cleanly and prediction.
 
 Whatever is random in a run is a pure function of (seed of the run, phase, epoch, step): the order of the samples, their augmentation, mixup, the noise of the
 loss, dropout. So a checkpoint needs no state of a generator, and a run that is resumed from any step goes on bit by bit as it would have.
@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import math
 import os
-import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gclkern.centroids import ClassCentroids
-from gclkern.data import ImageSet
-from gclkern.dro import DROLTLoss
+from gclkern.data import DataSplits, ImageSet
 from gclkern.layers import CosineLinear, unit_rows
-from gclkern.losses import LinearGCLLoss
+from gclkern.metrics import Report, evaluate_logits
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -91,62 +89,6 @@ class Network(nn.Module):
         return output
 
 
-class TrainingStep(nn.Module):
-    """From images to the loss, as one module: what is compiled, captured or run on several ranks."""
-
-    def __init__(self, network: Network, loss: nn.Module, *, trains: str, robust: DROLTLoss | None = None, robust_weight: float = 0.0) -> None:
-        super().__init__()
-        self.network, self.loss, self.robust = network, loss, robust
-        self.trains, self.robust_weight = trains, robust_weight
-
-    def _learning(self) -> list[nn.Module]:
-        """The modules that learn."""
-        head, backbone = self.network.head, self.network.backbone
-        if self.trains != "last-block":
-            return {"all": [self.network], "backbone": [backbone], "head": [head], "scale": [head]}[self.trains]
-        if not isinstance(getattr(backbone, "layer4", None), nn.Module):
-            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; give --train all")
-        return [backbone.layer4, head]
-
-    def learn(self) -> list[nn.Parameter]:
-        """Set requires_grad as the phase wants it and return what learns. Epsilon of DRO-LT is among it, and so in the group that decays."""
-        self.network.requires_grad_(False)
-        for module in self._learning():
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_((name == "factor") is (self.trains == "scale"))
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def train(self, mode: bool = True) -> TrainingStep:
-        """Parts that do not learn stay in eval mode: their batch normalisation would drift otherwise."""
-        super().train(mode)
-        self.network.eval()
-        for module in self._learning():
-            module.train(mode)
-        return self
-
-    def forward(
-        self,
-        images: Tensor,  # (N, C, H, W)
-        target: Tensor,  # (N,)
-        seed: Tensor,  # ()
-        row_offset: int,
-        target_b: Tensor | None = None,  # (N,)
-        lam: Tensor | None = None,  # ()
-        centroids: Tensor | None = None,  # (C, D)
-        counts: Tensor | None = None,  # (C,)
-    ) -> Tensor:
-        with torch.set_grad_enabled(self.trains not in ("head", "scale") and torch.is_grad_enabled()):
-            features = self.network.backbone(images)
-        mixed = {"target_b": target_b, "lam": lam}
-        if isinstance(self.loss, LinearGCLLoss):
-            loss = self.loss(features, self.network.head.weight, target, seed=seed, row_offset=row_offset, **mixed)
-        else:
-            loss = self.loss(self.network.classify(features), target, **mixed)
-        if self.robust is not None:
-            loss = loss + self.robust_weight * self.robust(features, target, centroids, counts)
-        return loss  # type: ignore[no-any-return]
-
-
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """A type for argparse: an int or a finite float in [low, high]."""
 
@@ -161,75 +103,6 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         return value
 
     return parse
-
-
-def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed images, their second targets and the share of the first (Zhang et al., ICLR 2018), a pure function of the seed and the block of the batch.
-
-    The share is one number for the whole batch, Beta(alpha, alpha), as in the releases of MiSLAS and GCL, so all blocks of a seed have the same.
-    """
-    share = random.Random(seed).betavariate(alpha, alpha)
-    order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(derive_seed(seed, block)))
-    if images.device.type == "cuda":
-        order = order.pin_memory()  # else the copy would wait for the device
-    order = order.to(images.device, non_blocking=True)
-    return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.full((), share, device=images.device)
-
-
-def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
-    """Batches of `size` indices; fewer at the end are left out."""
-    batch: list[int] = []
-    for index in order:
-        batch.append(index)
-        if len(batch) == size:
-            yield batch
-            batch = []
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move an exponential average of the weights; it begins with a shorter memory, (1 + step) / (10 + step), to forget the initial weights."""
-    decay = min(decay, (1 + step) / (10 + step))
-    kept, new = average.state_dict().values(), network.state_dict().values()
-    moving = [(old, value) for old, value in zip(kept, new, strict=True) if old.is_floating_point()]
-    torch._foreach_lerp_([old for old, _ in moving], [value for _, value in moving], 1 - decay)
-    for old, value in zip(kept, new, strict=True):
-        if not old.is_floating_point():
-            old.copy_(value)
-
-
-class CapturedStep:
-    """Forward, backward and optimizer step as one CUDA graph: small networks are bound by the launch of their kernels, not by the kernels.
-
-    The first calls run as they are, on a side stream, and are ordinary training steps; the next one captures. Shapes stay the same from call to call.
-    """
-
-    def __init__(self, run: Any, optimizer: torch.optim.Optimizer, warmup: int = 3) -> None:
-        self.run, self.optimizer, self.warmup = run, optimizer, warmup
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: dict[str, Tensor] = {}
-        self.loss: Tensor
-
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls <= self.warmup:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                loss: Tensor = self.run(**inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return loss
-        if self.graph is None:
-            self.inputs = {name: value.clone() for name, value in inputs.items()}
-            self.optimizer.zero_grad(set_to_none=True)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loss = self.run(**self.inputs)
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
-        self.graph.replay()
-        return self.loss.clone()
 
 
 class Ranks:
@@ -333,3 +206,8 @@ def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], n
     for images, target in loader:
         means.update(network.backbone(images).float(), target)
     return dict(zip(("centroids", "counts"), means.compute(), strict=True))
+
+
+def measure(network: Network, images: ImageSet, data: DataSplits, ranks: Ranks, amp: torch.dtype | None = None) -> Report:
+    """The report of a network on a part of the data."""
+    return evaluate_logits(predict(network, images, ranks, amp=amp)[0], images.labels, data.groups, data.num_classes)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from gclkern.checkpoint import load_checkpoint, save_checkpoint
 from gclkern.data import DataSplits
 from gclkern.engine import Ranks, predict
+from gclkern.extras import need
 from gclkern.methods import Phase
 from gclkern.metrics import Report, evaluate_logits, format_table
 from gclkern.networks import load_network
@@ -38,6 +40,12 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
+    """Images of a phase, on a terminal often, in a log file twice a minute."""
+    bar = need("tqdm", "the progress bar").tqdm
+    return bar(total=images, initial=done, desc=name, unit=" img", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 30.0, disable=not show)
 
 
 class RunFolder:

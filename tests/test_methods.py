@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from gclkern.clouds import cloud_sizes
-from gclkern.engine import Network, TrainingStep, build_head, derive_seed, mixup, step_batches
+from gclkern.engine import Network, build_head, derive_seed
 from gclkern.losses import LinearGCLLoss
 from gclkern.methods import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan
 from gclkern.models import build_backbone
+from gclkern.steps import TrainingStep, mixup, step_batches
 from gclkern.weights import effective_number_weights, log_prior
 
 COUNTS = [50, 20, 5]
