@@ -16,11 +16,13 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, content_hash
 from benchmarks.gpu_report import machine
+from benchmarks.published import PUBLISHED
+from gclkern.data.groups import GROUPS
 from gclkern.engine import number, stop_requests
 from gclkern.methods import plan
 from gclkern.runs import write_text
@@ -36,6 +40,7 @@ ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop
 # A short schedule takes less of DRO-LT's own phases than of the others: their epochs draw n_max * C images, four times the training set of CIFAR-10-LT.
 ROBUST_SHARE = 0.25
+HEADER = ("", "epochs", "seeds", "top-1", "published", *GROUPS, "ECE")
 # Settings that say where things are, not what was done.
 PLACES = {"data_dir", "out", "resume", "evaluate", "stage1", "download", "workers", "checkpoint_seconds", "pictures"}
 
@@ -157,6 +162,7 @@ class Bench:
     results: Path
     data_dir: str
     threads: int  # of each process on a CPU
+    train: Path = ROOT / "train.py"
 
     def folder(self, run: Run) -> Path:
         return self.runs / run.name
@@ -166,7 +172,7 @@ class Bench:
 
     def command(self, run: Run) -> list[str]:
         """That begins the run or goes on with it."""
-        folder, train = self.folder(run), [sys.executable, str(ROOT / "train.py")]
+        folder, train = self.folder(run), [sys.executable, str(self.train)]
         if (folder / "last.pt").exists():
             return [*train, "--resume", str(folder), "--data-dir", self.data_dir]
         command = [*train, *run.arguments, "--out", str(folder), "--data-dir", self.data_dir]
@@ -258,6 +264,57 @@ def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> 
     return failed
 
 
+def _percent(shares: Sequence[float | None]) -> str:
+    """Mean over seeds in percent, with the sample standard deviation where there are two or more; empty for a group that is not there."""
+    found = [100 * share for share in shares if share is not None]
+    if not found:
+        return ""
+    return f"{statistics.mean(found):.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
+
+
+def _row(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A method's row, of its results of all seeds: its last phase counts."""
+    first = found[0]
+    reports = [list(result["reports"].values())[-1] for result in found]
+    published = PUBLISHED.get((first["data"], first["imbalance"], first["method"]))
+    return [
+        METHODS[first["method"]].label,
+        " + ".join(str(phase["epochs"]) for phase in first["phases"] if phase["epochs"]),
+        str(len(found)),
+        _percent([report["top1"] for report in reports]),
+        "" if published is None else f"{published:.2f}",
+        *(_percent([report["groups"].get(group) for report in reports]) for group in GROUPS),
+        _percent([report["ece"] for report in reports]),
+    ]
+
+
+def _title(found: Sequence[dict[str, Any]]) -> str:
+    """What a table's numbers have in common: data, schedule, hardware, code."""
+    first = found[0]
+    scale = first["epochs_scale"]
+    schedule = (
+        "the full published schedules" if scale == 1 else f"SHORT schedules, {scale:g} of the published epochs: not comparable with the published numbers"
+    )
+    devices = sorted({result["machine"]["device"] for result in found})
+    precisions = sorted({{"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[result["settings"]["amp"]] for result in found})
+    codes = ", ".join(f"`{code}`" for code in sorted({result["code"] for result in found}))
+    name = first["data"].upper().replace("CIFAR", "CIFAR-")
+    return f"**{name}, imbalance {first['imbalance']:g}**: {schedule}. {' and '.join(devices)}, {' and '.join(precisions)}; code {codes}."
+
+
+def tables(results: Path) -> str:
+    """Markdown tables of all results in a folder: one for each data set, imbalance factor and schedule; full schedules come first."""
+    found = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    found.sort(key=lambda result: (result["epochs_scale"] != 1, result["data"], result["imbalance"], list(METHODS).index(result["method"]), result["seed"]))
+    parts = []
+    for _, part in groupby(found, key=lambda result: (result["data"], result["imbalance"], result["epochs_scale"])):
+        group = list(part)
+        lines = [HEADER, ("---", "---", *("---:",) * (len(HEADER) - 2))]
+        lines += [_row(list(rows)) for _, rows in groupby(group, key=lambda result: result["method"])]
+        parts.append(_title(group) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -278,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     table = replace(TABLES[args.table], **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     bench = Bench(args.runs, args.results, args.data_dir, threads=max(1, (os.cpu_count() or 1) // args.jobs))
     failed = run_all(bench, runs_of(table), jobs=args.jobs, seconds=args.seconds)
+    print("\n" + tables(bench.results))
     if failed:
         sys.exit(f"failed: {', '.join(run.name for run in failed)}")
 

@@ -5,6 +5,7 @@ Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what thi
     cpu_head   of cpu_head.json, by `python -m benchmarks.cpu_head --json`
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
+    accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
 
 Charts are SVG files beside the results. A test fails where README or charts are not what the results say.
 """
@@ -19,10 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import tables
 from benchmarks.common import BOTH, RESULTS, ROOT
 
 README = ROOT / "README.md"
-SECTIONS = ("cpu_head", "cpu", "gpu")
+SECTIONS = ("cpu_head", "cpu", "gpu", "accuracy")
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
 COLORS = ("#0b6e4f", "#d1495b", "#00798c", "#edae49", "#5c4d7d", "#8d6b94", "#30638e", "#7a7a7a", "#444444")
@@ -120,12 +122,26 @@ def report(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def accuracy(results: Path) -> str:
+    found = tables(results / "accuracy")
+    if not found:
+        return "Not measured yet: `python -m benchmarks.accuracy`."
+    explained = [
+        "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
+        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules.",
+    ]
+    source = "Measured by `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
+    return "\n".join([*explained, "", found, "", source])
+
+
 def render(name: str, results: Path = RESULTS) -> str:
     """What belongs between the markers of section `name`."""
     if name not in SECTIONS:
         raise ValueError(f"README has the section {name!r}, but the results make {', '.join(SECTIONS)}")
     if name == "cpu_head":
         text = cpu_head(results) if (results / "cpu_head.json").exists() else "Not measured yet: `python -m benchmarks.cpu_head`."
+    elif name == "accuracy":
+        text = accuracy(results)
     else:
         text = "\n\n".join(map(report, _reports(results, gpu=name == "gpu")))
         text = text or f"Not measured yet: `python -m benchmarks.gpu_report` on a machine {'with' if name == 'gpu' else 'without'} a GPU."
@@ -142,7 +158,12 @@ def disagreements(readme: Path = README, results: Path = RESULTS) -> list[str]:
     text = readme.read_text()
     sections = {found[2]: found[3] for found in _SECTION.finditer(text)}
     wrong = [f"section {name}" for name, body in sections.items() if body != render(name, results)]
-    for name, files in (("cpu_head", [*results.glob("cpu_head.json")]), ("cpu", _reports(results, gpu=False)), ("gpu", _reports(results, gpu=True))):
+    for name, files in (
+        ("cpu_head", [*results.glob("cpu_head.json")]),
+        ("cpu", _reports(results, gpu=False)),
+        ("gpu", _reports(results, gpu=True)),
+        ("accuracy", [*results.glob("accuracy/*.json")]),
+    ):
         if files and name not in sections:
             wrong.append(f"no section {name}")
     expected = {path: svg for file in (*_reports(results, gpu=False), *_reports(results, gpu=True)) for path, svg in charts(file).items()}

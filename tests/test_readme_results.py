@@ -74,4 +74,4 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
-    assert [readme.render(name, tmp_path).startswith("Not measured yet") for name in readme.SECTIONS] == [True] * 3
+    assert [readme.render(name, tmp_path).startswith("Not measured yet") for name in readme.SECTIONS] == [True] * 4
