@@ -309,7 +309,7 @@ def tables(results: Path) -> str:
     parts = []
     for _, part in groupby(found, key=lambda result: (result["data"], result["imbalance"], result["epochs_scale"])):
         group = list(part)
-        lines = [HEADER, ("---", "---", *("---:",) * (len(HEADER) - 2))]
+        lines: list[Sequence[str]] = [HEADER, ("---", "---", *("---:",) * (len(HEADER) - 2))]
         lines += [_row(list(rows)) for _, rows in groupby(group, key=lambda result: result["method"])]
         parts.append(_title(group) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
@@ -325,15 +325,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=f"methods in place of the table's, of {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="seeds in place of the table's")
     add("--epochs-scale", type=number(float, 0), metavar="FACTOR", help="share of the published epochs in place of the table's")
-    add("--data-dir", default="data", help="folder of the data sets' files (default data)")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets' files (default data)")
     add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1)")
     add("--seconds", type=number(float, 0), default=float("inf"), help="stop after so long, with checkpoints (default never)")
     add("--runs", type=Path, default=ROOT / "runs" / "accuracy", help="folder of the runs' folders (default runs/accuracy)")
     add("--results", type=Path, default=ACCURACY, help="folder of the results (default benchmarks/results/accuracy)")
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in ("data", "imbalance", "methods", "seeds", "epochs_scale") if getattr(args, name) is not None}
-    table = replace(TABLES[args.table], **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    bench = Bench(args.runs, args.results, args.data_dir, threads=max(1, (os.cpu_count() or 1) // args.jobs))
+    given: dict[str, Any] = {name: tuple(value) for name in ("data", "imbalance", "methods", "seeds") if (value := getattr(args, name)) is not None}
+    if args.epochs_scale is not None:
+        given["epochs_scale"] = args.epochs_scale
+    table = replace(TABLES[args.table], **given)
+    # train.py runs in the folder of the repository, wherever this command does
+    bench = Bench(args.runs.resolve(), args.results.resolve(), str(args.data_dir.resolve()), threads=max(1, (os.cpu_count() or 1) // args.jobs))
     failed = run_all(bench, runs_of(table), jobs=args.jobs, seconds=args.seconds)
     print("\n" + tables(bench.results))
     if failed:

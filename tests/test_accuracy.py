@@ -190,6 +190,11 @@ def test_a_table_by_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_options_replace_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Run] = []
-    monkeypatch.setattr(accuracy, "run_all", lambda bench, runs, **_: asked.extend(runs) or [])
+
+    def run_all(bench: Bench, runs: list[Run], **_: Any) -> list[Run]:
+        asked.extend(runs)
+        return []
+
+    monkeypatch.setattr(accuracy, "run_all", run_all)
     accuracy.main(["papers", "--methods", "gcl", "--seeds", "3", "4", "--imbalance", "50", "--results", str(tmp_path)])
     assert asked == runs_of(Table(("cifar100-lt", "cifar10-lt"), (50.0,), ("gcl",), (3, 4)))

@@ -44,6 +44,7 @@ def curve(options: dict[str, float], *, fused: str | None, dtype: torch.dtype = 
     network.to(device, dtype)
     weight.data = weight.data.to(device, dtype)
     criterion = LinearGCLLoss(COUNTS, backend=fused or "torch", **options).to(device)
+    assert criterion.cloud is not None
     arguments: dict[str, Any] = {name: options[name] for name in ("scale", "margin", "gamma")} | {"cloud": criterion.cloud.to(dtype)}
     optimizer = torch.optim.SGD([*network.parameters(), weight], lr=0.05, momentum=0.9)
     losses = []
