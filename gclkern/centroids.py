@@ -84,6 +84,11 @@ def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tenso
     return features.new_empty((num_classes, features.shape[1]), dtype=dtype), target.new_empty(num_classes)
 
 
+def class_means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sums over counts, in float32, in the place of the sums; 0 for a class without samples."""
+    return sums.div_(counts.clamp(min=1)[:, None]).to(torch.float32)
+
+
 class ClassCentroids(nn.Module):
     """Class centroids over many batches, without keeping their features: running sums and counts.
 
@@ -122,14 +127,20 @@ class ClassCentroids(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
         """Take in a batch: features (N, D), whose gradient is left alone, and target (N,) int64."""
+        self._check_features(features)
+        self._add(features, check_target("target", target, features.shape[0], self.sums.shape[0], None, "features", features))
+
+    def _check_features(self, features: Tensor) -> None:
         check_matrix("features", features)
-        num_classes, dim = self.sums.shape
+        dim = self.sums.shape[1]
         if features.shape[1] != dim:
             raise ValueError(f"features must have {dim} columns, got shape {tuple(features.shape)}")
         if features.device != self.sums.device:
             raise ValueError(f"features are on {features.device} but these centroids are on {self.sums.device}; move one of them")
-        target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-        sums, counts = _segment_sums(features.detach(), target, num_classes)
+
+    def _add(self, features: Tensor, target: Tensor) -> None:
+        """Samples whose label is none of these classes stay out."""
+        sums, counts = _segment_sums(features.detach(), target, self.sums.shape[0])
         self.sums += sums
         self.counts += counts
 
@@ -140,7 +151,7 @@ class ClassCentroids(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(counts)
-        return sums.div_(counts.clamp(min=1)[:, None]).to(torch.float32), counts
+        return class_means(sums, counts), counts
 
     def reset(self) -> None:
         """Forget everything."""

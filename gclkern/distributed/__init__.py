@@ -2,12 +2,30 @@
 
 ShardedCosineLinear                 the layer, of which each rank holds some classes
 sharded_linear_gcl_cross_entropy    the loss as a function: that of one process, to rounding
+ShardedLinearGCLLoss                the loss as a module, with sampling of classes
+RowSGD                              SGD that touches sampled rows alone
+sharded_optimizer_state             an optimizer's tensors for torch.distributed.checkpoint
+ShardedClassCentroids               class centroids, of which each rank holds some
+sharded_dro_lt_loss                 the DRO-LT bound around them
+ShardError                          ranks do not agree, or one is gone
 """
 
 from __future__ import annotations
 
+from gclkern.distributed.centroids import ShardedClassCentroids, sharded_dro_lt_loss
 from gclkern.distributed.head import sharded_linear_gcl_cross_entropy
 from gclkern.distributed.layers import ShardedCosineLinear
+from gclkern.distributed.losses import ShardedLinearGCLLoss
+from gclkern.distributed.optim import RowSGD, sharded_optimizer_state
 from gclkern.distributed.ranks import ShardError
 
-__all__ = ["ShardError", "ShardedCosineLinear", "sharded_linear_gcl_cross_entropy"]
+__all__ = [
+    "RowSGD",
+    "ShardError",
+    "ShardedClassCentroids",
+    "ShardedCosineLinear",
+    "ShardedLinearGCLLoss",
+    "sharded_dro_lt_loss",
+    "sharded_linear_gcl_cross_entropy",
+    "sharded_optimizer_state",
+]

@@ -136,8 +136,11 @@ class RowSums:
         """The sums over the classes of all ranks."""
         whole = copy.copy(self)
         whole.terms = shards.terms
-        peak, rest, blend, own = shards.merge(self.peak[None], self.rest[None], self.blend[None], self.values, 1.0)
-        whole.peak, whole.rest, whole.blend = peak[0], rest[0], self.blend if blend is None else blend[0]
+        blended = self.blend[None] if self.terms.label_smoothing > 0 else None
+        peak, rest, blend, own = shards.merge(self.peak[None], self.rest[None], blended, self.values, 1.0)
+        whole.peak, whole.rest = peak[0], rest[0]
+        if blend is not None:
+            whole.blend = blend[0]
         known = [(labels >= 0) & (labels < shards.num_classes) for labels in row_targets(shards.terms)]
         whole.values = [value.masked_fill(~there, math.nan) for value, there in zip(own, known, strict=True)]
         return whole

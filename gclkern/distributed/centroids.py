@@ -1,0 +1,129 @@
+"""Class centroids of which each rank holds some, and the DRO-LT bound around them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gclkern.centroids import ClassCentroids, class_means
+from gclkern.counts import check_int
+from gclkern.distributed.ranks import Ranks
+from gclkern.distributed.shards import Shards, even_sizes
+from gclkern.dro import dro_lt_loss
+from gclkern.validation import check_labels, check_matrix, check_same_device, check_target
+
+
+class ShardedClassCentroids(ClassCentroids):
+    """:class:`gclkern.ClassCentroids` whose classes are spread over the ranks of a process group, as those of :class:`ShardedCosineLinear`.
+
+    Args:
+        num_classes: classes C of all ranks.
+        dim: D, columns of the features.
+        group: the ranks; None is the default group, or one process.
+
+    :meth:`update` is a collective call: each rank gives its own samples, as many on every rank, and adds up those of its own classes.
+
+    Example:
+        >>> import torch
+        >>> centroids = ShardedClassCentroids(num_classes=2, dim=3)
+        >>> centroids.update(torch.ones(4, 3), torch.tensor([0, 0, 0, 1]))
+        >>> centroids.compute()
+        (tensor([[1., 1., 1.],
+                [1., 1., 1.]]), tensor([3, 1]))
+    """
+
+    def __init__(self, num_classes: int, dim: int, *, group: dist.ProcessGroup | None = None) -> None:
+        ranks = Ranks(group)
+        shards = Shards(ranks.rank, even_sizes(check_int("num_classes", num_classes, 1), ranks.world))
+        super().__init__(shards.sizes[ranks.rank], dim)
+        self.ranks, self.shards = ranks, shards
+
+    @torch.no_grad()
+    def update(self, features: Tensor, target: Tensor) -> None:
+        """Take in a batch: features (n, D) of this rank, whose gradient is left alone, and target (n,) int64 in [0, C)."""
+        self._check_features(features)
+        check_labels("target", target, features.shape[0], "features", features)
+        whole = self.ranks.gather_rows(features.detach(), "gathering the features for the centroids")
+        labels = self.ranks.gather_rows(target, "gathering the labels for the centroids")
+        check_target("target", labels, whole.shape[0], self.shards.num_classes, None, "features", whole)
+        self._add(whole, labels - self.shards.mine.start)
+
+    @torch.no_grad()
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Centroids of this rank's classes (classes of this rank, D) float32, 0 for classes never seen, and counts of ALL classes (C,) int64; collective."""
+        return class_means(self.sums.clone(), self.counts), self.ranks.gather_parts(self.counts, self.shards.sizes, "gathering the class counts")
+
+
+def sharded_dro_lt_loss(
+    features: Tensor,  # (n, D)
+    target: Tensor,  # (n,)
+    centroids: Tensor,  # (classes of this rank, D)
+    epsilon: Tensor | float,  # (), (C,)
+    num_classes: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    class_weight: Tensor | None = None,  # (C,)
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`gclkern.functional.dro_lt_loss` of this rank's batch, around centroids of which each rank holds some; a collective call.
+
+    Each sample's centroid is fetched from the rank that holds its class; the softmax runs over this rank's samples, as in data-parallel training. So the ranks
+    exchange (N, D) numbers of the batch, never (C, D).
+
+    Args:
+        features: this rank's samples (n, D), as many on every rank.
+        target: their classes (n,), int64, in [0, C).
+        centroids: those of this rank's classes, from :meth:`ShardedClassCentroids.compute`, dealt out as by :class:`ShardedCosineLinear`.
+        num_classes: classes C of all ranks.
+        group: the ranks; None is the default group, or one process.
+        epsilon, class_weight: as in the functional API, of all classes on every rank. Weight 0 keeps out classes without a centroid: ``(counts > 0).float()``.
+        temperature, reduction, backend: as in the functional API.
+
+    Raises:
+        ValueError, TypeError: as the functional API. ShardError: another rank has died.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.distributed import ShardedClassCentroids, sharded_dro_lt_loss
+        >>> features, target = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+        >>> means = ShardedClassCentroids(num_classes=3, dim=4)
+        >>> means.update(features, target)
+        >>> centroids, counts = means.compute()
+        >>> loss = sharded_dro_lt_loss(features.requires_grad_(), target, centroids, 0.1, 3, class_weight=(counts > 0).float())
+        >>> loss.backward()
+    """
+    ranks = Ranks(group)
+    shards = Shards(ranks.rank, even_sizes(num_classes, ranks.world))
+    check_matrix("features", features)
+    check_matrix("centroids", centroids)
+    check_same_device("centroids", centroids, "features", features)
+    held = shards.sizes[ranks.rank]
+    if centroids.shape != (held, features.shape[1]):
+        raise ValueError(f"centroids must have shape ({held}, {features.shape[1]}), this rank's classes, got {tuple(centroids.shape)}")
+    check_target("target", target, features.shape[0], num_classes, None, "features", features)
+    rows = torch.arange(features.shape[0], device=features.device)
+    known = (target >= 0) & (target < num_classes)
+    label = torch.where(known, target, 0)
+    # A class is renamed to the first sample that has it, so that the batch's own centroids are all that the bound needs.
+    first = torch.full((num_classes,), rows.numel(), device=features.device).scatter_reduce_(0, label, rows, "amin")[label]
+
+    if isinstance(epsilon, Tensor) and epsilon.shape == (num_classes,):
+        epsilon = epsilon[label]
+    if class_weight is not None:
+        class_weight = class_weight[label]
+    return dro_lt_loss(
+        features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids.detach(), label), epsilon, temperature=temperature,
+        class_weight=class_weight, reduction=reduction, backend=backend,
+    )  # fmt: skip
+
+
+def _of_labels(ranks: Ranks, shards: Shards, rows: Tensor, labels: Tensor) -> Tensor:
+    """The rows (n, D) of this rank's labels, each from the rank that holds its class."""
+    everyone_s = ranks.gather_rows(labels, "gathering the labels of the batch")
+    mine = shards.mine
+    here = (everyone_s >= mine.start) & (everyone_s < mine.stop)
+    found = rows[torch.where(here, everyone_s - mine.start, 0)].masked_fill(~here[:, None], 0.0)
+    return ranks.start_scatter(found, "fetching the centroids of the batch")()
