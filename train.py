@@ -30,7 +30,7 @@ from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure
 from gclkern.extras import need
 from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
 from gclkern.metrics import format_table
-from gclkern.networks import load_network, network_state, prepare
+from gclkern.networks import gather_classifier, load_network, network_state, prepare, shard_classifier
 from gclkern.retrain import retrain_without_gradients
 from gclkern.runs import RunFolder, conclude, new_folder, progress_bar, report_columns
 from gclkern.steps import Trainer, TrainingStep, step_batches
@@ -89,6 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--amp", choices=list(AMP), default="off", help="autocast (default off)")
     add("--compile", action="store_true", help="compile the step with torch.compile")
     add("--capture", action=argparse.BooleanOptionalAction, help="run the step as a CUDA graph (default: where that is possible)")
+    add("--shard-classes", action="store_true", help="spread the classifier's classes over the processes of torchrun (gcl methods)")
     add("--channels-last", action="store_true", help="memory format of images and weights")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit by bit, on a GPU too")
     add = parser.add_argument_group("runs and checkpoints").add_argument
@@ -202,6 +203,9 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
         stage1={name: value for name, value in first.items() if value is not None},
         stage2={name: value for name, value in second.items() if value is not None},
     )  # fmt: skip
+    whole = [phase.name for phase in phases if phase.name != "baseline" and phase.loss != "gcl"]
+    if args.shard_classes and whole:
+        raise ValueError(f"--shard-classes: the loss of {whole[0]} takes the logits of all classes; use --method gcl or gcl+dro-lt, and --retrain gcl or none")
     if args.stage1 and phases[-1].name != "stage-2":
         raise ValueError(f"--stage1: there is no stage 2 to go on with after {args.stage1}; choose one with --retrain")
     return phases
@@ -232,7 +236,10 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
         data.train.labels, num_samples=steps * phase.batch_size, seed=derive_seed(args.seed, phase.name, "order"), num_replicas=ranks.world, rank=ranks.rank,
         **phase.sampler_options,
     )  # fmt: skip
-    loss: Any = build_loss(phase, data.class_counts).to(ranks.device)
+    sharded = args.shard_classes and phase.loss == "gcl"
+    if sharded:
+        shard_classifier(network)
+    loss: Any = build_loss(phase, data.class_counts, sharded=sharded).to(ranks.device)
     network.scale.fill_(loss.scale)
     robust = DROLTLoss(data.class_counts).to(ranks.device) if phase.robust else None
     module = TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust)
@@ -304,6 +311,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
             first_step = 0
             checkpoint(epoch + 1, 0, due=epoch + 1 == phase.epochs)
     network.load_state_dict(trainer.shown.state_dict())
+    gather_classifier(network)
 
 
 if __name__ == "__main__":

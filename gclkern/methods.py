@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.losses import FocalLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
 from gclkern.schedules import Schedule
@@ -196,9 +197,11 @@ def plan(
     return phases
 
 
-def build_loss(phase: Phase, class_counts: list[int]) -> nn.Module:
-    """The loss of a phase: of logits, but :class:`gclkern.LinearGCLLoss` of features and a cosine classifier's weight."""
+def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
+    """The loss of a phase: of logits, but :class:`gclkern.LinearGCLLoss` of features and a cosine classifier's weight, `sharded` over processes or whole."""
     options = dict(phase.options)
+    if phase.loss == "gcl" and sharded:
+        return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
     if phase.loss == "gcl":
         return LinearGCLLoss(class_counts, **options)
     if phase.loss == "la":

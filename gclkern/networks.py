@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gclkern.checkpoint import CheckpointError
 from gclkern.data import DataSplits
+from gclkern.distributed import ShardedCosineLinear
 from gclkern.engine import Network, build_head, derive_seed
+from gclkern.layers import CosineLinear
 from gclkern.methods import Phase, default_model
 from gclkern.models import build_backbone
 from gclkern.retrain import replace_head
@@ -33,9 +36,32 @@ def prepare(phase: Phase, network: Network | None, data: DataSplits, config: dic
     return network
 
 
+def shard_classifier(network: Network) -> None:
+    """Spread the classes of a cosine classifier over the processes."""
+    whole = network.head
+    network.head = ShardedCosineLinear(whole.in_features, whole.num_classes, device=whole.weight.device)
+    network.head.load_state_dict({"weight": whole.weight})
+
+
+def gather_classifier(network: Network) -> None:
+    """Undo :func:`shard_classifier`; a collective call."""
+    if isinstance(network.head, ShardedCosineLinear):
+        parts = network.head
+        network.head = CosineLinear(parts.in_features, parts.num_classes, device=parts.weight.device)
+        network.head.load_state_dict({"weight": parts.gather(parts.weight)})
+
+
+def whole_state(network: Network) -> dict[str, Tensor]:
+    """The weights of a network, with all classes of its classifier; a collective call where those are spread over processes."""
+    state = network.state_dict()
+    if isinstance(network.head, ShardedCosineLinear):
+        state["head.weight"] = network.head.gather(network.head.weight)
+    return state
+
+
 def network_state(config: dict[str, Any], phase: Phase, network: Network) -> dict[str, Any]:
     """What a checkpoint of a network holds."""
-    return {"kind": "network", "config": config, "name": phase.name, "head": phase.head, "network": network.state_dict()}
+    return {"kind": "network", "config": config, "name": phase.name, "head": phase.head, "network": whole_state(network)}
 
 
 def load_network(state: dict[str, Any], data: DataSplits, device: torch.device, *, averaged: bool = False) -> Network:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gclkern.distributed import ShardedCosineLinear, ShardedLinearGCLLoss
 from gclkern.dro import DROLTLoss
 from gclkern.engine import Network, Ranks, derive_seed
 from gclkern.losses import LinearGCLLoss
+from gclkern.networks import whole_state
 
 
 class TrainingStep(nn.Module):
@@ -62,6 +64,8 @@ class TrainingStep(nn.Module):
         with torch.set_grad_enabled(self.trains not in ("head", "scale") and torch.is_grad_enabled()):
             features = self.network.backbone(images)
         mixed = {"target_b": target_b, "lam": lam}
+        if isinstance(self.loss, ShardedLinearGCLLoss):
+            row_offset -= self.loss.ranks.rank * len(target)  # it counts from the first process's samples
         if isinstance(self.loss, LinearGCLLoss):
             loss = self.loss(features, self.network.head.weight, target, seed=seed, row_offset=row_offset, **mixed)
         else:
@@ -98,12 +102,21 @@ def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
     """Move an exponential average of the weights; it begins with a shorter memory, (1 + step) / (10 + step), to forget the initial weights."""
     decay = min(decay, (1 + step) / (10 + step))
-    kept, new = average.state_dict().values(), network.state_dict().values()
+    kept, new = ([*module.parameters(), *module.buffers()] for module in (average, network))
     moving = [(old, value) for old, value in zip(kept, new, strict=True) if old.is_floating_point()]
     torch._foreach_lerp_([old for old, _ in moving], [value for _, value in moving], 1 - decay)
     for old, value in zip(kept, new, strict=True):
         if not old.is_floating_point():
             old.copy_(value)
+
+
+def parallel(module: TrainingStep) -> nn.Module:
+    """The step with gradients averaged over the processes, but those of a classifier whose classes are spread over them: they are complete."""
+    own = {"network.head.weight"} if isinstance(module.network.head, ShardedCosineLinear) else set()
+    if not any(parameter.requires_grad for name, parameter in module.named_parameters() if name not in own):
+        return module
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, own)
+    return nn.parallel.DistributedDataParallel(module)
 
 
 class CapturedStep:
@@ -173,7 +186,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
-        self.runnable: Any = nn.parallel.DistributedDataParallel(module) if ranks.world > 1 else module
+        self.runnable: Any = parallel(module) if ranks.world > 1 else module
         if compiled:
             self.runnable = torch.compile(self.runnable)
         self.captured = CapturedStep(self._whole_step, self.optimizer) if capture else None
@@ -223,16 +236,26 @@ class Trainer:
         """What is evaluated: the averaged network where there is one."""
         return self.module.network if self.average is None else self.average
 
+    def _of_classes(self, optimizer: dict[str, Any], change: Callable[[ShardedCosineLinear, Tensor], Tensor]) -> dict[str, Any]:
+        """An optimizer's state with what belongs to the weight of a sharded classifier changed; the state itself without one."""
+        head = self.module.network.head
+        place = next((i for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]) if parameter is head.weight), None)
+        if not isinstance(head, ShardedCosineLinear) or place not in optimizer["state"]:
+            return optimizer
+        changed = {name: change(head, value) for name, value in optimizer["state"][place].items()}
+        return {**optimizer, "state": {**optimizer["state"], place: changed}}
+
     def state_dict(self) -> dict[str, Any]:
-        """All but the network itself."""
+        """All but the network itself, with all classes; a collective call."""
         robust = self.module.robust
+        optimizer = self._of_classes(self.optimizer.state_dict(), ShardedCosineLinear.gather)
         return {
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "robust": None if robust is None else robust.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": optimizer, "scaler": self.scaler.state_dict(), "robust": None if robust is None else robust.state_dict(),
+            "average": None if self.average is None else whole_state(self.average),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._of_classes(state["optimizer"], lambda head, value: value[head.shards.mine]))
         self.scaler.load_state_dict(state["scaler"])
         for module, name in ((self.module.robust, "robust"), (self.average, "average")):
             if module is not None:

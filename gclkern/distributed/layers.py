@@ -104,6 +104,10 @@ class ShardedCosineLinear(nn.Module):
             state_dict[prefix + "weight"] = rows
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """One value or row for each class of this rank, (classes of this rank, ...), into those of all ranks, (C, ...), on each; a collective call."""
+        return self.ranks.gather_parts(rows.detach(), self.shards.sizes, "gathering what belongs to the classes")
+
     def as_dtensor(self, rows: Tensor) -> Tensor:
         """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
         if self.ranks.world == 1:

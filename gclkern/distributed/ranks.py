@@ -34,6 +34,9 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("group: this process is not one of its ranks; pass a group that it belongs to")
 
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self  # a copy of a module stays among the same ranks
+
     @contextmanager
     def _naming(self, purpose: str) -> Iterator[None]:
         try:
