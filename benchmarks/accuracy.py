@@ -213,6 +213,7 @@ class Bench:
         self.results.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
         write_text(self.result(run), "{\n" + lines + "\n}\n")
+        (folder / "last.pt").unlink(missing_ok=True)  # nothing goes on from it; hundreds of runs fill a disk
         return result
 
 
@@ -292,22 +293,28 @@ def _title(found: Sequence[dict[str, Any]]) -> str:
     """What a table's numbers have in common: data, schedule, hardware, code."""
     first = found[0]
     scale = first["epochs_scale"]
-    schedule = (
-        "the full published schedules" if scale == 1 else f"SHORT schedules, {scale:g} of the published epochs: not comparable with the published numbers"
-    )
-    devices = sorted({result["machine"]["device"] for result in found})
-    precisions = sorted({{"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[result["settings"]["amp"]] for result in found})
+    schedule = "the full published schedules"
+    if scale != 1:
+        schedule = (
+            f"SHORT schedules, {scale:g} of the published epochs ({ROBUST_SHARE * scale:g} in DRO-LT's own phases), not comparable with the published numbers"
+        )
+    machine, precision = first["machine"], {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[first["settings"]["amp"]]
+    device = f"{machine['cores']} CPU cores ({machine['cpu']})" if machine["device"] == "CPU" else machine["device"]
     codes = ", ".join(f"`{code}`" for code in sorted({result["code"] for result in found}))
     name = first["data"].upper().replace("CIFAR", "CIFAR-")
-    return f"**{name}, imbalance {first['imbalance']:g}**: {schedule}. {' and '.join(devices)}, {' and '.join(precisions)}; code {codes}."
+    return f"**{name}, imbalance {first['imbalance']:g}**: {schedule}. {device}, {precision}; code {codes}."
 
 
 def tables(results: Path) -> str:
-    """Markdown tables of all results in a folder: one for each data set, imbalance factor and schedule; full schedules come first."""
+    """Markdown tables of all results in a folder: one for each schedule, data set, imbalance factor, device and precision; full schedules come first."""
+
+    def common(result: dict[str, Any]) -> tuple[Any, ...]:
+        return -result["epochs_scale"], result["data"], result["imbalance"], result["machine"]["device"], result["settings"]["amp"]
+
     found = [json.loads(path.read_text()) for path in results.glob("*.json")]
-    found.sort(key=lambda result: (result["epochs_scale"] != 1, result["data"], result["imbalance"], list(METHODS).index(result["method"]), result["seed"]))
+    found.sort(key=lambda result: (*common(result), list(METHODS).index(result["method"]), result["seed"]))
     parts = []
-    for _, part in groupby(found, key=lambda result: (result["data"], result["imbalance"], result["epochs_scale"])):
+    for _, part in groupby(found, key=common):
         group = list(part)
         lines: list[Sequence[str]] = [HEADER, ("---", "---", *("---:",) * (len(HEADER) - 2))]
         lines += [_row(list(rows)) for _, rows in groupby(group, key=lambda result: result["method"])]

@@ -136,11 +136,12 @@ def test_a_run_that_does_not_stop_is_killed(bench: Bench, monkeypatch: pytest.Mo
     assert not bench.result(made("ce", 8)).exists()
 
 
-def result(method: str, seed: int, top1: float, *, scale: float = 1.0, few: float | None = None) -> dict[str, Any]:
+def result(method: str, seed: int, top1: float, *, scale: float = 1.0, few: float | None = None, device: str = "A made-up GPU") -> dict[str, Any]:
     report = {"top1": top1, "groups": {"many": 0.5} | ({} if few is None else {"few": few}), "ece": 0.125}
     return {
         "data": "cifar10-lt", "imbalance": 100.0, "method": method, "seed": seed, "epochs_scale": scale, "phases": [{"epochs": 200}, {"epochs": 0}],
-        "settings": {"amp": "off"}, "machine": {"device": "A made-up GPU"}, "code": "0123456789ab", "reports": {"stage-1": {}, "stage-2": report},
+        "settings": {"amp": "off"}, "machine": {"device": device, "cores": 2, "cpu": "x86_64"}, "code": "0123456789ab",
+        "reports": {"stage-1": {}, "stage-2": report},
     }  # fmt: skip
 
 
@@ -148,7 +149,9 @@ def result(method: str, seed: int, top1: float, *, scale: float = 1.0, few: floa
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "accuracy"
     folder.mkdir()
-    for index, found in enumerate([result("gcl", 0, 0.82), result("gcl", 1, 0.84), result("ce", 0, 0.7, few=0.25), result("ce", 0, 0.4, scale=0.05)]):
+    for index, found in enumerate(
+        [result("gcl", 0, 0.82), result("gcl", 1, 0.84), result("ce", 0, 0.7, few=0.25), result("ce", 0, 0.4, scale=0.05, device="CPU")]
+    ):
         (folder / f"{index}.json").write_text(json.dumps(found))
     return folder
 
@@ -159,6 +162,7 @@ def test_tables_of_results(results: Path) -> None:
     assert "| cross entropy | 200 | 1 | 70.00 | 70.70 | 50.00 |  | 25.00 | 12.50 |" in full.splitlines()
     assert full.startswith("**CIFAR-10-LT, imbalance 100**: the full published schedules. A made-up GPU, float32; code `0123456789ab`.")
     assert "SHORT schedules, 0.05 of the published epochs" in short
+    assert "2 CPU cores (x86_64), float32" in short
     assert "40.00" in short and "40.00" not in full
 
 
@@ -185,6 +189,7 @@ def test_a_table_by_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert first["curves"]["phase"] == ["stage-1", "stage-1"] and first["curves"]["epoch"] == [1, 2] and first["curves"]["loss"][0] > 0
     assert list(second["reports"]) == ["stage-2"] and second["curves"]["phase"] == ["stage-2"]
     assert len(first["code"]) == 12 and first["machine"]["versions"]["torch"] and first["settings"]["amp"] == "bf16"
+    assert {path.name for path in (tmp_path / "runs").glob("*stage1*/*.pt")} == {"stage-1.pt"}
     assert not [path for path in (tmp_path / "results").iterdir() if str(tmp_path) in path.read_text()], "a result speaks of a folder of this machine"
 
 
