@@ -25,14 +25,14 @@ from torch import Tensor
 
 from gclkern import DROLTLoss
 from gclkern.checkpoint import CheckpointError, load_checkpoint
-from gclkern.data import DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.data import CIFAR, DATASETS, CorruptImageError, DataSplits, load_data
 from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure, number, stop_requests
 from gclkern.extras import need
-from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, plan
+from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
 from gclkern.metrics import format_table
 from gclkern.networks import gather_classifier, load_network, network_state, prepare, shard_classifier
 from gclkern.retrain import retrain_without_gradients
-from gclkern.runs import RunFolder, conclude, new_folder, progress_bar, report_columns
+from gclkern.runs import RunFolder, conclude, describe, new_folder, progress_bar, report_columns
 from gclkern.steps import Trainer, TrainingStep, step_batches
 from gclkern.weights import drw_weights
 
@@ -45,20 +45,20 @@ LATER = FREE | {"stage1", "retrain", "sampler", "retrain_epochs", "retrain_batch
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, and the checkpoint that --resume or --evaluate names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="digits-lt", choices=DATASETS, metavar="NAME", help=f"{', '.join(DATASETS)} (default digits-lt, which needs no files)")
-    add("--data-dir", default="data", help="folder of the data set's files (default data)")
+    add("--data-dir", default="data", metavar="FOLDER", help="folder of the data set's files (default data)")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir if it is not there")
-    add("--imbalance", type=number(float, 1), help="images of the largest class over the smallest's (default 20 for digits, 100 for CIFAR)")
-    add("--profile", choices=("exp", "step"), default="exp", help="how class counts fall (default exp)")
-    add("--holdout", type=number(float, 0, 0.9), default=0.0, help="share of the training set held out to choose the best epoch by (default 0: take the last)")
-    add("--train-list", help="text file with a line `path label` for each training image, for --data list")
-    add("--test-list", help="the same for test images")
-    add("--image-size", type=number(int, 1), default=224, help="pixels of a side, for image files (default 224)")
-    add("--workers", type=number(int, 0), default=4, help="processes that read image files (default 4)")
+    add("--imbalance", type=number(float, 1), metavar="RATIO", help="images of the largest class over the smallest's (default 20 for digits, 100 for CIFAR)")
+    add("--profile", choices=("exp", "step"), default="exp", help="how class counts fall on digits and CIFAR: all along, or half way (default exp)")
+    add("--holdout", type=number(float, 0, 0.9), default=0.0, metavar="SHARE", help="share of training images to choose the best epoch by (default 0)")
+    add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
+    add("--test-list", metavar="FILE", help="the same for test images")
+    add("--image-size", type=number(int, 1), default=224, metavar="PIXELS", help="pixels of a side, for image files (default 224)")
+    add("--workers", type=number(int, 0), default=4, metavar="N", help="processes that read image files (default 4)")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
-    add = parser.add_argument_group("method: settings that are not given are the published ones for the method and the data set").add_argument
+    add = parser.add_argument_group("method", "What is left out is the published setting for the method and the data set; a run prints them all.").add_argument
     add("--method", choices=METHODS, default="gcl", help="loss of stage 1 (default gcl)")
     add("--retrain", choices=RETRAINS, help="stage 2, which trains the classifier anew (default gcl for the clouded methods, else none)")
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1: retrain it, in place of training one")
@@ -68,22 +68,22 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     add("--augment", choices=("none", "standard", "autoaugment"), help="of small sets (default standard, for DRO-LT on CIFAR autoaugment)")
     add("--baseline", action=argparse.BooleanOptionalAction, help="train by cross entropy for as many epochs, too (default: on digits-lt)")
-    add("--model", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
+    add("--model", metavar="NAME", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=None, help="start from ImageNet's weights (default: for places-lt)")
     add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), help="epochs of stage 1")
-    add("--epochs-scale", type=number(float, 0), default=1.0, metavar="FACTOR", help="times the epochs of every phase that are not given, and warm-up")
-    add("--batch-size", type=number(int, 2), help="images of a step of stage 1, over all processes")
-    add("--lr", type=number(float, 0), help="learning rate of stage 1")
-    add("--weight-decay", type=number(float, 0), help="weight decay of all stages")
-    add("--retrain-epochs", type=number(int, 1), help="epochs of stage 2")
-    add("--retrain-batch-size", type=number(int, 2), help="images of a step of stage 2")
-    add("--retrain-lr", type=number(float, 0), help="learning rate of stage 2")
-    add("--tau", type=number(float, 0), help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
-    add("--accumulate", type=number(int, 1), default=1, help="parts in which a step's images are run, to save memory (default 1)")
+    add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (DRO-LT goes on after them; --epochs-scale shortens all)")
+    add("--epochs-scale", type=number(float, 0), default=1.0, metavar="FACTOR", help="times epochs that are not given and warm-up (default 1)")
+    add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")
+    add("--lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 1")
+    add("--weight-decay", type=number(float, 0), metavar="FACTOR", help="weight decay of all stages")
+    add("--retrain-epochs", type=number(int, 1), metavar="N", help="epochs of stage 2")
+    add("--retrain-batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 2")
+    add("--retrain-lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 2")
+    add("--tau", type=number(float, 0), metavar="POWER", help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
+    add("--accumulate", type=number(int, 1), default=1, metavar="PARTS", help="parts in which a step's images are run, to save memory (default 1)")
     add("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help="evaluate an average of the weights, such as 0.999 (default 0: none)")
-    add("--seed", type=number(int, 0), default=0, help="of everything random but the choice of the long-tailed subset (default 0)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of everything random but the choice of the long-tailed subset (default 0)")
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
     add("--amp", choices=list(AMP), default="off", help="autocast (default off)")
@@ -92,12 +92,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--shard-classes", action="store_true", help="spread the classifier's classes over the processes of torchrun (gcl methods)")
     add("--channels-last", action="store_true", help="memory format of images and weights")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit by bit, on a GPU too")
-    add = parser.add_argument_group("runs and checkpoints").add_argument
-    add("--out", help="folder of the run (default runs/DATA-METHOD, numbered)")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    add("--evaluate", metavar="CHECKPOINT", help="print the report of a checkpoint and leave")
-    add("--eval-every", type=number(int, 1), help="epochs between evaluations (default a twentieth of the stage)")
-    add("--checkpoint-seconds", type=number(float, 0), default=30.0, help="at most so long between checkpoints (default 30; 0 writes one each step)")
+    group = parser.add_argument_group("runs and checkpoints")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
+    either("--evaluate", metavar="CHECKPOINT", help="print the report of a checkpoint and leave")
+    add("--out", metavar="FOLDER", help="folder of the run (default runs/DATA-METHOD, numbered)")
+    add("--eval-every", type=number(int, 1), metavar="N", help="epochs between evaluations (default a twentieth of the stage)")
+    add("--checkpoint-seconds", type=number(float, 0), default=30.0, metavar="SECONDS", help="most between checkpoints (default 30; 0: each step)")
     add("--pictures", action=argparse.BooleanOptionalAction, default=True, help="draw curves, accuracies, confusion and t-SNE at the end (default yes)")
     args, state = parser.parse_args(argv), None
     if args.resume or args.evaluate:
@@ -113,7 +114,20 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: the run was started with {state['config'][name]}, now it is {getattr(args, name)}; leave {flag} out or start a new run")
         args.out = str(path if path.is_dir() else path.parent)
+    refuse_unused(args, parser)
     return args, state
+
+
+def refuse_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Arguments that would do nothing are mistakes."""
+    files = args.data != "digits-lt" and args.data not in CIFAR
+    lists = files and args.data != "folder"
+    used = {"train_list": lists, "test_list": lists, "image_size": files, "skip_corrupt": files, "imbalance": not files, "profile": not files}
+    used |= {"download": args.data in CIFAR, "tau": args.retrain == "tau-norm"}
+    for name, use in used.items():
+        if not use and getattr(args, name) != parser.get_default(name):
+            choice = "without --retrain tau-norm" if name == "tau" else f"with --data {args.data}"
+            raise ValueError(f"--{name.replace('_', '-')} does nothing {choice}; leave it out")
 
 
 @dataclass
@@ -165,17 +179,20 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     folder = Path(args.out) if args.out else new_folder(Path("runs"), f"{args.data}-{args.method}")
     if state is None and (folder / "last.pt").exists():
         raise ValueError(f"--out: {folder} already holds a run; go on with it by --resume {folder}, or choose another folder")
-    kept = {"history": [], "reports": {}} if state is None else {name: state[name] for name in ("history", "reports")}
+    kept = {"history": [], "reports": {}, "seconds": 0.0} if state is None else {name: state[name] for name in ("history", "reports", "seconds")}
+    first = state["phase"] if state else len(phases) - 1 if args.stage1 else 0
+    network = load_network(state, data, ranks.device) if state else take_stage1(args, data, ranks.device) if args.stage1 else None
+    if state is None:
+        network = prepare(phases[first], network, data, vars(args), ranks.device)
     run = RunFolder(folder, vars(args), write=ranks.rank == 0, **kept)
-    network, started = None, time.monotonic()
+    if ranks.rank == 0:
+        print(describe(run, data, phases[first:], args.model or default_model(args.data), ranks.device), flush=True)
     try:
         with stop_requests() as stop:
             job = Job(args, ranks, data, run, stop)
-            if args.stage1 and state is None:
-                network = take_stage1(args, data, ranks.device)
-            for index in range(state["phase"] if state else len(phases) - 1 if args.stage1 else 0, len(phases)):
-                phase = phases[index]
-                network = load_network(state, data, ranks.device) if state else prepare(phase, network, data, vars(args), ranks.device)
+            for index, phase in enumerate(phases[first:], first):
+                if index > first:
+                    network = prepare(phase, network, data, vars(args), ranks.device)
                 train_phase(job, phase, index, network, state)
                 report = measure(network, data.test, data, ranks, AMP[args.amp])
                 run.reports[phase.name] = report.as_dict()
@@ -188,8 +205,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     finally:
         ranks.close()
     if ranks.rank == 0:
-        first_and_last = list(dict.fromkeys((next(iter(run.reports)), phases[-1].name)))
-        conclude(run, data, ranks.device, phases, compare=first_and_last, seconds=time.monotonic() - started, pictures=args.pictures)
+        conclude(run, data, ranks.device, phases, amp=AMP[args.amp], pictures=args.pictures)
 
 
 def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
@@ -273,6 +289,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
             run.save("last.pt", {
                 **network_state(vars(args), phase, network), **trainer.state_dict(), "kind": "training", "phase": index, "epoch": epoch, "step": step,
                 "best": best, "total": float(ranks.mean(total.clone())), "centroids": centroids, "history": run.history, "reports": run.reports,
+                "seconds": run.seconds,
             })  # fmt: skip
             saved = time.monotonic()
         if stopping:

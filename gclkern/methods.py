@@ -60,6 +60,11 @@ class Phase:
     sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
 
+    @property
+    def title(self) -> str:
+        """The name and what is minimised."""
+        return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
+
 
 _STEPS = {"warmup": 5, "milestones": (0.8, 0.9)}
 _LDAM_STEPS = Schedule("steps", factors=(0.01, 0.0001), **_STEPS)  # type: ignore[arg-type]
@@ -178,14 +183,16 @@ def plan(
     settings = family(dataset)
     phases = [_scaled(phase, epochs_scale) for phase in _first_stage(method, settings, class_counts)]
     phases[0] = replace(phases[0], **(stage1 or {}))
+    phases[1:] = [replace(phase, weight_decay=(stage1 or {}).get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
     retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
+    given = ", ".join("--sampler" if name == "sampler" else f"--retrain-{name.replace('_', '-')}" for name in stage2 or {})
     if retrain != "none":
         second = _scaled(_second_stage(retrain, settings, phases[0]), epochs_scale)
         if stage2 and not second.epochs:
-            raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {', '.join(stage2)}")
+            raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {given}")
         phases.append(replace(second, **(stage2 or {})))
     elif stage2:
-        raise ValueError(f"there is no stage 2, so nothing takes these settings of it: {', '.join(stage2)}; choose one with --retrain")
+        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose a --retrain")
     if cloud is not None:
         phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
         if not any(phase.loss == "gcl" for phase in phases):

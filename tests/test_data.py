@@ -331,6 +331,10 @@ class TestCIFAR:
     def test_missing_files(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no CIFAR10 in .*cifar-10-batches-py.*--data-dir, or --download"):
             load_data("cifar10-lt", data_dir=tmp_path)
+        write_cifar(tmp_path, 10)
+        (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
+        with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py lacks data_batch_3; unpack the archive"):
+            load_data("cifar10-lt", data_dir=tmp_path)
 
     @needs_torchvision
     def test_download_without_a_connection(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

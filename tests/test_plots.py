@@ -42,9 +42,9 @@ def test_curves_by_kind_and_phase(figures: list[Any], tmp_path: Path) -> None:
     plots.plot_curves(history, tmp_path / "new" / "curves.png")
     assert drawn(tmp_path / "new" / "curves.png")
     rate, loss, percent = figures[0].axes
-    assert [axis.get_ylabel() for axis in (rate, loss, percent)] == ["learning rate", "loss", "percent"]
+    assert [axis.get_ylabel() for axis in (rate, loss, percent)] == ["learning rate", "loss", "accuracy and calibration error, %"]
     lines = {(line.get_label(), *line.get_xdata()): list(line.get_ydata()) for line in percent.lines if line.get_linestyle() == "-"}
-    assert lines[("top1", 2)] == [50]
+    assert lines[("top-1", 2)] == [50]
     assert [75] in lines.values(), "the second phase is a line of its own"
     assert [text.get_text() for text in loss.texts] == ["stage 1", "stage 2"]
 
@@ -68,6 +68,7 @@ def test_accuracy_by_class(classes: int, figures: list[Any], tmp_path: Path) -> 
     assert drawn(tmp_path / "class.png")
     points = np.array(figures[0].axes[0].lines[0].get_ydata())
     assert np.all(np.diff(points[np.isfinite(points)]) <= 0), "the most frequent class comes first"
+    assert len({line.get_linestyle() for line in figures[0].axes[0].lines if line.get_label()[0] != "_"}) == 2, "one line does not hide the other"
     with pytest.raises(ValueError, match="report of a has 60 classes" if classes == 60 else "report of a has 3 classes"):
         plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0)}, [1, 2], tmp_path / "class.png")
 
@@ -87,6 +88,11 @@ def test_tsne_of_two_methods(figures: list[Any], tmp_path: Path) -> None:
     assert drawn(tmp_path / "tsne.png")
     assert [axis.get_title() for axis in figures[0].axes] == ["cross-entropy", "GCL"]
     assert len(figures[0].axes[0].collections) == 10, "ten of the twelve classes"
+    counts = [5, *range(11, 0, -1)]
+    plots.plot_tsne(embeddings, labels, tmp_path / "tsne.png", class_counts=counts, class_names=[f"class number {c} of them all" for c in range(12)])
+    texts = [text.get_text() for text in figures[1].legends[0].get_texts()]
+    assert texts[0] == "class number 1 of them … (11)", "the most frequent class comes first"
+    assert texts[-1] == "class number 11 of them… (1)"
     with pytest.raises(ValueError, match="of 59 samples, but there are 60 labels"):
         plots.plot_tsne({"a": torch.zeros(59, 2)}, labels, tmp_path / "tsne.png")
     with pytest.raises(ValueError, match="at least five samples"):

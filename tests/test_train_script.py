@@ -30,6 +30,12 @@ def train(*arguments: object, fails: bool = False) -> str:
     return finished.stdout
 
 
+def table(output: str) -> list[str]:
+    """The lines of the table at the end."""
+    lines = output.splitlines()
+    return [line for line in lines[next(place for place, line in enumerate(lines) if "top-1" in line) :] if not line.startswith(("/", "runs/"))]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of the default run, shortened."""
@@ -38,9 +44,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
-    rows = {line.split()[0]: line.split()[1:] for line in run[1].splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in table(run[1])}
     assert rows["top-1"] == ["many", "medium", "few", "ECE", "NLL"]
     assert all(len(rows[name]) == 6 for name in ("baseline", "stage-1", "stage-2"))
+
+
+def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
+    lines = run[1].splitlines()
+    assert lines[0] == "digits-lt: 472 training images, 359 test images"
+    assert lines[3:6] == [
+        "baseline: ce, 4 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler",
+        "stage-1: gcl, 2 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
+        "stage-2: gcl, 2 epochs, batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
+    ]
 
 
 def test_the_baseline_has_the_same_budget(run: tuple[Path, str]) -> None:
@@ -61,12 +77,14 @@ def test_the_folder_is_complete(run: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("name", ["stage-2.pt", "."])
 def test_evaluate_repeats_the_report(run: tuple[Path, str], name: str) -> None:
-    expected = next(line.split() for line in run[1].splitlines() if line.startswith("stage-2"))
-    assert train("--evaluate", run[0] / name).splitlines()[1].split() == expected
+    expected = next(line.split() for line in table(run[1]) if line.startswith("stage-2"))
+    assert table(train("--evaluate", run[0] / name))[1].split() == expected
 
 
 def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None:
-    assert train("--resume", run[0], "--no-pictures").splitlines()[:4] == run[1].splitlines()[:4]
+    before = json.loads((run[0] / "summary.json").read_text())["seconds"]
+    assert table(train("--resume", run[0], "--no-pictures")) == table(run[1])
+    assert json.loads((run[0] / "summary.json").read_text())["seconds"] > before / 2, "the time before counts"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -79,7 +97,15 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--accumulate", "5"], "does not divide"),
     (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
-    (["--out", "README.md"], "README.md"),
+    (["--out", "README.md"], "--out: the folder README.md cannot be written (File exists); choose another one"),
+    (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
+    (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
+    (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
+    (["--data", "folder", "--imbalance", "10"], "--imbalance does nothing with --data folder"),
+    (["--data", "folder", "--train-list", "train.txt"], "--train-list does nothing with --data folder"),
+    (["--download"], "--download does nothing with --data digits-lt"),
+    (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm"),
+    (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
     (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
     (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip

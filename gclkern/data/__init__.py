@@ -10,7 +10,7 @@ from gclkern.data.images import DataSplits, DeviceImages, ImageSet
 from gclkern.data.lists import LISTS, CorruptImageError, ListImages, load_folder, load_lists
 from gclkern.data.longtail import stratified_split
 
-__all__ = ["DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "ImageSet", "ListImages", "load_data"]
+__all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "ImageSet", "ListImages", "load_data"]
 
 DATASETS = ("digits-lt", *CIFAR, *LISTS, "list", "folder")
 

@@ -113,6 +113,9 @@ def _find(files: _Files, data_dir: Path, download: bool) -> Path:
             raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
         return candidates[0]
     needed = ", ".join((*files.train, files.test))
+    if candidates[0].is_dir():
+        missing = ", ".join(name for name in (*files.train, files.test) if not (candidates[0] / name).is_file())
+        raise FileNotFoundError(f"{candidates[0]} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
     raise FileNotFoundError(
         f"no {files.torchvision} in {data_dir}: it needs the folder {files.folder} of the official Python version with {needed}; pass the folder that "
         f"holds it with --data-dir, or --download to fetch it"

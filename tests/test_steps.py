@@ -1,0 +1,91 @@
+"""What a training step trains, on what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gclkern.engine import Network, Ranks, build_head
+from gclkern.methods import build_loss, plan
+from gclkern.models import build_backbone
+from gclkern.steps import Trainer, TrainingStep, mixup, step_batches
+
+COUNTS = [50, 20, 5]
+
+
+class Backbone(torch.nn.Module):
+    feature_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(images)
+        return features
+
+
+@pytest.mark.parametrize(("trains", "head", "learned"), [
+    ("all", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias", "weight", "bias"}),
+    ("backbone", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias"}),
+    ("head", "linear", {"weight", "bias"}),
+    ("scale", "scaled linear", {"factor"}),
+    ("scale", "scaled cosine", {"factor"}),
+])  # fmt: skip
+def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
+    torch.manual_seed(0)
+    network = Network(Backbone(), build_head(head, 4, 3))
+    if trains == "scale":
+        torch.nn.init.normal_(network.head.weight)
+    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains=trains)
+    optimizer = torch.optim.SGD(step.learn(), lr=0.1)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    step.train()
+    step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor(1), 0).backward()
+    optimizer.step()
+    changed = {name.partition(".")[2] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {"layers.2.running_mean", "layers.2.running_var", "layers.2.num_batches_tracked"}
+    # A linear layer's bias before batch normalisation has no gradient, but for rounding.
+    assert changed - {"layers.1.bias"} == learned - {"layers.1.bias"} | (statistics if trains in ("all", "backbone") else set())
+
+
+def test_only_the_last_block_learns() -> None:
+    network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
+    step = TrainingStep(network, build_loss(plan("ce", None, "places-lt", COUNTS)[0], COUNTS), trains="last-block")
+    assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
+    learned = {id(parameter) for parameter in step.learn()}
+    assert learned == {id(parameter) for module in (network.backbone.layer4, network.head) for parameter in module.parameters()}
+    step.train()
+    assert network.backbone.layer4.training
+    assert not network.backbone.layer3.training
+    with pytest.raises(ValueError, match="--train all"):
+        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.loss, trains="last-block").learn()
+
+
+def test_mixup_is_a_function_of_the_seed() -> None:
+    images, target = torch.randn(8, 1, 2, 2), torch.arange(8)
+    mixed, other, share = mixup(images, target, 0.5, seed=3, block=0)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images[other])
+    assert torch.equal(mixup(images, target, 0.5, seed=3, block=0)[0], mixed)
+    _, order, same_share = mixup(images, target, 0.5, seed=3, block=1)
+    assert same_share == share
+    assert not torch.equal(order, other)
+
+
+def test_batches_are_full() -> None:
+    assert list(step_batches(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_average_is_what_is_shown() -> None:
+    network = Network(Backbone(), build_head("linear", 4, 3))
+    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    ranks = Ranks.alone(torch.device("cpu"))
+    assert Trainer(step, ranks, weight_decay=0.0).shown is network
+    trainer = Trainer(step, ranks, weight_decay=0.0, ema=0.9)
+    before = network.head.weight.detach().clone()
+    trainer.set_rate(0.1)
+    trainer.step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 0, 0)
+    # in the first step the decay is (1 + 0) / (10 + 0)
+    torch.testing.assert_close(trainer.shown.head.weight, 0.1 * before + 0.9 * network.head.weight)
+    with pytest.raises(ValueError, match="--capture needs a GPU"):
+        Trainer(step, ranks, weight_decay=0.0, capture=True)
