@@ -74,7 +74,7 @@ _COSINE = Schedule("cosine")
 
 # epochs, batch size, learning rate, weight decay, schedule and mixup of stage 1; "gcl" is for the clouded methods, "plain" for all others.
 # CIFAR: the LDAM-DRW and GCL releases. Large sets: decoupling's release for "plain", MiSLAS's with GCL's epochs for "gcl"; Places-LT: GCL's release.
-# Digits: chosen here, for a minute on two cores.
+# Chosen here: Places-LT's "plain", which is GCL's without mixup, and digits, for a minute on two cores.
 _STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = {
     "digits": {
         "plain": (80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), 0.0),
@@ -85,11 +85,12 @@ _STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = 
     "inat": {"plain": (90, 512, 0.2, 1e-4, _COSINE, 0.0), "gcl": (200, 256, 0.1, 1e-4, _COSINE, 0.2)},
     "places": {"plain": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.0), "gcl": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.2)},
 }
-# Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` means 0.002 by the time its schedule has divided it.
+# Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` means 0.002 by the time its schedule has divided it. Published for
+# CIFAR; the large sets take the same with stage 1's batch. Digits: a network of 80 short epochs needs larger steps.
 _GCL_STAGE2 = {"digits": (10, 64, 0.02), "cifar": (30, 64, 0.002), "imagenet": (30, 256, 0.002), "inat": (30, 256, 0.002), "places": (30, 512, 0.002)}
-# Epochs of cRT and LWS (decoupling), which train with stage 1's batch and learning rate.
-_RETRAIN_EPOCHS = {"crt": {"digits": 10, "inat": 30}, "lws": {"digits": 5}}
-_DEFAULT_EPOCHS = {"crt": 10, "lws": 5}
+# Epochs of cRT and LWS (decoupling's, published for the large sets), which train with stage 1's batch and learning rate, by cosine and without mixup.
+_RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
+_INAT_CRT_EPOCHS = 30
 
 
 def family(dataset: str) -> str:
@@ -125,7 +126,9 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
     )  # fmt: skip
     if not method.endswith("dro-lt"):
         return [phase]
-    # The released recipe: 80 epochs on the features with the classifier frozen, then 20 on the classifier alone.
+    # The released recipe for CIFAR, taken for all sets: 80 epochs on the features with the classifier frozen, then 20 on the classifier alone, with the same
+    # sampler. Combined with GCL, the stretch on the features has GCL's loss in place of the weighted cross entropy, since the classifier is of cosines, and
+    # GCL's stage 2 takes the place of the 20 epochs.
     long = max(class_counts) * len(class_counts)
     weighted = {} if clouded else {"weight": "counts"}
     robust = replace(
@@ -144,7 +147,7 @@ def _second_stage(retrain: str, settings: str, first: Phase) -> Phase:
             first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=_COSINE, loss="gcl", options=_clouded(settings, 2),
             sampler="cben", head="cosine", trains="head", start="previous" if first.head == "cosine" else "new head", drw=None,
         )  # fmt: skip
-    epochs = _RETRAIN_EPOCHS.get(retrain, {}).get(settings, _DEFAULT_EPOCHS.get(retrain, 0))
+    epochs = _INAT_CRT_EPOCHS if (retrain, settings) == ("crt", "inat") else _RETRAIN_EPOCHS.get(retrain, 0)
     options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
     plain = replace(first, name="stage-2", epochs=epochs, schedule=_COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
     if retrain == "crt":
@@ -206,7 +209,7 @@ def plan(
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
     """The loss of a phase: of logits, but :class:`gclkern.LinearGCLLoss` of features and a cosine classifier's weight, `sharded` over processes or whole."""
-    options = dict(phase.options)
+    options = dict(phase.options)  # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
     if phase.loss == "gcl" and sharded:
         return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
     if phase.loss == "gcl":

@@ -288,7 +288,7 @@ def _splits(
     """Checks the labels, which must be 0 to C - 1 with training images for each, and with `skip_corrupt` the files."""
     num_classes = int(train[1].max()) + 1
     if (highest := int(test[1].max())) >= num_classes:
-        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}")
+        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}; number classes alike in both lists")
     sets = []
     for paths, labels in (train, test):
         skipped: list[str] = []
@@ -299,7 +299,9 @@ def _splits(
         sets.append(ListImages(paths, labels, mean=mean, std=std, image_size=image_size, workers=workers, skipped=skipped))
     counts = sets[0].labels.bincount(minlength=num_classes).tolist()
     if missing := [label for label, count in enumerate(counts) if count == 0]:
-        raise ValueError(f"classes without a training image: {', '.join(map(str, missing[:10]))}; labels must be 0 to C - 1 without a gap")
+        names = ", ".join(str(label) if class_names is None else class_names[label] for label in missing[:10])
+        remedy = "labels must be 0 to C - 1 without a gap" if class_names is None else "remove their folders, or fill them"
+        raise ValueError(f"classes without a training image: {names}; {remedy}")
     return DataSplits(
         name=name,
         train=sets[0],
@@ -360,7 +362,7 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int, workers: i
     train_paths, train_labels, names = _read_folder(root / "train")
     test_paths, test_labels, test_names = _read_folder(test_root)
     if unknown := [name for name in test_names if name not in names]:
-        raise ValueError(f"{test_root / unknown[0]} is a class that {root / 'train'} does not have")
+        raise ValueError(f"{test_root / unknown[0]} is a class that {root / 'train'} does not have; add training images, or remove it")
     to_train = torch.tensor([names.index(name) for name in test_names])
     return _splits(
         "folder",
