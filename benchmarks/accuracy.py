@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="seeds in place of the table's")
     add("--epochs-scale", type=number(float, 0), metavar="FACTOR", help="share of the published epochs in place of the table's")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets' files (default data)")
-    add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1)")
+    add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1); on a CPU as many as cores, each with one thread, are fastest")
     add("--seconds", type=number(float, 0), default=float("inf"), help="stop after so long, with checkpoints (default never)")
     add("--runs", type=Path, default=ROOT / "runs" / "accuracy", help="folder of the runs' folders (default runs/accuracy)")
     add("--results", type=Path, default=ACCURACY, help="folder of the results (default benchmarks/results/accuracy)")
