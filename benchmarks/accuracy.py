@@ -184,7 +184,7 @@ class Bench:
         self.runs.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}  # a line a minute
         with (self.runs / f"{run.name}.log").open("ab") as log:
-            # a session of its own: Ctrl-C reaches this process alone, which passes on one request to stop
+            # out of this process's group: Ctrl-C reaches this one alone, which passes on one request to stop
             return subprocess.Popen(self.command(run), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def collect(self, run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,6 @@ if given.get("--seed") in ("7", "8"):
             (folder / "last.pt").write_text("a checkpoint")
             sys.exit()
     signal.signal(signal.SIGTERM, stop)
-    (folder / "begun").touch()
     time.sleep(60)
 time.sleep(0.2)
 (folder / "stage-1.pt").write_text("a checkpoint")
@@ -99,11 +99,19 @@ def test_a_stage_2_trains_its_stage_1_where_that_is_not_there(bench: Bench) -> N
     assert "--stage1" not in summary(bench, made("gcl"))["argv"]
 
 
-def test_runs_side_by_side(bench: Bench) -> None:
-    runs = [made("ce", seed) for seed in range(4)]
-    run_all(bench, runs, jobs=2, seconds=60)
-    times = [summary(bench, run)["times"] for run in runs]
-    assert max(sum(begin <= moment < end for begin, end in times) for moment, _ in times) == 2
+def test_runs_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[subprocess.Popen[bytes]] = []
+    alive: list[int] = []
+    start = Bench.start
+
+    def counted(self: Bench, run: Run) -> subprocess.Popen[bytes]:
+        processes.append(start(self, run))
+        alive.append(sum(process.poll() is None for process in processes))
+        return processes[-1]
+
+    monkeypatch.setattr(Bench, "start", counted)
+    run_all(bench, [made("ce", seed) for seed in range(4)], jobs=2, seconds=60)
+    assert len(alive) == 4 and max(alive) == 2
 
 
 def test_what_is_finished_is_not_run_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +130,7 @@ def test_a_failure_takes_its_stage_2_along(bench: Bench, monkeypatch: pytest.Mon
 
 def test_time_over_and_continued(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [made("ce", 7), made("ldam-drw", 7)]
-    while not (bench.folder(runs[0]) / "begun").exists():  # a slow machine may need more than a second to start a process
+    while not (bench.folder(runs[0]) / "last.pt").exists():  # a slow machine may need more than a second to start a process
         assert run_all(bench, runs, jobs=1, seconds=1.0) == []
     assert "0 of 2 runs are finished; the same command goes on" in capsys.readouterr().out
     assert not bench.folder(runs[1]).exists()
