@@ -181,9 +181,11 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
         raise ValueError(f"--out: {folder} already holds a run; go on with it by --resume {folder}, or choose another folder")
     kept = {"history": [], "reports": {}, "seconds": 0.0} if state is None else {name: state[name] for name in ("history", "reports", "seconds")}
     first = state["phase"] if state else len(phases) - 1 if args.stage1 else 0
-    network = load_network(state, data, ranks.device) if state else take_stage1(args, data, ranks.device) if args.stage1 else None
-    if state is None:
-        network = prepare(phases[first], network, data, vars(args), ranks.device)
+    if state:
+        network = load_network(state, data, ranks.device)
+    else:
+        stage1 = take_stage1(args, data, ranks.device) if args.stage1 else None
+        network = prepare(phases[first], stage1, data, vars(args), ranks.device)
     run = RunFolder(folder, vars(args), write=ranks.rank == 0, **kept)
     if ranks.rank == 0:
         print(describe(run, data, phases[first:], args.model or default_model(args.data), ranks.device), flush=True)
