@@ -89,7 +89,7 @@ def linear_cross_entropy(inputs: Inputs) -> Tensor:
 
 def large(shape: Shape) -> bool:
     """Where it is worth comparing the plans with one another."""
-    return shape.classes >= 8142 or shape.name == "smoke"
+    return shape.classes >= 8142 or shape.name.startswith(("smoke", "sweep"))
 
 
 def least_bytes(shape: Shape, dtype: str, phase: str) -> float:
@@ -134,7 +134,8 @@ if installed("liger_kernel") and torch.cuda.is_available():
 if installed("pytorch_metric_learning"):
     CONTESTANTS["pytorch-metric-learning CosFace"] = Contestant("less: normalisation and a margin, no noise", cosface, (BOTH,), dtypes=("fp32",))
 
-OPERATION = Operation("head", make_inputs, CONTESTANTS, least_bytes=least_bytes, least_flops=least_flops, cold=True)
+SWEPT = ("gclkern", "gclkern recompute", "plain torch", "torch linear_cross_entropy", "bare products")
+OPERATION = Operation("head", make_inputs, CONTESTANTS, least_bytes=least_bytes, least_flops=least_flops, swept=SWEPT, cold=True)
 
 
 def test_head(case: Case, measure: Callable[[Case], None]) -> None:

@@ -67,12 +67,24 @@ SHAPES = {
 }
 
 
-def sweep(grid: str) -> tuple[Shape, ...]:
-    """Shapes that differ in their classes alone, for the charts."""
-    if grid == "smoke":
-        return ()
-    rows, dim, classes = (1024, 512, (1_000, 10_000, 100_000, 1_000_000)) if grid == "cuda" else (128, 128, (1_000, 4_000, 16_000, 64_000))
-    return tuple(Shape(f"sweep {count}", rows, count, dim) for count in classes)
+@dataclass(frozen=True)
+class Sweep:
+    """Shapes that differ in one size alone: how the head's cost grows with it."""
+
+    base: tuple[int, int, int]  # samples, classes, dimensions
+    sizes: Mapping[str, tuple[int, ...]]  # the values that each of them takes while the others stay
+
+    def shapes(self) -> Iterable[Shape]:
+        for place, (size, values) in enumerate(self.sizes.items()):
+            for value in values:
+                rows, classes, dim = (value if i == place else kept for i, kept in enumerate(self.base))
+                yield Shape(f"sweep {size} {value}", rows, classes, dim)
+
+
+SWEEPS = {
+    "cpu": Sweep((128, 4_000, 128), {"N": (32, 128, 512, 2048), "C": (1_000, 4_000, 16_000, 64_000), "D": (128, 512, 2048, 8192)}),
+    "cuda": Sweep((1024, 100_000, 512), {"N": (256, 1024, 4096), "C": (1_000, 10_000, 100_000, 1_000_000), "D": (128, 512, 2048)}),
+}
 
 
 @dataclass(frozen=True)
@@ -130,29 +142,37 @@ class Operation:
     shapes: Mapping[str, tuple[Shape, ...]] | None = None  # None: SHAPES
     least_bytes: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0  # 0: no bound worth a number
     least_flops: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0
+    swept: tuple[str, ...] = ()  # contestants whose growth is measured
     cold: bool = False  # whether training finds the inputs in memory rather than in the cache
     graph: bool = True  # whether the device's time counts alone; else launches count too, as in a training loop
     on_device: bool = True  # False: runs on the CPU everywhere
 
     def cases(self, grid: str) -> Iterable[Case]:
-        swept = sweep(grid) if self.name == "head" else ()
-        for shape in (*(SHAPES if self.shapes is None else self.shapes)[grid], *swept):
-            # the charts take one dtype and the whole step
-            dtypes, phases = (("bf16",) if grid == "cuda" else ("fp32",), (BOTH,)) if shape in swept else (self.dtypes, self.phases)
+        for shape in (SHAPES if self.shapes is None else self.shapes)[grid]:
+            dtypes, phases = self.dtypes, self.phases
             if grid == "smoke":
                 phases = phases[-1:]
-            if grid == "cpu" and shape is IMAGENET:
+            if grid == "cpu" and shape is not CIFAR:
                 dtypes = dtypes[:1]  # products of 16 bits are slow on most CPUs
-            if shape in (HUNDRED_THOUSAND, MILLION) and len(dtypes) > 1:
-                dtypes = dtypes[1:]  # nobody trains these in float32
+            if shape in (HUNDRED_THOUSAND, MILLION):
+                dtypes = (*dtypes[1:], dtypes[0])  # those that such a size is trained in come first
             for dtype in dtypes:
-                for name, contestant in self.contestants.items():
-                    fits = (contestant.dtypes is None or dtype in contestant.dtypes) and contestant.shapes(shape)
-                    if name == "torch.compile":
-                        fits = grid == "cuda" or (dtype == "fp32" and shape in (SMOKE, CIFAR))  # a C++ compiler takes longer than all the rest
-                    for phase in phases:
-                        if fits and (contestant.phases is None or phase in contestant.phases):
-                            yield Case(self, shape, dtype, name, phase)
+                for name in self.contestants:
+                    # on a CPU the compiler takes longer than all the rest
+                    if name != "torch.compile" or grid == "cuda" or (dtype == "fp32" and shape in (SMOKE, CIFAR)):
+                        yield from self._cases_of(name, shape, dtype, phases)
+        if self.swept and grid in SWEEPS:
+            for shape in SWEEPS[grid].shapes():
+                for name in self.swept:
+                    if name in self.contestants:
+                        yield from self._cases_of(name, shape, "bf16" if grid == "cuda" else "fp32", (BOTH,))
+
+    def _cases_of(self, name: str, shape: Shape, dtype: str, phases: Iterable[str]) -> Iterable[Case]:
+        contestant = self.contestants[name]
+        if (contestant.dtypes is None or dtype in contestant.dtypes) and contestant.shapes(shape):
+            for phase in phases:
+                if contestant.phases is None or phase in contestant.phases:
+                    yield Case(self, shape, dtype, name, phase)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common import Case
 from benchmarks.memory import allocated_peak
-from benchmarks.timing import Stopwatch, cold_copies, prepare
+from benchmarks.timing import Stopwatch, cold_copies, number_of_rounds, prepare, rounds_in_turn
 
 STOPWATCH = Stopwatch()
 STOPPED, BROKEN = 10, 11  # exit codes: time is over; no further CUDA call of this process can succeed
@@ -33,9 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_START] = time.monotonic()
+    config.stash[_ROUNDS] = {}
 
 
 _START = pytest.StashKey[float]()
+_SELECTED = pytest.StashKey[list[Case]]()
+_ROUNDS = pytest.StashKey[dict[str, tuple[list[float], str]]]()  # by the case's key: seconds of its rounds, and how they were timed
 
 
 def _recorded(config: pytest.Config) -> set[str]:
@@ -57,6 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=STOPWATCH))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    parameters = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    session.config.stash[_SELECTED] = [params["case"] for params in parameters if isinstance(params.get("case"), Case)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -82,20 +90,30 @@ def _rates(case: Case, seconds: float) -> dict[str, float]:
     return {name: amount / seconds / unit for name, amount, unit in (("gb_per_s", moved, 1e9), ("tflop_per_s", flops, 1e12)) if amount}
 
 
-def _time(case: Case, inputs: Any, device: torch.device, benchmark: Any) -> dict[str, Any]:
-    """The case's rounds, as pytest-benchmark's statistics and as the record's. What they allocated is free again when this returns."""
-    operation, contestant = case.operation, case.operation.contestants[case.contestant]
-    copies = cold_copies(inputs.leaf_bytes, device) if operation.cold else 1
-    sets = [inputs, *(operation.make_inputs(case.shape, case.dtype, device) for _ in range(copies - 1))]
-    timed = prepare([functools.partial(contestant.prepare, chosen, case.phase) for chosen in sets], device, graph=operation.graph)
-    rounds: list[float] = []
+def _time(case: Case, inputs: Any, device: torch.device, config: pytest.Config) -> tuple[list[float], str]:
+    """Seconds of the case's rounds, and how they were timed. What they allocated is free again when this returns.
 
-    def one_round() -> None:
-        rounds.append(timed.seconds())
-        STOPWATCH.seconds += rounds[-1]
-
-    benchmark.pedantic(one_round, rounds=timed.rounds)
-    return {"seconds": statistics.median(rounds), "fastest_seconds": min(rounds), "rounds": len(rounds), "timed_by": timed.how, "input_sets": copies}
+    On a CPU the contestants of a group take turns: the first case to come measures them all. A GPU's own time needs no turns, and its memory has no room
+    for all contestants at once.
+    """
+    known = config.stash[_ROUNDS]
+    if case.key not in known:
+        others = [] if device.type == "cuda" else [other for other in config.stash[_SELECTED] if other.group == case.group and other != case]
+        copies = cold_copies(inputs.leaf_bytes, device) if case.operation.cold else 1
+        sets = [inputs, *(case.operation.make_inputs(case.shape, case.dtype, device) for _ in range(copies - 1))]
+        timed = {}
+        for other in (case, *others):
+            contestant = other.operation.contestants[other.contestant]
+            try:
+                makers = [functools.partial(contestant.prepare, chosen, other.phase) for chosen in sets]
+                timed[other.key] = prepare(makers, device, graph=other.operation.graph)
+            except Exception:
+                if other is case:
+                    raise  # another's failure shows when its own turn comes
+        turns = list(timed.values())
+        for key, turn, rounds in zip(timed, turns, rounds_in_turn(turns, number_of_rounds(turns, device)), strict=True):
+            known[key] = rounds, turn.how
+    return known[case.key]
 
 
 def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
@@ -111,7 +129,14 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
         benchmark.pedantic(contestant.prepare(inputs, case.phase))
         return
     benchmark.group = case.group
-    result = _time(case, inputs, device, benchmark)
+    rounds, how = _time(case, inputs, device, config)
+    replay = iter(rounds)
+
+    def next_round() -> None:
+        STOPWATCH.seconds += next(replay)
+
+    benchmark.pedantic(next_round, rounds=len(rounds))
+    result: dict[str, Any] = {"seconds": statistics.median(rounds), "fastest_seconds": min(rounds), "rounds": len(rounds), "timed_by": how}
     result["peak_bytes"] = allocated_peak(contestant.prepare(inputs, case.phase), device)
     result |= {**_rates(case, result["seconds"]), "includes": contestant.includes}
     benchmark.extra_info.update(result)

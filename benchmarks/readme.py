@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 SECTIONS = ("cpu_head", "cpu", "gpu", "accuracy")
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
+SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
 COLORS = ("#0b6e4f", "#d1495b", "#00798c", "#edae49", "#5c4d7d", "#8d6b94", "#30638e", "#7a7a7a", "#444444")
 
 
@@ -48,18 +49,18 @@ def cpu_head(results: Path) -> str:
             name,
             f"{row['milliseconds']:.0f}",
             f"{row['times_bare_products']:.2f}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['peak_bytes_beyond_gradients'] / 1e6:.0f}",
+            *(f"{row[key] / 1e6:.0f}" if key in row else "" for key in ("peak_bytes", "peak_bytes_beyond_gradients")),
+            row["includes"],
         ]
         for name, row in data["results"].items()
     )
     return "\n".join(
         [
-            f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32, noise on,",
+            f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32,",
             f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}.",
-            f"Medians of {shape['rounds']} rounds in which the contestants take turns.",
+            f"Medians of {shape['rounds']} rounds in which the contestants take turns, on idle cores; the ratio is the median of the rounds' ratios.",
             "",
-            _table(["", "ms", "x bare products", "peak MB", "beyond the gradients"], rows),
+            _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
             "",
             f"Measured at torch implementation `{data['torch_hash']}` by `python -m benchmarks.cpu_head --json benchmarks/results/cpu_head.json`.",
         ]
@@ -92,19 +93,49 @@ def _operation_table(name: str, found: list[dict[str, Any]]) -> str:
 
 
 def charts(path: Path) -> dict[Path, str]:
-    """The SVG files that belong to a report: time and memory of the head against the classes."""
+    """The SVG files that belong to a report: time and memory of the head against each of its sizes."""
     data = json.loads(path.read_text())
-    swept = [result for result in _whole(data) if result["shape"].startswith("sweep")]
-    if not swept:
-        return {}
-    sizes = f"{swept[0]['rows']} samples, {swept[0]['dim']} dimensions, {swept[0]['dtype']}, {data['machine']['device']}"
     found = {}
-    for kind, key, unit, factor in (("time", "seconds", "ms", 1e3), ("memory", "peak_bytes", "peak MB", 1e-6)):
-        series: dict[str, list[tuple[float, float]]] = {}
-        for result in swept:
-            series.setdefault(result["contestant"], []).append((result["classes"], factor * result[key]))
-        found[path.with_name(f"{path.stem}-{kind}.svg")] = line_chart(f"Head, forward + backward: {sizes}", "classes", unit, series)
+    for size, swept in _sweeps(data).items():
+        others = ", ".join(f"{swept[0][key]:,} {name}" for other, (key, name) in SIZES.items() if other != size)
+        title = f"Head, forward + backward: {others}, {swept[0]['dtype']}, {data['machine']['device']}"
+        for kind, unit in (("time", "ms"), ("memory", "peak MB")):
+            found[path.with_name(f"{path.stem}-{kind}-{size}.svg")] = line_chart(title, SIZES[size][1], unit, _series(swept, size, kind))
     return found
+
+
+def _sweeps(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results in which one size alone changes, by that size."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in _whole(data):
+        if result["shape"].startswith("sweep "):
+            found.setdefault(result["shape"].split()[1], []).append(result)
+    return found
+
+
+def _series(swept: list[dict[str, Any]], size: str, kind: str) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds or megabytes against the size, by contestant."""
+    key, factor = ("seconds", 1e3) if kind == "time" else ("peak_bytes", 1e-6)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for result in swept:
+        series.setdefault(result["contestant"], []).append((result[SIZES[size][0]], factor * result[key]))
+    return {name: sorted(line) for name, line in series.items()}
+
+
+def exponent(line: list[tuple[float, float]]) -> float:
+    """The power of the size with which the cost grows at the largest sizes: the slope of the last step, both axes logarithmic. 1 is linear."""
+    (x0, y0), (x1, y1) = line[-2:]
+    return math.log(y1 / y0) / math.log(x1 / x0)
+
+
+def _growth(data: dict[str, Any]) -> str:
+    sweeps = _sweeps(data)
+    columns = [(size, kind) for size in sweeps for kind in ("time", "memory")]
+    exponents = {column: {name: exponent(line) for name, line in _series(sweeps[column[0]], *column).items()} for column in columns}
+    names = dict.fromkeys(name for column in columns for name in exponents[column])
+    rows = ([name, *(f"{exponents[column][name]:.2f}" if name in exponents[column] else "" for column in columns)] for name in names)
+    header = ["", *(f"{kind} against {size}" for size, kind in columns)]
+    return f"Growth of the head's cost: the exponent between the two largest values of each size, 1 being linear.\n\n{_table(header, rows)}"
 
 
 def report(path: Path) -> str:
@@ -113,9 +144,11 @@ def report(path: Path) -> str:
     parts = [f"{data['machine']['device']}, torch {data['machine']['versions']['torch']}. Medians; peak memory beyond the inputs, with what is returned."]
     operations = dict.fromkeys(result["operation"] for result in fixed)
     parts += [_operation_table(name, [result for result in fixed if result["operation"] == name]) for name in operations]
+    if _sweeps(data):
+        parts.append(_growth(data))
     for chart in charts(path):
-        what = chart.stem.rsplit("-", 1)[1]
-        parts.append(f"![{what} against the number of classes]({(RESULTS / chart.name).relative_to(ROOT).as_posix()})")
+        kind, size = chart.stem.split("-")[-2:]
+        parts.append(f"![{kind} against {SIZES[size][1]}]({(RESULTS / chart.name).relative_to(ROOT).as_posix()})")
     gpu = path.name != "cpu.json"
     source = f"kernels `{data['kernels_hash']}`" if gpu else f"torch implementation `{data['torch_hash']}`"
     parts.append(f"Measured at {source} by `python -m benchmarks.gpu_report`.")

@@ -18,8 +18,8 @@ Maker = Callable[[], Call]
 
 GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that its own launch does not show
 MAX_CALLS = 64
-ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.3}  # what all rounds of a case may take together
-ROUNDS = {"cuda": (7, 50), "cpu": (3, 25)}  # and their number: for a median at least, at most
+ROUND_SECONDS = {"cuda": 0.2, "cpu": 1.0}  # what all rounds that take turns may take together
+ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # and their number: for a median at least, at most
 
 
 class Stopwatch:
@@ -36,7 +36,7 @@ class Stopwatch:
 class Timed:
     how: str
     seconds: Callable[[], float]  # one round: seconds of one call, on average over the round's calls
-    rounds: int
+    round_seconds: float  # what a round takes
 
 
 def cold_copies(input_bytes: int, device: torch.device) -> int:
@@ -47,15 +47,20 @@ def cold_copies(input_bytes: int, device: torch.device) -> int:
     return min(32, 1 + math.ceil(2 * cache / max(input_bytes, 1))) if input_bytes < 2 * cache else 1
 
 
-def _number_of_rounds(seconds: float, kind: str) -> int:
-    low, high = ROUNDS[kind]
-    return max(low, min(high, int(ROUND_SECONDS[kind] / max(seconds, 1e-9))))
+def number_of_rounds(contestants: Sequence[Timed], device: torch.device) -> int:
+    low, high = ROUNDS[device.type]
+    return max(low, min(high, int(ROUND_SECONDS[device.type] / max(sum(timed.round_seconds for timed in contestants), 1e-9))))
+
+
+def rounds_in_turn(contestants: Sequence[Timed], number: int) -> list[list[float]]:
+    """Seconds of each contestant's rounds. A round of one follows a round of the other, so that a machine that slows down slows them all down alike."""
+    return [list(column) for column in zip(*([timed.seconds() for timed in contestants] for _ in range(number)), strict=True)]
 
 
 def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Timed:
     """Makes and warms up the calls. With `graph`, calls that a CUDA graph cannot hold fall back to events around each round, and the result says so."""
     if device.type != "cuda":
-        return _wall_clock(makers)
+        return wall_clock(makers)
     stream, outside = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(outside)
     with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream, so both belong to the one that captures
@@ -121,8 +126,7 @@ def _graph(calls: Sequence[Call], stream: torch.cuda.Stream) -> Timed:
         repeats = max(1, min(math.ceil(GRAPH_SECONDS / seconds), MAX_CALLS // len(calls)))
         captured = capture(repeats)
     count = repeats * len(calls)
-    rounds = _number_of_rounds(_between_events(captured.replay, stream), "cuda")
-    return Timed("CUDA graph", lambda: _between_events(captured.replay, stream) / count, rounds)
+    return Timed("CUDA graph", lambda: _between_events(captured.replay, stream) / count, _between_events(captured.replay, stream))
 
 
 def _events(calls: Sequence[Call], stream: torch.cuda.Stream, reason: str) -> Timed:
@@ -130,11 +134,11 @@ def _events(calls: Sequence[Call], stream: torch.cuda.Stream, reason: str) -> Ti
         for call in calls:
             call()
 
-    rounds = _number_of_rounds(_between_events(run, stream), "cuda")
-    return Timed(f"CUDA events ({reason})", lambda: _between_events(run, stream) / len(calls), rounds)
+    return Timed(f"CUDA events ({reason})", lambda: _between_events(run, stream) / len(calls), _between_events(run, stream))
 
 
-def _wall_clock(makers: Sequence[Maker]) -> Timed:
+def wall_clock(makers: Sequence[Maker]) -> Timed:
+    """The time that passes for whoever waits for the calls."""
     calls = [make() for make in makers]
 
     def seconds() -> float:
@@ -144,4 +148,4 @@ def _wall_clock(makers: Sequence[Maker]) -> Timed:
         return (time.perf_counter() - start) / len(calls)
 
     seconds()  # warms up
-    return Timed("wall clock", seconds, _number_of_rounds(seconds() * len(calls), "cpu"))
+    return Timed("wall clock", seconds, seconds() * len(calls))

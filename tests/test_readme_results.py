@@ -24,7 +24,7 @@ def _result(shape: str, classes: int, contestant: str, seconds: float) -> dict[s
 def results(tmp_path: Path) -> Path:
     """A made-up report of a GPU, with its charts."""
     sweep = [
-        _result(f"sweep {classes}", classes, name, classes * factor) for classes in (10, 1000) for name, factor in (("gclkern", 1e-6), ("plain torch", 4e-6))
+        _result(f"sweep C {classes}", classes, name, classes * factor) for classes in (10, 1000) for name, factor in (("gclkern", 1e-6), ("plain torch", 4e-6))
     ]
     failed = {**_result("iNaturalist", 8142, "Liger", 1.0), "error": "out of memory"}
     benchmarks = [_result("iNaturalist", 8142, "gclkern", 0.00125), _result("iNaturalist", 8142, "plain torch", 0.004), failed, *sweep]
@@ -45,15 +45,16 @@ def test_tables_and_charts_come_from_the_results(results: Path) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| iNaturalist, bf16 | 1.25 ms, 1.25 MB | 4 ms, 4 MB |" in text
-    assert "`0123456789ab`" in text and "made-up-time.svg" in text and "Liger" not in text
+    assert "`0123456789ab`" in text and "made-up-time-C.svg" in text and "Liger" not in text
+    assert "| gclkern | 1.00 | 1.00 |" in text  # the made-up costs grow linearly
 
 
 def test_a_changed_number_is_found(results: Path) -> None:
     page = results / "README.md"
     page.write_text(readme.wanted("<!-- results:begin gpu -->\n<!-- results:end -->\n", results))
     page.write_text(page.read_text().replace("1.25 ms", "0.25 ms"))
-    (results / "made-up-memory.svg").write_text("<svg/>")
-    assert readme.disagreements(page, results) == ["section gpu", "made-up-memory.svg"]
+    (results / "made-up-memory-C.svg").write_text("<svg/>")
+    assert readme.disagreements(page, results) == ["section gpu", "made-up-memory-C.svg"]
 
 
 def test_a_result_without_a_section_is_found(results: Path) -> None:
