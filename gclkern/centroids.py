@@ -12,7 +12,9 @@ from gclkern.backend import resolve_backend
 from gclkern.counts import check_int
 from gclkern.validation import check_matrix, check_target, refuse_gradient
 
-_BLOCK = 2**22  # elements that are held in the dtype of the sums at one time
+# Elements that are held in the dtype of the sums at one time. On a CPU they always lie in the same 8 MB: fresh memory would cost more than the sums.
+_CPU_BLOCK = 2**20
+_DEVICE_BLOCK = 2**22
 
 
 def class_centroids(
@@ -68,12 +70,16 @@ def torch_segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tu
     # one more class, in the end dropped, takes the rows whose label is none
     label = torch.where((target >= 0) & (target < num_classes), target, num_classes)
     sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
-    for rows, labels in zip(features.split(max(1, _BLOCK // dim)), label.split(max(1, _BLOCK // dim)), strict=True):
-        if features.device.type == "cpu":
-            sums.index_add_(0, labels, rows.to(torch.float64))
+    on_cpu = features.device.type == "cpu"
+    step = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // dim)
+    room = torch.empty((min(step, features.shape[0]), dim), dtype=torch.float64, device=features.device)
+    for rows, labels in zip(features.split(step), label.split(step), strict=True):
+        block = room[: rows.shape[0]].copy_(rows)
+        if on_cpu:
+            sums.index_add_(0, labels, block)
         else:
             # index_add_ adds in no fixed order there; this sorts
-            sums.index_put_((labels,), rows.to(torch.float64), accumulate=True)
+            sums.index_put_((labels,), block, accumulate=True)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device).scatter_add_(0, label, torch.ones_like(label))
     return sums[:num_classes].to(dtype, copy=True), counts[:num_classes].clone()
 
