@@ -32,22 +32,22 @@ class LogitLoss(torch.autograd.Function):
     """The loss of logits or cosines (N, C)."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, backend: str, *terms: Any) -> Tensor:
+    def forward(ctx: Any, cosine: Tensor, for_backward: bool, backend: str, *terms: Any) -> Tensor:
         with torch.autocast(cosine.device.type, enabled=False):
-            loss, row_stats, denominator = _operator("logit_forward", backend)(cosine, *terms)
-        ctx.save_for_backward(cosine, row_stats, denominator, *terms[:TENSOR_TERMS])
+            loss, saved = _operator("logit_forward", backend)(cosine, *terms, for_backward)
+        ctx.save_for_backward(cosine, *saved, *terms[:TENSOR_TERMS])
         ctx.plain_terms = terms[TENSOR_TERMS:]
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        cosine, row_stats, denominator = ctx.saved_tensors[:3]
+        cosine, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
         terms = _terms_of(ctx, ctx.saved_tensors)
-        bias_grad = ctx.needs_input_grad[2 + LossTerms._fields.index("bias")]
+        bias_grad = ctx.needs_input_grad[3 + LossTerms._fields.index("bias")]
         with torch.autocast(cosine.device.type, enabled=False):
-            grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, row_stats, denominator, *terms, bias_grad)
-        return (grad_cosine, None, *_term_gradients(grad_bias if bias_grad else None))
+            grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
+        return (grad_cosine, None, None, *_term_gradients(grad_bias if bias_grad else None))
 
 
 class HeadLoss(torch.autograd.Function):

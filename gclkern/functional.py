@@ -105,7 +105,7 @@ def gcl_cross_entropy(
     chosen = resolve_backend(backend, cosine)
     if chosen == "triton":
         import gclkern.kernels.logit_loss  # noqa: F401 (registers the operators)
-    return LogitLoss.apply(cosine, chosen, *terms)
+    return LogitLoss.apply(cosine, _gradient_is_wanted(cosine, terms.bias), chosen, *terms)
 
 
 def linear_gcl_cross_entropy(
@@ -179,6 +179,9 @@ def linear_gcl_cross_entropy(
     if chosen == "triton":
         import gclkern.kernels.head  # noqa: F401 (registers the operators)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
-    differentiable = (features, linear_weight, *(() if terms.bias is None else (terms.bias,)))
-    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    for_backward = _gradient_is_wanted(features, linear_weight, terms.bias)
     return HeadLoss.apply(features, linear_weight, normalize, resolved, for_backward, chosen, *terms)
+
+
+def _gradient_is_wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -498,33 +498,36 @@ def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.d
     return parts[0], parts[1], parts[2] if smoothed else None
 
 
-@torch.library.custom_op("gclkern::logit_forward", mutates_args=(), schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}) -> (Tensor, Tensor, Tensor)")
-def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ((), or (N,) unreduced), row statistics (4, N), denominator of the mean ()."""
-    terms = LossTerms(*args)
+@torch.library.custom_op("gclkern::logit_forward", mutates_args=(), schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}, bool for_backward) -> (Tensor, Tensor[])")
+def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    """Loss ((), or (N,) unreduced), and for backward: row statistics (4, N), denominator of the mean ()."""
+    *fields, _ = args
+    terms = LossTerms(*fields)
     with on_device(cosine):
         statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
-        return finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
+        loss, stats, denominator = finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
+        return loss, [stats, denominator]
 
 
 @logit_forward.register_fake
-def _(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    terms = LossTerms(*args)
+def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *fields, _ = args
     num_rows = cosine.shape[0]
-    loss = cosine.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=torch.float32)
-    return loss, cosine.new_empty((ROW_STATS, num_rows), dtype=torch.float32), cosine.new_empty((), dtype=torch.float32)
+    loss = cosine.new_empty((num_rows,) if LossTerms(*fields).reduction == "none" else (), dtype=torch.float32)
+    return loss, [cosine.new_empty((ROW_STATS, num_rows), dtype=torch.float32), cosine.new_empty((), dtype=torch.float32)]
 
 
 @torch.library.custom_op(
     "gclkern::logit_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor cosine, Tensor row_stats, Tensor denominator, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
 )
-def logit_backward(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     """Gradients of the cosines, rows padded to ROW_ALIGNMENT elements, and of the bias (empty unless asked for)."""
     *fields, bias_grad = args
     terms = LossTerms(*fields)
+    stats, denominator = saved
     with on_device(cosine):
         out = empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device)
         grad_bias = cosine_gradient(cosine, grad_loss, stats, denominator, terms, 0, out, inverse_norm=None, bias_grad=bias_grad, padded=False)[2]
@@ -532,7 +535,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator
 
 
 @logit_backward.register_fake
-def _(grad_loss: Tensor, cosine: Tensor, stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     return empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)
 
 

@@ -88,8 +88,8 @@ def _loss(dtype: torch.dtype, noise: bool = True) -> None:
     from gclkern.kernels.logit_loss import logit_backward, logit_forward
 
     cosine, terms = torch.empty(ROWS, CLASSES, dtype=dtype), _terms(noise)
-    loss, stats, denominator = logit_forward(cosine, *terms)
-    logit_backward(loss, cosine, stats, denominator, *terms, False)
+    loss, saved = logit_forward(cosine, *terms, True)
+    logit_backward(loss, cosine, saved, *terms, False)
 
 
 def _head(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:

@@ -115,11 +115,10 @@ def differentiable(terms_of: Any, forward: Any, backward: Any) -> Any:
 
 def logit_loss(case: Case) -> Any:
     def forward(cosine: Tensor, terms: LossTerms) -> Any:
-        loss, *saved = OPS.torch_logit_forward(cosine, *terms)
-        return loss, saved
+        return OPS.torch_logit_forward(cosine, *terms, True)
 
     def backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], terms: LossTerms, bias_grad: bool) -> Any:
-        return OPS.torch_logit_backward(grad_loss, cosine, *saved, *terms, bias_grad)
+        return OPS.torch_logit_backward(grad_loss, cosine, saved, *terms, bias_grad)
 
     return differentiable(case.terms, forward, backward)
 
@@ -270,14 +269,32 @@ def test_a_sure_target_keeps_its_digits() -> None:
     logits = torch.tensor([[1.0, 0.1, 0.05, -0.2]])
     terms = Case({"scale": 30.0, "gamma": 0.5, "focal_detach": False}, "sum", classes=4, dtype=torch.float32).terms()
     terms = terms._replace(target=torch.tensor([0]))
-    loss, stats, denominator = OPS.torch_logit_forward(logits, *terms)
-    grad, _ = OPS.torch_logit_backward(torch.tensor(1.0), logits, stats, denominator, *terms, False)
+    loss, saved = OPS.torch_logit_forward(logits, *terms, True)
+    grad, _ = OPS.torch_logit_backward(torch.tensor(1.0), logits, saved, *terms, False)
     rest = torch.exp(30.0 * (logits[0, 1:].double() - 1)).sum()
     nll = torch.log1p(rest)
     missed = -torch.expm1(-nll)
     slope = missed**0.5 * (1 + 0.5 * nll * torch.exp(-nll) / missed)
     torch.testing.assert_close(loss.double(), nll * missed**0.5, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad[0, 0].double(), -30.0 * slope * rest / (1 + rest), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cloud", "two targets, all options"])
+def test_exponentials_that_are_not_kept_are_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(OPTIONS[name])
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        _, saved = OPS.torch_logit_forward(case.cosine, *case.terms(), True)
+        leaf = case.leaves("cosine")
+        return saved[-1], with_gradients(logit_loss(case)(leaf[0], None), leaf, case.grad_loss)
+
+    kept, expected = run()
+    assert kept.shape == case.cosine.shape
+    assert OPS.torch_logit_forward(case.cosine, *case.terms(), False)[1][-1].numel() == 0  # nothing for a backward that will not come
+    monkeypatch.setattr("gclkern.torch_backend.logit._KEPT_BYTES", 0)
+    kept, again = run()
+    assert kept.numel() == 0
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -385,11 +402,11 @@ def test_classes_that_are_switched_off() -> None:
 @pytest.mark.parametrize("label", [CLASSES, -1])
 def test_a_label_that_is_no_class_makes_its_row_nan(label: int) -> None:
     case = Case(OPTIONS["two targets"], "none")
-    expected, *_ = OPS.torch_logit_forward(case.cosine, *case.terms())
+    expected, *_ = OPS.torch_logit_forward(case.cosine, *case.terms(), True)
     case.target = case.target.clone()
     case.target[0] = label
     others = torch.arange(ROWS) != 0
-    loss, *_ = OPS.torch_logit_forward(case.cosine, *case.terms())
+    loss, *_ = OPS.torch_logit_forward(case.cosine, *case.terms(), True)
     assert loss[0].isnan() and torch.equal(loss[others], expected[others])
     for plan in PLANS:
         loss, _ = OPS.torch_head_forward(case.features, case.linear_weight, *case.terms(), True, plan, True)
@@ -401,10 +418,10 @@ def test_operators_are_registered_soundly(name: str) -> None:
     case = Case(OPTIONS[name], dtype=torch.float32)
     terms = case.terms()
     cosine, features, weight, grad_loss = (tensor.float() for tensor in (case.cosine, case.features, case.linear_weight, case.grad_loss))
-    torch.library.opcheck(OPS.torch_logit_forward, (cosine, *terms))
-    _, stats, denominator = OPS.torch_logit_forward(cosine, *terms)
+    torch.library.opcheck(OPS.torch_logit_forward, (cosine, *terms, True))
+    _, saved = OPS.torch_logit_forward(cosine, *terms, True)
     for bias_grad in (True, False):
-        torch.library.opcheck(OPS.torch_logit_backward, (grad_loss, cosine, stats, denominator, *terms, bias_grad))
+        torch.library.opcheck(OPS.torch_logit_backward, (grad_loss, cosine, saved, *terms, bias_grad))
     for plan in PLANS:
         for normalize in (True, False):
             torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, normalize, plan, True))

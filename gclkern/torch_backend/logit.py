@@ -1,4 +1,8 @@
-"""The loss of cosines or logits (N, C) in torch: forward keeps five numbers a row, backward passes over the cosines again and draws the same noise."""
+"""The loss of cosines or logits (N, C) in torch.
+
+Forward keeps five numbers a row and, because the noise takes longer than all the rest, the exponentials of disturbed logits. Backward passes over these or,
+without noise or where such a matrix would be too large, over the cosines again, with the same noise.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,12 @@ from gclkern.torch_backend.rows import (
     statistics_dtype,
 )
 
+_KEPT_BYTES = 2**30  # the exponentials of a larger matrix are made again
+
+
+def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) -> bool:
+    return for_backward and terms.cloud is not None and cosine.numel() * statistics_dtype(cosine).itemsize <= _KEPT_BYTES
+
 
 def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
     """block = scale * cosine, in the block's precision."""
@@ -33,26 +43,30 @@ def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
         block.mul_(scale)
 
 
-def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    terms = LossTerms(*args)
+def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *some, for_backward = args
+    terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
     classes = slice(0, num_classes)
     sums = RowSums(num_rows, terms, dtype, device)
-    logits, noise = block_scratch(num_rows, num_classes, dtype, device), noise_scratch(num_rows, num_classes, terms, device)
+    kept = torch.empty((num_rows, num_classes) if _keeps_exponentials(cosine, terms, for_backward) else 0, dtype=dtype, device=device)
+    logits = None if kept.numel() > 0 else block_scratch(num_rows, num_classes, dtype, device)
+    noise = noise_scratch(num_rows, num_classes, terms, device)
     for rows in row_blocks(num_rows, num_classes, device):
-        block = logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
+        block = kept[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
         _load_scaled_(block, cosine[rows], terms.scale)
         disturb_(block, terms, rows, classes, noise)
         sums.add_(block, rows, classes)
     losses, stats = finish_rows(sums, num_classes)
     loss, denominator = reduce_rows(losses, terms)
-    return loss, torch.stack(stats), denominator
+    return loss, [torch.stack(stats), denominator, kept]
 
 
-def _logit_backward(grad_loss: Tensor, cosine: Tensor, row_stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     *some, bias_grad = args
     terms = LossTerms(*some)
+    row_stats, denominator, kept = saved
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
     classes = slice(0, num_classes)
@@ -62,12 +76,15 @@ def _logit_backward(grad_loss: Tensor, cosine: Tensor, row_stats: Tensor, denomi
     grad_bias = torch.zeros(num_classes if bias_grad else 0, dtype=dtype, device=device)
     ignored = ~kept_rows(terms).unsqueeze(1) if some_are_ignored(terms) else None
     logits = None if cosine.dtype == dtype else block_scratch(num_rows, num_classes, dtype, device)
-    noise = noise_scratch(num_rows, num_classes, terms, device)
+    noise = None if kept.numel() > 0 else noise_scratch(num_rows, num_classes, terms, device)
     for rows in row_blocks(num_rows, num_classes, device):
         block = grad_cosine[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
-        _load_scaled_(block, cosine[rows], terms.scale)
-        disturb_(block, terms, rows, classes, noise)
-        block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
+        if kept.numel() > 0:
+            block.copy_(kept[rows])
+        else:
+            _load_scaled_(block, cosine[rows], terms.scale)
+            disturb_(block, terms, rows, classes, noise)
+            block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
         gradient_(block, terms, stats, rows, classes)
         if ignored is not None:
             block.masked_fill_(ignored[rows], 0.0)
@@ -79,25 +96,31 @@ def _logit_backward(grad_loss: Tensor, cosine: Tensor, row_stats: Tensor, denomi
 
 
 logit_forward = torch.library.custom_op(
-    "gclkern::torch_logit_forward", _logit_forward, mutates_args=(), schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+    "gclkern::torch_logit_forward",
+    _logit_forward,
+    mutates_args=(),
+    schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}, bool for_backward) -> (Tensor, Tensor[])",
 )
 logit_backward = torch.library.custom_op(
     "gclkern::torch_logit_backward",
     _logit_backward,
     mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor cosine, Tensor row_stats, Tensor denominator, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
 )
 
 
 @logit_forward.register_fake
-def _(cosine: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    *some, for_backward = args
+    terms = LossTerms(*some)
     num_rows, dtype = cosine.shape[0], statistics_dtype(cosine)
-    loss = cosine.new_empty((num_rows,) if LossTerms(*args).reduction == "none" else (), dtype=dtype)
-    return loss, cosine.new_empty((ROW_STATS, num_rows), dtype=dtype), cosine.new_empty((), dtype=dtype)
+    loss = cosine.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
+    kept = cosine.new_empty(cosine.shape if _keeps_exponentials(cosine, terms, for_backward) else (0,), dtype=dtype)
+    return loss, [cosine.new_empty((ROW_STATS, num_rows), dtype=dtype), cosine.new_empty((), dtype=dtype), kept]
 
 
 @logit_backward.register_fake
-def _(grad_loss: Tensor, cosine: Tensor, row_stats: Tensor, denominator: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     bias = cosine.new_empty((cosine.shape[1] if args[-1] else 0,), dtype=statistics_dtype(cosine))
     return torch.empty(cosine.shape, dtype=cosine.dtype, device=cosine.device), bias
 
