@@ -159,7 +159,6 @@ def run_backward(
         splits = feature_gradient_splits(num_rows, dim, gradient.dtype)
         partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
         summed: Callable[[], Tensor] | None = None
-        row_sum = features.new_zeros(num_rows, dtype=torch.float32)
         for part, chunk in _chunks(terms, num_classes, size):
             scale = row_scale[part] if row_scale.numel() > 0 else None
             weight = weight_rows(linear_weight[part], features.dtype, scale)
@@ -172,16 +171,14 @@ def run_backward(
                 if plan == "chunked":
                     cosine_product(unit, weight, inverse, logits)
                 sums = cosine_gradient(logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=True)
-            chunk_row_sum, class_sum, bias_sum = sums
-            if chunk_row_sum is not None:
-                row_sum += chunk_row_sum
+            class_sum, bias_sum = sums
             if bias_sum is not None:
                 grad_bias[part] = bias_sum
             if features_grad:
                 add_feature_gradient(here, weight, partial, resume=part.start > 0)
                 if shards is not None and part.stop == num_classes:
                     # other ranks' shares arrive while the last chunk's weight gradient is computed
-                    found = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, torch.float32)
+                    found = finish_feature_gradient(partial, unit, inverse_norm if normalize else None, torch.float32)
                     summed = shards.scatter(found)
             if weight_grad:
                 weight_gradient(here, unit, linear_weight[part], class_sum, inverse, scale, grad_weight[part])
@@ -189,7 +186,7 @@ def run_backward(
         if summed is not None:
             grad_features = summed().to(features.dtype)
         elif features_grad:
-            grad_features = finish_feature_gradient(partial, row_sum, unit, inverse_norm if normalize else None, features.dtype)
+            grad_features = finish_feature_gradient(partial, unit, inverse_norm if normalize else None, features.dtype)
         return grad_features, grad_weight, grad_bias
 
 

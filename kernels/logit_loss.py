@@ -26,6 +26,7 @@ from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 ROW_ALIGNMENT = 128
 STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
 GRADIENT_COLUMNS = 512
+GRADIENT_PROGRAMS = 512  # of a gradient that is also summed over samples: as many as a large GPU holds at a time; more would only make more parts of the sums
 PROGRAMS = 1024  # of the statistics: enough to fill a large GPU several times; a small batch splits its classes to get there
 
 
@@ -134,31 +135,52 @@ def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, 
     return dz
 
 
+# Two numbers rounded to bfloat16 by one instruction, and what they have become. Where a rounded number serves twice, the compiler takes a slow one for each.
+_ROUND_PAIR = tl.constexpr(
+    """{
+    .reg .b32 pair;
+    cvt.rn.bf16x2.f32 pair, $4, $3;
+    mov.b32 $0, pair;
+    shl.b32 $1, pair, 16;
+    and.b32 $2, pair, 0xffff0000;
+    }"""
+)
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+    """`value` in DTYPE, and that in float32."""
+    if NVIDIA and DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
+        stored, kept = tl.inline_asm_elementwise(_ROUND_PAIR, "=r,=r,=r,r,r", [value], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)
+    else:
+        stored = value.to(DTYPE)
+        kept = stored.to(tl.float32)
+    return stored, kept
+
+
 @triton.jit
 def finish_gradient_tile(
-    dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED: tl.constexpr, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr
+    dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED: tl.constexpr, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that enters the products, rounded, and its sums over the tile's classes and samples that the backward of the norms and of the bias needs.
+    """The gradient that enters the products, rounded, and what the backward of the norms and of the bias sums over samples.
 
-    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A sum that is not asked for is anything.
+    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A term that is not asked for is anything.
     """
     if MASKED:
         dz = tl.where(present[None, :], dz, 0.0)
     gradient = dz * factor[:, None]
+    class_term = cosine
+    bias_term = cosine
     if NORMS:
-        gradient *= inverse_norm[None, :]
-    gradient = gradient.to(DTYPE)
-    row_sum = factor
-    class_sum = inverse_norm
-    bias_sum = inverse_norm
-    if NORMS:
-        # of the same rounded gradient that enters the products, so that the projections cancel exactly what they must
-        pulled = gradient.to(tl.float32) * cosine
-        class_sum = tl.sum(pulled, axis=0)
-        row_sum = tl.sum(pulled * tl.where(inverse_norm > 0.0, 1.0 / inverse_norm, 0.0)[None, :], axis=1)
+        # the sum is of the same rounded gradient that enters the products, so that the projections cancel exactly what they must
+        gradient, rounded = _rounded(gradient * inverse_norm[None, :], DTYPE, NVIDIA)
+        class_term = rounded * cosine
+    else:
+        gradient = gradient.to(DTYPE)
     if BIAS_GRAD:
-        bias_sum = tl.sum(dz * (factor * inverse_scale)[:, None], axis=0)
-    return gradient, row_sum, class_sum, bias_sum
+        bias_term = dz * (factor * inverse_scale)[:, None]
+    return gradient, class_term, bias_term
 
 
 @triton.jit
@@ -194,17 +216,21 @@ def _load_pair(pairs, taken, first_class, readable, PLACE: tl.constexpr, MASKED:
 
 @triton.jit
 def _load_pairs(row_ptr, taken, first_class, readable, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
-    """16-bit cosines of rows that are aligned to 4 bytes only, as at C = 8142, so that one thread still holds 8 neighbours.
+    """Cosines of rows that are aligned to two of them only, as at C = 8142, so that one thread still holds 8 neighbours.
 
     A plain load would give each thread one aligned pair and send the noise, which comes in eights, through shared memory. Four loads of a pair, joined in the
     order in which the noise is joined, meet it in registers.
     """
-    pairs = (row_ptr + first_class).to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    word: tl.constexpr = tl.uint64 if dtype == tl.float32 else tl.uint32
+    pairs = (row_ptr + first_class).to(tl.pointer_type(word), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
     even = tl.join(_load_pair(pairs, taken, first_class, readable, 0, MASKED), _load_pair(pairs, taken, first_class, readable, 2, MASKED))
     odd = tl.join(_load_pair(pairs, taken, first_class, readable, 1, MASKED), _load_pair(pairs, taken, first_class, readable, 3, MASKED))
     joined = tl.join(even, odd)
-    dtype: tl.constexpr = row_ptr.dtype.element_ty
-    if dtype == tl.bfloat16:
+    if dtype == tl.float32:
+        low = joined.to(tl.uint32).to(tl.float32, bitcast=True)
+        high = (joined >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    elif dtype == tl.bfloat16:
         low = (joined << 16).to(tl.float32, bitcast=True)
         high = (joined & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -298,7 +324,7 @@ def _row_stats_kernel(
 def _gradient_tile(
     tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
-    inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
+    inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
     num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
     MASKED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
@@ -313,8 +339,9 @@ def _gradient_tile(
     bias = load_class_term(bias_ptr, classes, present, 0.0)
     weight = load_class_term(weight_ptr, classes, present, 1.0)
     inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
-    class_sum = tl.zeros((COLUMNS,), tl.float32)
-    bias_sum = tl.zeros((COLUMNS,), tl.float32)
+    # summed over rows when the loop is over: a sum in it would be a barrier
+    class_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = split * row_tiles_per_split
     last = tl.minimum(first + row_tiles_per_split, tl.cdiv(num_rows, ROWS))
     for row_tile in range(first, last):
@@ -332,24 +359,24 @@ def _gradient_tile(
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
         dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
-        gradient, row_sum, tile_class_sum, tile_bias_sum = finish_gradient_tile(
-            dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
-        )
+        gradient, class_term, bias_term = finish_gradient_tile(
+            dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty,
+            NVIDIA,
+        )  # fmt: skip
         out = (out_ptr + rows * out_stride)[:, None] + classes[None, :]
         if MASKED:
             tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
         else:
             tl.store(out, gradient, mask=in_batch[:, None])
         if bias_sum_ptr is not None:
-            bias_sum += tile_bias_sum
+            bias_sum += bias_term
         if inverse_norm_ptr is not None:
-            class_sum += tile_class_sum
-            tl.store(row_sum_ptr + tile.to(tl.int64) * num_rows + rows, row_sum, mask=in_batch)
+            class_sum += class_term
     at = split.to(tl.int64) * num_classes + classes
     if inverse_norm_ptr is not None:
-        tl.store(class_sum_ptr + at, class_sum, mask=present)
+        tl.store(class_sum_ptr + at, tl.sum(class_sum, axis=0), mask=present)
     if bias_sum_ptr is not None:
-        tl.store(bias_sum_ptr + at, bias_sum, mask=present)
+        tl.store(bias_sum_ptr + at, tl.sum(bias_sum, axis=0), mask=present)
 
 
 @triton.jit
@@ -358,7 +385,6 @@ def _gradient_kernel(
     out_ptr, out_stride, writable,  # (N, padded C)
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
     inverse_norm_ptr,  # (C,) of the classifier's rows, or None
-    row_sum_ptr,  # (column tiles, N) partial sums of G * cosine over classes, or None
     class_sum_ptr,  # (row splits, C) partial sums of G * cosine over samples, or None
     bias_sum_ptr,  # (row splits, C) partial sums of dz over samples, or None
     num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
@@ -371,7 +397,7 @@ def _gradient_kernel(
         _gradient_tile(
             tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
             target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
-            inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
+            inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
             num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
             False, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
@@ -379,7 +405,7 @@ def _gradient_kernel(
         _gradient_tile(
             tile, split, cosine_ptr, stride_n_units, stride_c, readable, out_ptr, out_stride, writable,
             target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
-            inverse_norm_ptr, row_sum_ptr, class_sum_ptr, bias_sum_ptr,
+            inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
             num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
             True, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
@@ -392,15 +418,16 @@ class Layout(NamedTuple):
     shift: int  # columns of the first group that belong to classes before this call's
     stride_units: int
     stride_unit: int
-    paired: bool  # rows aligned to 4 bytes and no further
+    paired: bool  # rows aligned to two elements and no further
 
 
 def layout_of(cosine: Tensor, class_offset: int) -> Layout:
     """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
-    address = cosine.data_ptr()
-    four_byte_rows = cosine.element_size() == 2 and cosine.stride(1) == 1 and address % 4 == 0 and unit >= 2 and (unit < 8 or address % 16 != 0)
-    paired = four_byte_rows and cosine.shape[1] % 2 == 0 and class_offset % 8 == 0
+    address, size = cosine.data_ptr(), cosine.element_size()
+    aligned_to_pairs = address % (2 * size) == 0 and unit >= 2
+    aligned_to_loads = address % 16 == 0 and unit * size >= 16
+    paired = aligned_to_pairs and not aligned_to_loads and cosine.stride(1) == 1 and cosine.shape[1] % 2 == 0 and class_offset % 8 == 0
     return Layout(class_offset // 8, class_offset % 8, cosine.stride(0) // unit, unit, bool(paired))
 
 
@@ -446,6 +473,11 @@ def row_stats(
     )  # fmt: skip
 
 
+def sums_over_rows(splits: int, num_classes: int, device: torch.device, *, norms: bool, bias_grad: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Room (splits, C) for parts of the sums over samples that the backward of the norms and of the bias needs."""
+    return tuple(torch.empty((splits, num_classes), dtype=torch.float32, device=device) if wanted else None for wanted in (norms, bias_grad))  # type: ignore[return-value]
+
+
 def cosine_gradient(
     cosine: Tensor,  # (N, C) of this call's classes
     grad_loss: Tensor,  # () or (N,)
@@ -458,38 +490,33 @@ def cosine_gradient(
     inverse_norm: Tensor | None,
     bias_grad: bool,
     padded: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Write dL/dcosine (times the inverse norm of the class's weights, where given) to `out`.
 
-    Returns the sums of gradient * cosine over classes (N,) and over samples (C,), where norms are given, and the gradient of the bias (C,).
+    Returns parts of the sum of gradient * cosine over samples (splits, C), where norms are given, and the gradient of the bias (C,).
     """
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
     columns = min(GRADIENT_COLUMNS, max(triton.next_power_of_2(num_classes + layout.shift), 16))
-    rows = min((1024 if inverse_norm is not None else 2048) // columns, 16)  # the sums for the norms need registers of their own
+    rows = min(2048 // columns, 16)
     class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
-    summed = bias_grad or inverse_norm is not None
     row_tiles = triton.cdiv(num_rows, rows)
-    splits = min(triton.cdiv(num_rows, 128) if summed else triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
-    device = cosine.device
-    row_sum = class_sum = bias_sum = None
-    if inverse_norm is not None:
-        row_sum = torch.empty((class_tiles, num_rows), dtype=torch.float32, device=device)
-        class_sum = torch.empty((splits, num_classes), dtype=torch.float32, device=device)
-    if bias_grad:
-        bias_sum = torch.empty((splits, num_classes), dtype=torch.float32, device=device)
+    splits = min(triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
+    if bias_grad or inverse_norm is not None:
+        splits = min(splits, triton.cdiv(GRADIENT_PROGRAMS, class_tiles))
+    class_sum, bias_sum = sums_over_rows(splits, num_classes, cosine.device, norms=inverse_norm is not None, bias_grad=bias_grad)
     _gradient_kernel[(class_tiles, splits)](
         cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,
         out, out.stride(0), padded_columns(num_classes),
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss.contiguous(), denominator,
-        inverse_norm, row_sum, class_sum, bias_sum,
+        inverse_norm, class_sum, bias_sum,
         num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         ALIGNED=layout.shift == 0, SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
         CONTIGUOUS=cosine.stride(1) == 1,
         PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return tuple(None if part is None else part.sum(0) for part in (row_sum, class_sum, bias_sum))  # type: ignore[return-value]
+    return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
 def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -530,7 +557,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     stats, denominator = saved
     with on_device(cosine):
         out = empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device)
-        grad_bias = cosine_gradient(cosine, grad_loss, stats, denominator, terms, 0, out, inverse_norm=None, bias_grad=bias_grad, padded=False)[2]
+        grad_bias = cosine_gradient(cosine, grad_loss, stats, denominator, terms, 0, out, inverse_norm=None, bias_grad=bias_grad, padded=False)[1]
         return out, cosine.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
 
 

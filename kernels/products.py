@@ -6,7 +6,8 @@ G_ij = dL/dcosine_ij / |w_j|, for which
     df_i = (sum_j G_ij w_j - q_i x_i) / |f_i|,  q_i = sum_j G_ij |w_j| cosine_ij
     dw_j =  sum_i G_ij x_i - r_j w_j / |w_j|,   r_j = sum_i G_ij cosine_ij
 
-so the backward of both normalisations is an epilogue, and no normalised copy of the weights exists.
+so the backward of both normalisations is an epilogue, and no normalised copy of the weights exists. Whoever holds a row of G @ w whole has its q_i as
+<sum_j G_ij w_j, x_i>; a row of G.T @ x lies in many tiles, so r_j is summed where G is made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .logit_loss import (
     padded_columns,
     row_targets,
     store_lanes,
+    sums_over_rows,
     tile_gradient,
 )
 from .row_loss import LOG2E
@@ -227,7 +229,7 @@ def _fused_stats_kernel(
 def _fused_gradient_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
-    row_sum_ptr, class_sum_ptr, bias_sum_ptr,  # (class tiles, N), (row tiles, C), (row tiles, C)
+    class_sum_ptr, bias_sum_ptr,  # (row tiles, C)
     num_rows, num_classes, dim, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
     SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
@@ -256,17 +258,17 @@ def _fused_gradient_kernel(
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
     dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
-    gradient, row_sum, class_sum, bias_sum = finish_gradient_tile(
-        dz, cosine, factor, present, inverse_norm, inverse_scale, True, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty
-    )
+    gradient, class_term, bias_term = finish_gradient_tile(
+        dz, cosine, factor, present, inverse_norm, inverse_scale, True, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty,
+        NVIDIA,
+    )  # fmt: skip
     out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
     tl.store(out, gradient, mask=in_batch[:, None] & ((classes >= 0) & (classes < writable))[None, :])
     at = row_tile.to(tl.int64) * num_classes + classes
     if inverse_norm_ptr is not None:
-        tl.store(row_sum_ptr + tile.to(tl.int64) * num_rows + rows, row_sum, mask=in_batch)
-        tl.store(class_sum_ptr + at, class_sum, mask=present)
+        tl.store(class_sum_ptr + at, tl.sum(class_term, axis=0), mask=present)
     if bias_sum_ptr is not None:
-        tl.store(bias_sum_ptr + at, bias_sum, mask=present)
+        tl.store(bias_sum_ptr + at, tl.sum(bias_term, axis=0), mask=present)
 
 
 @triton.jit
@@ -302,30 +304,45 @@ def _feature_gradient_kernel(
 
 
 @triton.jit
+def _sum_of_splits(partial_ptr, row_start, at, split_stride, dim, splits):
+    total = tl.zeros(at.shape, tl.float32)
+    place = row_start + at
+    for _ in range(splits):
+        total += tl.load(partial_ptr + place, mask=at < dim, other=0.0)
+        place += split_stride
+    return total
+
+
+@triton.jit
 def _finish_features_kernel(
-    partial_ptr, row_sum_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, split_stride, dim, splits, DEPTH: tl.constexpr
+    partial_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, split_stride, dim, splits, DEPTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    along = 0.0
+    inverse_norm = 1.0
+    if inverse_norm_ptr is not None:
+        inverse_norm = tl.load(inverse_norm_ptr + row)
+        product = tl.zeros((DEPTH,), tl.float32)
+        for start in range(0, dim, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            total = _sum_of_splits(partial_ptr, row * dim, at, split_stride, dim, splits)
+            product += total * tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
+        along = tl.sum(product)
     for start in range(0, dim, DEPTH):
         at = start + tl.arange(0, DEPTH)
-        total = tl.zeros((DEPTH,), tl.float32)
-        place = row * dim + at
-        for _ in range(splits):
-            total += tl.load(partial_ptr + place, mask=at < dim, other=0.0)
-            place += split_stride
+        total = _sum_of_splits(partial_ptr, row * dim, at, split_stride, dim, splits)
         if inverse_norm_ptr is not None:
             unit = tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
-            inverse_norm = tl.load(inverse_norm_ptr + row)
             # a row without a direction has gradient 0
-            total = tl.where(inverse_norm == 0.0, 0.0, (total - tl.load(row_sum_ptr + row) * unit) * inverse_norm)
+            total = tl.where(inverse_norm == 0.0, 0.0, (total - along * unit) * inverse_norm)
         tl.store(out_ptr + row * dim + at, total.to(out_ptr.dtype.element_ty), mask=at < dim)
 
 
 @triton.jit
 def _weight_gradient_kernel(
     gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, row_scale_ptr, out_ptr,
-    num_rows, num_classes, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    num_rows, num_classes, dim, splits,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G.T @ x, less the part along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
     classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -345,7 +362,12 @@ def _weight_gradient_kernel(
     place = classes.to(tl.int64)
     if inverse_norm_ptr is not None:
         inverse_norm = tl.load(inverse_norm_ptr + classes, mask=classes < num_classes, other=0.0)
-        along = tl.load(class_sum_ptr + classes, mask=classes < num_classes, other=0.0) * inverse_norm
+        parts = tl.zeros((SPLITS, ROWS), tl.float32)
+        for first in range(0, splits, SPLITS):
+            split = first + tl.arange(0, SPLITS)
+            part = class_sum_ptr + (split.to(tl.int64) * num_classes)[:, None] + classes[None, :]
+            parts += tl.load(part, mask=(split < splits)[:, None] & (classes < num_classes)[None, :], other=0.0)
+        along = tl.sum(parts, axis=0) * inverse_norm
         address = (place * weight_stride_c)[:, None] + (columns.to(tl.int64) * weight_stride_d)[None, :]
         weight = tl.load(weight_ptr + address, mask=inside, other=0.0).to(tl.float32)
         row_scale = load_class_term(row_scale_ptr, classes, classes < num_classes, 1.0)[:, None]
@@ -445,27 +467,22 @@ def fused_stats(
 def fused_gradient(
     x: Tensor, weight: Tensor, inverse_norm: Tensor | None, grad_loss: Tensor, stats: Tensor, denominator: Tensor, terms: LossTerms, first_class: int,
     out: Tensor, *, bias_grad: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`cosine_gradient` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = fused_tile_of(x.dtype)
     shift = terms.class_offset % 8
     row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes) + shift, tile.columns)
-    row_sum = class_sum = bias_sum = None
-    if inverse_norm is not None:
-        row_sum = torch.empty((class_tiles, num_rows), dtype=torch.float32, device=x.device)
-        class_sum = torch.empty((row_tiles, num_classes), dtype=torch.float32, device=x.device)
-    if bias_grad:
-        bias_sum = torch.empty((row_tiles, num_classes), dtype=torch.float32, device=x.device)
+    class_sum, bias_sum = sums_over_rows(row_tiles, num_classes, x.device, norms=inverse_norm is not None, bias_grad=bias_grad)
     _fused_gradient_kernel[(row_tiles, class_tiles)](
         x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes),
-        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, row_sum, class_sum, bias_sum,
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, class_sum, bias_sum,
         num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return tuple(None if part is None else part.sum(0) for part in (row_sum, class_sum, bias_sum))  # type: ignore[return-value]
+    return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
 def feature_gradient_splits(num_rows: int, dim: int, dtype: torch.dtype) -> int:
@@ -487,12 +504,12 @@ def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, r
     )  # fmt: skip
 
 
-def finish_feature_gradient(partial: Tensor, row_sum: Tensor | None, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The splits' sum, through the backward of the normalisation."""
     splits, num_rows, dim = partial.shape
     out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
     _finish_features_kernel[(num_rows,)](
-        partial, row_sum, unit, unit.stride(0), inverse_norm, out, partial.stride(0), dim, splits,
+        partial, unit, unit.stride(0), inverse_norm, out, partial.stride(0), dim, splits,
         DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -501,12 +518,12 @@ def finish_feature_gradient(partial: Tensor, row_sum: Tensor | None, unit: Tenso
 def weight_gradient(
     gradient: Tensor, x: Tensor, linear_weight: Tensor, class_sum: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None, out: Tensor
 ) -> None:
-    """out (C, D) = gradient.T @ x through the backward of the weights' normalisation."""
+    """out (C, D) = gradient.T @ x through the backward of the weights' normalisation, for which `class_sum` (splits, C) adds up to r."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
     tile = tile_of(gradient.dtype)
     _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows), triton.cdiv(dim, tile.columns))](
         gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, row_scale, out,
-        num_rows, num_classes, dim,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
+        num_rows, num_classes, dim, 0 if class_sum is None else class_sum.shape[0],
+        SPLITS=16, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
