@@ -17,7 +17,7 @@ def test_readme_agrees_with_the_results() -> None:
 
 def _result(shape: str, classes: int, contestant: str, seconds: float) -> dict[str, Any]:
     names = {"operation": "head", "shape": shape, "dtype": "bf16", "contestant": contestant, "phase": "forward + backward", "includes": "everything"}
-    return {**names, "rows": 4, "classes": classes, "dim": 8, "seconds": seconds, "peak_bytes": int(1e9 * seconds)}
+    return {**names, "rows": 4, "classes": classes, "dim": 8, "seconds": seconds, "fastest_seconds": seconds, "peak_bytes": int(1e9 * seconds)}
 
 
 @pytest.fixture
