@@ -26,6 +26,7 @@ from torch import Tensor
 from gclkern import DROLTLoss
 from gclkern.checkpoint import CheckpointError, load_checkpoint
 from gclkern.data import CIFAR, DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.distributed import ShardError
 from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure, number, stop_requests
 from gclkern.extras import need
 from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
@@ -336,7 +337,7 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
 if __name__ == "__main__":
     try:
         main(*parse_arguments())
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError) as error:
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import fully_shard
 
 import gclkern
 from gclkern.distributed import (
@@ -180,6 +182,24 @@ def test_two_sampled_gradients_add_up() -> None:
     assert weight.flatten().tolist() == [-1.0, 0.0, -2.0, -1.0]
 
 
+def test_row_sgd_takes_parameters_that_come_later() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = RowSGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer.add_param_group({"params": [weight], "lr": 0.5})
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == -0.5
+
+
+@pytest.mark.parametrize("wrong", [{"epsilon": torch.rand(ROWS)}, {"class_weight": torch.rand(CLASSES + 1)}])
+def test_dro_lt_refuses_vectors_of_another_length(wrong: dict[str, Tensor]) -> None:
+    """Looked up by label they would pass, with another class's values."""
+    features, target = features_of(1)
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        sharded_dro_lt_loss(features, target, torch.zeros(CLASSES, WIDTH), **{"epsilon": 0.1, **wrong}, num_classes=CLASSES)
+
+
 def test_row_sgd_refuses_a_negative_rate() -> None:
     with pytest.raises(ValueError, match="lr must be"):
         RowSGD([torch.nn.Parameter(torch.zeros(1))], lr=-1.0)
@@ -223,16 +243,24 @@ def check_layer(rank: int, world: int) -> None:
     plain = sharded.weight.detach().clone().requires_grad_()
     sharded_linear_gcl_cross_entropy(features[mine_of(rank)], plain, target).backward()
     torch.testing.assert_close(grad.full_tensor()[held], plain.grad, rtol=0, atol=0)
+    modules = [ShardedLinearGCLLoss(COUNTS)(features[mine_of(rank)], rows, target, seed=1) for rows in (saved, sharded.weight)]
+    torch.testing.assert_close(*modules, rtol=0, atol=0)
 
 
 def check_training(rank: int, world: int) -> None:
-    """A backbone under DistributedDataParallel beside the sharded head trains as one process does; a seed that ranks do not share is the first one's."""
+    """A backbone under DistributedDataParallel or FSDP2 beside the sharded head trains as one process does; of seeds that differ the first rank's counts."""
+    for wrap in (torch.nn.parallel.DistributedDataParallel, fully_shard):
+        check_training_beside(wrap, rank, world)
+
+
+def check_training_beside(wrap: Any, rank: int, world: int) -> None:
     whole, sharded = classifiers()
     inputs, target = features_of(world)
     torch.manual_seed(0)
     backbone = torch.nn.Linear(WIDTH, WIDTH)
     torch.manual_seed(0)
-    parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(WIDTH, WIDTH))
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+    parallel = wrap(layer)
     alone = torch.optim.SGD([*backbone.parameters(), *whole.parameters()], lr=0.5, momentum=0.9)
     together = torch.optim.SGD([*parallel.parameters(), *sharded.parameters()], lr=0.5, momentum=0.9)
     plain = gclkern.LinearGCLLoss(COUNTS)
@@ -247,7 +275,9 @@ def check_training(rank: int, world: int) -> None:
             loss.backward()
             optimizer.step()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)  # three steps of SGD carry rounding along
-    torch.testing.assert_close(parallel.module.weight, backbone.weight, rtol=1e-4, atol=1e-4)
+    learned: Any = layer.weight.detach()
+    learned = learned.full_tensor() if hasattr(learned, "full_tensor") else learned
+    torch.testing.assert_close(learned, backbone.weight.detach(), rtol=1e-4, atol=1e-4)
 
 
 def check_sampling(rank: int, world: int) -> None:
@@ -311,7 +341,7 @@ def check_bytes(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
         counted = CountedBytes(patch)
         loss = sharded_linear_gcl_cross_entropy(mine, sharded.weight, target[mine_of(rank)], gclkern.cloud_sizes(COUNTS), seed=1)
         loss.backward()
-    description = 8 * 8  # eight numbers of 8 bytes that describe the call
+    description = 9 * 8  # nine numbers of 8 bytes that describe the call
     expected = {
         "all_gather_into_tensor": ROWS * 4 * WIDTH + ROWS * 8 + description,
         "reduce_scatter_tensor": total * 4 * WIDTH,
@@ -327,7 +357,15 @@ def save_checkpoint(folder: Path) -> None:
     optimizer = RowSGD(sharded.parameters(), lr=0.1)
     sharded.weight.grad = torch.ones_like(sharded.weight)
     optimizer.step()
-    save({"head": sharded.state_dict(), "optimizer": sharded_optimizer_state(optimizer, sharded)}, checkpoint_id=folder)
+    state = {"head": sharded.state_dict(), "optimizer": sharded_optimizer_state(optimizer, sharded), "centroids": counted_centroids().state_dict()}
+    save(state, checkpoint_id=folder)
+
+
+def counted_centroids() -> ShardedClassCentroids:
+    """Of one sample on each of three ranks: class 0 twice, the last class once."""
+    centroids = ShardedClassCentroids(CLASSES, WIDTH)
+    centroids.update(torch.ones(1, WIDTH), torch.tensor([(CLASSES - 1, 0, 0)[Ranks().rank]]))
+    return centroids
 
 
 def check_loaded(folder: Path) -> None:
@@ -335,8 +373,11 @@ def check_loaded(folder: Path) -> None:
     torch.manual_seed(6)
     sharded = ShardedCosineLinear(WIDTH, CLASSES)
     optimizer = RowSGD(sharded.parameters(), lr=0.1)
-    state = {"head": sharded.state_dict(), "optimizer": sharded_optimizer_state(optimizer, sharded)}
+    means = ShardedClassCentroids(CLASSES, WIDTH)
+    state = {"head": sharded.state_dict(), "optimizer": sharded_optimizer_state(optimizer, sharded), "centroids": means.state_dict()}
     load(state, checkpoint_id=folder)
+    means.load_state_dict(state["centroids"])
+    assert means.compute()[1].tolist() == [2, *[0] * (CLASSES - 2), 1]
     sharded.load_state_dict(state["head"])
     held = sharded.shards.mine
     assert torch.equal(sharded.weight, expected.weight[held] - 0.1)
@@ -368,10 +409,27 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
         },
         "do not agree on the dtype of features": {"features": features.to((torch.float32, torch.bfloat16)[rank])},
         "do not agree on the options": {"scale": 30.0 - rank},
+        "do not agree on the options: they": {"cloud": torch.rand(CLASSES + rank)},
+        "do not agree on the row_offset: they are \\[0, 4\\]": {"row_offset": rank * ROWS},
     }  # fmt: skip
     for message, changed in wrong.items():
         with pytest.raises(ShardError, match=message):
             sharded_linear_gcl_cross_entropy(**{"features": features, "linear_weight": sharded.weight, "target": target, **changed})
+    # the same of every other collective call: a rank that has fewer samples, or makes another call
+    fewer, means = slice(0, ROWS - rank), ShardedClassCentroids(CLASSES, WIDTH)
+    calls: list[Callable[[], object]] = [
+        lambda: sharded(features[fewer]),
+        lambda: ShardedLinearGCLLoss(COUNTS, sample_rate=0.5)(features[fewer], sharded.weight, target[fewer]),
+        lambda: means.update(features[fewer], target[fewer]),
+        lambda: sharded_dro_lt_loss(features[fewer], target[fewer], means.sums.float(), 0.1, CLASSES),
+        lambda: ShardedLinearGCLLoss(COUNTS, sample_rate=1.0 - rank / 2)(features, sharded.weight, target),
+    ]
+    for call in calls:
+        with pytest.raises(ShardError, match="do not agree on the"):
+            call()
+    # a seed without noise is nobody's, a mixing share each rank's own
+    second = target.flip(0)
+    sharded_linear_gcl_cross_entropy(features, sharded.weight, target, target_b=second, lam=0.25 * (rank + 1), seed=None if rank else torch.tensor(1))
     # one rank's argument is wrong: that rank says so, the other one does not wait
     with pytest.raises(ValueError if rank else ShardError, match="linear_weight must have shape" if rank else "rank 1 of 2 refused its arguments"):
         sharded_linear_gcl_cross_entropy(features, sharded.weight[:, rank:], target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,9 +11,11 @@ from torch import Tensor
 from gclkern.centroids import ClassCentroids, class_means
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, even_sizes
+from gclkern.distributed.shards import Shards, agree, as_dtensor, even_sizes, own_rows
 from gclkern.dro import dro_lt_loss
-from gclkern.validation import check_labels, check_matrix, check_same_device, check_target
+from gclkern.validation import check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
+
+_SUMS = ("sums", "counts")
 
 
 class ShardedClassCentroids(ClassCentroids):
@@ -22,7 +26,8 @@ class ShardedClassCentroids(ClassCentroids):
         dim: D, columns of the features.
         group: the ranks; None is the default group, or one process.
 
-    :meth:`update` is a collective call: each rank gives its own samples, as many on every rank, and adds up those of its own classes.
+    :meth:`update` is a collective call: each rank gives its own samples, as many on every rank, and adds up those of its own classes. `state_dict` holds
+    DTensors of all classes, as that of :class:`ShardedCosineLinear`.
 
     Example:
         >>> import torch
@@ -42,8 +47,13 @@ class ShardedClassCentroids(ClassCentroids):
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
         """Take in a batch: features (n, D) of this rank, whose gradient is left alone, and target (n,) int64 in [0, C)."""
-        self._check_features(features)
-        check_labels("target", target, features.shape[0], "features", features)
+        problem: Exception | None = None
+        try:
+            self._check_features(features)
+            check_labels("target", target, features.shape[0], "features", features)
+        except (ValueError, TypeError) as error:
+            problem = error
+        agree(self.ranks, features, self.sums, "centroids", problem)
         whole = self.ranks.gather_rows(features.detach(), "gathering the features for the centroids")
         labels = self.ranks.gather_rows(target, "gathering the labels for the centroids")
         check_target("target", labels, whole.shape[0], self.shards.num_classes, None, "features", whole)
@@ -53,6 +63,17 @@ class ShardedClassCentroids(ClassCentroids):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Centroids of this rank's classes (classes of this rank, D) float32, 0 for classes never seen, and counts of ALL classes (C,) int64; collective."""
         return class_means(self.sums.clone(), self.counts), self.ranks.gather_parts(self.counts, self.shards.sizes, "gathering the class counts")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _SUMS:
+            destination[prefix + name] = as_dtensor(self.ranks, self.shards, destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in _SUMS:
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = own_rows(self.shards, state_dict[prefix + name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def sharded_dro_lt_loss(
@@ -83,7 +104,8 @@ def sharded_dro_lt_loss(
         temperature, reduction, backend: as in the functional API.
 
     Raises:
-        ValueError, TypeError: as the functional API. ShardError: another rank has died.
+        ValueError, TypeError: as the functional API.
+        ShardError: the ranks do not agree on the shapes, or one has died.
 
     Example:
         >>> import torch
@@ -97,13 +119,22 @@ def sharded_dro_lt_loss(
     """
     ranks = Ranks(group)
     shards = Shards(ranks.rank, even_sizes(num_classes, ranks.world))
-    check_matrix("features", features)
-    check_matrix("centroids", centroids)
-    check_same_device("centroids", centroids, "features", features)
-    held = shards.sizes[ranks.rank]
-    if centroids.shape != (held, features.shape[1]):
-        raise ValueError(f"centroids must have shape ({held}, {features.shape[1]}), this rank's classes, got {tuple(centroids.shape)}")
-    check_target("target", target, features.shape[0], num_classes, None, "features", features)
+    problem: Exception | None = None
+    try:
+        check_matrix("features", features)
+        check_matrix("centroids", centroids)
+        check_same_device("centroids", centroids, "features", features)
+        refuse_gradient("centroids", centroids)
+        held = shards.sizes[ranks.rank]
+        if centroids.shape != (held, features.shape[1]):
+            raise ValueError(f"centroids must have shape ({held}, {features.shape[1]}), this rank's classes, got {tuple(centroids.shape)}")
+        check_target("target", target, features.shape[0], num_classes, None, "features", features)
+        if isinstance(epsilon, Tensor) and epsilon.shape not in ((), (num_classes,)):
+            raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
+        class_vector("class_weight", class_weight, num_classes, "features", features, torch.float32)
+    except (ValueError, TypeError) as error:
+        problem = error
+    agree(ranks, features, centroids, ("dro-lt", num_classes), problem)
     rows = torch.arange(features.shape[0], device=features.device)
     known = (target >= 0) & (target < num_classes)
     label = torch.where(known, target, 0)
@@ -115,7 +146,7 @@ def sharded_dro_lt_loss(
     if class_weight is not None:
         class_weight = class_weight[label]
     return dro_lt_loss(
-        features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids.detach(), label), epsilon, temperature=temperature,
+        features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids, label), epsilon, temperature=temperature,
         class_weight=class_weight, reduction=reduction, backend=backend,
     )  # fmt: skip
 

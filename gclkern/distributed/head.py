@@ -26,11 +26,11 @@ from torch.autograd.function import once_differentiable
 from gclkern.autograd import TENSOR_TERMS
 from gclkern.backend import resolve_backend
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, agree
+from gclkern.distributed.shards import Shards, agree, form
 from gclkern.kernels.terms import LossTerms
 from gclkern.noise import resolve_seed
 from gclkern.plans import resolve_plan
-from gclkern.validation import check_head, check_labels, loss_terms
+from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms
 
 # Labels that no rank takes for a class of its own.
 _IGNORED, _ELSEWHERE = -1, -(2**30)
@@ -70,7 +70,7 @@ class _OtherClasses:
 
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
         if self.call.averaged_gradients:
-            gradient = gradient * self.call.ranks.world
+            gradient.mul_(self.call.ranks.world)
         return self.call.ranks.start_scatter(gradient, "reducing the gradients of the features")
 
 
@@ -149,7 +149,7 @@ class ShardedHeadLoss(torch.autograd.Function):
         return (grad_features, grad_weight, None, *(grad_bias if field == "bias" else None for field in LossTerms._fields))
 
 
-def _local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+def local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
     """A DTensor's own rows and the group that shares it; a plain tensor as it is."""
     if not hasattr(linear_weight, "placements"):
         return linear_weight, group
@@ -196,14 +196,16 @@ def sharded_linear_gcl_cross_entropy(
     Args:
         features: this rank's samples (n, D), as many on every rank.
         linear_weight: the rows of this rank's classes, or a DTensor (C, D) whose rows are sharded over one dimension of its mesh, which then is the group.
+            Where it is replicated over another dimension, each group has its own samples, loss and gradient: average the gradients over that dimension.
         target: labels of this rank's samples (n,), int64.
         group: the ranks that share the classes; None is the default group. Without torch.distributed one process holds all classes.
         averaged_gradients: False returns the gradient of the loss. True multiplies that of `features` by the number of ranks, for a backbone whose wrapper
             averages gradients over these ranks where they should be added up: DistributedDataParallel and FSDP do. The gradients of `linear_weight` and
             `bias` are complete on every rank either way and need no averaging.
-        seed: as in the functional API; the ranks share the first one's. `row_offset` is the index of the first rank's first sample.
+        seed: as in the functional API; the ranks share the first one's.
+        row_offset: index of the first rank's first sample, the same on every rank.
         class_offset: index of the first rank's first class.
-        target_b, lam: this rank's, as `target`; lam is a number, () or (n,), of the same form on every rank.
+        target_b, lam: this rank's, as `target`; lam is a number, () or (n,).
         cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, ignore_index, reduction, backend: as in
             :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
 
@@ -225,7 +227,7 @@ def sharded_linear_gcl_cross_entropy(
         >>> features.grad.shape
         torch.Size([8, 16])
     """
-    linear_weight, group = _local_shard(linear_weight, group)
+    linear_weight, group = local_shard(linear_weight, group)
     ranks = Ranks(group)
     problem: Exception | None = None
     try:
@@ -235,6 +237,11 @@ def sharded_linear_gcl_cross_entropy(
                 check_labels(name, labels, features.shape[0], "features", features)
         if isinstance(lam, Tensor) and lam.shape not in ((), features.shape[:1]):
             raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
+        if isinstance(lam, (int, float)) and target_b is not None:
+            # each rank's own, and another one in every step: no option that ranks could agree on
+            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+            lam = torch.full((), check_number("lam", lam, 0.0, 1.0), dtype=dtype, device=features.device)
+        check_offset("row_offset", row_offset, features.shape[0] * ranks.world, 2**63)
         if cloud is not None:
             seed = resolve_seed(seed, features.device)
     except (ValueError, TypeError) as error:
@@ -242,14 +249,14 @@ def sharded_linear_gcl_cross_entropy(
     differentiable = (features, linear_weight, *(() if bias is None else (bias,)))
     for_backward = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable)
     needs = [for_backward and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
-    present = [value is not None for value in (cloud, margin, bias, weight, target_b)]
     options = (
-        normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, row_offset, class_offset, backend, averaged_gradients,
-        needs, present, margin if isinstance(margin, (int, float)) else None, lam.dim() if isinstance(lam, Tensor) else lam,
+        normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, class_offset, backend, averaged_gradients, needs,
+        *(form(value) for value in (cloud, margin, bias, weight, target_b, lam)),
     )  # fmt: skip
-    shards = agree(ranks, features, linear_weight, options, problem)
+    shards = agree(ranks, features, linear_weight, options, problem, row_offset=row_offset)
     if ranks.world > 1:
-        if isinstance(seed, Tensor):
+        if cloud is not None:
+            assert isinstance(seed, Tensor)
             seed = ranks.first_rank_s_(seed.clone(), "sharing the seed")
         target = ranks.gather_rows(target, "gathering the labels")
         target_b = None if target_b is None else ranks.gather_rows(target_b, "gathering the second labels")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, even_sizes
+from gclkern.distributed.shards import Shards, agree, as_dtensor, even_sizes, own_rows
 from gclkern.layers import unit_rows
 
 _BLOCK = 2**22  # elements of the weight that are drawn at a time
@@ -43,7 +43,7 @@ class ShardedCosineLinear(nn.Module):
 
     Raises:
         ValueError: fewer classes than would give each rank one; features of another last dimension than D.
-        ShardError: another rank has died.
+        ShardError: the ranks do not agree on the features' shape, or one has died.
 
     Example:
         >>> import torch
@@ -81,8 +81,10 @@ class ShardedCosineLinear(nn.Module):
         self,
         features: Tensor,  # (n, D)
     ) -> Tensor:  # (n, C)
+        problem = None
         if features.dim() != 2 or features.shape[1] != self.in_features:
-            raise ValueError(f"features must have shape (n, {self.in_features}), got {tuple(features.shape)}")
+            problem = ValueError(f"features must have shape (n, {self.in_features}), got {tuple(features.shape)}")
+        agree(self.ranks, features, self.weight, "predict", problem)
         whole = self.ranks.gather_rows(unit_rows(features).to(features.dtype), "gathering the features to predict")
         cosine = F.linear(whole, unit_rows(self.weight).to(features.dtype))
         columns = self.ranks.gather_parts(cosine.t(), self.shards.sizes, "gathering the cosines of all classes")
@@ -98,10 +100,8 @@ class ShardedCosineLinear(nn.Module):
         destination[prefix + "weight"] = self.as_dtensor(destination[prefix + "weight"])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None:
-            rows = weight.to_local() if hasattr(weight, "to_local") else weight[self.shards.mine] if weight.shape[0] == self.num_classes else weight
-            state_dict[prefix + "weight"] = rows
+        if prefix + "weight" in state_dict:
+            state_dict[prefix + "weight"] = own_rows(self.shards, state_dict[prefix + "weight"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -110,12 +110,4 @@ class ShardedCosineLinear(nn.Module):
 
     def as_dtensor(self, rows: Tensor) -> Tensor:
         """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
-        if self.ranks.world == 1:
-            return rows
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor import DTensor, Shard
-
-        assert self.ranks.group is not None
-        mesh = DeviceMesh.from_group(self.ranks.group, rows.device.type)
-        shape = torch.Size((self.num_classes, *rows.shape[1:]))
-        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+        return as_dtensor(self.ranks, self.shards, rows)

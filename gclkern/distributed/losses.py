@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gclkern.counts import Vector
-from gclkern.distributed.head import sharded_linear_gcl_cross_entropy
+from gclkern.distributed.head import local_shard, sharded_linear_gcl_cross_entropy
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
-from gclkern.distributed.shards import Shards, even_sizes
+from gclkern.distributed.shards import Shards, agree, even_sizes
 from gclkern.losses import LinearGCLLoss
 from gclkern.noise import resolve_seed
-from gclkern.validation import check_number, check_target
+from gclkern.validation import check_labels, check_matrix, check_number, check_target
 
 
 class ShardedLinearGCLLoss(LinearGCLLoss):
@@ -32,7 +32,7 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
         averaged_gradients: see :func:`sharded_linear_gcl_cross_entropy`; True beside DistributedDataParallel or FSDP.
         options: the other arguments of :class:`gclkern.LinearGCLLoss`.
 
-    Shapes: features (n, D), linear_weight (classes of this rank, D), target (n,) as in :func:`sharded_linear_gcl_cross_entropy`.
+    Shapes: features (n, D), linear_weight (classes of this rank, D) or a DTensor (C, D), target (n,) as in :func:`sharded_linear_gcl_cross_entropy`.
 
     Raises:
         TypeError, ValueError: as :class:`gclkern.LinearGCLLoss`; a weight of another number of rows than this rank's classes.
@@ -70,13 +70,28 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
         seed: Tensor | int | None = None,
         row_offset: int = 0,
     ) -> Tensor:
+        linear_weight, _ = local_shard(linear_weight, self.ranks.group)
+        labels = [labels for labels in (target, target_b) if labels is not None]
         held = self.shards.sizes[self.shards.rank]
-        if linear_weight.shape[0] != held:
-            raise ValueError(f"linear_weight must have the {held} rows of this rank's classes, got shape {tuple(linear_weight.shape)}")
+        sampled = self.training and self.sample_rate < 1.0
+        problem: Exception | None = None
+        try:
+            if linear_weight.shape[0] != held:
+                raise ValueError(f"linear_weight must have the {held} rows of this rank's classes, got shape {tuple(linear_weight.shape)}")
+            if sampled:
+                check_matrix("features", features)
+                check_matrix("linear_weight", linear_weight)
+                for name, mine in zip(("target", "target_b"), labels, strict=False):
+                    check_labels(name, mine, features.shape[0], "features", features)
+                seed = resolve_seed(seed, features.device)
+        except (ValueError, TypeError) as error:
+            problem = error
+        if sampled or problem is not None:
+            agree(self.ranks, features, linear_weight, ("sample", self.sample_rate, len(labels)), problem)
         arguments = self._arguments()
-        if self.training and self.sample_rate < 1.0:
-            seed = self.ranks.first_rank_s_(resolve_seed(seed, features.device).clone(), "sharing the seed")
-            labels = [labels for labels in (target, target_b) if labels is not None]
+        if sampled:
+            assert isinstance(seed, Tensor)
+            seed = self.ranks.first_rank_s_(seed.clone(), "sharing the seed")
             everyone_s = [self.ranks.gather_rows(mine, "gathering the labels") for mine in labels]
             for name, whole in zip(("target", "target_b"), everyone_s, strict=False):
                 check_target(name, whole, whole.shape[0], self.num_classes, self.ignore_index, "features", whole)

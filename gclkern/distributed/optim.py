@@ -41,9 +41,11 @@ class RowSGD(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {name: check_number(name, value, 0.0) for name, value in settings.items()})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Which rank holds which classes, and the agreement of all ranks on one call.
 
-Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before any large
-tensor travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
+Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before anything
+else travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
 message, instead of waiting for each other or adding up numbers that do not belong together. On a GPU reading those numbers would make the host wait for the
 device in every step, so there they are exchanged when a rank meets a call of another shape or with other options, and remembered.
 """
@@ -14,13 +14,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks, ShardError
 from gclkern.validation import DTYPES
 
-_FIELDS = ("rows of features", "columns of features", "classes", "columns of linear_weight", "dtype of features", "dtype of linear_weight", "options")
-_SHARED = ("rows of features", "columns of features", "columns of linear_weight", "dtype of features", "dtype of linear_weight", "options")
+_FIELDS = ("rows of features", "columns of features", "classes", "columns of the weight", "dtype of features", "dtype of the weight", "options", "row_offset")
+_SHARED = tuple(name for name in _FIELDS if name != "classes")
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Shards]] = WeakKeyDictionary()
 
 
@@ -60,24 +61,29 @@ def even_sizes(num_classes: int, world: int) -> tuple[int, ...]:
     return sizes
 
 
-def agree(ranks: Ranks, features: torch.Tensor, linear_weight: torch.Tensor, options: object, problem: Exception | None) -> Shards:
+def form(value: object) -> object:
+    """What ranks must agree on of an argument: of a tensor all but its values."""
+    return (tuple(value.shape), value.dtype, value.device.type, value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem: Exception | None, *, row_offset: int = 0) -> Shards:
     """The classes of all ranks, after a check that they make the same call; a collective call.
 
-    `problem` is what this rank found wrong with its own arguments: it is raised here, and the other ranks stop, too.
+    `rows` are those of this rank's classes. `problem` is what this rank found wrong with its own arguments: it is raised here, and the other ranks stop, too.
     """
     if ranks.world == 1:
         if problem is not None:
             raise problem
-        return Shards(0, (linear_weight.shape[0],))
+        return Shards(0, (rows.shape[0],))
     digest = int.from_bytes(hashlib.blake2b(repr(options).encode(), digest_size=8).digest(), "little", signed=True)
     numbers = (0,) * len(_FIELDS)
     if problem is None:
-        dtypes = (DTYPES.index(features.dtype), DTYPES.index(linear_weight.dtype))
-        numbers = (*features.shape, linear_weight.shape[0], linear_weight.shape[1], *dtypes, digest)
+        numbers = (*features.shape, *rows.shape, DTYPES.index(features.dtype), DTYPES.index(rows.dtype), digest, row_offset)
     assert ranks.group is not None
     known = _known.setdefault(ranks.group, {})
-    if problem is None and features.device.type != "cpu" and numbers in known:
-        return known[numbers]
+    key = numbers[:-1]  # a call may come with another row_offset in every step
+    if problem is None and features.device.type != "cpu" and key in known:
+        return known[key]
     mine = torch.tensor([int(problem is None), *numbers], dtype=torch.int64, device=features.device)
     table = ranks.gather_rows(mine, "comparing the arguments of all ranks").view(ranks.world, -1).tolist()
     if problem is not None:
@@ -95,5 +101,25 @@ def agree(ranks: Ranks, features: torch.Tensor, linear_weight: torch.Tensor, opt
             )
             raise ShardError(f"the ranks do not agree on the {name}: {detail}; call with the same on every rank")
     shards = Shards(ranks.rank, tuple(columns["classes"]))
-    known[numbers] = shards
+    known[key] = shards
     return shards
+
+
+def as_dtensor(ranks: Ranks, shards: Shards, rows: Tensor) -> Tensor:
+    """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
+    if ranks.world == 1:
+        return rows
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert ranks.group is not None
+    mesh = DeviceMesh.from_group(ranks.group, rows.device.type)
+    shape = torch.Size((shards.num_classes, *rows.shape[1:]))
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+
+
+def own_rows(shards: Shards, rows: Tensor) -> Tensor:
+    """This rank's part of what a state dict holds: a DTensor of all classes, a tensor of all classes, or that part itself."""
+    if hasattr(rows, "to_local"):
+        return rows.to_local()  # type: ignore[no-any-return]
+    return rows[shards.mine] if rows.shape[0] == shards.num_classes else rows
