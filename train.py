@@ -139,7 +139,7 @@ class Job:
     ranks: Ranks
     data: DataSplits
     run: RunFolder
-    stop: list[int]  # not empty when a signal asked to stop
+    stop: list[float]  # not empty when a signal asked to stop
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -163,14 +164,17 @@ class Ranks:
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM: the run then ends its step, writes a checkpoint and leaves. A second Ctrl-C interrupts at once."""
-    requests: list[int] = []
+def stop_requests() -> Iterator[list[float]]:
+    """A list that is empty until Ctrl-C or SIGTERM: the run then ends its step, writes a checkpoint and leaves. A second Ctrl-C interrupts at once.
+
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what comes within a second counts once.
+    """
+    requests: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if requests:
+        requests.append(time.monotonic())
+        if requests[-1] - requests[0] > 1.0:
             raise KeyboardInterrupt
-        requests.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
