@@ -65,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     parameters = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     session.config.stash[_SELECTED] = [params["case"] for params in parameters if isinstance(params.get("case"), Case)]
+    if session.config.getoption("benchmark_only"):
+        gc.freeze()  # what is loaded by now stays: each case's search for garbage need not look at it
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,7 +18,7 @@ Maker = Callable[[], Call]
 
 GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that its own launch does not show
 MAX_CALLS = 64
-ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.7}  # what all rounds that take turns may take together
+ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # what all rounds that take turns may take together
 ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # and their number: for a median at least, at most
 
 
