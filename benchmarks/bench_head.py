@@ -63,7 +63,7 @@ def products(inputs: Inputs, phase: str) -> Call:
 
 
 def cosface(inputs: Inputs, phase: str) -> Call:
-    from pytorch_metric_learning.losses import CosFaceLoss  # type: ignore[import-not-found]
+    from pytorch_metric_learning.losses import CosFaceLoss
 
     features = inputs.leaves[0]
     loss = CosFaceLoss(inputs.shape.classes, inputs.shape.dim, scale=SCALE).to(inputs.device, inputs.leaves[1].dtype)
@@ -72,7 +72,7 @@ def cosface(inputs: Inputs, phase: str) -> Call:
 
 
 def liger(inputs: Inputs, phase: str) -> Call:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore[import-not-found]
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss(inputs: Inputs) -> Tensor:
         features, weight = inputs.leaves

@@ -43,7 +43,7 @@ def copy(inputs: Inputs, phase: str) -> Call:
 
 
 def liger(inputs: Inputs, phase: str) -> Call:
-    from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-not-found]
+    from liger_kernel.transformers.functional import liger_cross_entropy
 
     return step_of(lambda inputs: liger_cross_entropy(SCALE * inputs.leaves[0], inputs.target))(inputs, phase)
 

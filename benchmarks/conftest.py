@@ -64,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     parameters = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    session.config.stash[_SELECTED] = [params["case"] for params in parameters if isinstance(params.get("case"), Case)]
+    selected: list[Case] = [params["case"] for params in parameters if "case" in params and isinstance(params["case"], Case)]
+    session.config.stash[_SELECTED] = selected
     if session.config.getoption("benchmark_only"):
         gc.freeze()  # what is loaded by now stays: each case's search for garbage need not look at it
 

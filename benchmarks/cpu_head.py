@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def step_of(name: str, rows: int, classes: int, dim: int) -> Call:
 
 
 def measure_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    timed = [wall_clock([lambda name=name: step_of(name, args.rows, args.classes, args.dim)]) for name in CONTESTANTS]
+    timed = [wall_clock([partial(step_of, name, args.rows, args.classes, args.dim)]) for name in CONTESTANTS]
     seconds = dict(zip(CONTESTANTS, rounds_in_turn(timed, args.rounds), strict=True))
     products = seconds["bare products"]
     return {
@@ -91,7 +92,7 @@ def main() -> None:
     if args.json is not None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads", "rounds")}
         machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        results = {name: {"includes": CONTESTANTS[name].includes} | times[name] | memory.get(name, {}) for name in CONTESTANTS}
+        results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in CONTESTANTS}
         args.json.write_text(json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 
 
