@@ -223,6 +223,8 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
         stage2={name: value for name, value in second.items() if value is not None},
     )  # fmt: skip
     whole = [phase.name for phase in phases if phase.name != "baseline" and phase.loss != "gcl"]
+    if args.shard_classes and args.amp == "fp16":
+        raise ValueError("--shard-classes: with --amp fp16 each process would skip steps of its own; use --amp bf16")
     if args.shard_classes and whole:
         raise ValueError(f"--shard-classes: the loss of {whole[0]} takes the logits of all classes; use --method gcl or gcl+dro-lt, and --retrain gcl or none")
     if args.stage1 and phases[-1].name != "stage-2":

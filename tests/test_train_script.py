@@ -106,6 +106,8 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--download"], "--download does nothing with --data digits-lt"),
     (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm"),
     (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
+    (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
+    (["--shard-classes", "--amp", "fp16"], "use --amp bf16"),
     (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
     (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip
