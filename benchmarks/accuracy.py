@@ -191,8 +191,8 @@ class Bench:
         """Write the result of a finished run."""
         folder = self.folder(run)
         summary = json.loads((folder / "summary.json").read_text())
-        with (folder / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
+        metrics = folder / "metrics.csv"  # a second stage without epochs, such as tau-norm, leaves none
+        rows = list(csv.DictReader(metrics.read_text().splitlines())) if metrics.exists() else []
         curves = {name: [_value(row[name]) for row in rows] for name in (rows[0] if rows else ())}
         result = {
             "data": run.data,

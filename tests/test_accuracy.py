@@ -34,7 +34,8 @@ if given.get("--seed") in ("7", "8"):
     time.sleep(60)
 time.sleep(0.2)
 (folder / "stage-1.pt").write_text("a checkpoint")
-(folder / "metrics.csv").write_text("phase,epoch,loss,top1\\nstage-1,1,0.5,\\nstage-1,2,0.25,0.75\\n")
+if "tau-norm" not in sys.argv:
+    (folder / "metrics.csv").write_text("phase,epoch,loss,top1\\nstage-1,1,0.5,\\nstage-1,2,0.25,0.75\\n")
 report = {"top1": 0.75, "groups": {"many": 0.75}, "ece": 0.1}
 summary = {"reports": {"stage-1": report}, "phases": [{"epochs": 2}], "config": {"amp": "off", "out": str(folder)},
            "class_counts": [2, 1], "groups": {"many": [0, 1]}, "argv": sys.argv[1:], "times": [begin, time.monotonic()]}
@@ -97,6 +98,11 @@ def test_a_stage_2_waits_for_its_stage_1(bench: Bench) -> None:
 def test_a_stage_2_trains_its_stage_1_where_that_is_not_there(bench: Bench) -> None:
     assert run_all(bench, [made("gcl")], jobs=1, seconds=60) == []
     assert "--stage1" not in summary(bench, made("gcl"))["argv"]
+
+
+def test_a_stage_2_without_epochs_has_no_curves(bench: Bench) -> None:
+    assert run_all(bench, [made("gcl-tau-norm")], jobs=1, seconds=60) == []
+    assert json.loads(bench.result(made("gcl-tau-norm")).read_text())["curves"] == {}
 
 
 def test_runs_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
