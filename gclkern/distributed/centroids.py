@@ -153,8 +153,8 @@ def sharded_dro_lt_loss(
 
 def _of_labels(ranks: Ranks, shards: Shards, rows: Tensor, labels: Tensor) -> Tensor:
     """The rows (n, D) of this rank's labels, each from the rank that holds its class."""
-    everyone_s = ranks.gather_rows(labels, "gathering the labels of the batch")
+    gathered = ranks.gather_rows(labels, "gathering the labels of the batch")
     mine = shards.mine
-    here = (everyone_s >= mine.start) & (everyone_s < mine.stop)
-    found = rows[torch.where(here, everyone_s - mine.start, 0)].masked_fill(~here[:, None], 0.0)
+    here = (gathered >= mine.start) & (gathered < mine.stop)
+    found = rows[torch.where(here, gathered - mine.start, 0)].masked_fill(~here[:, None], 0.0)
     return ranks.start_scatter(found, "fetching the centroids of the batch")()

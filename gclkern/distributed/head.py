@@ -257,7 +257,7 @@ def sharded_linear_gcl_cross_entropy(
     if ranks.world > 1:
         if cloud is not None:
             assert isinstance(seed, Tensor)
-            seed = ranks.first_rank_s_(seed.clone(), "sharing the seed")
+            seed = ranks.broadcast_(seed.clone(), "sharing the seed")
         target = ranks.gather_rows(target, "gathering the labels")
         target_b = None if target_b is None else ranks.gather_rows(target_b, "gathering the second labels")
         if isinstance(lam, Tensor):

@@ -91,11 +91,11 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
         arguments = self._arguments()
         if sampled:
             assert isinstance(seed, Tensor)
-            seed = self.ranks.first_rank_s_(seed.clone(), "sharing the seed")
-            everyone_s = [self.ranks.gather_rows(mine, "gathering the labels") for mine in labels]
-            for name, whole in zip(("target", "target_b"), everyone_s, strict=False):
+            seed = self.ranks.broadcast_(seed.clone(), "sharing the seed")
+            gathered = [self.ranks.gather_rows(mine, "gathering the labels") for mine in labels]
+            for name, whole in zip(("target", "target_b"), gathered, strict=False):
                 check_target(name, whole, whole.shape[0], self.num_classes, self.ignore_index, "features", whole)
-            classes, drawn = draw_classes(self.ranks, self.shards, everyone_s, self.sample_rate, seed)
+            classes, drawn = draw_classes(self.ranks, self.shards, gathered, self.sample_rate, seed)
             linear_weight = TakeRows.apply(linear_weight, classes[drawn.mine] - self.shards.mine.start)
             target, *second = (places_of(mine, classes, self.ignore_index) for mine in labels)
             target_b = second[0] if second else None

@@ -80,7 +80,7 @@ class Ranks:
                 dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
 
-    def first_rank_s_(self, value: Tensor, purpose: str) -> Tensor:
+    def broadcast_(self, value: Tensor, purpose: str) -> Tensor:
         """The first rank's value on every rank, in place."""
         if self.world > 1:
             with self._naming(purpose):
