@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from gclkern.distributed import sharded_linear_gcl_cross_entropy
 from gclkern.functional import linear_gcl_cross_entropy
-from tests.conftest import TRITON
-from tests.problems import REDUCTIONS, Options, labels, option_sets, vector
+from tests.conftest import GPU, TRITON
+from tests.problems import REDUCTIONS, Options, labels, moved, option_sets, vector
 from tests.processes import run_ranks
 
 ROWS, CLASSES, WIDTH = 3, 41, 19  # rows of each rank
@@ -39,15 +39,15 @@ def problem(world: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return features, weight, target
 
 
-def compare(rank: int, world: int, options: Options, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+def compare(rank: int, world: int, options: Options, dtype: torch.dtype = torch.float32, device: str = "cpu", **more: Any) -> None:
     """One call with its backward on all ranks, against the same call of one process."""
-    options = {**options, **more}
-    features, weight, target = problem(world, dtype)
+    options = moved({**options, **more}, device)
+    features, weight, target = (tensor.to(device) for tensor in problem(world, dtype))
     reduction, bias = options.get("reduction", "mean"), options.pop("bias", None)
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     first = sum(sizes(world)[:rank])
     held = slice(first, first + sizes(world)[rank])
-    upstream = vector(ROWS * world, -1.0, 2.0, seed=7).to(dtype) if reduction == "none" else torch.tensor(-0.7, dtype=dtype)
+    upstream = (vector(ROWS * world, -1.0, 2.0, seed=7) if reduction == "none" else torch.tensor(-0.7)).to(device, dtype)
 
     def leaves(*tensors: Tensor | None) -> list[Any]:
         return [None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]
@@ -87,6 +87,13 @@ def in_a_mesh(rank: int) -> None:
     torch.testing.assert_close(grad.to_local(), whole.grad[held], **TOLERANCE[torch.float64])  # type: ignore[index]
 
 
+def kernels(rank: int, world: int, device: str) -> None:
+    sets = option_sets(ROWS * world, CLASSES)
+    for name in ("plain", "weight_smoothing", "everything"):
+        for plan in PLANS:
+            compare(rank, world, sets[name], device=device, plan=plan, backend="triton", reduction="none" if plan == "chunked" else "mean")
+
+
 def every_option(rank: int, world: int) -> None:
     """Plans take turns, so that over 1, 2, 3 and 4 ranks each option meets every one."""
     sets = option_sets(ROWS * world, CLASSES)
@@ -97,16 +104,19 @@ def every_option(rank: int, world: int) -> None:
         if name in ("plain", "everything"):
             for reduction, plan in zip(REDUCTIONS, PLANS, strict=True):
                 compare(rank, world, {**options, "scale": 1.0}, normalize=False, reduction=reduction, plan=plan)
-    if TRITON and world == 2:  # interpreted kernels are slow
-        for name in ("plain", "weight_smoothing", "everything"):
-            for plan in PLANS:
-                compare(rank, world, sets[name], plan=plan, backend="triton", reduction="none" if plan == "chunked" else "mean")
+    if TRITON and not GPU and world == 2:  # interpreted kernels are slow
+        kernels(rank, world, "cpu")
     if world == 4:
         in_a_mesh(rank)
 
 
 def test_one_rank_equals_the_whole_head() -> None:
     every_option(0, 1)
+
+
+@pytest.mark.gpu
+def test_one_rank_on_a_gpu() -> None:
+    kernels(0, 1, "cuda")
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
