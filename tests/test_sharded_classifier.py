@@ -397,6 +397,26 @@ def three_ranks(rank: int, world: int, folder: Path) -> None:
     save_checkpoint(folder)
 
 
+def check_the_device_s_own_comparison(rank: int, features: Tensor, target: Tensor, sharded: ShardedCosineLinear) -> None:
+    """As on a GPU, where calls that were agreed on before are not read again: ranks that then make different ones of them get a NaN, never a number."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("gclkern.distributed.shards.host_waits", lambda device: True)
+
+        def loss(scale: float, row_offset: int = 0) -> Tensor:
+            mine = features.clone().requires_grad_()
+            found = sharded_linear_gcl_cross_entropy(mine, sharded.weight, target, scale=scale, row_offset=row_offset)
+            found.backward()
+            assert mine.grad is not None and bool(mine.grad.isnan().any()) is bool(found.isnan())
+            return found.detach()
+
+        first = {scale: loss(scale) for scale in (30.0, 20.0)}
+        assert all(torch.equal(loss(scale), expected) for scale, expected in first.items())
+        assert torch.equal(loss(30.0, row_offset=7), first[30.0])
+        assert bool(loss((30.0, 20.0)[rank]).isnan())
+        assert bool(loss(30.0, row_offset=rank).isnan())
+        assert torch.equal(loss(30.0), first[30.0])
+
+
 def two_ranks(rank: int, world: int, folder: Path) -> None:
     check_loaded(folder)
     _, sharded = classifiers()
@@ -436,6 +456,7 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
     # a label of one rank is no class: both ranks name it
     with pytest.raises(ValueError, match=f"target\\[{ROWS}\\] is {CLASSES}"):
         sharded_linear_gcl_cross_entropy(features, sharded.weight, target.index_fill(0, torch.tensor(0), CLASSES) if rank else target)
+    check_the_device_s_own_comparison(rank, features, target, sharded)
     if rank:
         os._exit(0)  # dies without a word
     with pytest.raises(ShardError, match=r"rank 0 of 2 failed while comparing the arguments of all ranks.*died"):

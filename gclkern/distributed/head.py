@@ -253,7 +253,7 @@ def sharded_linear_gcl_cross_entropy(
         normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, class_offset, backend, averaged_gradients, needs,
         *(form(value) for value in (cloud, margin, bias, weight, target_b, lam)),
     )  # fmt: skip
-    shards = agree(ranks, features, linear_weight, options, problem, row_offset=row_offset)
+    shards, verdict = agree(ranks, features, linear_weight, options, problem, row_offset=row_offset)
     if ranks.world > 1:
         if cloud is not None:
             assert isinstance(seed, Tensor)
@@ -271,4 +271,5 @@ def sharded_linear_gcl_cross_entropy(
     chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
     call = _Call(ranks, shards, normalize, resolved, chosen, for_backward, averaged_gradients)
-    return ShardedHeadLoss.apply(features, linear_weight, call, *terms)
+    loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, call, *terms)
+    return loss if verdict is None else loss * verdict

@@ -3,7 +3,8 @@
 Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before anything
 else travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
 message, instead of waiting for each other or adding up numbers that do not belong together. On a GPU reading those numbers would make the host wait for the
-device in every step, so there they are exchanged when a rank meets a call of another shape or with other options, and remembered.
+device in every step, so there a rank reads them when it meets a call of another shape or with other options; after that the device compares them, and a loss of
+ranks that do not agree is NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from gclkern.validation import DTYPES
 
 _FIELDS = ("rows of features", "columns of features", "classes", "columns of the weight", "dtype of features", "dtype of the weight", "options", "row_offset")
 _SHARED = tuple(name for name in _FIELDS if name != "classes")
-_known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Shards]] = WeakKeyDictionary()
+# Of each group, the calls that its ranks have agreed on before: the classes and, on the device, what every rank then said of its call.
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[Shards, Tensor]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,22 @@ def form(value: object) -> object:
     return (tuple(value.shape), value.dtype, value.device.type, value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem: Exception | None, *, row_offset: int = 0) -> Shards:
+def host_waits(device: torch.device) -> bool:
+    """Whether reading a tensor's values makes the host wait for the device."""
+    return device.type != "cpu"
+
+
+def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem: Exception | None, *, row_offset: int = 0) -> tuple[Shards, Tensor | None]:
     """The classes of all ranks, after a check that they make the same call; a collective call.
+
+    Where only the device knows how the check came out, the second value is 1, or NaN for ranks that do not agree; else it is None.
 
     `rows` are those of this rank's classes. `problem` is what this rank found wrong with its own arguments: it is raised here, and the other ranks stop, too.
     """
     if ranks.world == 1:
         if problem is not None:
             raise problem
-        return Shards(0, (rows.shape[0],))
+        return Shards(0, (rows.shape[0],)), None
     digest = int.from_bytes(hashlib.blake2b(repr(options).encode(), digest_size=8).digest(), "little", signed=True)
     numbers = (0,) * len(_FIELDS)
     if problem is None:
@@ -82,10 +91,17 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
     assert ranks.group is not None
     known = _known.setdefault(ranks.group, {})
     key = numbers[:-1]  # a call may come with another row_offset in every step
-    if problem is None and features.device.type != "cpu" and key in known:
-        return known[key]
+    purpose = "comparing the arguments of all ranks"
+    if problem is None and host_waits(features.device) and key in known:
+        shards, agreed = known[key]
+        # no copy from the host, which a CUDA graph could not hold
+        mine = torch.cat([agreed[ranks.rank], torch.full((1,), row_offset, device=features.device)])
+        found = ranks.gather_rows(mine, purpose).view(ranks.world, -1)
+        same = (found[:, :-1] == agreed).all() & (found[:, -1] == row_offset).all()
+        return shards, torch.where(same, 1.0, torch.nan)
     mine = torch.tensor([int(problem is None), *numbers], dtype=torch.int64, device=features.device)
-    table = ranks.gather_rows(mine, "comparing the arguments of all ranks").view(ranks.world, -1).tolist()
+    said = ranks.gather_rows(mine, purpose).view(ranks.world, -1)
+    table = said.tolist()
     if problem is not None:
         raise problem
     refused = [rank for rank, row in enumerate(table) if not row[0]]
@@ -101,8 +117,8 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
             )
             raise ShardError(f"the ranks do not agree on the {name}: {detail}; call with the same on every rank")
     shards = Shards(ranks.rank, tuple(columns["classes"]))
-    known[key] = shards
-    return shards
+    known[key] = shards, said[:, :-1].clone()
+    return shards, None
 
 
 def as_dtensor(ranks: Ranks, shards: Shards, rows: Tensor) -> Tensor:
