@@ -30,6 +30,7 @@ from gclkern.distributed.shards import Shards, agree, form
 from gclkern.kernels.terms import LossTerms
 from gclkern.noise import resolve_seed
 from gclkern.plans import resolve_plan
+from gclkern.torch_backend.rows import row_targets
 from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms
 
 # Labels that no rank takes for a class of its own.
@@ -57,8 +58,7 @@ class _OtherClasses:
 
     def merge(self, peak: Tensor, rest: Tensor, blend: Tensor | None, own: list[Tensor], factor: float) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
         ranks, mine = self.call.ranks, self.call.shards.mine
-        targets = [self.terms.target] if self.terms.target_b is None else [self.terms.target, self.terms.target_b]
-        held = [(target >= mine.start) & (target < mine.stop) for target in targets]
+        held = [(target >= mine.start) & (target < mine.stop) for target in row_targets(self.terms)]
         top = ranks.max_(peak.amax(0), "reducing the largest logits")
         anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row without a class beside its targets: -inf minus -inf is NaN
         parts = [(rest * torch.exp(factor * (peak - anchor))).sum(0)]
