@@ -41,17 +41,18 @@ def test_a_feature_row_whose_norm_overflows_is_nan_and_no_plausible_loss(device:
     assert loss.isnan().tolist() == [False, True, False]
 
 
-def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: Launches) -> None:
-    odd = torch.utils.dlpack.from_dlpack(torch.zeros(81, dtype=torch.float16)[1:].view(8, 10))
-    gcl_cross_entropy(odd, torch.arange(8), backend="triton")
+def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: Launches, device: str) -> None:
+    odd = torch.utils.dlpack.from_dlpack(torch.zeros(81, dtype=torch.float16, device=device)[1:].view(8, 10))
+    gcl_cross_entropy(odd, torch.arange(8, device=device), backend="triton")
     assert odd.data_ptr() % 4 == 2
     assert [launch.argument("PAIRED") for launch in launches if launch.name == "_row_stats_kernel"] == [False]
 
 
 @pytest.mark.parametrize("plan", ["materialised", "chunked", "recompute"])
-def test_no_grid_outgrows_its_second_axis(plan: str) -> None:
+def test_no_grid_outgrows_its_second_axis(device: str, plan: str) -> None:
     classes = 4_400_000
-    features, weight, target = torch.empty(1, 1), torch.empty(1, 1).expand(classes, 1), torch.zeros(1, dtype=torch.int64)
+    features, weight = torch.empty(1, 1, device=device), torch.empty(1, 1, device=device).expand(classes, 1)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
     features.requires_grad_()
     with capture_launches(execute=False) as launches:
         linear_gcl_cross_entropy(features, weight, target, plan=plan, backend="triton").backward()
