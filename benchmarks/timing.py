@@ -16,8 +16,10 @@ import torch
 Call = Callable[[], object]
 Maker = Callable[[], Call]
 
-GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that its own launch does not show
+GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that what it does once, such as setting a generator's state, does not show
 MAX_CALLS = 64
+# What the `how` of such a result holds: torch's allocator then waits for the capture's end for ever, and no later case of the process is to be trusted.
+CAPTURE_FAILED = "capture failed"
 ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # what all rounds that take turns may take together
 ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # and their number: for a median at least, at most
 
@@ -76,12 +78,13 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
     try:
         return _graph(calls, stream)
     except RuntimeError as error:
-        # a capture that failed leaves its stream current, and torch's generator in the state of a capture that goes on
-        torch.cuda.set_stream(outside)
-        torch.cuda.synchronize(device)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
-        return _events(calls, stream, f"capture failed: {str(error).splitlines()[0][:120]}")
+        reason = f"{CAPTURE_FAILED}: {str(error).splitlines()[0][:120]}"
+    # it leaves its stream current, and torch's generator in the state of a capture that goes on; what it allocated is free by now, as the error is gone
+    torch.cuda.set_stream(outside)
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
+    return _events(calls, stream, reason)
 
 
 def _waits_for_the_device(call: Call, stream: torch.cuda.Stream) -> bool:
@@ -99,9 +102,12 @@ def _waits_for_the_device(call: Call, stream: torch.cuda.Stream) -> bool:
     return False
 
 
-def _between_events(work: Call, stream: torch.cuda.Stream) -> float:
+def _between_events(work: Call, stream: torch.cuda.Stream, *, lead: bool = False) -> float:
+    """Seconds that the work takes on the device; with `lead` it runs once before, so that the device is busy while the host launches what is timed."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
+        if lead:
+            work()
         start.record()
         work()
         end.record()
@@ -121,12 +127,12 @@ def _graph(calls: Sequence[Call], stream: torch.cuda.Stream) -> Timed:
         return graph
 
     captured, repeats = capture(1), 1
-    seconds = _between_events(captured.replay, stream)
+    seconds = _between_events(captured.replay, stream, lead=True)
     if seconds < GRAPH_SECONDS:
         repeats = max(1, min(math.ceil(GRAPH_SECONDS / seconds), MAX_CALLS // len(calls)))
         captured = capture(repeats)
     count = repeats * len(calls)
-    return Timed("CUDA graph", lambda: _between_events(captured.replay, stream) / count, _between_events(captured.replay, stream))
+    return Timed("CUDA graph", lambda: _between_events(captured.replay, stream, lead=True) / count, 2 * _between_events(captured.replay, stream, lead=True))
 
 
 def _events(calls: Sequence[Call], stream: torch.cuda.Stream, reason: str) -> Timed:
