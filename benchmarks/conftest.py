@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import torch
 
 from benchmarks.common import Case
 from benchmarks.memory import allocated_peak
-from benchmarks.timing import Stopwatch, cold_copies, number_of_rounds, prepare, rounds_in_turn
+from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, number_of_rounds, prepare, rounds_in_turn
 
 STOPWATCH = Stopwatch()
-STOPPED, BROKEN = 10, 11  # exit codes: time is over; no further CUDA call of this process can succeed
+STOPPED, BROKEN = 10, 11  # exit codes: time is over; what this process does next on the GPU would fail
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,13 +81,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.exit("the time given by --stop-after is over", returncode=STOPPED)
 
 
+def _line(case: Case, result: dict[str, Any]) -> str:
+    names = {"operation": case.operation.name, "shape": case.shape.name, "dtype": case.dtype, "contestant": case.contestant, "phase": case.phase}
+    sizes = {"rows": case.shape.rows, "classes": case.shape.classes, "dim": case.shape.dim}
+    return json.dumps({"key": case.key, **names, **sizes, **result})
+
+
 def _record(config: pytest.Config, case: Case, result: dict[str, Any]) -> None:
     path: Path | None = config.getoption("--record")
     if path is not None:
-        names = {"operation": case.operation.name, "shape": case.shape.name, "dtype": case.dtype, "contestant": case.contestant, "phase": case.phase}
-        sizes = {"rows": case.shape.rows, "classes": case.shape.classes, "dim": case.shape.dim}
         with path.open("a") as file:
-            file.write(json.dumps({"key": case.key, **names, **sizes, **result}) + "\n")
+            file.write(_line(case, result) + "\n")
+
+
+@contextlib.contextmanager
+def _announced(config: pytest.Config, case: Case) -> Iterator[None]:
+    """While the case runs, a file beside the record holds the result that it has if the process does not survive it."""
+    path: Path | None = config.getoption("--record")
+    if path is None:
+        yield
+        return
+    begun = path.with_suffix(".begun")
+    begun.write_text(_line(case, {"error": "the process ended or hung in this case"}))
+    try:
+        yield
+    finally:
+        begun.unlink()
 
 
 def _rates(case: Case, seconds: float) -> dict[str, float]:
@@ -123,7 +143,8 @@ def _time(case: Case, inputs: Any, device: torch.device, config: pytest.Config) 
     return known[case.key]
 
 
-def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
+def _run(case: Case, config: pytest.Config, benchmark: Any) -> str:
+    """How the case was timed."""
     operation, contestant = case.operation, case.operation.contestants[case.contestant]
     device = torch.device("cuda" if operation.on_device and torch.cuda.is_available() else "cpu")
     gc.collect()
@@ -134,7 +155,7 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
     if not config.getoption("benchmark_only"):
         benchmark.disabled = True  # runs once
         benchmark.pedantic(contestant.prepare(inputs, case.phase))
-        return
+        return ""
     benchmark.group = case.group
     rounds, how = _time(case, inputs, device, config)
     replay = iter(rounds)
@@ -148,6 +169,7 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> None:
     result |= {**_rates(case, result["seconds"]), "includes": contestant.includes}
     benchmark.extra_info.update(result)
     _record(config, case, result)
+    return how
 
 
 def _context_is_gone() -> bool:
@@ -166,11 +188,14 @@ def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], Non
 
     def run(case: Case) -> None:
         try:
-            _run(case, pytestconfig, benchmark)
+            with _announced(pytestconfig, case):
+                how = _run(case, pytestconfig, benchmark)
         except Exception as error:
             _record(pytestconfig, case, {"error": f"{type(error).__name__}: {error}"[:500]})
             if _context_is_gone():
                 pytest.exit("the CUDA context is gone", returncode=BROKEN)
             raise
+        if CAPTURE_FAILED in how:
+            pytest.exit("a capture failed, and torch cannot empty its cache after that", returncode=BROKEN)
 
     return run

@@ -8,6 +8,7 @@ when the kernels have changed. Without a GPU it runs a CPU's shapes and one file
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +40,11 @@ CALL_SECONDS = 540  # of the 600 that a call may take
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
 SHORTEST = 45.0  # with less left, a step does not begin: it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls
+STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
 STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
+COMPILED = "torch.compile"  # a contestant that takes as long to compile as thirty others to measure, so it comes when all others are done
+WITH_COMPILED = ("head", "logit_loss", "dro_lt")
 DRY_RUN_TESTS = ("test_clouds.py",)  # CI runs them all on a CPU
 COUNTERS = (
     "gpu__time_duration.sum",
@@ -52,8 +57,10 @@ COUNTERS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
 GPU = torch.cuda.is_available()
-# Compilers take most of a test's time on a GPU; pytest-xdist lets several work on one file.
-PARALLEL = ("-n", "4") if GPU and installed("xdist") else ()
+# Compilers take most of a test's time on a GPU; pytest-xdist lets several work on one file. Half of all that is compiled belongs to the head's tests.
+WORKERS = 4 if GPU and installed("xdist") else 0
+HEAD_TESTS, HEAD_WORKERS = "test_linear_gcl_cross_entropy.py", 2 * WORKERS
+LAST_WORDS = 15.0  # seconds before the end in which pytest, told to stop, writes the results that it has; it took 9 of them for 2 workers
 
 
 @dataclass
@@ -122,9 +129,14 @@ def machine() -> dict[str, Any]:
     return found | {"versions": versions}
 
 
-def run(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None, watch: Callable[[], None] | None = None) -> tuple[int | None, str]:
-    """Exit code, None where the time was over, and the end of the output. `watch` is called every few seconds."""
-    end = time.monotonic() + seconds
+def run(
+    command: Sequence[str], seconds: float, environment: dict[str, str] | None = None, watch: Callable[[], bool] | None = None, last_words: float = 0.0
+) -> tuple[int | None, str]:
+    """Exit code, None for a process that was stopped, and the end of the output.
+
+    The process is interrupted `last_words` seconds before its time is over, and killed when it is; or when `watch`, called every few seconds, returns False.
+    """
+    end = time.monotonic() + seconds - last_words
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | (environment or {}), stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -135,10 +147,15 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str] | No
                 code = process.wait(max(0.1, min(10.0, end - time.monotonic())))
             except subprocess.TimeoutExpired:
                 code = None
-            if watch is not None:
-                watch()
+            if watch is not None and not watch():
+                break
         if code is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its own children too
+            if last_words > 0.0:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(last_words)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own children too
             process.wait()
         output.seek(0)
         return code, output.read()[-20_000:]
@@ -151,7 +168,7 @@ def attempt(report: Report, name: str, command: Sequence[str], limit: float, env
         return None
     step = report.step(name)
     step["attempts"] += 1
-    code, output = run(command, seconds, environment)
+    code, output = run(command, seconds, environment, last_words=LAST_WORDS)
     if code is None:
         if step["attempts"] >= ATTEMPTS:
             report.close(name, "did not end", output=output[-2000:])
@@ -159,27 +176,42 @@ def attempt(report: Report, name: str, command: Sequence[str], limit: float, env
     return code, output
 
 
+def device_tests() -> list[Path]:
+    """The test files with tests that run on the GPU; those of a CPU's code say here what they say in CI."""
+    if not GPU:
+        return [ROOT / "tests" / name for name in DRY_RUN_TESTS]
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bdevice: (torch\.device|str)\b|mark\.gpu\b", path.read_text())]
+
+
+def results_of(xml: Path) -> dict[str, Any]:
+    """Counts of a test file's results, and the messages of what is broken; nothing where pytest did not get to write them."""
+    try:
+        suite = ElementTree.parse(xml).getroot().find("testsuite")
+    except (OSError, ElementTree.ParseError):
+        return {}
+    assert suite is not None
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    broken = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    messages = {str(case.get("name")): " ".join(str(child.get("message")) for child in case if child.tag in ("failure", "error"))[:400] for case in broken}
+    return {**counts, "seconds": float(suite.get("time", 0)), "broken": messages}
+
+
 def test_file(report: Report, path: Path) -> None:
     name = f"tests/{path.name}"
+    workers = HEAD_WORKERS if path.name == HEAD_TESTS else WORKERS
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results.xml")
-        command = [sys.executable, "-m", "pytest", name, "-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={results}", *PARALLEL]
-        done = attempt(report, name, command, report.check_seconds_left)
-        if done is None:
-            return
-        code, output = done
-        if not results.exists():
-            report.close(name, "failed", exit_code=code, output=output[-4000:])
-            return
-        suite = ElementTree.parse(results).getroot().find("testsuite")
-        assert suite is not None
-        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-        broken = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-        messages = {str(case.get("name")): " ".join(str(child.get("message")) for child in case if child.tag in ("failure", "error"))[:400] for case in broken}
-    passed = code in (0, 5)  # 5: the file has no test for this machine
-    report.close(
-        name, "passed" if passed else "failed", **counts, seconds=float(suite.get("time", 0)), broken=messages, output="" if passed else output[-4000:]
-    )
+        xml = Path(folder, "results.xml")
+        options = ["-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={xml}", *(["-m", "device"] if GPU else [])]
+        options += ["-n", str(workers), "--dist", "worksteal"] if workers else []
+        # the oracles run on the CPU: a thread each, or all processes would wait for each other
+        done = attempt(report, name, [sys.executable, "-m", "pytest", name, *options], report.check_seconds_left, {"OMP_NUM_THREADS": "1"})
+        results = results_of(xml)
+    if done is None:
+        report.step(name).update(results)  # of the tests that were done in time
+        return
+    code, output = done
+    passed = code in (0, 5) and bool(results)  # 5: the file has no test for this machine
+    report.close(name, "passed" if passed else "failed", exit_code=code, **results, output="" if passed else output[-4000:])
 
 
 def sanitizer(report: Report, tool: str) -> None:
@@ -197,47 +229,71 @@ def sanitizer(report: Report, tool: str) -> None:
         report.close(name, "passed" if code == 0 else "failed", exit_code=code, summary=summary, output="" if code == 0 else output[-6000:])
 
 
+def guarded(report: Report, work: Callable[[], None]) -> None:
+    """An error of the report itself costs the step that it happens in, and no other."""
+    try:
+        work()
+    except Exception:
+        with report.lock:
+            report.data.setdefault("errors", []).append(traceback.format_exc()[-3000:])
+            report.save()
+
+
 def checks(report: Report) -> None:
     """Tests and sanitizers wait mostly for compilers, so several run at a time; nothing is timed meanwhile."""
-    files = sorted((ROOT / "tests").glob("test_*.py")) if GPU else [ROOT / "tests" / name for name in DRY_RUN_TESTS]
-    files.sort(key=lambda path: -path.stat().st_size)  # the long ones first
+    files = sorted(device_tests(), key=lambda path: (path.name != HEAD_TESTS, -path.stat().st_size))  # the long ones first
     work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
     work += [partial(test_file, report, path) for path in files if report.open(f"tests/{path.name}")]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // (4 if PARALLEL else 2))) as pool:
-        for future in [pool.submit(task) for task in work]:
-            future.result()
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // (WORKERS or 2))) as pool:
+        list(pool.map(partial(guarded, report), work))
 
 
-def benchmark(report: Report, name: str) -> None:
-    step = f"benchmarks/bench_{name}.py"
+def benchmark(report: Report, name: str, *, compiled: bool) -> None:
+    """A file's cases: those of torch.compile, or all the others."""
+    path = f"benchmarks/bench_{name}.py"
+    step = benchmark_step(name, compiled=compiled)
     if not report.open(step) or report.seconds_left < 30:
         return
     with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder, "record.jsonl")
-        before = [result for result in report.data["benchmarks"] if result["file"] == step]
+        record, begun = Path(folder, "record.jsonl"), Path(folder, "record.begun")
+        before = [result for result in report.data["benchmarks"] if result["file"] == path]
         record.write_text("".join(json.dumps(result) + "\n" for result in before))
-        others = [result for result in report.data["benchmarks"] if result["file"] != step]
+        others = [result for result in report.data["benchmarks"] if result["file"] != path]
 
-        def absorb() -> None:
+        def absorb() -> bool:
+            """Whether the cases come on."""
             lines = record.read_text().split("\n")[:-1]  # the last may be half written
-            report.data["benchmarks"] = others + [{**json.loads(line), "file": step} for line in lines]
+            report.data["benchmarks"] = others + [{**json.loads(line), "file": path} for line in lines]
             report.save()
+            return time.time() - max(start, record.stat().st_mtime) < STALLED
 
         while report.seconds_left > 30:
-            done_before = len(report.data["benchmarks"])
+            start, done_before = time.time(), len(report.data["benchmarks"])
             options = ["--benchmark-only", "--record", str(record), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
-            code, output = run([sys.executable, "-m", "pytest", step, *options], report.seconds_left - 5, watch=absorb)
+            options += ["-k", COMPILED if compiled else f"not {COMPILED}"]
+            code, output = run([sys.executable, "-m", "pytest", path, *options], report.seconds_left - 5, watch=absorb)
             absorb()
-            mine = [result for result in report.data["benchmarks"] if result["file"] == step]
+            mine = [result for result in report.data["benchmarks"] if result["file"] == path and (result["contestant"] == COMPILED) is compiled]
             if code in (0, 1, 5):
                 report.close(step, "done", cases=len(mine), failed=sum("error" in result for result in mine))
                 return
+            if begun.exists() and code is not STOPPED and (code is not None or report.seconds_left > 30):
+                # the case that ended the process, or held it up, has had its chance
+                with record.open("a") as file:
+                    file.write(begun.read_text() + "\n")
+                begun.unlink()
+                absorb()
+                continue
             if code in (STOPPED, None) and len(report.data["benchmarks"]) > done_before:
                 return
             report.step(step)["attempts"] += 1
             if report.step(step)["attempts"] >= ATTEMPTS and code != BROKEN:
                 report.close(step, "failed", exit_code=code, output=output[-3000:])
                 return
+
+
+def benchmark_step(name: str, *, compiled: bool) -> str:
+    return f"benchmarks/bench_{name}.py" + (f" {COMPILED}" if compiled else "")
 
 
 def kernels(report: Report) -> None:
@@ -297,7 +353,11 @@ def table(data: dict[str, Any]) -> str:
 def summary(data: dict[str, Any]) -> str:
     steps = data["steps"]
     tests = {name: step for name, step in steps.items() if name.startswith("tests/")}
-    failed = [f"{name}: {', '.join(step.get('broken', {})) or step['status']}" for name, step in tests.items() if step["status"] not in ("passed", "open")]
+    failed = [
+        f"{name}: {', '.join(step.get('broken', {})) or step['status']}"
+        for name, step in tests.items()
+        if step["status"] not in ("passed", "open") or step.get("broken")
+    ]
     errors = [f"{result['key']}: {result['error'][:150]}" for result in data["benchmarks"] if "error" in result]
     others = [f"{name}: {step['status']}" for name, step in steps.items() if not name.startswith("tests/")]
     by_graph = statistics.mean("graph" in result.get("timed_by", "") for result in data["benchmarks"]) if data["benchmarks"] else 0.0
@@ -307,7 +367,7 @@ def summary(data: dict[str, Any]) -> str:
             f"device {data['machine']['device']}, torch {data['machine']['versions']['torch']}, kernels {data['kernels_hash']}",
             f"test files: {sum(step['status'] == 'passed' for step in tests.values())} passed of {len(tests)}",
             f"benchmark cases: {len(data['benchmarks'])}, of which {len(errors)} failed; {by_graph:.0%} timed by CUDA graphs",
-            *(f"  {line}" for line in [*others, *failed, *errors[:20]]),
+            *(f"  {line}" for line in [*others, *failed, *errors[:20], *data.get("errors", [])]),
         ]
     )
 
@@ -341,11 +401,10 @@ def main() -> None:
     deadline = time.monotonic() + args.seconds
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
-    checks(report)
-    for name in BENCHMARKS:
-        benchmark(report, name)
-    kernels(report)
-    counters(report)
+    measured = [partial(benchmark, report, name, compiled=False) for name in BENCHMARKS]
+    compiled = [partial(benchmark, report, name, compiled=True) for name in WITH_COMPILED]
+    for work in (partial(checks, report), *measured, partial(kernels, report), partial(counters, report), *compiled):
+        guarded(report, work)
     report.data["complete"] = all(not report.open(name) for name in expected_steps())
     report.save()
     print(summary(report.data))
@@ -353,9 +412,9 @@ def main() -> None:
 
 
 def expected_steps() -> list[str]:
-    files = [path.name for path in (ROOT / "tests").glob("test_*.py")] if GPU else list(DRY_RUN_TESTS)
     others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "kernel times", "ncu"]
-    return [*(f"tests/{name}" for name in files), *others, *(f"benchmarks/bench_{name}.py" for name in BENCHMARKS)]
+    benchmarks = [benchmark_step(name, compiled=False) for name in BENCHMARKS] + [benchmark_step(name, compiled=True) for name in WITH_COMPILED]
+    return [*(f"tests/{path.name}" for path in device_tests()), *others, *benchmarks]
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report
+from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, timing
 from benchmarks.common import BOTH, SMOKE, Inputs
 from benchmarks.memory import allocated_peak
 from benchmarks.timing import prepare
@@ -107,6 +111,116 @@ def test_a_step_that_does_not_end_is_tried_twice(tmp_path: Path, monkeypatch: py
     report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(gpu_report, "SHORTEST", 0.0)
+    monkeypatch.setattr(gpu_report, "LAST_WORDS", 0.0)
     assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and report.open("step")
     assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and not report.open("step")
     assert (tmp_path / "out" / "made-up.json").exists()
+
+
+def test_pytest_may_write_what_it_has_when_its_time_is_over(tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "results")!r}).write_text("half of them")
+"""
+    assert gpu_report.run([sys.executable, "-c", script], 6.0, last_words=3.0)[0] is None
+    assert (tmp_path / "results").read_text() == "half of them"
+    assert gpu_report.results_of(tmp_path / "results") == {}, "no XML"
+
+
+@pytest.mark.parametrize("code", [-11, 3], ids=["killed by a signal", "left by itself"])
+def test_a_case_that_ends_the_process_is_left_out(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is the error; the process starts again and does the rest."""
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
+    line = {"operation": "noise", "contestant": "gclkern", "phase": "draw", "dtype": "fp32", "shape": "made up"}
+    commands = []
+
+    def run(command: list[str], seconds: float, environment: None = None, watch: Callable[[], bool] = bool) -> tuple[int, str]:
+        commands.append(command)
+        record = Path(command[command.index("--record") + 1])
+        if len(commands) == 1:
+            record.with_suffix(".begun").write_text(json.dumps({"key": "first", **line, "error": "ended"}))
+            return code, ""
+        assert [json.loads(text)["key"] for text in record.read_text().splitlines()] == ["first"]
+        record.write_text(record.read_text() + json.dumps({"key": "second", **line, "seconds": 1.0}) + "\n")
+        return 0, ""
+
+    monkeypatch.setattr(gpu_report, "run", run)
+    gpu_report.benchmark(report, "noise", compiled=False)
+    assert report.data["steps"]["benchmarks/bench_noise.py"] == {"status": "done", "attempts": 0, "cases": 2, "failed": 1}
+    assert [result["key"] for result in report.data["benchmarks"]] == ["first", "second"]
+
+
+def test_an_error_of_the_report_costs_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 10)
+    gpu_report.guarded(report, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    (error,) = json.loads((tmp_path / "made-up.json").read_text())["errors"]
+    assert "ZeroDivisionError" in error
+
+
+class FakeCUDA:
+    """What timing by events and memory's peak ask of a GPU, on a clock that work moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.allocated = self.peak = 0
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = -1.0
+
+            def record(self) -> None:
+                self.at = cuda.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "peak", self.allocated))
+
+    def allocate(self, size: int) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+
+def test_a_graphs_launch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host needs a while before the device begins; a device that is still busy with the same work hides that."""
+    cuda = FakeCUDA(monkeypatch)
+    idle = True
+
+    def replay() -> None:
+        nonlocal idle
+        cuda.now += 1.0 + 0.25 * idle
+        idle = False
+
+    stream: Any = None
+    assert timing._between_events(replay, stream, lead=True) == pytest.approx(1.0)
+    idle = True
+    assert timing._between_events(replay, stream) == pytest.approx(1.25)
+
+
+def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix library's workspace comes from torch's allocator in the first call that needs it, and stays."""
+    cuda = FakeCUDA(monkeypatch)
+    workspace = 32 * 2**20
+
+    def call() -> None:
+        nonlocal workspace
+        cuda.allocate(workspace)
+        workspace = 0
+        cuda.allocate(4000)
+        cuda.allocate(-4000)
+
+    assert allocated_peak(call, torch.device("cuda")) == 4000
