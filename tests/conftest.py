@@ -19,6 +19,7 @@ if TRITON and not GPU:
 from tests.launches import Launches, capture_launches  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs = {
         "gpu": (GPU, "needs a CUDA device"),
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "interpreter": (TRITON and not GPU, "needs Triton's interpreter, which runs where there is no GPU"),
     }
     for item in items:
+        if "device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.device)
         for marker, (available, reason) in needs.items():
             if not available and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
