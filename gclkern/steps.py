@@ -194,7 +194,8 @@ class Trainer:
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate if self.captured is None else group["lr"].to(self.ranks.device).fill_(rate)
+            # where a captured step reads it; the checkpoint of a run that was not captured has a number
+            group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.ranks.device).fill_(rate)
 
     def step(self, images: Tensor, target: Tensor, seed: int, count: int, **centroids: Tensor) -> Tensor:
         """Train on this rank's images and return their loss: () float32. `seed` is for all that is random; `count` steps of the phase came before."""
@@ -256,6 +257,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(self._of_classes(state["optimizer"], lambda head, value: value[head.shards.mine]))
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.optimizer.defaults["fused"]  # of this device; the run may have begun on another
         self.scaler.load_state_dict(state["scaler"])
         for module, name in ((self.module.robust, "robust"), (self.average, "average")):
             if module is not None:

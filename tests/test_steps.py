@@ -89,3 +89,24 @@ def test_the_average_is_what_is_shown() -> None:
     torch.testing.assert_close(trainer.shown.head.weight, 0.1 * before + 0.9 * network.head.weight)
     with pytest.raises(ValueError, match="--capture needs a GPU"):
         Trainer(step, ranks, weight_decay=0.0, capture=True)
+
+
+def test_a_captured_step_goes_on_from_a_run_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that began on a CPU and is resumed on a GPU: its checkpoint has the rate as a number, the captured step reads it from one tensor."""
+    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    ranks = Ranks.alone(torch.device("cpu"))
+    plain, captured = Trainer(step, ranks, weight_decay=0.0), Trainer(step, ranks, weight_decay=0.0)
+    plain.set_rate(0.3)
+    monkeypatch.setattr(captured, "captured", object())
+    plain.optimizer.param_groups[0]["fused"] = True  # whatever suits the other device
+    captured.load_state_dict(plain.state_dict())
+    captured.set_rate(0.2)
+    (group,) = captured.optimizer.param_groups
+    assert group["fused"] is False
+    rate = group["lr"]
+    captured.set_rate(0.1)
+    assert group["lr"] is rate
+    assert float(rate) == pytest.approx(0.1)
+    plain.load_state_dict(captured.state_dict())
+    plain.set_rate(0.05)
+    assert plain.optimizer.param_groups[0]["lr"] == 0.05
