@@ -150,18 +150,24 @@ class ListImages:
         other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
         return other
 
-    def _finish(self, answer: Sequence[Tensor] | str, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel; once for many batches, because the device would be waited for."""
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+    def _finish(self, answer: Sequence[Tensor] | str, statistics: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """Normalised images and labels on the device."""
         if isinstance(answer, str):
             raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
         pixels, labels = (column.to(device, non_blocking=True) for column in answer)
-        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = statistics
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
 
     def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
         files = self._dataset(train)
         seeds = torch.randint(2**48, (indices.numel(),), generator=generator, device=None if generator is None else generator.device).tolist()
-        return self._finish(_collate([files[_Request(place, seed)] for place, seed in zip(indices.tolist(), seeds, strict=True)]), device)[0]
+        answer = _collate([files[_Request(place, seed)] for place, seed in zip(indices.tolist(), seeds, strict=True)])
+        return self._finish(answer, self._statistics(device), device)[0]
 
     def _dataset(self, train: bool) -> _Files:
         if self.augment not in ("standard", "none"):
@@ -193,8 +199,9 @@ class ListImages:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
         )
+        statistics = self._statistics(device)
         for answer in loader:
-            yield self._finish(answer, device)
+            yield self._finish(answer, statistics, device)
 
 
 def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
