@@ -86,11 +86,10 @@ class Report:
         with self.lock:
             text = json.dumps(self.data, indent=1) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(self.path)
-            if "OUT" in os.environ:
-                Path(os.environ["OUT"], self.path.name).write_text(text)
+            for path in (self.path, *([Path(os.environ["OUT"], self.path.name)] if "OUT" in os.environ else [])):
+                partial = path.with_suffix(".partial")  # whatever kills the process, the file of the final name is a whole one
+                partial.write_text(text)
+                partial.replace(path)
 
     def step(self, name: str) -> dict[str, Any]:
         with self.lock:
