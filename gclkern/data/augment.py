@@ -193,7 +193,7 @@ def _smooth(values: Tensor) -> Tensor:
 
 def _map_values(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     """Fewer bits, from 8 down to 4, or what is at least a threshold, from 255 down to 0, inverted."""
-    mask = -(2 ** (strength * 4).round()).to(torch.int32)[:, None, None, None]
+    mask = -(1 << (strength * 4).round().to(torch.int32))[:, None, None, None]
     threshold = torch.where(kind == _INVERT, 0.0, 255 * (1 - strength))[:, None, None, None]
     solarized = torch.where(images >= threshold, 255 - images, images)
     return torch.where((kind == _POSTERIZE)[:, None, None, None], (images.to(torch.int32) & mask).to(torch.uint8), solarized)
