@@ -43,7 +43,8 @@ ATTEMPTS = 2  # at a step that does not end, over all calls
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
 STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
-COMPILED = "torch.compile"  # a contestant that takes as long to compile as thirty others to measure, so it comes when all others are done
+# Which cases of a file, as pytest's -k takes it: on a GPU a contestant that takes as long to compile as thirty others to measure comes when those are done.
+COMPILED, REST, ALL = "torch.compile", "not torch.compile", ""
 WITH_COMPILED = ("head", "logit_loss", "dro_lt")
 DRY_RUN_TESTS = ("test_clouds.py",)  # CI runs them all on a CPU
 COUNTERS = (
@@ -247,10 +248,10 @@ def checks(report: Report) -> None:
         list(pool.map(partial(guarded, report), work))
 
 
-def benchmark(report: Report, name: str, *, compiled: bool) -> None:
-    """A file's cases: those of torch.compile, or all the others."""
+def benchmark(report: Report, name: str, cases: str) -> None:
+    """A file's `cases`: those of torch.compile alone, all but those, or all."""
     path = f"benchmarks/bench_{name}.py"
-    step = benchmark_step(name, compiled=compiled)
+    step = benchmark_step(name, cases)
     if not report.open(step) or report.seconds_left < 30:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -269,10 +270,14 @@ def benchmark(report: Report, name: str, *, compiled: bool) -> None:
         while report.seconds_left > 30:
             start, done_before = time.time(), len(report.data["benchmarks"])
             options = ["--benchmark-only", "--record", str(record), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
-            options += ["-k", COMPILED if compiled else f"not {COMPILED}"]
+            options += ["-k", cases]
             code, output = run([sys.executable, "-m", "pytest", path, *options], report.seconds_left - 5, watch=absorb)
             absorb()
-            mine = [result for result in report.data["benchmarks"] if result["file"] == path and (result["contestant"] == COMPILED) is compiled]
+            mine = [
+                result
+                for result in report.data["benchmarks"]
+                if result["file"] == path and cases in (ALL, COMPILED if result["contestant"] == COMPILED else REST)
+            ]
             if code in (0, 1, 5):
                 report.close(step, "done", cases=len(mine), failed=sum("error" in result for result in mine))
                 return
@@ -291,8 +296,15 @@ def benchmark(report: Report, name: str, *, compiled: bool) -> None:
                 return
 
 
-def benchmark_step(name: str, *, compiled: bool) -> str:
-    return f"benchmarks/bench_{name}.py" + (f" {COMPILED}" if compiled else "")
+def benchmark_step(name: str, cases: str) -> str:
+    return f"benchmarks/bench_{name}.py" + (f" {COMPILED}" if cases == COMPILED else "")
+
+
+def benchmark_parts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Files and which of their cases: first what decides, last what takes long. On a CPU all together, because there the contestants take turns."""
+    if not GPU:
+        return [(name, ALL) for name in BENCHMARKS], []
+    return [(name, REST) for name in BENCHMARKS], [(name, COMPILED) for name in WITH_COMPILED]
 
 
 def kernels(report: Report) -> None:
@@ -400,9 +412,8 @@ def main() -> None:
     deadline = time.monotonic() + args.seconds
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
-    measured = [partial(benchmark, report, name, compiled=False) for name in BENCHMARKS]
-    compiled = [partial(benchmark, report, name, compiled=True) for name in WITH_COMPILED]
-    for work in (partial(checks, report), *measured, partial(kernels, report), partial(counters, report), *compiled):
+    first, last = ([partial(benchmark, report, *part) for part in parts] for parts in benchmark_parts())
+    for work in (partial(checks, report), *first, partial(kernels, report), partial(counters, report), *last):
         guarded(report, work)
     report.data["complete"] = all(not report.open(name) for name in expected_steps())
     report.save()
@@ -412,8 +423,7 @@ def main() -> None:
 
 def expected_steps() -> list[str]:
     others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "kernel times", "ncu"]
-    benchmarks = [benchmark_step(name, compiled=False) for name in BENCHMARKS] + [benchmark_step(name, compiled=True) for name in WITH_COMPILED]
-    return [*(f"tests/{path.name}" for path in device_tests()), *others, *benchmarks]
+    return [*(f"tests/{path.name}" for path in device_tests()), *others, *(benchmark_step(*part) for parts in benchmark_parts() for part in parts)]
 
 
 if __name__ == "__main__":

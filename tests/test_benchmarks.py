@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -149,7 +150,7 @@ def test_a_case_that_ends_the_process_is_left_out(code: int, tmp_path: Path, mon
         return 0, ""
 
     monkeypatch.setattr(gpu_report, "run", run)
-    gpu_report.benchmark(report, "noise", compiled=False)
+    gpu_report.benchmark(report, "noise", gpu_report.REST)
     assert report.data["steps"]["benchmarks/bench_noise.py"] == {"status": "done", "attempts": 0, "cases": 2, "failed": 1}
     assert [result["key"] for result in report.data["benchmarks"]] == ["first", "second"]
 
@@ -224,3 +225,20 @@ def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.
         cuda.allocate(-4000)
 
     assert allocated_peak(call, torch.device("cuda")) == 4000
+
+
+def test_every_case_of_a_gpu_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases of torch.compile come last, and only for files that have such cases."""
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    first, last = gpu_report.benchmark_parts()
+    operations = {name: importlib.import_module(f"benchmarks.bench_{name}").OPERATION for name in gpu_report.BENCHMARKS}
+    assert first == [(name, gpu_report.REST) for name in operations]
+    with_compiled = [name for name, operation in operations.items() if any(case.contestant == gpu_report.COMPILED for case in operation.cases("cuda"))]
+    assert last == [(name, gpu_report.COMPILED) for name in with_compiled]
+
+
+def test_only_files_with_tests_for_a_gpu_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    names = {path.name for path in gpu_report.device_tests()}
+    assert {gpu_report.HEAD_TESTS, "test_gcl_cross_entropy.py", "test_noise.py", "test_train_script.py"} <= names
+    assert not {"test_packaging.py", "test_static_budget.py", "test_docs.py"} & names
