@@ -20,10 +20,11 @@ from torch import Tensor
 
 from gclkern.backend import resolve_backend
 
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+# 0-dim tensors on the CPU serve every device, and save each operator that takes one what it costs to make one of a number.
+_MULTIPLIER_0, _MULTIPLIER_1, _LOW, _HALF = (torch.tensor(value, device="cpu") for value in (0xD2511F53, 0xCD9E8D57, 0xFFFFFFFF, 32))
+_FIELD, _FIELD_BITS = (torch.tensor(value, dtype=torch.int32, device="cpu") for value in (0xFFFF, 16))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 7
-_LOW = 0xFFFFFFFF
 _GROUP = 8  # classes that share a counter
 # Groups computed at a time. On a CPU twice torch's grain of 32768 elements, the least that keeps two threads busy: more would leave the cache. On another
 # device many, because there a small operation costs its launch.
@@ -136,6 +137,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return radii.view(torch.float64).view(-1).to(device), circle.view(torch.float64).view(-1).to(device)
 
 
+@functools.cache
+def _weyl(device: torch.device) -> Tensor:
+    """What each round adds to the two words of the key, (rounds, 2)."""
+    return torch.tensor([[i * step for step in _WEYL] for i in range(_ROUNDS)], device=device)
+
+
 class _FirstRounds(NamedTuple):
     """The part of Philox that sees only one of row and group, so costs next to nothing: what rounds 1 and 2 leave, and the keys of the later rounds.
 
@@ -149,56 +156,58 @@ class _FirstRounds(NamedTuple):
     group0: Tensor
     group1: Tensor
     group2: Tensor
-    keys: Tensor  # (rounds, 2, 1, 1), the second word of the key first
+    keys: Tensor  # (rounds, 2), in the low halves
 
     def span(self, rows: slice, groups: slice) -> _FirstRounds:
         return _FirstRounds(self.row0[rows], self.row2[rows], self.row3[rows], self.group0[groups], self.group1[groups], self.group2[groups], self.keys)
 
 
 def _first_rounds(seed: Tensor, rows: Tensor, groups: Tensor) -> _FirstRounds:
-    number = torch.arange(_ROUNDS, dtype=torch.int64, device=rows.device)
-    key0, key1 = ((seed & _LOW) + number * _WEYL_0) & _LOW, ((seed >> 32) + number * _WEYL_1) & _LOW
-    product = ((rows >> 32) & _LOW) * _MULTIPLIER_1
-    row_state, row1 = ((product >> 32) & _LOW) ^ (rows & _LOW) ^ key0[0], product & _LOW
-    product = groups * _MULTIPLIER_0
-    group_state, group3 = ((product >> 32) & _LOW) ^ key1[0], product & _LOW
-    row_product, group_product = row_state * _MULTIPLIER_0, group_state * _MULTIPLIER_1
+    keys = torch.stack((seed, seed >> _HALF)) + _weyl(seed.device)
+    key0, key1 = keys.unbind(1)
+    # what the high halves of keys and products bring along is removed where a word must stand alone
+    row_product = ((rows >> _HALF) & _LOW) * _MULTIPLIER_1
+    group_product = groups * _MULTIPLIER_0
+    row1, group3 = row_product, group_product
+    row_product = (((row_product >> _HALF) ^ rows ^ key0[0]) & _LOW) * _MULTIPLIER_0
+    group_product = (((group_product >> _HALF) ^ key1[0]) & _LOW) * _MULTIPLIER_1
     return _FirstRounds(
-        row0=row1 ^ key0[1],
-        row2=(row_product >> 32) & _LOW,
+        row0=(row1 ^ key0[1]) & _LOW,
+        row2=(row_product >> _HALF) & _LOW,
         row3=row_product ^ key1[2],
-        group0=(group_product >> 32) & _LOW,
+        group0=(group_product >> _HALF) & _LOW,
         group1=group_product ^ key0[2],
-        group2=group3 ^ key1[1],
-        keys=torch.stack((key1, key0), dim=1).view(_ROUNDS, 2, 1, 1),
+        group2=(group3 ^ key1[1]) & _LOW,
+        keys=keys,
     )
 
 
 def _last_rounds(first: _FirstRounds, scratch: Tensor, words: Tensor) -> None:
     """Rounds 3 to 7 in place: `words` (int32) receives four elements for each (row, group), `scratch` (int64) has six."""
     shape = (first.row0.numel(), first.group0.numel())
-    state, product, last_product = scratch.view(3, 2, *shape)
-    # Lane 1 holds what c0 and c1 come from, lane 0 what c2 and c3 come from. A product stays 64 bits wide: the next round takes its low half, the words c1 and
+    state, *products = scratch.view(3, 2, *shape).unbind()  # a product and the last one, in turn
+    # Lane 0 holds what c0 and c1 come from, lane 1 what c2 and c3 come from. A product stays 64 bits wide: the next round takes its low half, the words c1 and
     # c3, into the exclusive ors of its lane, and one mask a round removes the other half.
-    torch.bitwise_xor(first.row0[:, None], first.group0, out=state[1])
-    torch.bitwise_xor(first.row2[:, None], first.group2, out=state[0])
-    for i in range(2, _ROUNDS):
-        torch.mul(state[1], _MULTIPLIER_0, out=product[0])
-        torch.mul(state[0], _MULTIPLIER_1, out=product[1])
-        torch.bitwise_right_shift(product, 32, out=state)
-        if i == 2:
-            state[0] ^= first.row3[:, None]
-            state[1] ^= first.group1
+    state0, state1 = state.unbind()
+    lanes = [product.unbind() for product in products]
+    torch.bitwise_xor(first.row0[:, None], first.group0, out=state0)
+    torch.bitwise_xor(first.row2[:, None], first.group2, out=state1)
+    for i, key in enumerate(first.keys.view(_ROUNDS, 2, 1, 1)[2:].unbind()):
+        product, last_product = products[i % 2], products[1 - i % 2]
+        torch.mul(state1, _MULTIPLIER_1, out=lanes[i % 2][0])
+        torch.mul(state0, _MULTIPLIER_0, out=lanes[i % 2][1])
+        torch.bitwise_right_shift(product, _HALF, out=state)
+        if i == 0:
+            state0.bitwise_xor_(first.group1)
+            state1.bitwise_xor_(first.row3[:, None])
         else:
-            state ^= last_product
-            state ^= first.keys[i]
-        state &= _LOW
-        product, last_product = last_product, product
+            state.bitwise_xor_(last_product).bitwise_xor_(key)
+        state.bitwise_and_(_LOW)
     # c0 and c1, then c2 and c3, each two as the halves of an int64.
-    last_product <<= 32
+    product.bitwise_left_shift_(_HALF)
     pairs = words.view(torch.int64).view(*shape, 2)
-    torch.bitwise_or(state[1], last_product[1], out=pairs[..., 0])
-    torch.bitwise_or(state[0], last_product[0], out=pairs[..., 1])
+    torch.bitwise_or(state0, product[0], out=pairs[..., 0])
+    torch.bitwise_or(state1, product[1], out=pairs[..., 1])
 
 
 def philox_words(seed: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
@@ -224,7 +233,9 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
     group_step = min(num_groups, chunk)
     row_step = min(rows, max(1, chunk // group_step))
     first_rounds = _first_rounds(
-        seed, torch.arange(rows, dtype=torch.int64, device=device) + row_offset, torch.arange(num_groups, dtype=torch.int64, device=device) + first_group
+        seed,
+        torch.arange(rows, dtype=torch.int64, device=device).add_(row_offset),
+        torch.arange(num_groups, dtype=torch.int64, device=device).add_(first_group),
     )
     radii, circle = _tables(device)
     # One piece of memory for everything, which an allocator is likely to hand to the next call again. Of its twelve parts, of eight bytes a group, Philox takes
@@ -239,10 +250,9 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
             words, index = room[8 * size : 8 * size + 2 * count].view(torch.int32), room[10 * size : 10 * size + 2 * count].view(torch.int32)
             _last_rounds(first_rounds.span(slice(row, row_end), slice(group, group_end)), room[: 6 * count], words)
             radius, direction = room[: 4 * count].view(torch.float64), room[4 * count : 8 * count].view(torch.float64)
-            torch.bitwise_and(words, 0xFFFF, out=index)
+            torch.bitwise_and(words, _FIELD, out=index)
             torch.index_select(radii, 0, index, out=radius)
-            torch.bitwise_right_shift(words, 16, out=index)
-            index &= 0xFFFF
+            torch.bitwise_right_shift(words, _FIELD_BITS, out=index).bitwise_and_(_FIELD)
             torch.index_select(circle, 0, index, out=direction)
             draws = radius.view(torch.float32).mul_(direction.view(torch.float32)).view(row_end - row, -1)
             begin, end = max(group * _GROUP, skipped), min(group_end * _GROUP, skipped + classes)
