@@ -28,19 +28,21 @@ from torch import Tensor
 
 from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, ClassShards, LossTerms, refuse_second_derivative
 from gclkern.torch_backend.rows import (
-    ROW_STATS,
     RowGradients,
     RowSums,
     disturb_,
     finish_rows,
     finite_peak,
     gradient_,
-    kept_rows,
+    gradient_shapes,
+    ignored_rows,
     noise_scratch,
     reduce_rows,
     row_blocks,
     row_upstream,
+    some_zero,
     statistics_dtype,
+    without,
 )
 
 _CHUNK_BYTES = 16 * 2**20  # of cosines, twice in backward: far above what a product needs to run at full speed
@@ -73,19 +75,19 @@ def _product_classes(linear_weight: Tensor, dtype: torch.dtype) -> int:
 def _inverse_norms(matrix: Tensor, no_direction: float) -> Tensor:
     """1 / |row|; `no_direction` where the norm counts as 0, NaN where it is not finite."""
     norm = torch.linalg.vector_norm(matrix, dim=1)
-    return torch.where(norm.isfinite(), norm.reciprocal(), math.nan).masked_fill_(norm <= _MIN_NORM, no_direction)
+    return norm.reciprocal().masked_fill_(norm.isposinf(), math.nan).masked_fill_(norm <= _MIN_NORM, no_direction)
 
 
-def _feature_inverse(features: Tensor, terms: LossTerms, normalize: bool) -> Tensor:
+def _feature_inverse(features: Tensor, ignored: Tensor | None, normalize: bool) -> Tensor:
     """1 / |f_i| (N,); 0 for a row that takes no part: without a direction, or ignored."""
     inverse = _inverse_norms(features, 0.0) if normalize else torch.ones(features.shape[0], dtype=features.dtype, device=features.device)
-    return inverse.masked_fill_(~kept_rows(terms), 0.0)
+    return without(ignored, inverse)
 
 
 def _times_rows(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows times their factor; 0 where that is 0, whatever the row holds."""
-    column = factor.unsqueeze(1)
-    return torch.mul(matrix, column, out=out).masked_fill_(column == 0, 0.0)
+    product = torch.mul(matrix, factor.unsqueeze(1), out=out)
+    return product.masked_fill_((factor == 0).unsqueeze(1), 0.0) if some_zero(factor) else product
 
 
 def _matrix(panel: Tensor, num_rows: int, num_classes: int) -> Tensor:
@@ -151,9 +153,8 @@ class _WeightGradient:
         self.inverse = inverse
         self.grad = torch.empty(head.linear_weight.shape, dtype=head.linear_weight.dtype, device=head.device)
         self.cast = None if self.grad.dtype == head.dtype else head.empty(head.product_classes, self.grad.shape[1])
-        self.flat = inverse == _NO_DIRECTION
-        # On a CPU the answer is known, elsewhere it would synchronise.
-        self.some_flat = head.normalize and (head.device.type != "cpu" or bool(self.flat.any()))
+        self.directed = inverse != _NO_DIRECTION
+        self.some_flat = head.normalize and some_zero(self.directed)
 
     def add(self, gradient: Tensor, rows: Tensor, classes: slice, along: Tensor | None) -> None:
         """`gradient` (N, classes) is G over the norms, `rows` are the weight's, `along` is <p, w>."""
@@ -162,7 +163,7 @@ class _WeightGradient:
         if along is not None:
             product.addcmul_(rows, (along * self.inverse[classes].square()).unsqueeze(1), value=-1)
             if self.some_flat:
-                product.masked_fill_(self.flat[classes].unsqueeze(1), 0.0)
+                product.masked_fill_(~self.directed[classes].unsqueeze(1), 0.0)
         if self.cast is not None:
             self.grad[classes] = product
 
@@ -187,7 +188,7 @@ def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, 
     raw = torch.empty_like(matrix) if head.normalize else None
     for rows, block in head.blocks(matrix, chunk, inverse, raw):
         block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
-        gradient_(block, head.terms, stats, rows, chunk)
+        gradient_(block, head.terms, stats, rows, chunk, out=block)
         if raw is not None:
             block.mul_(inverse[chunk])
             raw[rows].mul_(block)
@@ -199,7 +200,8 @@ def run_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss and what backward needs; `shards` are the classes that other ranks hold."""
     head = _Head(features, linear_weight, terms, normalize, plan)
-    feature_inverse = _feature_inverse(head.features, terms, normalize)
+    ignored = ignored_rows(terms)
+    feature_inverse = _feature_inverse(head.features, ignored, normalize)
     unit = _times_rows(head.features, feature_inverse)
     class_inverse = head.empty(head.num_classes if normalize else 0)
     sums = RowSums(head.num_rows, terms, head.dtype, head.device)
@@ -213,25 +215,26 @@ def run_forward(
     local_peak = sums.peak
     if shards is not None:
         sums = sums.merged(shards)
-    losses, stats = finish_rows(sums, head.num_classes if shards is None else shards.num_classes)
-    loss, denominator = reduce_rows(losses, sums.terms)
+    losses, stats = finish_rows(sums, head.num_classes if shards is None else shards.num_classes, ignored)
+    loss, denominator = reduce_rows(losses, sums.terms, ignored)
     if not for_backward:
         return loss, []
     if plan != "materialised":
-        return loss, [torch.stack(stats), feature_inverse, class_inverse, denominator, head.empty(0)]
+        return loss, [feature_inverse, class_inverse, denominator, *stats]
     stats = stats.times(terms.scale)
     if shards is not None:  # the panel holds exponentials over the peaks of the classes that are here
-        stats = stats._replace(slope=stats.slope * torch.exp(finite_peak(local_peak) - finite_peak(sums.peak)))
+        stats.parts[0] *= torch.exp(finite_peak(local_peak) - finite_peak(sums.peak))
     gradient = panel.view(head.num_rows, head.num_classes)
     everything = slice(0, head.num_classes)
     for rows in row_blocks(head.num_rows, head.num_classes, head.device):
-        gradient_(gradient[rows], terms, stats, rows, everything)
+        block = gradient[rows]
+        gradient_(block, terms, stats, rows, everything, out=block)
         if raw is not None:
-            raw[rows].mul_(gradient[rows].mul_(class_inverse))
+            raw[rows].mul_(block.mul_(class_inverse))
     along = head.empty(0)
     if raw is not None:
         along = raw if terms.reduction == "none" else raw.sum(0)
-    return loss, [gradient, feature_inverse, class_inverse, denominator, along]
+    return loss, [feature_inverse, class_inverse, denominator, gradient, along]
 
 
 def run_backward(
@@ -240,30 +243,31 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
     head = _Head(features, linear_weight, terms, normalize, plan)
-    kept_matrix, feature_inverse, class_inverse, denominator, kept_along = saved
-    upstream = row_upstream(grad_loss, denominator, terms, head.dtype)
+    # kept are the gradient and `along`, or what makes them again: the fields of RowGradients
+    feature_inverse, class_inverse, denominator, *kept = saved
+    upstream = row_upstream(grad_loss, denominator, ignored_rows(terms), terms, head.dtype)
     materialised = plan == "materialised"
     unit = head.features if materialised else _times_rows(head.features, feature_inverse)
-    products = torch.zeros(features.shape if features_grad else (0,), dtype=head.dtype, device=head.device)
+    products = head.empty(*features.shape) if features_grad else head.empty(0)
     weights = _WeightGradient(head, _times_rows(head.features, feature_inverse * upstream), class_inverse) if weight_grad else None
     grad_bias = head.empty(head.num_classes if bias_grad else 0)
 
     along: Tensor | None = None  # <p, w> of the classes of a chunk, from the products rather than from p: a pass over (N, C), not over (C, D)
-    panel = kept_matrix.view(-1) if materialised else head.empty(head.num_rows * head.width)
+    panel = kept[0].view(-1) if materialised else head.empty(head.num_rows * head.width)
     for chunk in head.chunks():
         matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
         if not materialised:
             head.multiply(unit, chunk, matrix, class_inverse, False)
-            along = _gradient_again(head, matrix, chunk, class_inverse, RowGradients(*kept_matrix).times(terms.scale), upstream)
+            along = _gradient_again(head, matrix, chunk, class_inverse, RowGradients(*kept).times(terms.scale), upstream)
         elif normalize:
-            along = _along(kept_along, grad_loss / denominator, upstream)
+            along = _along(kept[1], grad_loss / denominator, upstream)
         if bias_grad:
             torch.mv(matrix.t(), upstream, out=grad_bias[chunk])
         for classes in _spans(chunk.start, chunk.stop, head.product_classes):
             rows = head.weight_rows(classes)
             gradient = matrix[:, classes.start - chunk.start : classes.stop - chunk.start]
             if features_grad:
-                products.addmm_(gradient, rows)
+                products.addmm_(gradient, rows, beta=0 if classes.start == 0 else 1)
             if weights is not None:
                 weights.add(gradient, rows, classes, None if along is None else along[classes.start - chunk.start : classes.stop - chunk.start])
     grad_weight = linear_weight.new_empty(0) if weights is None else weights.grad
@@ -307,16 +311,16 @@ head_backward = torch.library.custom_op(
 @head_forward.register_fake
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, normalize, plan, for_backward = args
+    terms = LossTerms(*some)
     num_rows, num_classes, dtype = features.shape[0], linear_weight.shape[0], statistics_dtype(features)
-    loss = features.new_empty((num_rows,) if LossTerms(*some).reduction == "none" else (), dtype=dtype)
+    loss = features.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
     if not for_backward:
         return loss, []
-    kept_shape = (num_rows, num_classes) if plan == "materialised" else (ROW_STATS, num_rows)
-    along: tuple[int, ...] = (0,)
-    if plan == "materialised" and normalize:
-        along = (num_rows, num_classes) if LossTerms(*some).reduction == "none" else (num_classes,)
-    shapes = (kept_shape, (num_rows,), (num_classes if normalize else 0,), (), along)
-    return loss, [features.new_empty(shape, dtype=dtype) for shape in shapes]
+    kept = gradient_shapes(num_rows, terms)
+    if plan == "materialised":
+        along = (num_rows, num_classes) if terms.reduction == "none" else (num_classes,)
+        kept = ((num_rows, num_classes), along if normalize else (0,))
+    return loss, [features.new_empty(shape, dtype=dtype) for shape in ((num_rows,), (num_classes if normalize else 0,), (), *kept)]
 
 
 @head_backward.register_fake

@@ -13,19 +13,18 @@ from torch import Tensor
 
 from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 from gclkern.torch_backend.rows import (
-    ROW_STATS,
     RowGradients,
     RowSums,
     block_scratch,
     disturb_,
     finish_rows,
     gradient_,
-    kept_rows,
+    gradient_shapes,
+    ignored_rows,
     noise_scratch,
     reduce_rows,
     row_blocks,
     row_upstream,
-    some_are_ignored,
     statistics_dtype,
 )
 
@@ -38,9 +37,10 @@ def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) ->
 
 def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
     """block = scale * cosine, in the block's precision."""
-    block.copy_(cosine)
-    if scale != 1.0:
-        block.mul_(scale)
+    if cosine.dtype == block.dtype:
+        torch.mul(cosine, scale, out=block)
+    else:
+        block.copy_(cosine).mul_(scale)
 
 
 def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -58,41 +58,43 @@ def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
         _load_scaled_(block, cosine[rows], terms.scale)
         disturb_(block, terms, rows, classes, noise)
         sums.add_(block, rows, classes)
-    losses, stats = finish_rows(sums, num_classes)
-    loss, denominator = reduce_rows(losses, terms)
-    return loss, [torch.stack(stats), denominator, kept]
+    ignored = ignored_rows(terms)
+    losses, stats = finish_rows(sums, num_classes, ignored)
+    loss, denominator = reduce_rows(losses, terms, ignored)
+    return loss, [*stats, denominator, kept]
 
 
 def _logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     *some, bias_grad = args
     terms = LossTerms(*some)
-    row_stats, denominator, kept = saved
+    anchor, parts, denominator, kept = saved
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
     classes = slice(0, num_classes)
     # gradients of the cosines: the bias, which is not scaled, takes the scale out again
-    stats = RowGradients(*row_stats).times(row_upstream(grad_loss, denominator, terms, dtype) * terms.scale)
+    ignored = ignored_rows(terms)
+    stats = RowGradients(anchor, parts).times(row_upstream(grad_loss, denominator, ignored, terms, dtype) * terms.scale)
     grad_cosine = torch.empty((num_rows, num_classes), dtype=cosine.dtype, device=device)
-    grad_bias = torch.zeros(num_classes if bias_grad else 0, dtype=dtype, device=device)
-    ignored = ~kept_rows(terms).unsqueeze(1) if some_are_ignored(terms) else None
+    grad_bias = torch.zeros(num_classes, dtype=dtype, device=device) if bias_grad else cosine.new_empty(0, dtype=dtype)
     logits = None if cosine.dtype == dtype else block_scratch(num_rows, num_classes, dtype, device)
     noise = None if kept.numel() > 0 else noise_scratch(num_rows, num_classes, terms, device)
     for rows in row_blocks(num_rows, num_classes, device):
         block = grad_cosine[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
+        exponentials = block
         if kept.numel() > 0:
-            block.copy_(kept[rows])
+            exponentials = kept[rows]
         else:
             _load_scaled_(block, cosine[rows], terms.scale)
             disturb_(block, terms, rows, classes, noise)
             block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
-        gradient_(block, terms, stats, rows, classes)
+        gradient_(exponentials, terms, stats, rows, classes, out=block)
         if ignored is not None:
-            block.masked_fill_(ignored[rows], 0.0)
+            block.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
         if bias_grad:
             grad_bias += block.sum(0)
         if logits is not None:
             grad_cosine[rows] = block
-    return grad_cosine, grad_bias.div_(terms.scale)
+    return grad_cosine, grad_bias.div_(terms.scale) if bias_grad else grad_bias
 
 
 logit_forward = torch.library.custom_op(
@@ -116,7 +118,7 @@ def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     num_rows, dtype = cosine.shape[0], statistics_dtype(cosine)
     loss = cosine.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
     kept = cosine.new_empty(cosine.shape if _keeps_exponentials(cosine, terms, for_backward) else (0,), dtype=dtype)
-    return loss, [cosine.new_empty((ROW_STATS, num_rows), dtype=dtype), cosine.new_empty((), dtype=dtype), kept]
+    return loss, [*(cosine.new_empty(shape, dtype=dtype) for shape in (*gradient_shapes(num_rows, terms), ())), kept]
 
 
 @logit_backward.register_fake

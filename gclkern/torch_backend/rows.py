@@ -4,8 +4,9 @@ A walk over the undisturbed logits u_ij = scale * (cos_ij - cloud_j e_ij) + bias
 
     peak = max_j u_ij,   rest = sum_j exp(u_ij - peak),   and, with label smoothing, blend = sum over ALL classes of weight_j u_ij.
 
-`finish_rows` adds the targets in closed form. What is left beside a target is a sum of its own, never 1 minus a probability, so that loss and gradient keep
-their digits where the target's probability is close to 1. Of a row's gradient it leaves five numbers (`RowGradients`):
+`finish_rows` adds the targets in closed form. With odds = log(sum over a target's other classes) - u_target, (1 - p) / p is exp(odds): the loss is
+log1p(exp(odds)), and what is left beside the target, 1 - p, is the sigmoid of the odds, never 1 minus a probability, so that loss and gradient keep their
+digits where p is close to 1. Of a row's gradient it leaves a few numbers (`RowGradients`):
 
     dz_ij = exp(u_ij - anchor_i) slope_i - smooth_i weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gclkern.kernels.terms import ClassShards, LossTerms
@@ -29,22 +31,22 @@ from gclkern.noise import fill_noise
 # thread at least 32768 elements, pass over it one after the other. On another device large, because there a small operation costs its launch.
 _CPU_BLOCK = 2**18
 _DEVICE_BLOCK = 2**24
+_LARGE = 40.0  # log(1 + exp(x)) is x from here on, in float64 too
 
 
 class RowGradients(NamedTuple):
-    """The gradient of each row's loss, (N,) each."""
+    """The gradient of each row's loss."""
 
-    anchor: Tensor
-    slope: Tensor
-    grad_a: Tensor
-    grad_b: Tensor
-    smooth: Tensor
+    anchor: Tensor  # (N,)
+    parts: Tensor  # slope, smooth and the gradient of each target, (2 + targets, N)
 
     def times(self, factor: Tensor | float) -> RowGradients:
-        return RowGradients(self.anchor, self.slope * factor, self.grad_a * factor, self.grad_b * factor, self.smooth * factor)
+        return RowGradients(self.anchor, self.parts * factor)
 
 
-ROW_STATS = len(RowGradients._fields)
+def gradient_shapes(num_rows: int, terms: LossTerms) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of `RowGradients`."""
+    return (num_rows,), (2 + len(row_targets(terms)), num_rows)
 
 
 def statistics_dtype(matrix: Tensor) -> torch.dtype:
@@ -72,15 +74,22 @@ def noise_scratch(num_rows: int, num_classes: int, terms: LossTerms, device: tor
     return None if terms.cloud is None else block_scratch(num_rows, num_classes, torch.float32, device)
 
 
-def some_are_ignored(terms: LossTerms) -> bool:
-    """Whether rows may be ignored: exact on a CPU, else the careful answer, because the exact one would synchronise."""
-    return terms.target.device.type != "cpu" or not bool(kept_rows(terms).all())
+def some_zero(values: Tensor) -> bool:
+    """Whether any element is 0 or False: exact on a CPU, else the careful answer, because the exact one would synchronise."""
+    return values.device.type != "cpu" or not bool(values.all())
 
 
-def kept_rows(terms: LossTerms) -> Tensor:
-    """(N,) bool: the rows that are not ignored."""
+def ignored_rows(terms: LossTerms) -> Tensor | None:
+    """(N,) bool; None where it is known that no row is ignored."""
     kept = terms.target != terms.ignore_index
-    return kept if terms.target_b is None else kept & (terms.target_b != terms.ignore_index)
+    if terms.target_b is not None:
+        kept &= terms.target_b != terms.ignore_index
+    return ~kept if some_zero(kept) else None
+
+
+def without(ignored: Tensor | None, values: Tensor) -> Tensor:
+    """The values (..., N), 0 in ignored rows."""
+    return values if ignored is None else values.masked_fill(ignored, 0.0)
 
 
 def row_targets(terms: LossTerms) -> list[Tensor]:
@@ -99,168 +108,184 @@ def disturb_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scrat
 
 def _places(labels: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
     """The labels' columns in a block of `classes`, (rows, 1), and whether they are there."""
-    columns = (labels - classes.start).unsqueeze(1)
-    width = classes.stop - classes.start
-    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
+    columns = labels.unsqueeze(1) - classes.start
+    places = columns.clamp(0, classes.stop - classes.start - 1)
+    return places, places == columns
 
 
 class RowSums:
-    """The sums over classes, gathered from blocks of rows and classes; a row's blocks may come in any number of chunks of classes."""
+    """The sums over classes, gathered from blocks of rows and classes; a row's blocks may come in chunks of classes, the first one from class 0."""
 
     def __init__(self, num_rows: int, terms: LossTerms, dtype: torch.dtype, device: torch.device) -> None:
         self.terms = terms
-        self.peak = torch.full((num_rows,), -math.inf, dtype=dtype, device=device)
-        self.rest = torch.zeros(num_rows, dtype=dtype, device=device)
-        self.blend = torch.zeros(num_rows, dtype=dtype, device=device)
-        # NaN stays where a label is out of range
-        self.values = [torch.full((num_rows,), math.nan, dtype=dtype, device=device) for _ in row_targets(terms)]
+        self.peak, self.rest, self.blend, *self.values = torch.empty((3 + len(row_targets(terms)), num_rows), dtype=dtype, device=device).unbind()
 
     def add_(self, block: Tensor, rows: slice, classes: slice) -> None:
         """Take in the u of a block, which is left as exp(u - peak), and 0 at the targets. `peak` is the row's so far."""
+        first = classes.start == 0
         if self.terms.label_smoothing > 0:
             weight = self.terms.weight
-            self.blend[rows] += block.sum(1) if weight is None else block.mv(weight[classes])
+            blend = block.sum(1) if weight is None else block.mv(weight[classes])
+            self.blend[rows] = blend if first else self.blend[rows] + blend
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
         for (columns, inside), value in zip(places, self.values, strict=True):
-            value[rows] = torch.where(inside[:, 0], block.gather(1, columns)[:, 0], value[rows])
+            found = block.gather(1, columns)  # anything where the label is in none of the chunks
+            value[rows] = (found if first else torch.where(inside, found, value[rows].unsqueeze(1)))[:, 0]
         for columns, inside in places:
             block.scatter_(1, columns, block.gather(1, columns).masked_fill_(inside, -math.inf))
-        before = self.peak[rows]
-        peak = torch.maximum(before, block.amax(1))
+        peak = block.amax(1)
+        if not first:
+            peak = torch.maximum(peak, self.peak[rows])
         anchor = finite_peak(peak)
-        block.sub_(anchor.unsqueeze(1)).exp_()
-        self.rest[rows] = self.rest[rows] * torch.exp(before - anchor) + block.sum(1)
-        self.peak[rows] = peak
+        rest = block.sub_(anchor.unsqueeze(1)).exp_().sum(1)
+        if not first:
+            rest += self.rest[rows] * torch.exp(self.peak[rows] - anchor)
+        self.peak[rows], self.rest[rows] = peak, rest
 
     def merged(self, shards: ClassShards) -> RowSums:
         """The sums over the classes of all ranks."""
         whole = copy.copy(self)
         whole.terms = shards.terms
         blended = self.blend[None] if self.terms.label_smoothing > 0 else None
-        peak, rest, blend, own = shards.merge(self.peak[None], self.rest[None], blended, self.values, 1.0)
+        peak, rest, blend, whole.values = shards.merge(self.peak[None], self.rest[None], blended, self.values, 1.0)
         whole.peak, whole.rest = peak[0], rest[0]
         if blend is not None:
             whole.blend = blend[0]
-        known = [(labels >= 0) & (labels < shards.num_classes) for labels in row_targets(shards.terms)]
-        whole.values = [value.masked_fill(~there, math.nan) for value, there in zip(own, known, strict=True)]
         return whole
 
 
 def finite_peak(peak: Tensor) -> Tensor:
     """The peak, or 0 for a row without a class beside its targets: -inf minus -inf is NaN."""
-    return peak.masked_fill(peak == -math.inf, 0.0)
+    return peak.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+
+
+def _weight_sum(terms: LossTerms, num_classes: int) -> Tensor | int:
+    return num_classes if terms.weight is None else terms.weight.sum()
 
 
 class _Target(NamedTuple):
-    """One target's part of a row, with its share."""
+    """One target's part of a row, with its share. Logits are over the row's anchor."""
 
     loss: Tensor
     grad: Tensor  # dz at the target
-    slope: Tensor  # dz at any other class of logit u is exp(u - top) * slope - smooth * its weight
-    top: Tensor
+    others: Tensor  # the sum of dz over all other classes, but for `smooth`
+    log_others: Tensor  # dz at another class of logit u is exp(u - log_others) * others - smooth * its weight
     smooth: Tensor | float
 
 
-def _one_target(sums: RowSums, own: Tensor, other: Tensor | None, blend: Tensor, share: Tensor | None, weight: Tensor | None, num_classes: int) -> _Target:
+def _one_target(
+    terms: LossTerms, own: Tensor, other: Tensor | None, log_rest: Tensor, blend: Tensor | None, share: Tensor | None, weight: Tensor | None, num_classes: int
+) -> _Target:
     """`own` is the target's logit with its margin; `other` the second target's without, -inf where that is the same class."""
-    terms = sums.terms
-    top = torch.maximum(sums.peak, own) if other is None else torch.maximum(torch.maximum(sums.peak, own), other)
-    around = sums.rest * torch.exp(finite_peak(sums.peak) - top)
-    if other is not None:
-        around = around + torch.exp(other - top)
-    target = torch.exp(own - top)
-    total = around + target
-    log_total = total.log()
-    loss = torch.where(around <= target, torch.log1p(around / target), log_total + (top - own))
-    mass = torch.ones_like(loss) if weight is None else weight
-    loss = loss * mass
-    smooth: Tensor | float = 0.0
-    spread: Tensor | float = 0.0
-    if terms.label_smoothing > 0:
-        class_share = terms.label_smoothing / num_classes
-        weight_sum = num_classes if terms.weight is None else terms.weight.sum()
-        spread = class_share * (weight_sum - mass)
-        loss = (1 - terms.label_smoothing) * loss + class_share * (weight_sum * (top + log_total) - blend)
-        mass = (1 - terms.label_smoothing) * mass + class_share * weight_sum
-        smooth = class_share
-    chain = torch.ones_like(loss) if share is None else share
+    log_others = log_rest if other is None else torch.logaddexp(log_rest, other)
+    odds = log_others - own
+    loss = F.softplus(odds, threshold=_LARGE)
+    missed = torch.sigmoid(odds)
+    others = missed
+    if weight is not None:
+        loss, others = loss * weight, others * weight
+    grad, smooth = -others, 0.0
+    if blend is not None:
+        kept, smooth = 1 - terms.label_smoothing, terms.label_smoothing / num_classes
+        weight_sum = _weight_sum(terms, num_classes)
+        loss = kept * loss + smooth * (weight_sum * torch.logaddexp(log_others, own) - blend)
+        others = kept * others + smooth * weight_sum * missed
+        grad = smooth * (weight_sum - (1 if weight is None else weight)) - others
+    chain = share
     if terms.gamma > 0:
         loss = loss.clamp_min(0.0)  # a smoothed loss may round below 0
         missed = -torch.expm1(-loss)
         factor = missed**terms.gamma
-        chain = chain * factor
+        chain = factor if share is None else share * factor
         if not terms.focal_detach:
             chain = chain * (1 + terms.gamma * torch.where(missed > 0, loss * torch.exp(-loss) / missed, 1.0))
         loss = loss * factor
     if share is not None:
         loss = loss * share
-    return _Target(loss, chain * (spread - mass * (around / total)), chain * (mass / total), top, chain * smooth)
+    if chain is None:
+        return _Target(loss, grad, others, log_others, smooth)
+    return _Target(loss, chain * grad, chain * others, log_others, chain * smooth)
 
 
-def finish_rows(sums: RowSums, num_classes: int) -> tuple[Tensor, RowGradients]:
+def _slope(target: _Target) -> Tensor:
+    """dz over exp(u) at the classes that are no target: a finite number even where there is none, while their sum is else at least 1, that of the largest."""
+    return target.others * torch.exp(-target.log_others).clamp_max_(1.0)
+
+
+def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor | None, num_classes: int) -> Tensor | None:
+    """`blend` over the anchor, with the margin of one target; None without label smoothing."""
+    if sums.terms.label_smoothing == 0:
+        return None
+    blend = sums.blend - _weight_sum(sums.terms, num_classes) * anchor
+    if drop is not None:
+        blend -= drop if weight is None else weight * drop
+    return blend
+
+
+def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tuple[Tensor, RowGradients]:
     """The loss of each row (N,), 0 where it is ignored and NaN where a label is no class, and its gradient."""
     terms = sums.terms
-    labels = [target.clamp(0, num_classes - 1) for target in row_targets(terms)]
-    weights = [None if terms.weight is None else terms.weight[label] for label in labels]
-    drops = [torch.zeros_like(sums.peak) if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
-    owns = [value - drop for value, drop in zip(sums.values, drops, strict=True)]
-    blends = [sums.blend - (drop if weight is None else weight * drop) for weight, drop in zip(weights, drops, strict=True)]
     anchor = finite_peak(sums.peak)
+    log_rest = sums.rest.log()
+    labels = [target.clamp(0, num_classes - 1) for target in row_targets(terms)]
+    # a label that is no class, and an infinite logit of the target
+    bad = [(target != label) | value.isposinf() for target, label, value in zip(row_targets(terms), labels, sums.values, strict=True)]
+    values = [(value - anchor).masked_fill_(wrong, math.nan) for value, wrong in zip(sums.values, bad, strict=True)]
+    weights = [None if terms.weight is None else terms.weight[label] for label in labels]
+    drops = [None if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
+    owns = [value if drop is None else value - drop for value, drop in zip(values, drops, strict=True)]
+    blends = [_blend_of(sums, anchor, weight, drop, num_classes) for weight, drop in zip(weights, drops, strict=True)]
     if terms.target_b is None or terms.lam is None:
-        a = _one_target(sums, owns[0], None, blends[0], None, weights[0], num_classes)
-        slope, grad_a, grad_b, smooth = a.slope * torch.exp(anchor - a.top), a.grad, torch.zeros_like(a.grad), torch.zeros_like(a.grad) + a.smooth
-        loss = a.loss
+        a = _one_target(terms, owns[0], None, log_rest, blends[0], None, weights[0], num_classes)
+        loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad]
     else:
         same = labels[0] == labels[1]
-        others = [value.masked_fill(same, -math.inf) for value in sums.values]
-        a = _one_target(sums, owns[0], others[1], blends[0], terms.lam, weights[0], num_classes)
-        b = _one_target(sums, owns[1], others[0], blends[1], 1 - terms.lam, weights[1], num_classes)
-        slope = a.slope * torch.exp(anchor - a.top) + b.slope * torch.exp(anchor - b.top)
-        across_a = b.slope * torch.exp(others[0] - b.top) - (b.smooth if weights[0] is None else b.smooth * weights[0])
-        across_b = a.slope * torch.exp(others[1] - a.top) - (a.smooth if weights[1] is None else a.smooth * weights[1])
+        others = [value.masked_fill(same, -math.inf) for value in values]
+        a = _one_target(terms, owns[0], others[1], log_rest, blends[0], terms.lam, weights[0], num_classes)
+        b = _one_target(terms, owns[1], others[0], log_rest, blends[1], 1 - terms.lam, weights[1], num_classes)
+        across_a = b.others * torch.exp(others[0] - b.log_others) - (b.smooth if weights[0] is None else b.smooth * weights[0])
+        across_b = a.others * torch.exp(others[1] - a.log_others) - (a.smooth if weights[1] is None else a.smooth * weights[1])
         grad_a = a.grad + torch.where(same, b.grad, across_a)
-        grad_b = torch.where(same, grad_a, b.grad + across_b)
-        smooth = torch.zeros_like(slope) + a.smooth + b.smooth
-        loss = a.loss + b.loss
-    ignored = ~kept_rows(terms)
-    slope, grad_a, grad_b, smooth = (part.masked_fill(ignored, 0.0) for part in (slope, grad_a, grad_b, smooth))
-    # exp(u - inf) is 0 in an ignored row, however large its logits are
-    return loss.masked_fill(ignored, 0.0), RowGradients(anchor.masked_fill(ignored, math.inf), slope, grad_a, grad_b, smooth)
+        grads = [grad_a, torch.where(same, grad_a, b.grad + across_b)]
+        loss, slope, smooth = a.loss + b.loss, _slope(a) + _slope(b), a.smooth + b.smooth
+    parts = without(ignored, torch.stack((slope, smooth if isinstance(smooth, Tensor) else torch.full_like(slope, smooth), *grads)))
+    if ignored is not None:
+        anchor = anchor.masked_fill(ignored, math.inf)  # exp(u - inf) is 0, however large the logits of the row are
+    return without(ignored, loss), RowGradients(anchor, parts)
 
 
-def gradient_(block: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice) -> None:
-    """exp(u - anchor) of a block becomes dz, in place."""
-    block.mul_(stats.slope[rows].unsqueeze(1))
+def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice, out: Tensor) -> None:
+    """dz of a block from its exp(u - anchor), whose place it may take."""
+    slope, smooth, *grads = stats.parts[:, rows].unsqueeze(2).unbind()
+    torch.mul(exponentials, slope, out=out)
     if terms.label_smoothing > 0:
-        smooth = stats.smooth[rows].unsqueeze(1)
         if terms.weight is None:
-            block.sub_(smooth)
+            out.sub_(smooth)
         else:
-            block.addcmul_(smooth, terms.weight[classes], value=-1)
-    for target, grad in zip(row_targets(terms), (stats.grad_a, stats.grad_b), strict=False):
+            out.addcmul_(smooth, terms.weight[classes], value=-1)
+    for target, grad in zip(row_targets(terms), grads, strict=True):
         columns, inside = _places(target[rows], classes)
-        block.scatter_(1, columns, torch.where(inside, grad[rows].unsqueeze(1), block.gather(1, columns)))
+        out.scatter_(1, columns, torch.where(inside, grad, out.gather(1, columns)))
 
 
-def reduce_rows(losses: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
+def reduce_rows(losses: Tensor, terms: LossTerms, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss as `terms.reduction` wants it, and the number that it was divided by (): 1 unless that is "mean"."""
     if terms.reduction == "none":
         return losses, losses.new_ones(())
     total = losses.sum()
     if terms.reduction == "sum":
         return total, losses.new_ones(())
-    kept = kept_rows(terms)
     if terms.weight is None or terms.gamma > 0:
-        denominator = kept.sum(dtype=losses.dtype)
+        denominator = losses.new_full((), losses.numel()) if ignored is None else (~ignored).sum(dtype=losses.dtype)
     else:
         last = terms.weight.numel() - 1
         weights = terms.weight[terms.target.clamp(0, last)]
         if terms.target_b is not None and terms.lam is not None:
             weights = terms.lam * weights + (1 - terms.lam) * terms.weight[terms.target_b.clamp(0, last)]
-        denominator = weights.masked_fill(~kept, 0.0).sum()
+        denominator = without(ignored, weights).sum()
     return total / denominator, denominator
 
 
-def row_upstream(grad_loss: Tensor, denominator: Tensor, terms: LossTerms, dtype: torch.dtype) -> Tensor:
+def row_upstream(grad_loss: Tensor, denominator: Tensor, ignored: Tensor | None, terms: LossTerms, dtype: torch.dtype) -> Tensor:
     """The gradient of each row's loss (N,), 0 where it is ignored."""
-    return (grad_loss.to(dtype) / denominator).expand(terms.target.shape).masked_fill(~kept_rows(terms), 0.0)
+    return without(ignored, (grad_loss.to(dtype) / denominator).expand(terms.target.shape))
