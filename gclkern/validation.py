@@ -68,13 +68,13 @@ def check_target(name: str, target: object, rows: int, num_classes: int, ignore_
     """Labels (N,) int64; where their values may be read, each is a class or `ignore_index`."""
     target = check_labels(name, target, rows, reference_name, reference)
     if values_may_be_read(target):
-        wrong = (target < 0) | (target >= num_classes)
-        if ignore_index is not None:
-            wrong &= target != ignore_index
+        wrong = target.clamp(0, num_classes - 1) != target
         if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            allowed = f"[0, {num_classes})" + ("" if ignore_index is None else f" or ignore_index ({ignore_index})")
-            raise ValueError(f"{name}[{row}] is {int(target[row])}, but labels must be in {allowed}")
+            found = (wrong if ignore_index is None else wrong & (target != ignore_index)).nonzero()
+            if found.numel() > 0:
+                row = int(found[0])
+                allowed = f"[0, {num_classes})" + ("" if ignore_index is None else f" or ignore_index ({ignore_index})")
+                raise ValueError(f"{name}[{row}] is {int(target[row])}, but labels must be in {allowed}")
     return target.contiguous()
 
 
