@@ -81,10 +81,10 @@ def _workers(vendor: str) -> ProcessPoolExecutor:
     count = min(2, os.cpu_count() or 1) if vendor == "cuda" else 1
     cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
     atexit.register(cache.cleanup)
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _prepare_worker, (vendor, cache.name))
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache.name))
 
 
-def _prepare_worker(vendor: str, cache: str) -> None:
+def prepare_worker(vendor: str, cache: str) -> None:
     """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor, and never taken from a cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
@@ -113,10 +113,10 @@ def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -
         raise LookupError(f"{case.__name__} launched {sorted({launch.name for launch in _launches(case)})}, not {kernel}")
     compiled: dict[str, CompiledKernel] = {}
     for launch in launches:
-        key, make = _specialise(launch, target)
-        if key not in _built:
-            _built[key] = make()
-        compiled[key] = _built[key]
+        specialised = specialise(launch, target)
+        if specialised.key not in _built:
+            _built[specialised.key] = _compile(launch, specialised)
+        compiled[specialised.key] = _built[specialised.key]
     return list(compiled.values())
 
 
@@ -126,8 +126,25 @@ def _gpu_target(target: str) -> Any:
     return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
 
 
-def _specialise(launch: Launch, target: str) -> tuple[str, Callable[[], CompiledKernel]]:
-    """What the JIT would compile for this launch: a key, and the compilation itself. These are the steps of `JITFunction.run` up to the driver."""
+@dataclass(frozen=True)
+class Specialised:
+    """A launch as the JIT sees it: the source with its types, divisibilities and constants."""
+
+    key: str  # equal for launches that compile to the same code
+    target: str
+    source: Any
+    options: Any
+    bound: dict[str, Any]  # the arguments by name
+    constants: dict[str, Any]  # the constexpr arguments
+
+    def compile(self) -> Any:
+        import triton
+
+        return triton.compile(self.source, target=_gpu_target(self.target), options=dict(self.options.__dict__))
+
+
+def specialise(launch: Launch, target: str) -> Specialised:
+    """The steps of `JITFunction.run` up to the compilation."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -136,23 +153,20 @@ def _specialise(launch: Launch, target: str) -> tuple[str, Callable[[], Compiled
     kwargs = {"debug": False, "instrumentation_mode": "", **launch.kwargs}
     bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*launch.args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, None)
-    source = ASTSource(kernel, signature, constants, attributes)
-
-    def make() -> CompiledKernel:
-        named = {kernel.arg_names[path[0]]: value for path, value in constants.items() if len(path) == 1}
-        return _compile(source, target, options, {k: v for k, v in launch.kwargs.items() if k not in kernel.arg_names}, named)
-
-    return f"{target} {kernel.module} {launch.name} {specialization} {options}", make
+    named = {kernel.arg_names[path[0]]: value for path, value in constants.items() if len(path) == 1}
+    key = f"{target} {kernel.module} {launch.name} {specialization} {options}"
+    return Specialised(key, target, ASTSource(kernel, signature, constants, attributes), options, bound, named)
 
 
-def _compile(source: Any, target: str, options: Any, given: dict[str, Any], constants: dict[str, Any]) -> CompiledKernel:
+def _compile(launch: Launch, specialised: Specialised) -> CompiledKernel:
     import triton
 
+    target = specialised.target
     # The assembler's report passes through Python's stdout: Triton prints it when asked.
     log = io.StringIO()
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(log):
-        built = triton.compile(source, target=_gpu_target(target), options=dict(options.__dict__))
+        built = specialised.compile()
     shared = int(built.metadata.shared)
     if target.startswith("gfx"):
         assembly = built.asm["amdgcn"]
@@ -166,8 +180,9 @@ def _compile(source: Any, target: str, options: Any, given: dict[str, Any], cons
         if report is None or used is None:
             raise RuntimeError(f"the assembler's report is not understood:\n{log.getvalue()}")
         registers, stores, loads = int(used[1]), int(report[2]), int(report[3])
-    constants = {name: value for name, value in constants.items() if isinstance(value, bool | int | float | str | None)}
-    return CompiledKernel(source.name, target, given, constants, shared, registers, stores, loads, assembly)
+    options = {name: value for name, value in launch.kwargs.items() if name not in launch.kernel.arg_names}
+    constants = {name: value for name, value in specialised.constants.items() if isinstance(value, bool | int | float | str | None)}
+    return CompiledKernel(launch.name, target, options, constants, shared, registers, stores, loads, assembly)
 
 
 def _metadata_entry(assembly: str, name: str) -> int:

@@ -12,11 +12,18 @@ import torch
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
 
-if TRITON and not GPU:
+PTX_TARGET = os.environ.get("PTX_TARGET")  # see compiled.py
+
+if TRITON and not GPU and PTX_TARGET is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Triton reads the variable above when it is imported.
 from tests.launches import Launches, capture_launches  # noqa: E402
+
+if PTX_TARGET is not None:
+    from tests import compiled
+
+    compiled.install(PTX_TARGET)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
@@ -24,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs = {
         "gpu": (GPU, "needs a CUDA device"),
         "triton": (TRITON, "needs Triton"),
-        "interpreter": (TRITON and not GPU, "needs Triton's interpreter, which runs where there is no GPU"),
+        "interpreter": (TRITON and not GPU and PTX_TARGET is None, "needs Triton's interpreter, which runs where there is no GPU"),
     }
     for item in items:
         if "device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu") is not None:

@@ -18,6 +18,13 @@ class Launch:
     kwargs: dict[str, Any]  # named arguments and options such as num_warps
     grid: tuple[int, ...]
 
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> Launch:
+        """What `kernel.run` was called with."""
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        shape = grid(bound) if callable(grid) else grid
+        return Launch(kernel, args, kwargs, tuple(int(extent) for extent in shape))
+
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
@@ -51,9 +58,7 @@ def capture_launches(*, execute: bool = True) -> Iterator[Launches]:
     def recording(original: Any) -> Any:
         def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             if not warmup:
-                bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
-                shape = grid(bound) if callable(grid) else grid
-                launches.append(Launch(self, args, kwargs, tuple(int(extent) for extent in shape)))
+                launches.append(Launch.of(self, args, kwargs, grid))
             return original(self, *args, grid=grid, warmup=warmup, **kwargs) if execute else None
 
         return run
