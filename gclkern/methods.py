@@ -186,6 +186,8 @@ def plan(
     settings = family(dataset)
     phases = [_scaled(phase, epochs_scale) for phase in _first_stage(method, settings, class_counts)]
     phases[0] = replace(phases[0], **(stage1 or {}))
+    if settings == "cifar" and phases[0].mixup and method != "ldam-drw":  # published runs with mixup are MiSLAS's, whose steps are smaller
+        phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=_MISLAS_STEPS.factors))
     phases[1:] = [replace(phase, weight_decay=(stage1 or {}).get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
     retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
     given = ", ".join("--sampler" if name == "sampler" else f"--retrain-{name.replace('_', '-')}" for name in stage2 or {})

@@ -8,8 +8,8 @@ from gclkern.methods import plan
 from gclkern.schedules import Schedule
 
 
-def rates(method: str, dataset: str) -> list[float]:
-    phase = plan(method, "none", dataset, [500, 50, 5])[0]
+def rates(method: str, dataset: str, **settings: float) -> list[float]:
+    phase = plan(method, "none", dataset, [500, 50, 5], stage1=settings)[0]
     return [phase.schedule.rate(phase.lr, epoch, phase.epochs) for epoch in range(phase.epochs)]
 
 
@@ -17,9 +17,18 @@ def test_cifar_warms_up_for_five_epochs() -> None:
     assert rates("gcl", "cifar100-lt")[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
 
 
-@pytest.mark.parametrize(("method", "factors"), [("gcl", (0.1, 0.01)), ("ldam-drw", (0.01, 0.0001)), ("ce", (0.01, 0.0001))])
-def test_cifar_steps_at_160_and_180(method: str, factors: tuple[float, float]) -> None:
-    found = rates(method, "cifar10-lt")
+@pytest.mark.parametrize(
+    ("method", "settings", "factors"),
+    [
+        ("gcl", {}, (0.1, 0.01)),
+        ("ldam-drw", {}, (0.01, 0.0001)),
+        ("ce", {}, (0.01, 0.0001)),
+        ("ce", {"mixup": 1.0}, (0.1, 0.01)),
+        ("ldam-drw", {"mixup": 1.0}, (0.01, 0.0001)),
+    ],
+)
+def test_cifar_steps_at_160_and_180(method: str, settings: dict[str, float], factors: tuple[float, float]) -> None:
+    found = rates(method, "cifar10-lt", **settings)
     assert len(found) == 200
     assert [found[159], found[160], found[179], found[180], found[199]] == pytest.approx([0.1, *([0.1 * factors[0]] * 2), *([0.1 * factors[1]] * 2)])
 
