@@ -22,6 +22,7 @@ _GREY = "#888888"
 _TITLES = {"top1": "top-1", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "ece": "ECE", "holdout": "held-out"}
 # t-SNE takes minutes beyond this many points, and more of them hide each other.
 _MOST_POINTS = 2000
+FEWEST_POINTS = 5  # below it scikit-learn's t-SNE has no perplexity to take
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -175,7 +176,7 @@ def plot_tsne(
     `class_counts` are training samples; without them classes stand in the order of their numbers.
 
     Raises:
-        ValueError: embeddings of another number of samples, or fewer than five samples.
+        ValueError: embeddings of another number of samples, or fewer samples than FEWEST_POINTS.
     """
     tsne = need("sklearn.manifold", "the picture of embeddings").TSNE
     # Its threads meet so often that on a busy machine they wait for each other for most of the time.
@@ -189,8 +190,8 @@ def plot_tsne(
     kept = torch.isin(labels, classes).nonzero().flatten()
     if kept.numel() > _MOST_POINTS:
         kept = kept[torch.linspace(0, kept.numel() - 1, _MOST_POINTS).long()]
-    if kept.numel() < 5:
-        raise ValueError(f"t-SNE needs at least five samples, got {kept.numel()}")
+    if kept.numel() < FEWEST_POINTS:
+        raise ValueError(f"t-SNE needs at least {FEWEST_POINTS} samples, got {kept.numel()}")
     # more samples a cluster than neighbours: scikit-learn's default of 30, less for few samples
     perplexity = min(30.0, (kept.numel() - 1) / 3)
     figure, axes = _figure(4.8 * len(embeddings) + 0.8, 4.6, len(embeddings))

@@ -160,7 +160,8 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
     plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png")
     plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png", name=last)
     embeddings = {phase.title: found[phase.name][1].cpu() for phase in compared(phases)}
-    plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)
+    if data.test.labels.numel() >= plots.FEWEST_POINTS:
+        plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)
 
 
 def _from_dict(report: dict[str, Any]) -> Report:

@@ -95,5 +95,5 @@ def test_tsne_of_two_methods(figures: list[Any], tmp_path: Path) -> None:
     assert texts[-1] == "class number 11 of them… (1)"
     with pytest.raises(ValueError, match="of 59 samples, but there are 60 labels"):
         plots.plot_tsne({"a": torch.zeros(59, 2)}, labels, tmp_path / "tsne.png")
-    with pytest.raises(ValueError, match="at least five samples"):
+    with pytest.raises(ValueError, match="at least 5 samples"):
         plots.plot_tsne({"a": torch.zeros(3, 2)}, torch.zeros(3), tmp_path / "tsne.png")

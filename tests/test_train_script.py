@@ -142,15 +142,17 @@ def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path) -> None
 def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path) -> None:
     from PIL import Image
 
-    for part in ("train", "test"):
+    for part, images in (("train", 4), ("test", 2)):
         for name in ("a", "b"):
             (tmp_path / part / name).mkdir(parents=True)
-            for index in range(4):
+            for index in range(images):
                 Image.fromarray(np.full((12, 12, 3), 40 * index + 60 * (name == "b"), np.uint8)).save(tmp_path / part / name / f"{index}.png")
     folder = ["--data", "folder", "--data-dir", tmp_path, "--workers", "1", "--image-size", "16"]
     assert "the checkpoint has 10 classes, folder has 2" in train("--evaluate", run[0], *folder, fails=True)
-    short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--no-pictures", "--retrain", "crt", "--retrain-epochs", "1"]
+    short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--retrain", "crt", "--retrain-epochs", "1"]
     assert "stage-2" in train(*short, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert not (tmp_path / "run" / "tsne.png").exists(), "four test images are too few"
     broken = tmp_path / "train" / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert str(broken) in train(*short, "--out", tmp_path / "broken", fails=True)
