@@ -45,6 +45,15 @@ def load_class_term(ptr, classes, present, absent: tl.constexpr):
 
 
 @triton.jit
+def load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present):
+    """Cloud, bias and weight of `classes`."""
+    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
+    bias = load_class_term(bias_ptr, classes, present, 0.0)
+    weight = load_class_term(weight_ptr, classes, present, 1.0)
+    return cloud, bias, weight
+
+
+@triton.jit
 def disturb(
     cosine, rows, first_group, seed_ptr, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
 ):  # fmt: skip
@@ -272,9 +281,7 @@ def _stats_tile(
     else:
         classes = columns
         present = columns >= 0
-    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
-    bias = load_class_term(bias_ptr, classes, present, 0.0)
-    weight = load_class_term(weight_ptr, classes, present, 1.0)
+    cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present)
     cosine = _load_cosines(
         cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
     )  # fmt: skip
@@ -335,9 +342,7 @@ def _gradient_tile(
     if MASKED:
         classes = columns - shift
         present = (classes >= 0) & (classes < num_classes)
-    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
-    bias = load_class_term(bias_ptr, classes, present, 0.0)
-    weight = load_class_term(weight_ptr, classes, present, 1.0)
+    cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present)
     inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
     # summed over rows when the loop is over: a sum in it would be a barrier
     class_sum = tl.zeros((ROWS, COLUMNS), tl.float32)

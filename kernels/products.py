@@ -25,6 +25,7 @@ from .logit_loss import (
     empty_lanes,
     finish_gradient_tile,
     load_class_term,
+    load_class_terms,
     load_row_gradient,
     padded_columns,
     row_targets,
@@ -212,9 +213,7 @@ def _fused_stats_kernel(
             x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
-        cloud = load_class_term(cloud_ptr, classes, present, 0.0)
-        bias = load_class_term(bias_ptr, classes, present, 0.0)
-        class_weight = load_class_term(class_weight_ptr, classes, present, 1.0)
+        cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
         v = disturb(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
@@ -246,9 +245,7 @@ def _fused_gradient_kernel(
         x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
         ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
-    cloud = load_class_term(cloud_ptr, classes, present, 0.0)
-    bias = load_class_term(bias_ptr, classes, present, 0.0)
-    class_weight = load_class_term(class_weight_ptr, classes, present, 1.0)
+    cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     _, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
         stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
