@@ -11,6 +11,7 @@ products on Hopper's tensor cores are done at once, so that a missing wait would
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Program:
     labels: dict[str, int]
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> Program:
         header, _, body = text.partition(".entry")[2].partition("\n{")
         body = re.sub(r"//[^\n]*|^\s*\.(loc|pragma)[^\n]*", "", body.partition("\n}\n")[0], flags=re.MULTILINE)
