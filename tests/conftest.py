@@ -11,7 +11,6 @@ import torch
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
-
 PTX_TARGET = os.environ.get("PTX_TARGET")  # see compiled.py
 
 if TRITON and not GPU and PTX_TARGET is None:

@@ -114,7 +114,7 @@ SELECTED = {
 }
 
 
-@pytest.mark.triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("part", SELECTED)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_kernels_as_compiled_for(target: str, part: str) -> None:
