@@ -106,7 +106,7 @@ def test_what_a_gpu_need_not_notice_is_an_error(body: str, error: type[Exception
 
 # Of every kernel all options at once, the dtypes, odd sizes and strides, and rows that are not to be read. Any other test runs so, too: see compiled.py.
 SELECTED = {
-    "noise": ("test_noise.py", "triton"),
+    "noise": ("test_noise.py", "test_triton"),
     "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or any_stride or nan-everything)"),
     "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features or any_stride)"),
     "bounds": ("test_dro_lt.py", "triton and (test_loss_and_gradients and True or test_sixteen_bit_features or any_strides or out_of_range)"),
