@@ -51,7 +51,7 @@ def class_centroids(
     check_int("num_classes", num_classes, 1)
     target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
     sums, counts = _segment_sums(features.detach(), target, num_classes)
-    return sums / counts.clamp(min=1)[:, None], counts
+    return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 
 def _segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def torch_segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tu
     dim = features.shape[1]
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     # one more class, in the end dropped, takes the rows whose label is none
-    label = torch.where((target >= 0) & (target < num_classes), target, num_classes)
+    label = target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
     sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
     on_cpu = features.device.type == "cpu"
     step = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // dim)
