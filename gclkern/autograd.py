@@ -5,6 +5,7 @@ That there is no second derivative is said by the backward operators themselves.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from gclkern.kernels.terms import LossTerms
 
 # LossTerms opens with its tensors: those travel through save_for_backward, the plain values through the context.
 TENSOR_TERMS = LossTerms._fields.index("scale")
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For operators, which compute in the dtypes that they are given. To ask whether autocast is on costs less than to turn it off where it is not."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _operator(name: str, backend: str) -> Any:
@@ -33,7 +39,7 @@ class LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, for_backward: bool, backend: str, *terms: Any) -> Tensor:
-        with torch.autocast(cosine.device.type, enabled=False):
+        with without_autocast(cosine.device.type):
             loss, saved = _operator("logit_forward", backend)(cosine, *terms, for_backward)
         ctx.save_for_backward(cosine, *saved, *terms[:TENSOR_TERMS])
         ctx.plain_terms = terms[TENSOR_TERMS:]
@@ -42,10 +48,11 @@ class LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        cosine, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
-        terms = _terms_of(ctx, ctx.saved_tensors)
+        tensors = ctx.saved_tensors
+        cosine, *saved = tensors[:-TENSOR_TERMS]
+        terms = _terms_of(ctx, tensors)
         bias_grad = ctx.needs_input_grad[3 + LossTerms._fields.index("bias")]
-        with torch.autocast(cosine.device.type, enabled=False):
+        with without_autocast(cosine.device.type):
             grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
         return (grad_cosine, None, None, *_term_gradients(grad_bias if bias_grad else None))
 
@@ -55,7 +62,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, for_backward: bool, backend: str, *terms: Any) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             loss, saved = _operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
         ctx.save_for_backward(features, linear_weight, *saved, *terms[:TENSOR_TERMS])
         ctx.plain_terms = terms[TENSOR_TERMS:]
@@ -64,10 +71,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        features, linear_weight, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
-        terms = _terms_of(ctx, ctx.saved_tensors)
+        tensors = ctx.saved_tensors
+        features, linear_weight, *saved = tensors[:-TENSOR_TERMS]
+        terms = _terms_of(ctx, tensors)
         wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[6 + LossTerms._fields.index("bias")])
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             grads = _operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return (grad_features, grad_weight, None, None, None, None, *_term_gradients(grad_bias))

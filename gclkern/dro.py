@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gclkern.autograd import without_autocast
 from gclkern.backend import BACKENDS, resolve_backend
 from gclkern.counts import Vector, check_class_counts, device_of
 from gclkern.debug import values_may_be_read
@@ -122,7 +123,7 @@ class _DROLTBound(torch.autograd.Function):
         temperature: float, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
         operator = torch.ops.gclkern.dro_lt_forward if backend == "triton" else torch.ops.gclkern.torch_dro_lt_forward
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             loss, saved = operator(features, target, centroids, epsilon, class_weight, temperature, reduction)
         ctx.save_for_backward(features, epsilon, target, centroids, *saved)
         ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
@@ -133,7 +134,7 @@ class _DROLTBound(torch.autograd.Function):
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         operator = torch.ops.gclkern.dro_lt_backward if ctx.backend == "triton" else torch.ops.gclkern.torch_dro_lt_backward
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             grads = operator(grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
         grad_features, grad_epsilon = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return grad_features, grad_epsilon, *(None,) * 6
@@ -141,23 +142,22 @@ class _DROLTBound(torch.autograd.Function):
 
 def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """The classes with a term, ascending, in min(N, C) places, found without asking a GPU how many they are; each sample's class. "None" is num_classes."""
-    kept = (target >= 0) & (target < num_classes)
+    inside = target.clamp(0, num_classes - 1)
+    absent = inside != target
     if class_weight is not None:
-        kept &= class_weight[target.clamp(0, num_classes - 1)] != 0
-    label = torch.where(kept, target, num_classes)
+        absent |= class_weight.index_select(0, inside) == 0
+    label = target.masked_fill(absent, num_classes)
     in_order = label.sort().values
-    new = torch.ones_like(in_order)
-    new[1:] = in_order[1:] != in_order[:-1]
-    classes = torch.full_like(target, num_classes)
-    classes[new.cumsum(0) - 1] = in_order
-    return classes[:num_classes].clone(), label
+    place = torch.zeros_like(in_order)
+    torch.cumsum(in_order[1:] != in_order[:-1], 0, out=place[1:])
+    return torch.full_like(target, num_classes).scatter_(0, place, in_order)[:num_classes].clone(), label
 
 
 class _Rows(NamedTuple):
     """The rows of the softmax, R of them, over the batch's samples."""
 
     classes: Tensor  # (R,)
-    used: Tensor  # (R,) whether the row is a class of the batch
+    unused: Tensor | None  # (R, 1) whether the row is no class of the batch; None where all are
     own: Tensor  # (R, N) whether the sample is of the row's class
     centroids: Tensor  # (R, D), 0 where unused
     distance: Tensor  # (R, N)
@@ -167,18 +167,22 @@ class _Rows(NamedTuple):
     def of(cls, saved: list[Tensor], centroids: Tensor) -> _Rows:
         """On a CPU as many as the batch has classes, elsewhere as many as it could have: that costs nothing but work."""
         distance, stats, classes, label = saved
-        num_classes = centroids.shape[0]
+        unused = (classes == centroids.shape[0])[:, None]
         if classes.device.type == "cpu":
-            classes = classes[: int((classes < num_classes).sum())]
-        count = classes.shape[0]
-        used = classes < num_classes
-        classes = classes.clamp(max=num_classes - 1)
-        own = (label == classes[:, None]) & used[:, None]
-        return cls(classes, used, own, torch.where(used[:, None], centroids[classes], 0.0), distance[:count], stats[:, :count])
+            count = classes.shape[0] - int(unused.sum())
+            classes = classes[:count]
+            return cls(classes, None, label == classes[:, None], centroids.index_select(0, classes), distance[:count], stats[:, :count])
+        own = (label == classes[:, None]).masked_fill_(unused, False)
+        classes = classes.clamp(max=centroids.shape[0] - 1)
+        return cls(classes, unused, own, centroids.index_select(0, classes).masked_fill_(unused, 0.0), distance, stats)
+
+    def used(self, values: Tensor) -> Tensor:
+        """The values (R, ...), which become 0 where the row is unused."""
+        return values if self.unused is None else values.masked_fill_(self.unused if values.dim() == 2 else self.unused[:, 0], 0.0)
 
     def logits(self, epsilon: Tensor, temperature: float) -> Tensor:
-        radius = 2.0 * (epsilon if epsilon.dim() == 0 else epsilon[self.classes][:, None])
-        return torch.where(self.own, radius, 0.0).add_(self.distance).div_(-temperature)
+        radius = 2.0 * (epsilon if epsilon.dim() == 0 else epsilon.index_select(0, self.classes)[:, None])
+        return torch.where(self.own, self.distance + radius, self.distance).div_(-temperature)
 
 
 def _saved(features: Tensor, target: Tensor, centroids: Tensor) -> list[Tensor]:
@@ -209,10 +213,10 @@ def torch_dro_lt_forward(
     exponential = (logits - peak).exp_()
     around = exponential.masked_fill(at_peak, 0.0).sum(1, keepdim=True) + (at_peak.sum(1, keepdim=True) - 1)
     rest = exponential.masked_fill_(rows.own, 0.0).sum(1)
-    weight = (torch.ones_like(centroids[:, 0]) if class_weight is None else class_weight)[rows.classes].masked_fill(~rows.used, 0.0)
+    weight = rows.used(torch.ones_like(rest) if class_weight is None else class_weight.index_select(0, rows.classes))
     share = weight / rows.own.sum(1).clamp(min=1)
-    terms = torch.where(rows.own, share[:, None] * (around.log1p() + (peak - logits)), 0.0).sum(0)
-    terms = terms.masked_fill((target < 0) | (target >= num_classes), float("nan"))
+    terms = (peak - logits).add_(around.log1p()).mul_(share[:, None]).masked_fill_(~rows.own, 0.0).sum(0)
+    terms = terms.masked_fill_(target.clamp(0, num_classes - 1) != target, float("nan"))
     denominator = weight.sum() if reduction == "mean" else 1.0
     rows.stats.copy_(torch.stack((peak[:, 0], around[:, 0], rest, share / denominator)))
     return terms if reduction == "none" else terms.sum() / denominator, saved
@@ -240,19 +244,21 @@ def torch_dro_lt_backward(
     rows = _Rows.of(saved, centroids)
     peak, around, rest, share = rows.stats[:, :, None]
     logits = rows.logits(epsilon, temperature)
-    probability = (logits - peak).exp_().div_(1.0 + around)
+    total = 1.0 + around
+    probability = (logits - peak).exp_().div_(total)
     upstream = torch.where(rows.own, grad_loss * share, 0.0)
     mass = upstream.sum(1, keepdim=True)
     grad_features, grad_epsilon = features.new_empty(0), epsilon.new_empty(0)
     if features_grad:
-        missed = torch.where(logits == peak, around / (1.0 + around), 1.0 - probability)
+        label = target.clamp(0, num_classes - 1)
+        missed = torch.where(logits == peak, around / total, 1.0 - probability)
         # of a lone member nothing is left of mass - upstream: its gradient is -missed with all its digits
         grad_logits = (mass - upstream).mul_(probability).sub_(upstream * missed)
-        pull = torch.where(rows.used[:, None] & (rows.distance != 0.0), grad_logits.div_(rows.distance).div_(-temperature), 0.0)
-        grad_features = _features_gradient(features.to(centroids.dtype), rows, pull, centroids[target.clamp(0, num_classes - 1)])
-        grad_features = grad_features.masked_fill(((target < 0) | (target >= num_classes))[:, None], float("nan")).to(features.dtype)
+        pull = rows.used(grad_logits.div_(rows.distance).div_(-temperature).masked_fill_(rows.distance == 0.0, 0.0))
+        grad_features = _features_gradient(features.to(centroids.dtype), rows, pull, centroids.index_select(0, label))
+        grad_features = grad_features.masked_fill_((label != target)[:, None], float("nan")).to(features.dtype)
     if epsilon_grad:
-        per_row = (2.0 / temperature * mass * (rest / (1.0 + around)))[:, 0].masked_fill(~rows.used, 0.0)
+        per_row = rows.used((2.0 / temperature * mass * (rest / total))[:, 0])
         # rows that are not used add 0 to the last class
         grad_epsilon = per_row.sum() if epsilon.dim() == 0 else torch.zeros_like(epsilon).index_add_(0, rows.classes, per_row)
     return grad_features, grad_epsilon
@@ -266,8 +272,8 @@ def _features_gradient(features: Tensor, rows: _Rows, pull: Tensor, own_centroid
     """
     own_pull = torch.where(rows.own, pull, 0.0).sum(0)
     pull = pull.masked_fill(rows.own, 0.0)
-    origin = rows.centroids.sum(0) / rows.used.sum().clamp(min=1)
-    centred = torch.where(rows.used[:, None], rows.centroids - origin, 0.0)
+    origin = rows.centroids.sum(0) / (max(rows.classes.shape[0], 1) if rows.unused is None else (~rows.unused).sum().clamp(min=1))
+    centred = rows.used(rows.centroids - origin)
     grad = (features - origin).mul_(pull.sum(0)[:, None]).sub_(pull.T @ centred)
     return grad.add_(torch.where((own_pull != 0.0)[:, None], own_pull[:, None] * (features - own_centroids), 0.0))
 
