@@ -399,6 +399,19 @@ def test_classes_that_are_switched_off() -> None:
         torch.testing.assert_close(with_gradients(head_loss(case, plan)(*mine, bias), mine, case.grad_loss), expected)
 
 
+@pytest.mark.parametrize("name", ["plain", "two targets", "smoothing weight"])
+def test_an_infinite_logit_of_the_target_makes_its_row_nan(name: str) -> None:
+    """As in torch's cross entropy: the odds of such a target are 0, which looks like a loss."""
+    case = Case(OPTIONS[name], "none")
+    expected, *_ = OPS.torch_logit_forward(case.cosine, *case.terms(), True)
+    case.cosine[1, case.target[1]] = math.inf
+    leaf = case.leaves("cosine")
+    loss, grad = with_gradients(logit_loss(case)(leaf[0], case.terms().bias), leaf, case.grad_loss)
+    others = torch.arange(ROWS) != 1
+    assert loss[1].isnan() and grad[1].isnan().any()
+    assert torch.equal(loss[others], expected[others]) and grad[others].isfinite().all()
+
+
 @pytest.mark.parametrize("label", [CLASSES, -1])
 def test_a_label_that_is_no_class_makes_its_row_nan(label: int) -> None:
     case = Case(OPTIONS["two targets"], "none")
