@@ -1,6 +1,6 @@
 """The loss of cosines or logits (N, C) in torch.
 
-Forward keeps five numbers a row and, because the noise takes longer than all the rest, the exponentials of disturbed logits. Backward passes over these or,
+Forward keeps a few numbers a row and, because the noise takes longer than all the rest, the exponentials of disturbed logits. Backward passes over these or,
 without noise or where such a matrix would be too large, over the cosines again, with the same noise.
 """
 
