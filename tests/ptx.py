@@ -34,6 +34,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "neu": np.not_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
+_BINARY = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_UNARY = {"sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos}
 _TOKEN = re.compile(r"[^\s,\[\]{}]+|[\[\]{}]")
 
 
@@ -207,12 +209,20 @@ class Machine:
                     self._activate(taken)
                 if taken is mask or taken.any():
                     try:
-                        getattr(self, f"_{instruction.name}")(instruction)
+                        self._execute(instruction)
                     except Exception as error:
                         error.add_note(f"at: {instruction.text}")
                         raise
                 self._join(ready, at + 1, mask)
         raise RuntimeError(f"{_LIMIT} instructions and no end")
+
+    def _execute(self, instruction: Instruction) -> None:
+        if instruction.name in _BINARY:
+            self._binary(instruction, _BINARY[instruction.name])
+        elif instruction.name in _UNARY:
+            self._unary(instruction, _UNARY[instruction.name])
+        else:
+            getattr(self, f"_{instruction.name}")(instruction)
 
     def _activate(self, mask: Lanes) -> None:
         self.mask = mask
@@ -327,12 +337,6 @@ class Machine:
         value = self._sources(instruction)[0]
         self._float(instruction, operation(value.astype(np.float64)).astype(value.dtype) if value.dtype == np.float32 else operation(value))
 
-    def _add(self, instruction: Instruction) -> None:
-        self._binary(instruction, np.add)
-
-    def _sub(self, instruction: Instruction) -> None:
-        self._binary(instruction, np.subtract)
-
     def _mul(self, instruction: Instruction) -> None:
         if "wide" in instruction.suffixes or "hi" in instruction.suffixes:
             a, b = self._sources(instruction)
@@ -372,34 +376,7 @@ class Machine:
     def _abs(self, instruction: Instruction) -> None:
         self.write(instruction.operands[0], np.abs(self._sources(instruction)[0]))
 
-    def _sqrt(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.sqrt)
-
-    def _rcp(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.reciprocal)
-
-    def _ex2(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.exp2)
-
-    def _lg2(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.log2)
-
-    def _sin(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.sin)
-
-    def _cos(self, instruction: Instruction) -> None:
-        self._unary(instruction, np.cos)
-
     # Bits
-
-    def _and(self, instruction: Instruction) -> None:
-        self._binary(instruction, np.bitwise_and)
-
-    def _or(self, instruction: Instruction) -> None:
-        self._binary(instruction, np.bitwise_or)
-
-    def _xor(self, instruction: Instruction) -> None:
-        self._binary(instruction, np.bitwise_xor)
 
     def _not(self, instruction: Instruction) -> None:
         self.write(instruction.operands[0], ~self._sources(instruction)[0])
