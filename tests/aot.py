@@ -79,9 +79,14 @@ def compile_case(case: Callable[[], object], target: str, kernel: str | None = N
 def _workers(vendor: str) -> ProcessPoolExecutor:
     # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
     count = min(2, os.cpu_count() or 1) if vendor == "cuda" else 1
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache_folder()))
+
+
+def cache_folder() -> str:
+    """A folder for what is compiled, which goes when this process does."""
     cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
     atexit.register(cache.cleanup)
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache.name))
+    return cache.name
 
 
 def prepare_worker(vendor: str, cache: str) -> None:

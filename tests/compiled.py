@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-import tempfile
 from typing import Any
 from unittest import mock
 
@@ -17,14 +15,9 @@ from tests import aot, ptx
 from tests.launches import Launch
 
 
-@functools.cache
-def _cache() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ptx-cache-", ignore_cleanup_errors=True)
-
-
 def install(target: str) -> None:
     """From now on kernels of this process are compiled for `target` and run on CPU tensors. Nothing may have imported Triton yet."""
-    aot.prepare_worker("cuda", _cache().name)
+    aot.prepare_worker("cuda", aot.cache_folder())
     from triton.runtime.jit import JITFunction
 
     import gclkern.kernels.products  # noqa: F401 (which shall see that kernels are compiled)

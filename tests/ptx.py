@@ -35,7 +35,9 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "neu": np.not_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
 _BINARY = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_UNARY = {"sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos}
+_UNARY = {
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos,
+}  # fmt: skip
 _TOKEN = re.compile(r"[^\s,\[\]{}]+|[\[\]{}]")
 
 
@@ -154,17 +156,9 @@ class Machine:
         block = np.repeat(np.arange(self.blocks), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), self.blocks)
         number = blocks[block]
-        x, y, z = (*grid, 1, 1)[:3]
-        special: dict[str, Any] = {
-            "tid.x": thread,
-            "tid.y": 0 * thread,
-            "tid.z": 0 * thread,
-            "ntid.x": threads,
-            "laneid": thread % _WARP,
-            "warpid": thread // _WARP,
-        }
-        special |= {"ctaid.x": number % x, "ctaid.y": number // x % y, "ctaid.z": number // (x * y), "nctaid.x": x, "nctaid.y": y, "nctaid.z": z}
-        self.registers: dict[str, Lanes] = {f"%{name}": np.broadcast_to(value, lanes).astype(np.uint32) for name, value in special.items()}
+        x, y = (*grid, 1)[:2]
+        special: dict[str, Lanes] = {"tid.x": thread, "ctaid.x": number % x, "ctaid.y": number // x % y, "ctaid.z": number // (x * y)}
+        self.registers: dict[str, Lanes] = {f"%{name}": value.astype(np.uint32) for name, value in special.items()}
         self.registers["global_smem"] = np.zeros(lanes, np.uint64)
         self.arguments = dict(zip(program.parameters, arguments, strict=True))
         self.shared_size = shared
@@ -269,8 +263,8 @@ class Machine:
             value = np.where(self.mask, value, old)
         self.registers[name] = value
 
-    def _sources(self, instruction: Instruction, kind: str | None = None) -> list[Lanes]:
-        return [self.read(name, kind or instruction.dtype) for name in instruction.operands[1:]]
+    def _sources(self, instruction: Instruction) -> list[Lanes]:
+        return [self.read(name, instruction.dtype) for name in instruction.operands[1:]]
 
     def _address(self, operand: list[str]) -> Lanes:
         base, *offsets = operand
@@ -370,16 +364,7 @@ class Machine:
     def _min(self, instruction: Instruction) -> None:
         self._binary(instruction, np.minimum if "NaN" in instruction.suffixes or not instruction.dtype.startswith("f") else np.fmin)
 
-    def _neg(self, instruction: Instruction) -> None:
-        self.write(instruction.operands[0], -self._sources(instruction)[0])
-
-    def _abs(self, instruction: Instruction) -> None:
-        self.write(instruction.operands[0], np.abs(self._sources(instruction)[0]))
-
     # Bits
-
-    def _not(self, instruction: Instruction) -> None:
-        self.write(instruction.operands[0], ~self._sources(instruction)[0])
 
     def _shift(self, instruction: Instruction, operation: Callable[[Any, Any], Any]) -> None:
         value = self.read(instruction.operands[1], instruction.dtype)
@@ -430,8 +415,14 @@ class Machine:
 
     # Memory
 
-    def _vector(self, instruction: Instruction, operand: Any) -> tuple[tuple[str, ...], np.dtype[Any]]:
-        return operand if isinstance(operand, tuple) else (operand,), np.dtype(f"u{np.dtype(_DTYPES[instruction.dtype]).itemsize}")
+    @staticmethod
+    def _names(operand: Any) -> tuple[str, ...]:
+        return operand if isinstance(operand, tuple) else (operand,)
+
+    @staticmethod
+    def _bits(instruction: Instruction) -> np.dtype[Any]:
+        """The unsigned type of the instruction's width."""
+        return np.dtype(f"u{np.dtype(_DTYPES[instruction.dtype]).itemsize}")
 
     def _aligned(self, address: Lanes, width: int) -> Lanes:
         met = address[self.mask]
@@ -446,7 +437,7 @@ class Machine:
             raw = self.arguments[source[0]] % (1 << (8 * dtype.itemsize))
             self.write(target, np.full(self.lanes, raw, dtype=f"u{dtype.itemsize}"))
             return
-        names, dtype = self._vector(instruction, target)
+        names, dtype = self._names(target), self._bits(instruction)
         read = self._shared_read if instruction.suffixes[0].startswith("shared") else self._global_read
         values = np.zeros((self.lanes, len(names)), dtype)
         values[self.mask] = read(self._address(source), dtype, len(names))
@@ -455,7 +446,7 @@ class Machine:
 
     def _st(self, instruction: Instruction) -> None:
         target, source = instruction.operands
-        names, dtype = self._vector(instruction, source)
+        names, dtype = self._names(source), self._bits(instruction)
         values = np.stack([self.read(name, instruction.dtype).view(dtype) for name in names], axis=1)[self.mask]
         write = self._shared_write if instruction.suffixes[0].startswith("shared") else self._global_write
         write(self._address(target), np.ascontiguousarray(values))
@@ -548,7 +539,7 @@ class Machine:
         return lanes, places
 
     def _ldmatrix(self, instruction: Instruction) -> None:
-        names, _ = self._vector(instruction, instruction.operands[0])
+        names = self._names(instruction.operands[0])
         count = len(names)
         rows = np.zeros((self.lanes, 16), np.uint8)
         lanes, places = self._matrix_rows(instruction.operands[1], count)
@@ -561,7 +552,7 @@ class Machine:
             self.write(name, pairs[:, index].reshape(-1))
 
     def _stmatrix(self, instruction: Instruction) -> None:
-        names, _ = self._vector(instruction, instruction.operands[1])
+        names = self._names(instruction.operands[1])
         count = len(names)
         pairs = np.stack([self._warps(self.read(name, "b32")) for name in names], axis=1)
         matrices = pairs.view(np.uint16).reshape(-1, count, 8, 8)
