@@ -41,7 +41,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Arguments that a resumed run may change: where things are and how long they may take, not what comes out.
 FREE = {"resume", "evaluate", "out", "data_dir", "download", "workers", "device", "checkpoint_seconds", "pictures"}
 # Arguments that stage 1 does not depend on, so that runs that differ in these alone can share it.
-LATER = FREE | {"stage1", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
+LATER = FREE | {"stage1", "eval_every", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:

@@ -127,8 +127,8 @@ def test_a_run_keeps_its_arguments(run: tuple[Path, str]) -> None:
 
 
 def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path) -> None:
-    """A run on a finished stage 1 ends as one that trained it, bit by bit; a stage 1 of other settings is refused."""
-    options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--stage1", run[0] / "stage-1.pt"]
+    """A run on a finished stage 1 ends as one that trained it, bit by bit, however often it is evaluated; a stage 1 of other settings is refused."""
+    options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--eval-every", "2", "--stage1", run[0] / "stage-1.pt"]
     train(*options, "--out", tmp_path / "run")
     expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (run[0], tmp_path / "run"))
     assert found["reports"] == {"stage-2": expected["reports"]["stage-2"]}
