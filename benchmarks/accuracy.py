@@ -40,7 +40,7 @@ ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop
 # A short schedule takes less of DRO-LT's own phases than of the others: their epochs draw n_max * C images, four times the training set of CIFAR-10-LT.
 ROBUST_SHARE = 0.25
-HEADER = ("", "epochs", "seeds", "top-1", "published", *GROUPS, "ECE")
+HEADER = ("", "epochs", "seeds", "top-1", "best epoch", "published", *GROUPS, "ECE")
 # Settings that say where things are, not what was done.
 PLACES = {"data_dir", "out", "resume", "evaluate", "stage1", "download", "workers", "checkpoint_seconds", "pictures"}
 
@@ -273,6 +273,13 @@ def _percent(shares: Sequence[float | None]) -> str:
     return f"{statistics.mean(found):.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
 
 
+def _best_epoch(result: dict[str, Any]) -> float | None:
+    """The best top-1 of the last phase's evaluated epochs: chosen on the test set, as the releases report theirs. None for a phase without epochs."""
+    curves, last = result["curves"], list(result["reports"])[-1]
+    found = zip(curves.get("phase", ()), curves.get("top1", ()), strict=True)
+    return max((top1 for phase, top1 in found if phase == last and top1 is not None), default=None)
+
+
 def _row(found: Sequence[dict[str, Any]]) -> list[str]:
     """A method's row, of its results of all seeds: its last phase counts."""
     first = found[0]
@@ -283,6 +290,7 @@ def _row(found: Sequence[dict[str, Any]]) -> list[str]:
         " + ".join(str(phase["epochs"]) for phase in first["phases"] if phase["epochs"]),
         str(len(found)),
         _percent([report["top1"] for report in reports]),
+        _percent([_best_epoch(result) for result in found]),
         "" if published is None else f"{published:.2f}",
         *(_percent([report["groups"].get(group) for report in reports]) for group in GROUPS),
         _percent([report["ece"] for report in reports]),

@@ -161,7 +161,8 @@ def accuracy(results: Path) -> str:
         return "Not measured yet: `python -m benchmarks.accuracy`."
     explained = [
         "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
-        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules.",
+        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
+        "releases choose their epoch on the test set: the best of the evaluated epochs, so chosen, is for comparison with them alone.",
     ]
     source = "Measured by `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
     return "\n".join([*explained, "", found, "", source])
