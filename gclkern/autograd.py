@@ -26,11 +26,13 @@ def _operator(name: str, backend: str) -> Any:
     return getattr(torch.ops.gclkern, name if backend == "triton" else f"torch_{name}")
 
 
-def _terms_of(ctx: Any, saved: tuple[Any, ...]) -> LossTerms:
+def terms_of(ctx: Any, saved: tuple[Any, ...]) -> LossTerms:
+    """The terms of a Function's forward, from what it has saved."""
     return LossTerms(*saved[-TENSOR_TERMS:], *ctx.plain_terms)
 
 
-def _term_gradients(grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+def term_gradients(grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a Function's backward returns for its terms."""
     return tuple(grad_bias if field == "bias" else None for field in LossTerms._fields)
 
 
@@ -50,11 +52,11 @@ class LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         cosine, *saved = tensors[:-TENSOR_TERMS]
-        terms = _terms_of(ctx, tensors)
+        terms = terms_of(ctx, tensors)
         bias_grad = ctx.needs_input_grad[3 + LossTerms._fields.index("bias")]
         with without_autocast(cosine.device.type):
             grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
-        return (grad_cosine, None, None, *_term_gradients(grad_bias if bias_grad else None))
+        return (grad_cosine, None, None, *term_gradients(grad_bias if bias_grad else None))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -73,9 +75,9 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         features, linear_weight, *saved = tensors[:-TENSOR_TERMS]
-        terms = _terms_of(ctx, tensors)
+        terms = terms_of(ctx, tensors)
         wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[6 + LossTerms._fields.index("bias")])
         with without_autocast(features.device.type):
             grads = _operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return (grad_features, grad_weight, None, None, None, None, *_term_gradients(grad_bias))
+        return (grad_features, grad_weight, None, None, None, None, *term_gradients(grad_bias))

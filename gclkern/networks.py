@@ -23,7 +23,7 @@ def build_network(head: str, data: DataSplits, config: dict[str, Any], device: t
     model = config["model"] or default_model(config["data"])
     backbone: Any = build_backbone(model, image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
     network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(device)
-    return network.to(memory_format=torch.channels_last) if config["channels_last"] else network  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=torch.channels_last) if config["channels_last"] else network  # type: ignore[call-overload]
 
 
 def prepare(phase: Phase, network: Network | None, data: DataSplits, config: dict[str, Any], device: torch.device) -> Network:

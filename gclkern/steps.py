@@ -72,7 +72,7 @@ class TrainingStep(nn.Module):
             loss = self.loss(self.network.classify(features), target, **mixed)
         if self.robust is not None:
             loss = loss + self.robust_weight * self.robust(features, target, centroids, counts)
-        return loss  # type: ignore[no-any-return]
+        return loss
 
 
 def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,7 @@ def in_a_mesh(rank: int) -> None:
 
 def kernels(rank: int, world: int, device: str) -> None:
     sets = option_sets(ROWS * world, CLASSES)
-    for name in ("plain", "weight_smoothing", "everything"):
+    for name in ("plain", "everything"):
         for plan in PLANS:
             compare(rank, world, sets[name], device=device, plan=plan, backend="triton", reduction="none" if plan == "chunked" else "mean")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,14 +9,12 @@ from torch import Tensor
 from gclkern.centroids import ClassCentroids, class_means
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, agree, as_dtensor, even_sizes, own_rows
+from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.dro import dro_lt_loss
 from gclkern.validation import check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
 
-_SUMS = ("sums", "counts")
 
-
-class ShardedClassCentroids(ClassCentroids):
+class ShardedClassCentroids(ShardedModule, ClassCentroids):
     """:class:`gclkern.ClassCentroids` whose classes are spread over the ranks of a process group, as those of :class:`ShardedCosineLinear`.
 
     Args:
@@ -63,17 +59,6 @@ class ShardedClassCentroids(ClassCentroids):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Centroids of this rank's classes (classes of this rank, D) float32, 0 for classes never seen, and counts of ALL classes (C,) int64; collective."""
         return class_means(self.sums.clone(), self.counts), self.ranks.gather_parts(self.counts, self.shards.sizes, "gathering the class counts")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _SUMS:
-            destination[prefix + name] = as_dtensor(self.ranks, self.shards, destination[prefix + name])
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in _SUMS:
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = own_rows(self.shards, state_dict[prefix + name])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def sharded_dro_lt_loss(

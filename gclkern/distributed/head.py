@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gclkern.autograd import TENSOR_TERMS
+from gclkern.autograd import TENSOR_TERMS, term_gradients, terms_of, without_autocast
 from gclkern.backend import resolve_backend
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import Shards, agree, form
 from gclkern.kernels.terms import LossTerms
 from gclkern.noise import resolve_seed
 from gclkern.plans import resolve_plan
+from gclkern.torch_backend import head as torch_head
 from gclkern.torch_backend.rows import row_targets
 from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms
 
@@ -92,6 +93,15 @@ def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
     )  # fmt: skip
 
 
+def _implementation(backend: str) -> Any:
+    """The module that walks over this rank's classes."""
+    if backend == "torch":
+        return torch_head
+    from gclkern.kernels import head
+
+    return head
+
+
 class ShardedHeadLoss(torch.autograd.Function):
     """The collective twin of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
 
@@ -99,21 +109,11 @@ class ShardedHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, linear_weight: Tensor, call: _Call, *terms: Any) -> Tensor:
         whole = call.ranks.gather_rows(features, "gathering the features")
         everything = LossTerms(*terms)
-        local = _local_terms(everything, call.shards.mine)
-        with torch.autocast(features.device.type, enabled=False):
-            if call.backend == "triton":
-                from gclkern.kernels import head as kernels
-
-                loss, saved = kernels.run_forward(whole, linear_weight, local, call.normalize, call.plan, _OtherClasses(call, everything))
-            else:
-                from gclkern.torch_backend import head as operators
-
-                loss, saved = operators.run_forward(
-                    whole, linear_weight, local, call.normalize, call.plan, call.for_backward, _OtherClasses(call, everything)
-                )  # fmt: skip
-        if not call.for_backward:
-            saved = []
-        ctx.save_for_backward(whole, linear_weight, *saved, *local[:TENSOR_TERMS])
+        local, others = _local_terms(everything, call.shards.mine), _OtherClasses(call, everything)
+        options = (call.normalize, call.plan, call.for_backward) if call.backend == "torch" else (call.normalize, call.plan)
+        with without_autocast(features.device.type):
+            loss, saved = _implementation(call.backend).run_forward(whole, linear_weight, local, *options, others)
+        ctx.save_for_backward(whole, linear_weight, *(saved if call.for_backward else ()), *local[:TENSOR_TERMS])
         ctx.plain_terms = local[TENSOR_TERMS:]
         ctx.call, ctx.rows = call, features.shape[0]
         if local.reduction == "none":
@@ -123,30 +123,19 @@ class ShardedHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        features, linear_weight, *saved = ctx.saved_tensors[:-TENSOR_TERMS]
-        local = LossTerms(*ctx.saved_tensors[-TENSOR_TERMS:], *ctx.plain_terms)
-        place = 3 + LossTerms._fields.index("bias")
-        features_grad, weight_grad, bias_grad = (ctx.needs_input_grad[index] for index in (0, 1, place))
+        call, tensors = ctx.call, ctx.saved_tensors
+        features, linear_weight, *saved = tensors[:-TENSOR_TERMS]
+        local = terms_of(ctx, tensors)
+        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3 + LossTerms._fields.index("bias")])
         if local.reduction == "none":
             grad_loss = call.ranks.gather_rows(grad_loss, "gathering the gradients of the losses")
-        others = _OtherClasses(call, local)
-        with torch.autocast(features.device.type, enabled=False):
-            if call.backend == "triton":
-                from gclkern.kernels import head as kernels
-
-                run_backward = kernels.run_backward
-            else:
-                from gclkern.torch_backend import head as operators
-
-                run_backward = operators.run_backward
-            grads = run_backward(
-                grad_loss, features, linear_weight, saved, local, call.normalize, call.plan, features_grad, weight_grad, bias_grad, others
-            )  # fmt: skip
-        grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, (features_grad, weight_grad, bias_grad), strict=True))
+        run_backward, others = _implementation(call.backend).run_backward, _OtherClasses(call, local)
+        with without_autocast(features.device.type):
+            grads = run_backward(grad_loss, features, linear_weight, saved, local, call.normalize, call.plan, *wanted, others)
+        grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         if grad_bias is not None:
             grad_bias = call.ranks.gather_parts(grad_bias, call.shards.sizes, "gathering the gradient of the bias")
-        return (grad_features, grad_weight, None, *(grad_bias if field == "bias" else None for field in LossTerms._fields))
+        return (grad_features, grad_weight, None, *term_gradients(grad_bias))
 
 
 def local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
@@ -246,9 +235,7 @@ def sharded_linear_gcl_cross_entropy(
             seed = resolve_seed(seed, features.device)
     except (ValueError, TypeError) as error:
         problem = error
-    differentiable = (features, linear_weight, *(() if bias is None else (bias,)))
-    for_backward = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable)
-    needs = [for_backward and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
+    needs = [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (features, linear_weight, bias)]
     options = (
         normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, class_offset, backend, averaged_gradients, needs,
         *(form(value) for value in (cloud, margin, bias, weight, target_b, lam)),
@@ -270,6 +257,6 @@ def sharded_linear_gcl_cross_entropy(
     )  # fmt: skip
     chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
-    call = _Call(ranks, shards, normalize, resolved, chosen, for_backward, averaged_gradients)
+    call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)
     loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, call, *terms)
     return loss if verdict is None else loss * verdict

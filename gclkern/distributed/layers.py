@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,13 +9,13 @@ from torch import Tensor, nn
 
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, agree, as_dtensor, even_sizes, own_rows
+from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.layers import unit_rows
 
 _BLOCK = 2**22  # elements of the weight that are drawn at a time
 
 
-class ShardedCosineLinear(nn.Module):
+class ShardedCosineLinear(ShardedModule):
     r""":class:`gclkern.CosineLinear` whose classes are spread over the ranks of a process group: each holds ceil(C / ranks) of them, the last ones fewer.
 
         cosine_ij = <f_i, w_j> / (\|f_i\| \|w_j\|)
@@ -95,19 +93,6 @@ class ShardedCosineLinear(nn.Module):
         mine = self.shards.mine
         return f"in_features={self.in_features}, num_classes={self.num_classes}, here {mine.start} to {mine.stop - 1}"
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.as_dtensor(destination[prefix + "weight"])
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
-            state_dict[prefix + "weight"] = own_rows(self.shards, state_dict[prefix + "weight"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def gather(self, rows: Tensor) -> Tensor:
         """One value or row for each class of this rank, (classes of this rank, ...), into those of all ranks, (C, ...), on each; a collective call."""
         return self.ranks.gather_parts(rows.detach(), self.shards.sizes, "gathering what belongs to the classes")
-
-    def as_dtensor(self, rows: Tensor) -> Tensor:
-        """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
-        return as_dtensor(self.ranks, self.shards, rows)

@@ -1,4 +1,4 @@
-"""Which rank holds which classes, and the agreement of all ranks on one call.
+"""Which rank holds which classes, the agreement of all ranks on one call, and the state of modules whose classes are spread over them.
 
 Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before anything
 else travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
@@ -10,12 +10,14 @@ ranks that do not agree is NaN.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks, ShardError
@@ -121,21 +123,42 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
     return shards, None
 
 
-def as_dtensor(ranks: Ranks, shards: Shards, rows: Tensor) -> Tensor:
-    """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
-    if ranks.world == 1:
-        return rows
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
+class ShardedModule(nn.Module):
+    """A module of which each rank holds some classes. Its state dict has what belongs to all of them, (C, ...), as DTensors.
 
-    assert ranks.group is not None
-    mesh = DeviceMesh.from_group(ranks.group, rows.device.type)
-    shape = torch.Size((shards.num_classes, *rows.shape[1:]))
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+    Every parameter and buffer has one value or row for each class of this rank.
+    """
 
+    ranks: Ranks
+    shards: Shards
 
-def own_rows(shards: Shards, rows: Tensor) -> Tensor:
-    """This rank's part of what a state dict holds: a DTensor of all classes, a tensor of all classes, or that part itself."""
-    if hasattr(rows, "to_local"):
-        return rows.to_local()  # type: ignore[no-any-return]
-    return rows[shards.mine] if rows.shape[0] == shards.num_classes else rows
+    def as_dtensor(self, rows: Tensor) -> Tensor:
+        """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
+        if self.ranks.world == 1:
+            return rows
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        assert self.ranks.group is not None
+        mesh = DeviceMesh.from_group(self.ranks.group, rows.device.type)
+        shape = torch.Size((self.shards.num_classes, *rows.shape[1:]))
+        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+
+    def _own_rows(self, rows: Any) -> Tensor:
+        """This rank's part of what a state dict holds: a DTensor of all classes, a tensor of all classes, or that part itself."""
+        if hasattr(rows, "to_local"):
+            return rows.to_local()
+        return rows[self.shards.mine] if rows.shape[0] == self.shards.num_classes else rows
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._change(destination, prefix, self.as_dtensor)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._change(state_dict, prefix, self._own_rows)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _change(self, state: dict[str, Any], prefix: str, change: Callable[[Any], Tensor]) -> None:
+        for name in (*self._parameters, *self._buffers):
+            if prefix + name in state:
+                state[prefix + name] = change(state[prefix + name])
