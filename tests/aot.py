@@ -59,11 +59,6 @@ class CompiledKernel:
     def hot_loop(self, contains: str | None = None) -> Code:
         return self.program.hot_loop(contains)
 
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether matrix products run on Hopper's or Blackwell's asynchronous units (HGMMA, UTC*MMA)."""
-        return any(self.program.body.count(opcode) for opcode in ("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA"))
-
 
 def submit(case: Callable[[], object], target: str, kernel: str | None = None) -> Future[list[CompiledKernel]]:
     """Compile the launches of `case` (those of `kernel`, when named) for `target` in a worker; launches that compile to the same code appear once."""

@@ -1,8 +1,5 @@
 """Kernels that show what the device code of the noise stream computes."""
 
-# Triton reads annotations as constants, so only constexpr parameters carry one; they are in capitals, as everywhere in Triton code.
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-
 from __future__ import annotations
 
 import triton

@@ -44,9 +44,9 @@ class Instruction:
         return self.predicate is not None or "," in self.operands
 
     @property
-    def access_bits(self) -> int | None:
-        """How many bits of global memory one thread reads or writes with it; None for anything else and for bulk copies."""
-        if self.mnemonic not in ("LDG", "LDGSTS", "STG"):
+    def load_bits(self) -> int | None:
+        """How many bits of global memory one thread reads with it; None for anything else and for bulk copies."""
+        if self.mnemonic not in ("LDG", "LDGSTS"):
             return None
         suffixes = self.opcode.split(".")
         for width in (256, 128, 64):
@@ -76,14 +76,14 @@ class Code:
     @property
     def load_bits(self) -> tuple[int, ...]:
         """Widths of the global loads, one entry per instruction."""
-        return tuple(bits for i in self.instructions if i.mnemonic in ("LDG", "LDGSTS") and (bits := i.access_bits) is not None)
+        return tuple(bits for i in self.instructions if (bits := i.load_bits) is not None)
 
-    def instructions_per(self, work: str, *, times: int = 1) -> float:
-        """Instructions per logit, when every logit takes `times` instructions `work` ("MUFU.EX2"). The assembler may unroll: this ratio does not see it."""
+    def instructions_per(self, work: str) -> float:
+        """Instructions for each `work` ("MUFU.EX2"). The assembler may unroll: this ratio does not see it."""
         count = self.count(work)
         if count == 0:
             raise ValueError(f"the code has no {work}: {sorted(set(self.opcodes))}")
-        return len(self.instructions) * times / count
+        return len(self.instructions) / count
 
     def instructions_per_logit(self, logits: float) -> float:
         """Instructions per logit, when one thread handles `logits` of them in one pass."""
