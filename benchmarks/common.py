@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCALE = 30.0  # GCL's first stage
 NOISE_MUL = 0.5
+STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when a failed kernel has taken its CUDA context along
 BOTH = "forward + backward"
 PHASES = ("forward", "backward", BOTH)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}  # autocast: features of its dtype beside float32 weights

@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import Case
+from benchmarks.common import BROKEN, STOPPED, Case
 from benchmarks.memory import allocated_peak
 from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, number_of_rounds, prepare, rounds_in_turn
 
 STOPWATCH = Stopwatch()
-STOPPED, BROKEN = 10, 11  # exit codes: time is over; what this process does next on the GPU would fail
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

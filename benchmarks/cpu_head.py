@@ -25,6 +25,7 @@ from benchmarks import bench_head
 from benchmarks.common import BOTH, Shape, torch_hash
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
+from gclkern.runs import write_text
 
 CPU = torch.device("cpu")
 # without the one that takes the plan that "auto" chooses, which is here among the others
@@ -93,7 +94,7 @@ def main() -> None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads", "rounds")}
         machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
         results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in CONTESTANTS}
-        args.json.write_text(json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
+        write_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

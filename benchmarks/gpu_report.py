@@ -34,19 +34,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import INATURALIST, RESULTS, ROOT, SMOKE, installed, kernels_hash, torch_hash
+from benchmarks.common import BROKEN, INATURALIST, RESULTS, ROOT, SMOKE, STOPPED, installed, kernels_hash, torch_hash
+from gclkern.runs import write_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
 SHORTEST = 45.0  # with less left, a step does not begin: it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
-STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when its CUDA context is gone: see conftest.py
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
 # Which cases of a file, as pytest's -k takes it: on a GPU a contestant that takes as long to compile as thirty others to measure comes when those are done.
 COMPILED, REST, ALL = "torch.compile", "not torch.compile", ""
 WITH_COMPILED = ("head", "logit_loss", "dro_lt")
-DRY_RUN_TESTS = ("test_clouds.py",)  # CI runs them all on a CPU
+DRY_RUN_TESTS = ["test_clouds.py"]  # CI runs them all on a CPU
 COUNTERS = (
     "gpu__time_duration.sum",
     "dram__bytes.sum",
@@ -72,7 +72,6 @@ class Report:
     deadline: float
     data: dict[str, Any] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
-
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -88,9 +87,16 @@ class Report:
             text = json.dumps(self.data, indent=1) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.path, *([Path(os.environ["OUT"], self.path.name)] if "OUT" in os.environ else [])):
-                partial = path.with_suffix(".partial")  # whatever kills the process, the file of the final name is a whole one
-                partial.write_text(text)
-                partial.replace(path)
+                write_text(path, text)
+
+    @property
+    def test_files(self) -> list[str]:
+        """Found out once: it takes as long as to import them all."""
+        if "test_files" not in self.data:
+            self.data["test_files"] = device_tests()
+            self.save()
+        files: list[str] = self.data["test_files"]
+        return files
 
     def step(self, name: str) -> dict[str, Any]:
         with self.lock:
@@ -176,11 +182,12 @@ def attempt(report: Report, name: str, command: Sequence[str], limit: float, env
     return code, output
 
 
-def device_tests() -> list[Path]:
-    """The test files with tests that run on the GPU; those of a CPU's code say here what they say in CI."""
+def device_tests(*among: str) -> list[str]:
+    """The test files with tests that run on the GPU, and those that cannot be imported; tests of a CPU's code say here what they say in CI."""
     if not GPU:
-        return [ROOT / "tests" / name for name in DRY_RUN_TESTS]
-    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bdevice: (torch\.device|str)\b|mark\.gpu\b", path.read_text())]
+        return DRY_RUN_TESTS
+    _, output = run([sys.executable, "-m", "pytest", *(among or ("tests",)), "--collect-only", "-qq", "-m", "device", "-p", "no:cacheprovider"], 120)
+    return re.findall(r"^(?:ERROR )?tests/(test_\w+\.py)\b", output, re.MULTILINE)
 
 
 def results_of(xml: Path) -> dict[str, Any]:
@@ -196,9 +203,9 @@ def results_of(xml: Path) -> dict[str, Any]:
     return {**counts, "seconds": float(suite.get("time", 0)), "broken": messages}
 
 
-def test_file(report: Report, path: Path) -> None:
-    name = f"tests/{path.name}"
-    workers = HEAD_WORKERS if path.name == HEAD_TESTS else WORKERS
+def test_file(report: Report, file: str) -> None:
+    name = f"tests/{file}"
+    workers = HEAD_WORKERS if file == HEAD_TESTS else WORKERS
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder, "results.xml")
         options = ["-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={xml}", *(["-m", "device"] if GPU else [])]
@@ -241,54 +248,65 @@ def guarded(report: Report, work: Callable[[], None]) -> None:
 
 def checks(report: Report) -> None:
     """Tests and sanitizers wait mostly for compilers, so several run at a time; nothing is timed meanwhile."""
-    files = sorted(device_tests(), key=lambda path: (path.name != HEAD_TESTS, -path.stat().st_size))  # the long ones first
+    files = sorted(report.test_files, key=lambda file: (file != HEAD_TESTS, -(ROOT / "tests" / file).stat().st_size))  # the long ones first
     work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
-    work += [partial(test_file, report, path) for path in files if report.open(f"tests/{path.name}")]
+    work += [partial(test_file, report, file) for file in files if report.open(f"tests/{file}")]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // (WORKERS or 2))) as pool:
         list(pool.map(partial(guarded, report), work))
 
 
+class Record:
+    """The results of a benchmark file, which its process writes down line by line, on their way into the report."""
+
+    def __init__(self, report: Report, path: str, folder: Path) -> None:
+        self.report, self.path = report, path
+        self.lines, self.begun = folder / "record.jsonl", folder / "record.begun"
+        results = report.data["benchmarks"]
+        self.others = [result for result in results if result["file"] != path]
+        self.lines.write_text("".join(json.dumps(result) + "\n" for result in results if result["file"] == path))
+
+    def absorb(self) -> list[dict[str, Any]]:
+        """The file's results so far; the report has them from now on."""
+        lines = self.lines.read_text().split("\n")[:-1]  # the last may be half written
+        found = [{**json.loads(line), "file": self.path} for line in lines]
+        self.report.data["benchmarks"] = self.others + found
+        self.report.save()
+        return found
+
+    def comes_on(self, start: float) -> bool:
+        """Whether a process that began at `start` still gets somewhere."""
+        self.absorb()
+        return time.time() - max(start, self.lines.stat().st_mtime) < STALLED
+
+    def give_up_a_case(self) -> None:
+        """The case that ended the process, or held it up, has had its chance."""
+        with self.lines.open("a") as file:
+            file.write(self.begun.read_text() + "\n")
+        self.begun.unlink()
+        self.absorb()
+
+
 def benchmark(report: Report, name: str, cases: str) -> None:
     """A file's `cases`: those of torch.compile alone, all but those, or all."""
-    path = f"benchmarks/bench_{name}.py"
-    step = benchmark_step(name, cases)
-    if not report.open(step) or report.seconds_left < 30:
+    path, step = f"benchmarks/bench_{name}.py", benchmark_step(name, cases)
+    if not report.open(step):
         return
     with tempfile.TemporaryDirectory() as folder:
-        record, begun = Path(folder, "record.jsonl"), Path(folder, "record.begun")
-        before = [result for result in report.data["benchmarks"] if result["file"] == path]
-        record.write_text("".join(json.dumps(result) + "\n" for result in before))
-        others = [result for result in report.data["benchmarks"] if result["file"] != path]
-
-        def absorb() -> bool:
-            """Whether the cases come on."""
-            lines = record.read_text().split("\n")[:-1]  # the last may be half written
-            report.data["benchmarks"] = others + [{**json.loads(line), "file": path} for line in lines]
-            report.save()
-            return time.time() - max(start, record.stat().st_mtime) < STALLED
-
+        record = Record(report, path, Path(folder))
         while report.seconds_left > 30:
-            start, done_before = time.time(), len(report.data["benchmarks"])
-            options = ["--benchmark-only", "--record", str(record), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
-            options += ["-k", cases]
-            code, output = run([sys.executable, "-m", "pytest", path, *options], report.seconds_left - 5, watch=absorb)
-            absorb()
-            mine = [
-                result
-                for result in report.data["benchmarks"]
-                if result["file"] == path and cases in (ALL, COMPILED if result["contestant"] == COMPILED else REST)
-            ]
+            options = ["--benchmark-only", "--record", str(record.lines), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
+            command = [sys.executable, "-m", "pytest", path, *options, "-k", cases]
+            known = len(record.absorb())
+            code, output = run(command, report.seconds_left - 5, watch=partial(record.comes_on, time.time()))
+            found = record.absorb()
             if code in (0, 1, 5):
+                mine = [result for result in found if cases in (ALL, COMPILED if result["contestant"] == COMPILED else REST)]
                 report.close(step, "done", cases=len(mine), failed=sum("error" in result for result in mine))
                 return
-            if begun.exists() and code is not STOPPED and (code is not None or report.seconds_left > 30):
-                # the case that ended the process, or held it up, has had its chance
-                with record.open("a") as file:
-                    file.write(begun.read_text() + "\n")
-                begun.unlink()
-                absorb()
+            if record.begun.exists() and code != STOPPED and (code is not None or report.seconds_left > 30):
+                record.give_up_a_case()
                 continue
-            if code in (STOPPED, None) and len(report.data["benchmarks"]) > done_before:
+            if code in (STOPPED, None) and len(found) > known:
                 return
             report.step(step)["attempts"] += 1
             if report.step(step)["attempts"] >= ATTEMPTS and code != BROKEN:
@@ -402,28 +420,24 @@ def begin(path: Path, deadline: float) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hash", action="store_true", help="print the content hash of the kernels and end")
     parser.add_argument("--resume", type=Path, help="the JSON file to continue; default benchmarks/results/<device>.json")
     parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="after which no further step begins and running ones end")
     args = parser.parse_args()
-    if args.hash:
-        print(kernels_hash())
-        return
     deadline = time.monotonic() + args.seconds
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
     first, last = ([partial(benchmark, report, *part) for part in parts] for parts in benchmark_parts())
     for work in (partial(checks, report), *first, partial(kernels, report), partial(counters, report), *last):
         guarded(report, work)
-    report.data["complete"] = all(not report.open(name) for name in expected_steps())
+    report.data["complete"] = all(not report.open(name) for name in expected_steps(report))
     report.save()
     print(summary(report.data))
     print(f"{report.path}: {'complete' if report.data['complete'] else 'not complete, the same command continues it'}")
 
 
-def expected_steps() -> list[str]:
+def expected_steps(report: Report) -> list[str]:
     others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "kernel times", "ncu"]
-    return [*(f"tests/{path.name}" for path in device_tests()), *others, *(benchmark_step(*part) for parts in benchmark_parts() for part in parts)]
+    return [*(f"tests/{file}" for file in report.test_files), *others, *(benchmark_step(*part) for parts in benchmark_parts() for part in parts)]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.accuracy import tables
 from benchmarks.common import BOTH, RESULTS, ROOT
+from gclkern.runs import write_text
 
 README = ROOT / "README.md"
 SECTIONS = ("cpu_head", "cpu", "gpu", "accuracy")
@@ -250,8 +251,8 @@ def line_chart(title: str, x_name: str, y_name: str, series: dict[str, list[tupl
 def main() -> None:
     for file in (*_reports(RESULTS, gpu=False), *_reports(RESULTS, gpu=True)):
         for path, svg in charts(file).items():
-            path.write_text(svg)
-    README.write_text(wanted(README.read_text()))
+            write_text(path, svg)
+    write_text(README, wanted(README.read_text()))
     wrong = disagreements()
     if wrong:
         sys.exit("\n".join(wrong))
