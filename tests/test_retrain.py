@@ -37,7 +37,7 @@ def network(head: str) -> Network:
 def test_nearest_class_means() -> None:
     model, splits = network("linear"), data()
     retrain_without_gradients("ncm", model, splits, ALONE, None)
-    images = splits.train.batch(torch.arange(30), device=torch.device("cpu"))
+    images, _ = next(splits.train.loader([range(30)], device=ALONE.device))
     features = images.flatten(1)
     means = torch.stack([features[splits.train.labels == label].mean(0) for label in range(3)])
     torch.testing.assert_close(model.head.weight.detach(), means)
@@ -71,7 +71,8 @@ def test_tau_is_searched_on_the_held_out_part() -> None:
     splits = data()
     retrain_without_gradients("tau-norm", model, splits, ALONE, None)
     assert splits.holdout is not None
-    assert torch.equal(model(splits.holdout.batch(torch.arange(30), device=torch.device("cpu"))).argmax(1), splits.holdout.labels)
+    images, labels = next(splits.holdout.loader([range(30)], device=ALONE.device))
+    assert torch.equal(model(images).argmax(1), labels)
     factor = model.head.factor.detach().clone()
     tau_normalise(model, 1.0)
     assert torch.equal(model.head.factor, factor)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gclkern.data.augment import AUGMENTATIONS, augment_batch
 from gclkern.noise import philox_words, resolve_seed
+from gclkern.validation import check_choice
 
 # Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
 _STREAM = 0x3C6EF372A54FF53A
@@ -44,10 +45,6 @@ class ImageSet(Protocol):
         """A set of the samples at `indices`, with the same settings."""
         ...
 
-    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
-        """Images (B, C, H, W) float32, normalised; augmented when `train`, with random numbers from the generator (None: torch's own)."""
-        ...
-
     def loader(
         self,
         batches: Iterable[Sequence[int]],
@@ -59,10 +56,11 @@ class ImageSet(Protocol):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of each batch of indices, on the device.
+        """(images, labels) of each batch of indices, on the device; images (B, C, H, W) are normalised float32.
 
-        When `train`, the augmentation of a sample depends on `epoch_seed` and its place in the epoch alone: `position` is the number of samples of the epoch
-        that this rank has already done, as for the samplers, so a resumed epoch goes on as it would have, and several ranks augment as one process does.
+        When `train`, they are augmented. The augmentation of a sample depends on `epoch_seed` and its place in the epoch alone: `position` is the number of
+        samples of the epoch that this rank has already done, as for the samplers, so a resumed epoch goes on as it would have, and several ranks augment as
+        one process does.
         """
         ...
 
@@ -96,30 +94,6 @@ class DeviceImages:
         other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
         return other
 
-    def _columns(self) -> int:
-        """Random numbers that a sample takes."""
-        if self.augment not in AUGMENTATIONS:
-            raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
-        return AUGMENTATIONS[self.augment]
-
-    def _move(self, device: torch.device) -> None:
-        if self.images.device != device:
-            self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
-
-    def _batch(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
-        images = self.images[indices]
-        if numbers is not None:
-            images = augment_batch(images, numbers, self.augment, self.padding, self.flip)
-        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
-
-    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
-        self._move(device)
-        numbers = None
-        if train and (columns := self._columns()):
-            source = device if generator is None else generator.device
-            numbers = torch.rand(indices.numel(), columns, device=source, generator=generator).to(device)
-        return self._batch(indices.to(device), numbers)
-
     def loader(
         self,
         batches: Iterable[Sequence[int]],
@@ -131,16 +105,19 @@ class DeviceImages:
         num_replicas: int = 1,
         rank: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        self._move(device)
-        columns = self._columns() if train else 0
+        check_choice("augment", self.augment, tuple(AUGMENTATIONS))
+        if self.images.device != device:
+            self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
+        columns = AUGMENTATIONS[self.augment] if train else 0
         for chunk in _chunks(batches, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
             sizes = [len(batch) for batch in chunk]
             indices = torch.tensor([index for batch in chunk for index in batch])
             places = epoch_places(indices.numel(), position, num_replicas, rank)
             position += indices.numel()
-            numbers = uniform_numbers(epoch_seed, places.to(device), columns) if columns else None
-            images, labels = self._batch(indices.to(device), numbers), self.labels[indices].to(device)
-            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+            images, labels = self.images[indices.to(device)], self.labels[indices].to(device)
+            if columns:
+                images = augment_batch(images, uniform_numbers(epoch_seed, places.to(device), columns), self.augment, self.padding, self.flip)
+            yield from zip(images.to(torch.float32).mul_(self._scale).add_(self._shift).split(sizes), labels.split(sizes), strict=True)
 
 
 def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Sequence[int]]]:

@@ -150,30 +150,6 @@ class ListImages:
         other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
         return other
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel; once for many batches, because the device would be waited for."""
-        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
-
-    def _finish(self, answer: Sequence[Tensor] | str, statistics: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Normalised images and labels on the device."""
-        if isinstance(answer, str):
-            raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
-        pixels, labels = (column.to(device, non_blocking=True) for column in answer)
-        mean, std = statistics
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
-
-    def batch(self, indices: Tensor, *, device: torch.device, generator: torch.Generator | None = None, train: bool = False) -> Tensor:
-        files = self._dataset(train)
-        seeds = torch.randint(2**48, (indices.numel(),), generator=generator, device=None if generator is None else generator.device).tolist()
-        answer = _collate([files[_Request(place, seed)] for place, seed in zip(indices.tolist(), seeds, strict=True)])
-        return self._finish(answer, self._statistics(device), device)[0]
-
-    def _dataset(self, train: bool) -> _Files:
-        if self.augment not in ("standard", "none"):
-            raise ValueError(f"augment must be standard or none for image files, got {self.augment!r}")
-        return _Files(self.paths, self.labels, self.image_size, train and self.augment == "standard")
-
     def loader(
         self,
         batches: Iterable[Sequence[int]],
@@ -185,6 +161,8 @@ class ListImages:
         num_replicas: int = 1,
         rank: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.augment not in ("standard", "none"):
+            raise ValueError(f"augment must be standard or none for image files, got {self.augment!r}")
         requests = []
         for batch in batches:
             places = epoch_places(len(batch), position, num_replicas, rank)
@@ -192,16 +170,19 @@ class ListImages:
             seeds = (uniform_numbers(epoch_seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
             requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
         loader: DataLoader[Any] = DataLoader(
-            self._dataset(train),
+            _Files(self.paths, self.labels, self.image_size, train and self.augment == "standard"),
             batch_sampler=requests,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
         )
-        statistics = self._statistics(device)
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
         for answer in loader:
-            yield self._finish(answer, statistics, device)
+            if isinstance(answer, str):
+                raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
+            pixels, labels = (column.to(device, non_blocking=True) for column in answer)
+            yield pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
 
 
 def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern.counts import check_int
-from gclkern.validation import check_number
+from gclkern.validation import check_choice, check_number
 
 PROFILES = ("exp", "step")
 
@@ -36,13 +36,12 @@ def profile_counts(num_classes: int, largest: int, imbalance: float, profile: st
         [500, 500, 50, 50]
     """
     check_int("num_classes", num_classes, 1)
+    check_choice("profile", profile, PROFILES)
     ratio = 1 / check_number("imbalance", imbalance, 1.0)
     if profile == "exp":
         counts = [int(largest * ratio ** (i / max(num_classes - 1, 1))) for i in range(num_classes)]
-    elif profile == "step":
-        counts = [largest if i < num_classes // 2 else int(largest * ratio) for i in range(num_classes)]
     else:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+        counts = [largest if i < num_classes // 2 else int(largest * ratio) for i in range(num_classes)]
     if min(counts) == 0:
         raise ValueError(f"imbalance {imbalance:g} leaves classes without a sample, since the largest class has {largest}; take at most {largest}")
     return counts
