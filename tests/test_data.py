@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gclkern.data import CorruptImageError, DeviceImages, ImageSet, load_data
-from gclkern.data.augment import _OPERATIONS, _POLICY, AUGMENTATIONS, apply_operations, augment_batch, autoaugment, crop_and_flip, cutout
+from gclkern.data.augment import _POLICY, AUGMENTATIONS, Operation, apply_operations, augment_batch, autoaugment, crop_and_flip, cutout
 from gclkern.data.cifar import read_pickle
 from gclkern.data.groups import count_groups, tercile_groups
 from gclkern.data.images import uniform_numbers
@@ -123,7 +123,7 @@ class TestAugmentation:
                 assert expected_magnitude in (None, int(magnitude))
 
     @needs_torchvision
-    @pytest.mark.parametrize("name", _OPERATIONS)
+    @pytest.mark.parametrize("name", Operation.__members__)
     def test_operations_are_torchvisions(self, name: str) -> None:
         from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
         from torchvision.transforms.autoaugment import _apply_op
@@ -135,7 +135,7 @@ class TestAugmentation:
             value = float(magnitudes[magnitude]) * (sign if signed else 1) if magnitudes.ndim else 0.0
             expected = torch.stack([_apply_op(image, name, value, InterpolationMode.NEAREST, [128.0] * 3) for image in images])
             full = torch.full((6,), 1)
-            found = apply_operations(images, full * _OPERATIONS.index(name), full * float(magnitude), full * sign)
+            found = apply_operations(images, full * Operation[name], full * float(magnitude), full * sign)
             # a factor one rounding away moves a truncated value by one; a shear may meet a pixel's edge from either side
             wrong = (found.int() - expected.int()).abs() > 1
             assert wrong.float().mean() < 0.01, (magnitude, sign)

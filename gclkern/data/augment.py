@@ -8,6 +8,7 @@ autoaugment   the same, then AutoAugment's policy for CIFAR, then cutout: what D
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 from functools import cache
 
 import torch
@@ -20,31 +21,13 @@ _CUTOUT = 16
 # AutoAugment's authors fill what a shear, a shift or a rotation leaves open with grey.
 _FILL = 128
 
-_OPERATIONS = (
-    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
-    *("Brightness", "Color", "Contrast", "Sharpness"),
-    *("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert"),
+Operation = IntEnum(
+    "Operation", "ShearX ShearY TranslateX TranslateY Rotate Brightness Color Contrast Sharpness Posterize Solarize AutoContrast Equalize Invert", start=0
 )
-(
-    _SHEAR_X,
-    _SHEAR_Y,
-    _TRANSLATE_X,
-    _TRANSLATE_Y,
-    _ROTATE,
-    _BRIGHTNESS,
-    _COLOR,
-    _CONTRAST,
-    _SHARPNESS,
-    _POSTERIZE,
-    _SOLARIZE,
-    _AUTO_CONTRAST,
-    _EQUALIZE,
-    _INVERT,
-) = range(len(_OPERATIONS))
 # All of the first two groups become stronger in either direction.
-_MOVES = (_SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _TRANSLATE_Y, _ROTATE)
-_BLENDS = (_BRIGHTNESS, _COLOR, _CONTRAST, _SHARPNESS)
-_MAPS = (_POSTERIZE, _SOLARIZE, _INVERT)
+_MOVES = (Operation.ShearX, Operation.ShearY, Operation.TranslateX, Operation.TranslateY, Operation.Rotate)
+_BLENDS = (Operation.Brightness, Operation.Color, Operation.Contrast, Operation.Sharpness)
+_MAPS = (Operation.Posterize, Operation.Solarize, Operation.Invert)
 # Cubuk et al., "AutoAugment: learning augmentation policies from data", CVPR 2019, Table 7: operation, probability, magnitude, twice for each sub-policy.
 _POLICY = """
     Invert       .1 7  Contrast     .2 6
@@ -121,16 +104,17 @@ def autoaugment(images: Tensor, numbers: Tensor) -> Tensor:
 def _policy_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Operation, probability and magnitude of both steps of the sub-policies, (25, 2) each."""
     cells = [line.split() for line in _POLICY.strip().splitlines()]
-    kinds = torch.tensor([[_OPERATIONS.index(row[0]), _OPERATIONS.index(row[3])] for row in cells], device=device)
+    kinds = torch.tensor([[Operation[row[0]], Operation[row[3]]] for row in cells], device=device)
     shares = torch.tensor([[float(row[1]), float(row[4])] for row in cells], device=device)
     return kinds, shares, torch.tensor([[float(row[2]), float(row[5])] for row in cells], device=device)
 
 
 def apply_operations(images: Tensor, kind: Tensor, magnitude: Tensor, sign: Tensor) -> Tensor:
-    """One operation on each image (B, 3, H, W) uint8: `kind` (B,) is its place in _OPERATIONS, -1 for none; `magnitude` (B,) in [0, 9]; `sign` (B,) 1 or -1."""
-    strength = magnitude / 9 * torch.where(kind <= _SHARPNESS, sign, 1.0)
+    """One operation on each image (B, 3, H, W) uint8: `kind` (B,) is an Operation, -1 for none; `magnitude` (B,) in [0, 9]; `sign` (B,) 1 or -1."""
+    strength = magnitude / 9 * torch.where(kind <= Operation.Sharpness, sign, 1.0)
     out = images.clone()
-    for operation, kinds in ((_move, _MOVES), (_blend, _BLENDS), (_map_values, _MAPS), (_auto_contrast, (_AUTO_CONTRAST,)), (_equalize, (_EQUALIZE,))):
+    functions = {_move: _MOVES, _blend: _BLENDS, _map_values: _MAPS, _auto_contrast: (Operation.AutoContrast,), _equalize: (Operation.Equalize,)}
+    for operation, kinds in functions.items():
         chosen = torch.isin(kind, torch.tensor(kinds, device=kind.device))
         if images.device.type == "cpu":
             places = chosen.nonzero().flatten()
@@ -149,11 +133,11 @@ def _move(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     def amount(wanted: int, most: float) -> Tensor:
         return torch.where(kind == wanted, strength * most, zero)
 
-    angle = amount(_ROTATE, math.radians(30))
+    angle = amount(Operation.Rotate, math.radians(30))
     # A pixel at (y, x) of the result comes from (y', x'), y' = a y + b x + e and x' = c y + d x + f.
-    diagonal, b, c = angle.cos(), angle.sin() + amount(_SHEAR_Y, 0.3), -angle.sin() + amount(_SHEAR_X, 0.3)
-    shift_y, shift_x = amount(_TRANSLATE_Y, 150 / 331 * height).trunc(), amount(_TRANSLATE_X, 150 / 331 * width).trunc()
-    centred = (kind == _ROTATE).to(strength.dtype)[:, None, None]
+    diagonal, b, c = angle.cos(), angle.sin() + amount(Operation.ShearY, 0.3), -angle.sin() + amount(Operation.ShearX, 0.3)
+    shift_y, shift_x = amount(Operation.TranslateY, 150 / 331 * height).trunc(), amount(Operation.TranslateX, 150 / 331 * width).trunc()
+    centred = (kind == Operation.Rotate).to(strength.dtype)[:, None, None]
     # positions of the pixels' middles, from the corner or from the centre
     middle_y, middle_x = centred * height / 2, centred * width / 2
     y = torch.arange(height, device=images.device).view(1, -1, 1) + 0.5 - middle_y
@@ -178,8 +162,8 @@ def _blend(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     values = images.to(torch.float32)
     grey = (values * values.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).floor()
     ratio, kind = 1 + 0.9 * strength[:, None, None, None], kind[:, None, None, None]
-    plain = torch.where(kind == _COLOR, grey, torch.where(kind == _CONTRAST, grey.mean((1, 2, 3), keepdim=True), 0.0))
-    plain = torch.where(kind == _SHARPNESS, _smooth(values), plain)
+    plain = torch.where(kind == Operation.Color, grey, torch.where(kind == Operation.Contrast, grey.mean((1, 2, 3), keepdim=True), 0.0))
+    plain = torch.where(kind == Operation.Sharpness, _smooth(values), plain)
     return (ratio * values + (1 - ratio) * plain).clamp_(0, 255).to(torch.uint8)
 
 
@@ -194,9 +178,9 @@ def _smooth(values: Tensor) -> Tensor:
 def _map_values(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     """Fewer bits, from 8 down to 4, or what is at least a threshold, from 255 down to 0, inverted."""
     mask = -(1 << (strength * 4).round().to(torch.int32))[:, None, None, None]
-    threshold = torch.where(kind == _INVERT, 0.0, 255 * (1 - strength))[:, None, None, None]
+    threshold = torch.where(kind == Operation.Invert, 0.0, 255 * (1 - strength))[:, None, None, None]
     solarized = torch.where(images >= threshold, 255 - images, images)
-    return torch.where((kind == _POSTERIZE)[:, None, None, None], (images.to(torch.int32) & mask).to(torch.uint8), solarized)
+    return torch.where((kind == Operation.Posterize)[:, None, None, None], (images.to(torch.int32) & mask).to(torch.uint8), solarized)
 
 
 def _auto_contrast(images: Tensor, _kind: Tensor, _strength: Tensor) -> Tensor:
