@@ -77,25 +77,12 @@ class _ClassLoss(nn.Module):
         )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "scale": self.scale,
-            "gamma": self.gamma,
-            "focal_detach": self.focal_detach,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-        }
+        return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "label_smoothing", "ignore_index", "reduction")}
 
     def _arguments(self) -> dict[str, Any]:
         """What this loss fixes of a call of the functional layer."""
-        return {
-            "cloud": self.cloud if self.training else None,
-            "margin": self.margin,
-            "bias": self.bias,
-            "weight": self.weight,
-            "backend": self.backend,
-            **self._options(),
-        }
+        cloud = self.cloud if self.training else None
+        return {"cloud": cloud, "margin": self.margin, "bias": self.bias, "weight": self.weight, "backend": self.backend, **self._options()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ClassLoss:
         before = dict(self._buffers)
@@ -153,20 +140,11 @@ class _CloudedLoss(_ClassLoss):
         backend: str = "auto",
     ) -> None:
         cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
+        some = cloud if bool(cloud.any()) else None  # no cloud, no noise to draw
         super().__init__(
-            cloud.numel(),
-            # no cloud, no noise to draw
-            cloud=cloud if bool(cloud.any()) else None,
-            margin=margin,
-            weight=weight,
-            scale=scale,
-            gamma=gamma,
-            focal_detach=focal_detach,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            backend=backend,
-        )
+            cloud.numel(), cloud=some, margin=margin, weight=weight, scale=scale, gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction, backend=backend,
+        )  # fmt: skip
 
 
 class GCLLoss(_CloudedLoss):
