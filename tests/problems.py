@@ -12,6 +12,7 @@ Options = dict[str, Any]
 
 HALVES = [torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
+PLANS = ["materialised", "chunked", "recompute"]
 
 
 def cosines(rows: int, classes: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:

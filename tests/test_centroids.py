@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from gclkern.centroids import ClassCentroids, class_centroids
 from tests.launches import Launches
+from tests.problems import HALVES
 
 
 def operator(backend: str) -> Any:
@@ -50,7 +51,7 @@ def test_any_shape(rows: int, classes: int, dim: int, seed: int, backend: str, d
     check(*problem(rows, classes, dim, seed), classes, backend, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """They are exact in float32, in which they are added."""
     check(*problem(150, 5, 33, dtype=dtype), 5, backend, device)

@@ -19,7 +19,7 @@ from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.layers import CosineLinear
 from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.weights import drw_weights
-from tests.problems import cosines, labels, vector
+from tests.problems import PLANS, cosines, labels, vector
 
 COUNTS = [500, 120, 77, 20, 5]
 CLASSES = len(COUNTS)
@@ -92,7 +92,7 @@ def test_gcl_gives_the_functional_layer_its_arguments(backend: str, device: torc
     assert torch.equal(criterion(cosine, target, target_b=second, lam=0.3, seed=11, row_offset=7), expected)
 
 
-@pytest.mark.parametrize("plan", ["materialised", "chunked", "recompute"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_linear_gcl_gives_the_functional_layer_its_arguments(plan: str, backend: str, device: torch.device) -> None:
     classifier = CosineLinear(6, CLASSES).to(device)
     features, target = cosines(ROWS, 6, device=device), labels(ROWS, CLASSES).to(device)

@@ -13,11 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from gclkern.distributed import sharded_linear_gcl_cross_entropy
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.conftest import GPU, TRITON
-from tests.problems import REDUCTIONS, Options, labels, moved, option_sets, vector
+from tests.problems import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector
 from tests.processes import run_ranks
 
 ROWS, CLASSES, WIDTH = 3, 41, 19  # rows of each rank
-PLANS = ["materialised", "chunked", "recompute"]
 # A sum over the classes in another order, of losses up to 30: float32's 6e-8 times a few tens. Without noise, float64 tells a wrong formula from rounding.
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, torch.float64: {"rtol": 1e-10, "atol": 1e-12}}
 

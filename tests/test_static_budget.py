@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.aot import CompiledKernel, submit
+from tests.problems import PLANS
 
 pytestmark = pytest.mark.triton
 
@@ -96,7 +97,7 @@ def _head(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     from gclkern.kernels.head import head_backward, head_forward
 
     features, weight, terms = torch.empty(ROWS, DIM, dtype=dtype), torch.empty(CLASSES, DIM, dtype=weight_dtype), _terms(True)
-    for plan in ("materialised", "chunked", "recompute"):
+    for plan in PLANS:
         loss, saved = head_forward(features, weight, *terms, True, plan, True)
         head_backward(loss, features, weight, saved, *terms, True, plan, True, True, False)
 

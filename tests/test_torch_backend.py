@@ -1,4 +1,4 @@
-"""The torch operators against the float64 formula, finite differences, each other, and their promises on memory and bad rows."""
+"""The torch operators over several blocks and chunks of classes against the float64 formula, and what no other backend promises."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 import gclkern.torch_backend
 from gclkern.kernels.terms import LossTerms
 from tests import oracle
+from tests.problems import PLANS, REDUCTIONS
 
 OPS = torch.ops.gclkern
-PLANS = ("materialised", "chunked", "recompute")
 ROWS, CLASSES, DIM = 7, 21, 5
 SEED = 2**40 + 5
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +147,7 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gclkern.torch_backend.head, "_WEIGHT_BYTES", 4 * 8 * DIM)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_logits_follow_the_formula(name: str, reduction: str) -> None:
     case = Case(OPTIONS[name], reduction)
@@ -173,16 +173,6 @@ def test_head_follows_the_formula(name: str, plan: str, normalize: bool) -> None
     mine = case.leaves("features", "linear_weight", "bias")
     actual = with_gradients(head_loss(case, plan, normalize)(*mine[:2], mine[2] if len(mine) > 2 else None), mine, case.grad_loss)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if not options.get("gamma") or options.get("focal_detach") is False])
-def test_gradients_match_finite_differences(name: str) -> None:
-    case = Case(OPTIONS[name], "none")
-    inputs: list[Tensor | None] = [*case.leaves("cosine", "bias")]
-    assert torch.autograd.gradcheck(logit_loss(case), (*inputs, None)[:2], fast_mode=True)
-    inputs = [*case.leaves("features", "linear_weight", "bias")]
-    for plan in PLANS:
-        assert torch.autograd.gradcheck(head_loss(case, plan), (*inputs, None)[:3], fast_mode=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -221,64 +211,6 @@ def test_narrow_features_beside_float32_weights(dtype: torch.dtype) -> None:
     assert torch.equal(actual[1], expected[1].to(dtype))
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_backward_can_be_repeated(plan: str) -> None:
-    case = Case(OPTIONS["two targets, all options"], dtype=torch.float32)
-    inputs = [leaf.detach().float().requires_grad_() for leaf in case.leaves("features", "linear_weight", "bias")]
-    loss = head_loss(case, plan)(*inputs)
-    first = torch.autograd.grad(loss, inputs, retain_graph=True)
-    second = torch.autograd.grad(loss, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    # and the whole call, too
-    third = torch.autograd.grad(head_loss(case, plan)(*inputs), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_only_the_gradients_asked_for(plan: str) -> None:
-    case = Case(OPTIONS["bias"])
-    terms = case.terms()
-    _, saved = OPS.torch_head_forward(case.features, case.linear_weight, *terms, True, plan, True)
-    together = OPS.torch_head_backward(case.grad_loss, case.features, case.linear_weight, saved, *terms, True, plan, True, True, True)
-    for index in range(3):
-        wanted = [index == other for other in range(3)]
-        grads = OPS.torch_head_backward(case.grad_loss, case.features, case.linear_weight, saved, *terms, True, plan, *wanted)
-        assert [grad.numel() > 0 for grad in grads] == wanted
-        assert torch.equal(grads[index], together[index])
-    loss, saved = OPS.torch_head_forward(case.features, case.linear_weight, *terms, True, plan, False)
-    assert saved == [] and torch.isfinite(loss)
-
-
-def test_strides_do_not_matter() -> None:
-    case = Case(OPTIONS["cloud"])
-    features = torch.empty(DIM, 2 * ROWS, dtype=torch.float64).t()[::2].copy_(case.features)
-    weight = torch.empty(CLASSES, 3 * DIM, dtype=torch.float64)[:, ::3].copy_(case.linear_weight)
-    cosine = torch.empty(CLASSES, 2 * ROWS, dtype=torch.float64).t()[1::2].copy_(case.cosine)
-    for plan in PLANS:
-        plain = case.leaves("features", "linear_weight")
-        expected = with_gradients(head_loss(case, plan)(*plain, None), plain, case.grad_loss)
-        strided = [features.requires_grad_(), weight.requires_grad_()]
-        torch.testing.assert_close(with_gradients(head_loss(case, plan)(*strided, None), strided, case.grad_loss), expected)
-    leaf = case.leaves("cosine")
-    expected = with_gradients(logit_loss(case)(leaf[0], None), leaf, case.grad_loss)
-    torch.testing.assert_close(with_gradients(logit_loss(case)(cosine.requires_grad_(), None), [cosine], case.grad_loss), expected)
-
-
-def test_a_sure_target_keeps_its_digits() -> None:
-    # At scale 30 and p_y = 1 - 4e-12 the loss, its gradient and the focal factor are far below the spacing of float32 around 1.
-    logits = torch.tensor([[1.0, 0.1, 0.05, -0.2]])
-    terms = Case({"scale": 30.0, "gamma": 0.5, "focal_detach": False}, "sum", classes=4, dtype=torch.float32).terms()
-    terms = terms._replace(target=torch.tensor([0]))
-    loss, saved = OPS.torch_logit_forward(logits, *terms, True)
-    grad, _ = OPS.torch_logit_backward(torch.tensor(1.0), logits, saved, *terms, False)
-    rest = torch.exp(30.0 * (logits[0, 1:].double() - 1)).sum()
-    nll = torch.log1p(rest)
-    missed = -torch.expm1(-nll)
-    slope = missed**0.5 * (1 + 0.5 * nll * torch.exp(-nll) / missed)
-    torch.testing.assert_close(loss.double(), nll * missed**0.5, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad[0, 0].double(), -30.0 * slope * rest / (1 + rest), rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("name", ["cloud", "two targets, all options"])
 def test_exponentials_that_are_not_kept_are_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(OPTIONS[name])
@@ -295,84 +227,6 @@ def test_exponentials_that_are_not_kept_are_made_again(name: str, monkeypatch: p
     kept, again = run()
     assert kept.numel() == 0
     torch.testing.assert_close(again, expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("plan", PLANS)
-def test_a_bad_row_stays_alone(plan: str, bad: float) -> None:
-    case = Case(OPTIONS["two targets, all options"], "none", dtype=torch.float32)
-    clean = [leaf.detach().float() for leaf in case.leaves("features", "linear_weight", "bias")]
-    dirty = [clean[0].clone(), *clean[1:]]
-    dirty[0][1, 2] = bad
-    others = torch.arange(ROWS) != 1
-    results = []
-    for inputs in (clean, dirty):
-        leaves = [leaf.clone().requires_grad_() for leaf in inputs]
-        results.append(with_gradients(head_loss(case, plan)(*leaves), leaves, case.grad_loss))
-    (loss, grad, *_), (dirty_loss, dirty_grad, dirty_weight, _) = results
-    assert torch.equal(loss[others], dirty_loss[others]) and torch.equal(grad[others], dirty_grad[others])
-    assert dirty_loss[1].isnan() and dirty_grad[1].isnan().all() and dirty_weight.isnan().any()
-
-    cosine = case.cosine.float().requires_grad_()
-    bias = clean[2]
-    expected = with_gradients(logit_loss(case)(cosine, bias), [cosine], case.grad_loss)
-    broken = case.cosine.float()
-    broken[1, 2] = math.nan
-    actual = with_gradients(logit_loss(case)(broken.requires_grad_(), bias), [broken], case.grad_loss)
-    assert torch.equal(actual[0][others], expected[0][others]) and torch.equal(actual[1][others], expected[1][others])
-    assert actual[0][1].isnan()
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_an_ignored_row_adds_nothing_whatever_it_holds(plan: str) -> None:
-    case = Case(OPTIONS["two targets"])
-    clean = case.leaves("features", "linear_weight")
-    expected = with_gradients(head_loss(case, plan)(*clean, None), clean, case.grad_loss)
-    dirty = case.leaves("features", "linear_weight")
-    with torch.no_grad():
-        dirty[0][2] = math.nan
-        dirty[0][4] = math.inf
-    actual = with_gradients(head_loss(case, plan)(*dirty, None), dirty, case.grad_loss)
-    torch.testing.assert_close(actual, expected)
-    assert (actual[1][2] == 0).all() and (actual[1][4] == 0).all()
-    cosine = case.cosine.clone()
-    cosine[2] = math.nan
-    cosine[4] = 1e300
-    loss = logit_loss(case)(cosine.requires_grad_(), None)
-    assert torch.isfinite(loss) and (torch.autograd.grad(loss, cosine)[0][[2, 4]] == 0).all()
-
-
-@pytest.mark.parametrize("name", ["cloud", "weight", "focal", "two targets"])
-@pytest.mark.parametrize("plan", PLANS)
-def test_all_rows_ignored(plan: str, name: str) -> None:
-    for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
-        case = Case(OPTIONS[name], reduction)
-        case.target = torch.full((ROWS,), -100)
-        leaves = case.leaves("features", "linear_weight")
-        loss, *grads = with_gradients(head_loss(case, plan)(*leaves, None), leaves, case.grad_loss)
-        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
-        assert all((grad == 0).all() for grad in grads)
-        cosine = case.leaves("cosine")
-        loss, grad = with_gradients(logit_loss(case)(cosine[0], None), cosine, case.grad_loss)
-        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
-        assert (grad == 0).all()
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_rows_without_a_direction(plan: str) -> None:
-    case = Case(OPTIONS["bias"])
-    case.features[0] = 0
-    case.features[1] = 1e-14
-    case.linear_weight[3] = 0
-    case.linear_weight[4] = 1e-14
-    leaves = case.leaves("features", "linear_weight", "bias")
-    expected = with_gradients(
-        oracle.linear_gcl_cross_entropy(leaves[0], leaves[1], case.target, **{**case.keywords(), "bias": leaves[2]}), leaves, case.grad_loss
-    )
-    mine = case.leaves("features", "linear_weight", "bias")
-    actual = with_gradients(head_loss(case, plan)(*mine), mine, case.grad_loss)
-    torch.testing.assert_close(actual, expected)
-    assert (actual[1][:2] == 0).all() and (actual[2][3:5] == 0).all()
 
 
 @pytest.mark.parametrize("classes", [1, 2])
@@ -426,20 +280,19 @@ def test_a_label_that_is_no_class_makes_its_row_nan(label: int) -> None:
         assert loss[0].isnan() and loss[others].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["plain", "two targets, all options"])
-def test_operators_are_registered_soundly(name: str) -> None:
-    case = Case(OPTIONS[name], dtype=torch.float32)
+@pytest.mark.parametrize(("name", "reduction"), [("plain", "none"), ("two targets, all options", "mean")])
+def test_operators_are_registered_soundly(name: str, reduction: str) -> None:
+    case = Case(OPTIONS[name], reduction, dtype=torch.float32)
     terms = case.terms()
     cosine, features, weight, grad_loss = (tensor.float() for tensor in (case.cosine, case.features, case.linear_weight, case.grad_loss))
     torch.library.opcheck(OPS.torch_logit_forward, (cosine, *terms, True))
     _, saved = OPS.torch_logit_forward(cosine, *terms, True)
     for bias_grad in (True, False):
         torch.library.opcheck(OPS.torch_logit_backward, (grad_loss, cosine, saved, *terms, bias_grad))
-    for plan in PLANS:
-        for normalize in (True, False):
-            torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, normalize, plan, True))
-            _, saved = OPS.torch_head_forward(features, weight, *terms, normalize, plan, True)
-            torch.library.opcheck(OPS.torch_head_backward, (grad_loss, features, weight, saved, *terms, normalize, plan, True, True, True))
+    for plan, normalize in (("materialised", True), ("materialised", False), ("chunked", True), ("recompute", False)):
+        torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, normalize, plan, True))
+        _, saved = OPS.torch_head_forward(features, weight, *terms, normalize, plan, True)
+        torch.library.opcheck(OPS.torch_head_backward, (grad_loss, features, weight, saved, *terms, normalize, plan, True, True, True))
     torch.library.opcheck(OPS.torch_head_forward, (features, weight, *terms, True, "recompute", False))
 
 
