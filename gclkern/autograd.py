@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gclkern.backend import autocast_is_on
 from gclkern.kernels.terms import LossTerms
 
 # LossTerms opens with its tensors: those travel through save_for_backward, the plain values through the context.
@@ -19,7 +20,7 @@ TENSOR_TERMS = LossTerms._fields.index("scale")
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """For operators, which compute in the dtypes that they are given. To ask whether autocast is on costs less than to turn it off where it is not."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()
 
 
 def _operator(name: str, backend: str) -> Any:

@@ -37,3 +37,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
                 "or set TRITON_INTERPRET=1 before the first import of Triton to interpret the kernels"
             )
     return "triton"
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether operators on such a device are autocast; the meta device has no autocast, and torch refuses the question."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _enabled = False
 
@@ -25,5 +26,7 @@ def set_debug(enabled: bool) -> None:
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _enabled)
+    """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced or where there are none."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return _enabled or tensor.device.type == "cpu"

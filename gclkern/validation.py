@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gclkern.backend import autocast_is_on
 from gclkern.debug import values_may_be_read
 from gclkern.kernels.terms import LossTerms
 from gclkern.noise import resolve_seed
@@ -23,7 +24,8 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         raise TypeError(f"{name} must be a number, got a tensor; call .item() on it (no gradient is defined for {name})")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # comparisons alone, which a traced graph of symbolic numbers can take; NaN fails them all
+    if not (-math.inf < value < math.inf and low <= value <= high) or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{name} must be a finite number in {bounds}, got {value}")
     return float(value)
@@ -110,7 +112,8 @@ def _margin_vector(margin: object, num_classes: int, reference_name: str, refere
 
 def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(lam, Tensor):
-        return torch.full((rows,), check_number("lam", lam, 0.0, 1.0), dtype=dtype, device=reference.device)
+        # A number that changes with every batch: a traced graph takes it into a product as it comes, but torch.full would be traced again for each.
+        return torch.ones(rows, dtype=dtype, device=reference.device) * check_number("lam", lam, 0.0, 1.0)
     if not lam.dtype.is_floating_point:
         raise TypeError(f"lam must be a number or a floating-point tensor, got {lam.dtype}")
     if lam.shape not in ((), (rows,)):
@@ -128,7 +131,8 @@ def check_offset(name: str, value: object, extent: int, limit: int) -> int:
     # while a graph is traced an int may be symbolic, which `check_int` would refuse
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 0 <= value <= limit - extent:
+    # while a graph is traced the upper end would bound its extent, which torch.export refuses
+    if value < 0 or not (torch.compiler.is_compiling() or value <= limit - extent):
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")
     return value  # type: ignore[return-value]
 
@@ -145,7 +149,7 @@ def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> T
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {normalize!r}")
     device_type = features.device.type
-    if torch.is_autocast_enabled(device_type) and features.dtype != torch.float64:
+    if autocast_is_on(device_type) and features.dtype != torch.float64:
         features = features.to(torch.get_autocast_dtype(device_type))
     if features.dtype != linear_weight.dtype and (features.dtype.itemsize != 2 or linear_weight.dtype != torch.float32):
         raise TypeError(f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights")
