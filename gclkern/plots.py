@@ -96,8 +96,10 @@ def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str
     _save(figure, path)
 
 
-def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[int], path: str | os.PathLike[str]) -> None:
-    """The accuracy of every class, from the most frequent to the rarest, above its number of training samples.
+def plot_class_accuracy(
+    reports: Mapping[str, Report], class_counts: Sequence[int], path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None
+) -> None:
+    """The accuracy of every class, from the most frequent to the rarest, above its number of training samples; up to 20 classes by number or name.
 
     Raises:
         ValueError: a report of another number of classes.
@@ -126,7 +128,9 @@ def plot_class_accuracy(reports: Mapping[str, Report], class_counts: Sequence[in
     axis.set(xlabel=f"class, from the most frequent to the rarest{shown}", ylabel="accuracy, %", ylim=(-3, 103), zorder=counts.get_zorder() + 1)
     axis.patch.set_visible(False)
     if len(order) <= 20:
-        axis.set_xticks(places, [str(c) for c in order])
+        axis.set_xticks(places, [_class_title(c, class_names, None) for c in order])
+        if class_names is not None:
+            axis.tick_params("x", rotation=30)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 

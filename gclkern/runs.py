@@ -130,8 +130,8 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
     reports = {name: _from_dict(report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
     summary = {
-        "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_counts": data.class_counts, "groups": data.groups,
-        "config": run.config, "seconds": round(run.seconds, 1),
+        "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
+        "groups": data.groups, "config": run.config, "seconds": round(run.seconds, 1),
     }  # fmt: skip
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if run.board is not None:
@@ -157,7 +157,7 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
     last = phases[-1].name
     if (folder / "metrics.csv").exists():  # a re-training without gradients leaves none
         plots.plot_curves(folder / "metrics.csv", folder / "curves.png")
-    plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png")
+    plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png", class_names=data.class_names)
     plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png", name=last)
     embeddings = {phase.title: found[phase.name][1].cpu() for phase in compared(phases)}
     if data.test.labels.numel() >= plots.FEWEST_POINTS:

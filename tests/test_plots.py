@@ -69,6 +69,10 @@ def test_accuracy_by_class(classes: int, figures: list[Any], tmp_path: Path) -> 
     points = np.array(figures[0].axes[0].lines[0].get_ydata())
     assert np.all(np.diff(points[np.isfinite(points)]) <= 0), "the most frequent class comes first"
     assert len({line.get_linestyle() for line in figures[0].axes[0].lines if line.get_label()[0] != "_"}) == 2, "one line does not hide the other"
+    names = [f"class {c}" for c in range(classes)]
+    plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0)}, counts, tmp_path / "class.png", class_names=names)
+    shown = [text.get_text() for text in figures[1].axes[0].get_xticklabels()]
+    assert (shown == [f"class {c}" for c in sorted(range(classes), key=lambda c: -counts[c])]) is (classes <= 20)
     with pytest.raises(ValueError, match="report of a has 60 classes" if classes == 60 else "report of a has 3 classes"):
         plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0)}, [1, 2], tmp_path / "class.png")
 

@@ -151,6 +151,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
     assert "the checkpoint has 10 classes, folder has 2" in train("--evaluate", run[0], *folder, fails=True)
     short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--retrain", "crt", "--retrain-epochs", "1"]
     assert "stage-2" in train(*short, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["class_names"] == ["a", "b"]
     assert (tmp_path / "run" / "curves.png").exists()
     assert not (tmp_path / "run" / "tsne.png").exists(), "four test images are too few"
     broken = tmp_path / "train" / "a" / "1.png"
