@@ -115,7 +115,7 @@ def apply_operations(images: Tensor, kind: Tensor, magnitude: Tensor, sign: Tens
     out = images.clone()
     functions = {_move: _MOVES, _blend: _BLENDS, _map_values: _MAPS, _auto_contrast: (Operation.AutoContrast,), _equalize: (Operation.Equalize,)}
     for operation, kinds in functions.items():
-        chosen = torch.isin(kind, torch.tensor(kinds, device=kind.device))
+        chosen = torch.stack([kind == one for one in kinds]).any(0)  # numbers go with the kernel; a tensor of them would be copied, which waits for the device
         if images.device.type == "cpu":
             places = chosen.nonzero().flatten()
             out[places] = operation(images[places], kind[places], strength[places])
@@ -160,11 +160,17 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
 def _blend(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     """The image moved away from, or towards, a plainer one: black, itself in grey, its mean grey, or itself smoothed."""
     values = images.to(torch.float32)
-    grey = (values * values.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).floor()
+    grey = (values * _grey_shares(images.device)).sum(1, keepdim=True).floor()
     ratio, kind = 1 + 0.9 * strength[:, None, None, None], kind[:, None, None, None]
     plain = torch.where(kind == Operation.Color, grey, torch.where(kind == Operation.Contrast, grey.mean((1, 2, 3), keepdim=True), 0.0))
     plain = torch.where(kind == Operation.Sharpness, _smooth(values), plain)
     return (ratio * values + (1 - ratio) * plain).clamp_(0, 255).to(torch.uint8)
+
+
+@cache
+def _grey_shares(device: torch.device) -> Tensor:
+    """What red, green and blue give to grey, (3, 1, 1)."""
+    return torch.tensor([0.2989, 0.587, 0.114], device=device).view(3, 1, 1)
 
 
 def _smooth(values: Tensor) -> Tensor:
