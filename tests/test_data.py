@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gclkern.data import CorruptImageError, DeviceImages, ImageSet, load_data
-from gclkern.data.augment import _POLICY, AUGMENTATIONS, Operation, apply_operations, augment_batch, autoaugment, crop_and_flip, cutout
+from gclkern.data.augment import (
+    _POLICY,
+    AUGMENTATIONS,
+    Operation,
+    _grey_shares,
+    _policy_tables,
+    apply_operations,
+    augment_batch,
+    autoaugment,
+    crop_and_flip,
+    cutout,
+)
 from gclkern.data.cifar import read_pickle
 from gclkern.data.groups import count_groups, tercile_groups
 from gclkern.data.images import uniform_numbers
@@ -158,6 +172,29 @@ class TestAugmentation:
         found = augment_batch(images.cuda(), numbers.cuda(), augment, 4, True).cpu()
         wrong = (found.int() - augment_batch(images, numbers, augment, 4, True).int()).abs() > 1
         assert wrong.float().mean() < 0.002
+
+    def test_a_gpu_is_not_waited_for(self) -> None:
+        """No tensor is made of Python's numbers, which would be copied to the device, and no value is asked for: fake tensors refuse that, and need no GPU."""
+        called: list[str] = []
+
+        class Record(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                called.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        tables = (_policy_tables, _grey_shares)  # made once for a device
+        try:
+            with FakeTensorMode():
+                images, numbers = torch.empty(2, 3, 32, 32, dtype=torch.uint8, device="cuda"), torch.empty(2, 10, device="cuda")
+                for table in tables:
+                    table(images.device)
+                with Record():
+                    augment_batch(images, numbers, "autoaugment", 4, True)
+        finally:
+            for table in tables:
+                table.cache_clear()
+        assert len(called) > 100
+        assert "aten::lift_fresh" not in called
 
     def test_numbers_are_uniform_and_of_a_place(self) -> None:
         numbers = uniform_numbers(5, torch.arange(4000), 10)
@@ -395,6 +432,25 @@ class TestFolder:
         data.train.workers = 2  # type: ignore[attr-defined]
         assert torch.equal(epoch(batches), whole)
 
+    def test_workers_outlive_a_signal_to_all_processes(self, folder: Path) -> None:
+        """As Ctrl-C and torchrun send it: the main process, which stops after its step, still gets its images."""
+        script = f"""
+            import os, signal, time, torch
+            from gclkern.data import load_data
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)
+            data = load_data("folder", data_dir={str(folder)!r}, image_size=16, workers=1)
+            batches = iter(data.train.loader([[i] for i in range(8)], device=torch.device("cpu"), train=True))
+            next(batches)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.killpg(os.getpid(), number)
+                time.sleep(0.3)
+            print(1 + sum(1 for _ in batches))
+        """
+        command, root = [sys.executable, "-c", textwrap.dedent(script)], Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False, start_new_session=True)
+        assert done.stdout == "8\n", done.stderr
+
     def test_holdout(self, folder: Path) -> None:
         data = load_data("folder", data_dir=folder, image_size=16, workers=0, holdout=0.4)
         assert data.holdout is not None
@@ -424,6 +480,20 @@ class TestFolder:
         with pytest.raises(ValueError, match="classes without a training image: dog; remove their folders, or fill them"):
             load_data("folder", data_dir=folder, workers=0, skip_corrupt=True)
 
+    def test_the_last_class_without_a_training_image(self, folder: Path) -> None:
+        for path in (folder / "train" / "dog").iterdir():
+            path.unlink()
+        with pytest.raises(ValueError, match="classes without a training image: dog; remove their folders, or fill them"):
+            load_data("folder", data_dir=folder, workers=0)
+
+    def test_hidden_files_and_folders_do_not_count(self, folder: Path) -> None:
+        (folder / "train" / ".ipynb_checkpoints").mkdir()
+        (folder / "train" / "dog" / ".ipynb_checkpoints").mkdir()
+        write_image(folder / "train" / "dog" / ".ipynb_checkpoints" / "5-checkpoint.jpg")
+        (folder / "test" / "dog" / "._5.png").write_bytes(b"Mac OS X")
+        data = load_data("folder", data_dir=folder, workers=0)
+        assert (data.class_counts, data.class_names, len(data.test)) == ([5, 3], ["cat", "dog"], 8)
+
     def test_folders_that_are_missing_or_unknown(self, folder: Path, tmp_path: Path) -> None:
         write_image(folder / "test" / "bird" / "1.png")
         with pytest.raises(ValueError, match=r"bird is a class that .*train does not have"):
@@ -445,6 +515,10 @@ class TestLists:
         paths, labels = read_list(tmp_path / "list.txt")
         assert (paths, labels.tolist()) == (["a b/c d.jpg", "e.jpg"], [3, 4])
 
+    def test_a_mark_of_the_byte_order_is_no_part_of_the_path(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("a.jpg 0\n", encoding="utf-8-sig")
+        assert read_list(tmp_path / "list.txt")[0] == ["a.jpg"]
+
     @pytest.mark.parametrize(
         ("text", "message"), [("a.jpg 0\nb.jpg\n", r"list\.txt:2: expected `relative/path label`"), ("a.jpg -1\n", "label from 0 on"), ("\n", "lists no image")]
     )
@@ -462,6 +536,11 @@ class TestLists:
         (folder / "a.txt").write_text("somewhere/0.jpg 0\n")
         with pytest.raises(FileNotFoundError, match=r"the list has somewhere/0\.jpg, but .* holds no folder somewhere; pass the folder with --data-dir"):
             load_data("list", data_dir=folder, **lists)
+        (folder / "a.txt").write_text("train/cat/0.jpg 0\ntrain/cat/99.jpg 0\n")
+        with pytest.raises(FileNotFoundError, match=r"the list has train/cat/99\.jpg, but there is no .*99\.jpg; add it, or pass --skip-corrupt"):
+            load_data("list", data_dir=folder, **lists)
+        data = load_data("list", data_dir=folder, **lists, skip_corrupt=True, workers=0)
+        assert data.train.skipped == [f"{folder}/train/cat/99.jpg does not exist"]  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="inat18 has 8142 classes, but its training list has 1"):
             load_data("inat18", data_dir=folder, **lists)
 

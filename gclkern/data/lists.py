@@ -88,6 +88,12 @@ class _Files(Dataset[Any]):
             return self.transform(image), int(self.labels[request.place])
 
 
+def _own_group(_worker: int) -> None:
+    """Keep a worker from signals to the process group, which terminals and torchrun send: the main process needs it to end its step and save a checkpoint."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
 def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
     failure = next((sample for sample in samples if isinstance(sample, str)), None)
     if failure is not None:
@@ -174,6 +180,7 @@ class ListImages:
             batch_sampler=requests,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_own_group,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
         )
@@ -194,10 +201,10 @@ def read_list(path: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no list {path}; each line of it should be `relative/path label`")
+        raise FileNotFoundError(f"there is no list {path.absolute()}; each line of it should be `relative/path label`")
     paths, labels = [], []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with the mark that some editors put first, or without it
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -232,9 +239,10 @@ def _places_candidates(folder: PurePosixPath, class_folder: PurePosixPath | None
                 yield PurePosixPath("val", *train_folder.parts[1:])
 
 
-def _locate(root: Path, paths: Sequence[str], labels: Tensor, class_folders: dict[int, PurePosixPath], places: bool) -> list[str]:
-    """The files of a list under `root`; one folder of the list is looked up once, its files are not opened here."""
+def _locate(root: Path, paths: Sequence[str], labels: Tensor, class_folders: dict[int, PurePosixPath], *, places: bool, incomplete: bool) -> list[str]:
+    """The files of a list under `root`, with none missing unless it may be `incomplete`. A folder is looked up and listed once, no file is opened."""
     found: dict[tuple[PurePosixPath, int], Path] = {}
+    held: dict[Path, set[str]] = {}
     located = []
     for path, label in zip(map(PurePosixPath, paths), labels.tolist(), strict=True):
         key = path.parent, label
@@ -244,16 +252,22 @@ def _locate(root: Path, paths: Sequence[str], labels: Tensor, class_folders: dic
             if not exists:
                 raise FileNotFoundError(f"the list has {path}, but {root} holds no folder {' or '.join(map(str, candidates))}; pass the folder with --data-dir")
             found[key] = exists[0]
-        located.append(str(found[key] / path.name))
+        folder = found[key]
+        if folder not in held:
+            held[folder] = set() if incomplete else {file.name for file in folder.iterdir()}
+        if not incomplete and path.name not in held[folder]:
+            raise FileNotFoundError(f"the list has {path}, but there is no {folder / path.name}; add it, or pass --skip-corrupt to leave out such images")
+        located.append(str(folder / path.name))
     return located
 
 
 def _read_folder(root: Path) -> tuple[list[str], Tensor, list[str]]:
-    """Paths, labels and class names of a folder that has one folder for each class, in alphabetical order."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    """Paths, labels and class names of a folder that has one folder for each class, in alphabetical order; hidden ones, which programs leave, do not count."""
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     paths, labels = [], []
     for label, name in enumerate(names):
-        files = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in _SUFFIXES)
+        found = [file for file in (root / name).rglob("*") if file.suffix.lower() in _SUFFIXES]
+        files = sorted(str(file) for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts))
         paths += files
         labels += [label] * len(files)
     if not paths:
@@ -274,7 +288,7 @@ def _splits(
     skip_corrupt: bool,
 ) -> DataSplits:
     """Checks the labels, which must be 0 to C - 1 with training images for each, and with `skip_corrupt` the files."""
-    num_classes = int(train[1].max()) + 1
+    num_classes = int(train[1].max()) + 1 if class_names is None else len(class_names)
     if (highest := int(test[1].max())) >= num_classes:
         raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}; number classes alike in both lists")
     sets = []
@@ -327,12 +341,13 @@ def load_lists(
     (train_paths, train_labels), (test_paths, test_labels) = listed
     if known is not None and (found := train_labels.unique().numel()) != known.num_classes:
         raise ValueError(f"{name} has {known.num_classes} classes, but its training list has {found}; for a list of your own take the data set 'list'")
+    look = {"places": name == "places-lt", "incomplete": skip_corrupt}
     class_folders = {label: PurePosixPath(path).parent for path, label in zip(train_paths, train_labels.tolist(), strict=True)}
     mean, std = (known.mean, known.std) if known is not None else (_IMAGENET_MEAN, _IMAGENET_STD)
     return _splits(
         name,
-        (_locate(root, train_paths, train_labels, class_folders, name == "places-lt"), train_labels),
-        (_locate(root, test_paths, test_labels, class_folders, name == "places-lt"), test_labels),
+        (_locate(root, train_paths, train_labels, class_folders, **look), train_labels),
+        (_locate(root, test_paths, test_labels, class_folders, **look), test_labels),
         mean=mean,
         std=std,
         image_size=image_size,
