@@ -1,7 +1,10 @@
-"""Run a function in several processes that share a gloo process group on the CPU."""
+"""Programs and functions in processes of their own: train.py as a user starts it, and a function in several that share a gloo process group on the CPU."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +14,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
+
+ROOT = Path(__file__).parent.parent
+
+
+def start_train(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    """train.py on `ranks` processes of one thread each, together a process group of their own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a process prints that ends well."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    return output
 
 
 def _enter(rank: int, world: int, store: str, seconds: float, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

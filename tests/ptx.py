@@ -166,49 +166,52 @@ class Machine:
         self.shared_base = block * shared
         self.mask = np.ones(lanes, np.bool_)  # of the threads that run now
         self.whole = True
+        self.ready = {0: self.mask}  # the threads that may go on, by their next instruction
+        self.waiting, self.done = np.zeros((2, lanes), np.bool_)  # at a barrier, and at the end
+        self.resume = np.zeros(lanes, np.int64)  # where waiting threads go on
 
     def run(self) -> None:
-        ready = {0: self.mask}
-        waiting = np.zeros(self.lanes, np.bool_)
-        resume = np.zeros(self.lanes, np.int64)
-        done = np.zeros(self.lanes, np.bool_)
-        instructions, labels = self.program.instructions, self.program.labels
         for _ in range(_LIMIT):
-            if not ready:
-                if done.all():
+            if not self.ready:
+                if self.done.all():
                     return
-                arrived = (waiting | done).reshape(self.blocks, self.threads).all(1)
-                released = waiting & np.repeat(arrived, self.threads)
-                if not released.any():
-                    raise RuntimeError("threads wait at a barrier that others never reach")
-                waiting &= ~released
-                ready = {int(at): released & (resume == at) for at in np.unique(resume[released])}
-            at = min(ready)
-            self._activate(ready.pop(at))
-            instruction = instructions[at]
-            mask = self.mask
-            if instruction.name == "bar":
-                waiting |= mask
-                resume[mask] = at + 1
-                continue
-            taken = self._guard(instruction)
-            if instruction.name == "ret":
-                done |= taken
-                self._join(ready, at + 1, mask & ~taken)
-            elif instruction.name == "bra":
-                self._join(ready, labels[instruction.operands[0]], taken)
-                self._join(ready, at + 1, mask & ~taken)
-            else:
-                if taken is not mask:
-                    self._activate(taken)
-                if taken is mask or taken.any():
-                    try:
-                        self._execute(instruction)
-                    except Exception as error:
-                        error.add_note(f"at: {instruction.text}")
-                        raise
-                self._join(ready, at + 1, mask)
+                self._release()
+            at = min(self.ready)
+            self._activate(self.ready.pop(at))
+            self._step(at, self.program.instructions[at])
         raise RuntimeError(f"{_LIMIT} instructions and no end")
+
+    def _release(self) -> None:
+        """Blocks all of whose threads have come to the barrier go on."""
+        arrived = (self.waiting | self.done).reshape(self.blocks, self.threads).all(1)
+        released = self.waiting & np.repeat(arrived, self.threads)
+        if not released.any():
+            raise RuntimeError("threads wait at a barrier that others never reach")
+        self.waiting &= ~released
+        self.ready = {int(at): released & (self.resume == at) for at in np.unique(self.resume[released])}
+
+    def _step(self, at: int, instruction: Instruction) -> None:
+        """One instruction of the threads that run now, and where they go on."""
+        here, taken = self.mask, self._guard(instruction)
+        if instruction.name == "bar":
+            self.waiting |= here
+            self.resume[here] = at + 1
+        elif instruction.name == "ret":
+            self.done |= taken
+            self._join(at + 1, here & ~taken)
+        elif instruction.name == "bra":
+            self._join(self.program.labels[instruction.operands[0]], taken)
+            self._join(at + 1, here & ~taken)
+        else:
+            if taken is not here:
+                self._activate(taken)
+            if taken is here or taken.any():
+                try:
+                    self._execute(instruction)
+                except Exception as error:
+                    error.add_note(f"at: {instruction.text}")
+                    raise
+            self._join(at + 1, here)
 
     def _execute(self, instruction: Instruction) -> None:
         if instruction.name in _BINARY:
@@ -222,12 +225,11 @@ class Machine:
         self.mask = mask
         self.whole = bool(mask.all())
 
-    @staticmethod
-    def _join(ready: dict[int, Lanes], at: int, mask: Lanes) -> None:
-        if at in ready:
-            ready[at] = ready[at] | mask
+    def _join(self, at: int, mask: Lanes) -> None:
+        if at in self.ready:
+            self.ready[at] = self.ready[at] | mask
         elif mask.any():
-            ready[at] = mask
+            self.ready[at] = mask
 
     def _guard(self, instruction: Instruction) -> Lanes:
         if instruction.guard is None:

@@ -106,6 +106,13 @@ def test_negative_weights(loss: Any, value: float) -> None:
     check(ValueError, "weight", str(value)[:4], loss, **inputs(weight=torch.tensor([1.0, 1.0, value, 1.0, 1.0])))
 
 
+@pytest.mark.parametrize("name", ["cloud", "margin", "weight", "lam"])
+def test_gradients_that_are_not_defined(loss: Any, name: str) -> None:
+    extra = {"target_b": torch.tensor([1, 1, 1])} if name == "lam" else {}
+    value = torch.full((ROWS if name == "lam" else CLASSES,), 0.5, requires_grad=True)
+    check(ValueError, name, "requires a gradient", loss, **inputs(**extra) | {name: value})
+
+
 # ---- labels
 
 

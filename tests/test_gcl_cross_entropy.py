@@ -396,17 +396,6 @@ def test_double_backward_is_refused(backend: str, device: torch.device) -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["cloud", "margin", "weight", "lam"])
-def test_a_gradient_that_is_not_defined_is_refused(name: str, backend: str, device: torch.device) -> None:
-    options: Options = {name: vector(8)}
-    if name == "lam":
-        options = {"target_b": labels(3, 8), "lam": vector(3)}
-    options = {key: value.to(device) for key, value in options.items()}
-    options[name].requires_grad_()
-    with pytest.raises(ValueError, match=rf"\b{name}\b.*gradient"):
-        gcl_cross_entropy(cosines(3, 8, device=device), labels(3, 8).to(device), backend=backend, **options)
-
-
 def test_only_the_bias_wants_a_gradient(backend: str, device: torch.device) -> None:
     """Logit adjustment learned on frozen cosines, and cosines with a fixed bias."""
     cosine, target = cosines(5, 12, device=device), labels(5, 12)

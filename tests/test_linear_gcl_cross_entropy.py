@@ -395,15 +395,6 @@ def test_double_backward_is_refused(plan: str, backend: str, device: torch.devic
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["cloud", "margin", "weight", "lam"])
-def test_a_gradient_that_is_not_defined_is_refused(name: str, device: torch.device) -> None:
-    options: Options = {"target_b": labels(3, 8), "lam": vector(3)} if name == "lam" else {name: vector(8)}
-    options = {key: value.to(device) for key, value in options.items()}
-    options[name].requires_grad_()
-    with pytest.raises(ValueError, match=rf"\b{name}\b.*gradient"):
-        linear_gcl_cross_entropy(matrix(3, 4, device=device), matrix(8, 4, device=device), labels(3, 8).to(device), **options)
-
-
 def test_autocast_casts_the_features_only(plan: str, backend: str, device: torch.device) -> None:
     """As F.linear does for its input; the weights keep float32 and get a float32 gradient. The loss equals that of features cast by hand."""
     target = labels(5, 21)

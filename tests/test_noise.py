@@ -62,7 +62,6 @@ def assert_close(noise: Tensor, expected: Tensor) -> None:
 def test_words_of_a_zero_counter() -> None:
     zero = torch.zeros(1, dtype=torch.int64)
     assert unsigned(philox_words(zero[0], zero, zero)) == ZERO_WORDS
-    assert list(oracle.philox(0, (0, 0, 0, 0))) == ZERO_WORDS
 
 
 def test_known_draws(backend: str, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,32 +12,19 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, finish, start_train
+
 SHORT = ["--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """train.py in a process of its own, on one thread, with its output in a pipe."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 def outcome(folder: Path) -> tuple[str, object]:
     return (folder / "metrics.csv").read_text(), json.loads((folder / "summary.json").read_text())["reports"]
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(*SHORT, "--out", str(folder)))
+    finish(start_train(*SHORT, "--out", folder))
     return outcome(folder)
 
 
@@ -46,7 +32,7 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple[str, object])
     """SIGKILL at random moments; with a checkpoint after each step, many fall into the middle of a write."""
     folder = tmp_path / "run"
     dice = random.Random(0)
-    process = start(*SHORT, "--out", str(folder))
+    process = start_train(*SHORT, "--out", folder)
     for _ in range(3):
         while not (folder / "last.pt").exists() and process.poll() is None:
             time.sleep(0.01)
@@ -56,7 +42,7 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple[str, object])
         time.sleep(dice.uniform(0.0, 0.3))
         process.kill()
         process.communicate()
-        process = start("--resume", str(folder))
+        process = start_train("--resume", folder)
     finish(process)
     assert outcome(folder) == undisturbed
 
@@ -64,14 +50,14 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple[str, object])
 def test_interrupted(tmp_path: Path, undisturbed: tuple[str, object]) -> None:
     """Ctrl-C ends the step, leaves a checkpoint and says how to go on."""
     folder = tmp_path / "run"
-    process = start(*SHORT[:-1], "1000", "--out", str(folder))
+    process = start_train(*SHORT[:-1], "1000", "--out", folder)
     while not (folder / "metrics.csv").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert f"--resume {folder}" in finish(process)
     assert (folder / "last.pt").exists()
     assert not (folder / "summary.json").exists()
-    finish(start("--resume", str(folder)))
+    finish(start_train("--resume", folder))
     assert outcome(folder) == undisturbed
 
 

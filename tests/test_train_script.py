@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, finish, start_train
+
 SHORT = ["--epochs", "2", "--device", "cpu"]
 
 
-def train(*arguments: object, fails: bool = False) -> str:
-    """What train.py prints, the end of it where it is expected to fail."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240, check=False)
-    assert (finished.returncode != 0) is fails, finished.stdout + finished.stderr
-    if fails:
-        assert "Traceback" not in finished.stderr
-        return finished.stderr
-    return finished.stdout
+def train(*arguments: object) -> str:
+    return finish(start_train(*arguments))
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What train.py says to arguments that it refuses, in this process, which has everything imported already."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path("train.py", run_name="__main__")
+        return f"{stopped.value.code} {capsys.readouterr().err}"
+
+    return run
 
 
 def table(output: str) -> list[str]:
@@ -111,35 +117,30 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
     (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip
-def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, which has everything imported already."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path("train.py", run_name="__main__")
-    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*arguments)
 
 
-def test_a_run_keeps_its_arguments(run: tuple[Path, str]) -> None:
-    assert "--lr: the run was started with None, now it is 0.3" in train("--resume", run[0], "--lr", "0.3", fails=True)
-    assert "already holds a run" in train("--out", run[0], fails=True)
-    assert "holds a finished network" in train("--resume", run[0] / "stage-1.pt", fails=True)
+def test_a_run_keeps_its_arguments(run: tuple[Path, str], refused: Callable[..., str]) -> None:
+    assert "--lr: the run was started with None, now it is 0.3" in refused("--resume", run[0], "--lr", "0.3")
+    assert "already holds a run" in refused("--out", run[0])
+    assert "holds a finished network" in refused("--resume", run[0] / "stage-1.pt")
 
 
-def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path) -> None:
+def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path, refused: Callable[..., str]) -> None:
     """A run on a finished stage 1 ends as one that trained it, bit by bit, however often it is evaluated; a stage 1 of other settings is refused."""
     options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--eval-every", "2", "--stage1", run[0] / "stage-1.pt"]
     train(*options, "--out", tmp_path / "run")
     expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (run[0], tmp_path / "run"))
     assert found["reports"] == {"stage-2": expected["reports"]["stage-2"]}
     assert [phase["name"] for phase in found["phases"]] == ["baseline", "stage-1", "stage-2"]
-    message = train(*options, "--seed", "1", "--out", tmp_path / "other", fails=True)
+    message = refused(*options, "--seed", "1", "--out", tmp_path / "other")
     assert "stage-1.pt was trained with --seed 0, this run has 1" in message
     options[-1] = run[0] / "last.pt"
-    assert "give stage-1.pt of a finished run" in train(*options, "--out", tmp_path / "other", fails=True)
+    assert "give stage-1.pt of a finished run" in refused(*options, "--out", tmp_path / "other")
 
 
-def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path, refused: Callable[..., str]) -> None:
     from PIL import Image
 
     for part, images in (("train", 4), ("test", 2)):
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
             for index in range(images):
                 Image.fromarray(np.full((12, 12, 3), 40 * index + 60 * (name == "b"), np.uint8)).save(tmp_path / part / name / f"{index}.png")
     folder = ["--data", "folder", "--data-dir", tmp_path, "--workers", "1", "--image-size", "16"]
-    assert "the checkpoint has 10 classes, folder has 2" in train("--evaluate", run[0], *folder, fails=True)
+    assert "the checkpoint has 10 classes, folder has 2" in refused("--evaluate", run[0], *folder)
     short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--retrain", "crt", "--retrain-epochs", "1"]
     assert "stage-2" in train(*short, "--out", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["class_names"] == ["a", "b"]
@@ -156,7 +157,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
     assert not (tmp_path / "run" / "tsne.png").exists(), "four test images are too few"
     broken = tmp_path / "train" / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    assert str(broken) in train(*short, "--out", tmp_path / "broken", fails=True)
+    assert str(broken) in refused(*short, "--out", tmp_path / "broken")
     assert "left out 1 training images" in train(*short, "--out", tmp_path / "skipped", "--skip-corrupt")
 
 
