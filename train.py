@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gclkern import DROLTLoss
 from gclkern.checkpoint import CheckpointError, load_checkpoint
-from gclkern.data import CIFAR, DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.data import CIFAR, DATASETS, CorruptImageError, DataSplits, Epoch, load_data
 from gclkern.distributed import ShardError
 from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure, number, stop_requests
 from gclkern.extras import need
@@ -279,10 +279,8 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
     def batches(purpose: str, epoch: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images and labels of an epoch's steps, from `step` on."""
         sampler.set_epoch(epoch, position=step * local)
-        return data.train.loader(
-            step_batches(iter(sampler), local), device=ranks.device, epoch_seed=derive_seed(args.seed, phase.name, purpose, epoch), train=True,
-            position=step * local, num_replicas=ranks.world, rank=ranks.rank,
-        )  # fmt: skip
+        place = Epoch(derive_seed(args.seed, phase.name, purpose, epoch), step * local, ranks.world, ranks.rank)
+        return data.train.loader(step_batches(iter(sampler), local), device=ranks.device, epoch=place)
 
     saved = time.monotonic()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gclkern.data import CorruptImageError, DeviceImages, ImageSet, load_data
+from gclkern.data import CorruptImageError, DeviceImages, Epoch, ImageSet, load_data
 from gclkern.data.augment import (
     _POLICY,
     AUGMENTATIONS,
@@ -225,7 +225,7 @@ class TestDeviceImages:
         batches = [order[start : start + 30] for start in range(0, 300, 30)]
 
         def epoch(batches: list[list[int]], **place: int) -> Tensor:
-            return torch.cat([images for images, _ in data.loader(batches, device=CPU, epoch_seed=9, train=True, **place)])
+            return torch.cat([images for images, _ in data.loader(batches, device=CPU, epoch=Epoch(9, **place))])
 
         whole = epoch(batches)
         assert torch.equal(epoch(batches[4:], position=120), whole[120:])
@@ -237,7 +237,7 @@ class TestDeviceImages:
         data = device_images()
         data.augment = "randaugment"
         with pytest.raises(ValueError, match="augment must be one of 'none', 'standard', 'autoaugment', got 'randaugment'"):
-            next(data.loader([[0]], device=CPU, train=True))
+            next(data.loader([[0]], device=CPU))
 
 
 @needs_sklearn
@@ -422,7 +422,7 @@ class TestFolder:
         batches = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
         def epoch(batches: list[list[int]], **place: int) -> Tensor:
-            return torch.cat([images for images, _ in data.train.loader(batches, device=CPU, epoch_seed=3, train=True, **place)])
+            return torch.cat([images for images, _ in data.train.loader(batches, device=CPU, epoch=Epoch(3, **place))])
 
         before = torch.get_rng_state()
         whole = epoch(batches)
@@ -436,11 +436,11 @@ class TestFolder:
         """As Ctrl-C and torchrun send it: the main process, which stops after its step, still gets its images."""
         script = f"""
             import os, signal, time, torch
-            from gclkern.data import load_data
+            from gclkern.data import Epoch, load_data
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: None)
             data = load_data("folder", data_dir={str(folder)!r}, image_size=16, workers=1)
-            batches = iter(data.train.loader([[i] for i in range(8)], device=torch.device("cpu"), train=True))
+            batches = iter(data.train.loader([[i] for i in range(8)], device=torch.device("cpu"), epoch=Epoch(0)))
             next(batches)
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.killpg(os.getpid(), number)

@@ -6,11 +6,11 @@ import os
 
 from gclkern.data.cifar import CIFAR, load_cifar
 from gclkern.data.digits import load_digits
-from gclkern.data.images import DataSplits, DeviceImages, ImageSet
+from gclkern.data.images import DataSplits, DeviceImages, Epoch, ImageSet
 from gclkern.data.lists import LISTS, CorruptImageError, ListImages, load_folder, load_lists
 from gclkern.data.longtail import stratified_split
 
-__all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "ImageSet", "ListImages", "load_data"]
+__all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "Epoch", "ImageSet", "ListImages", "load_data"]
 
 DATASETS = ("digits-lt", *CIFAR, *LISTS, "list", "folder")
 
@@ -56,7 +56,7 @@ def load_data(
         >>> splits = load_data("digits-lt")
         >>> splits.class_counts
         [140, 100, 71, 51, 36, 26, 19, 13, 9, 7]
-        >>> images, labels = next(splits.train.loader([[0, 1, 2]], device=torch.device("cpu"), epoch_seed=1, train=True))
+        >>> images, labels = next(splits.train.loader([[0, 1, 2]], device=torch.device("cpu"), epoch=Epoch(seed=1)))
         >>> images.shape, labels
         (torch.Size([3, 1, 8, 8]), tensor([0, 0, 0]))
     """

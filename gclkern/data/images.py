@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,17 @@ _DEVICE_CHUNK = 4096
 _CPU_CHUNK = 256
 
 
-def epoch_places(count: int, position: int, num_replicas: int, rank: int) -> Tensor:
-    """Places in the whole epoch of a rank's next `count` samples, when it has already seen `position`: the numbering of gclkern.samplers."""
-    return torch.arange(position, position + count) * num_replicas + rank
+class Epoch(NamedTuple):
+    """An epoch of training as a rank goes on with it: what the augmentation of its samples depends on, beside their place."""
+
+    seed: int
+    position: int = 0  # samples of the epoch that this rank has already done, as for the samplers
+    num_replicas: int = 1
+    rank: int = 0
+
+    def places(self, start: int, count: int) -> Tensor:
+        """Places in the whole epoch of `count` of this rank's samples, from its `start`-th one from here on: the numbering of gclkern.samplers."""
+        return torch.arange(self.position + start, self.position + start + count) * self.num_replicas + self.rank
 
 
 def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
@@ -45,22 +53,11 @@ class ImageSet(Protocol):
         """A set of the samples at `indices`, with the same settings."""
         ...
 
-    def loader(
-        self,
-        batches: Iterable[Sequence[int]],
-        *,
-        device: torch.device,
-        epoch_seed: int = 0,
-        train: bool = False,
-        position: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of each batch of indices, on the device; images (B, C, H, W) are normalised float32.
 
-        When `train`, they are augmented. The augmentation of a sample depends on `epoch_seed` and its place in the epoch alone: `position` is the number of
-        samples of the epoch that this rank has already done, as for the samplers, so a resumed epoch goes on as it would have, and several ranks augment as
-        one process does.
+        In an epoch of training they are augmented. The augmentation of a sample depends on the epoch's seed and its place in the epoch alone, so a resumed
+        epoch goes on as it would have, and several ranks augment as one process does.
         """
         ...
 
@@ -94,29 +91,19 @@ class DeviceImages:
         other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
         return other
 
-    def loader(
-        self,
-        batches: Iterable[Sequence[int]],
-        *,
-        device: torch.device,
-        epoch_seed: int = 0,
-        train: bool = False,
-        position: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         check_choice("augment", self.augment, tuple(AUGMENTATIONS))
         if self.images.device != device:
             self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
-        columns = AUGMENTATIONS[self.augment] if train else 0
+        columns, done = AUGMENTATIONS[self.augment], 0
         for chunk in _chunks(batches, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
             sizes = [len(batch) for batch in chunk]
             indices = torch.tensor([index for batch in chunk for index in batch])
-            places = epoch_places(indices.numel(), position, num_replicas, rank)
-            position += indices.numel()
             images, labels = self.images[indices.to(device)], self.labels[indices].to(device)
-            if columns:
-                images = augment_batch(images, uniform_numbers(epoch_seed, places.to(device), columns), self.augment, self.padding, self.flip)
+            if epoch is not None and columns:
+                numbers = uniform_numbers(epoch.seed, epoch.places(done, indices.numel()).to(device), columns)
+                images = augment_batch(images, numbers, self.augment, self.padding, self.flip)
+            done += indices.numel()
             yield from zip(images.to(torch.float32).mul_(self._scale).add_(self._shift).split(sizes), labels.split(sizes), strict=True)
 
 

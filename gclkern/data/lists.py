@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gclkern.data.groups import count_groups
-from gclkern.data.images import DataSplits, epoch_places, uniform_numbers
+from gclkern.data.images import DataSplits, Epoch, uniform_numbers
 from gclkern.extras import need
 
 
@@ -156,27 +156,18 @@ class ListImages:
         other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
         return other
 
-    def loader(
-        self,
-        batches: Iterable[Sequence[int]],
-        *,
-        device: torch.device,
-        epoch_seed: int = 0,
-        train: bool = False,
-        position: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         if self.augment not in ("standard", "none"):
             raise ValueError(f"augment must be standard or none for image files, got {self.augment!r}")
-        requests = []
+        requests: list[list[_Request]] = []
+        done, drawn = 0, epoch or Epoch(seed=0)
         for batch in batches:
-            places = epoch_places(len(batch), position, num_replicas, rank)
-            position += len(batch)
-            seeds = (uniform_numbers(epoch_seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
+            places = drawn.places(done, len(batch))
+            done += len(batch)
+            seeds = (uniform_numbers(drawn.seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
             requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
         loader: DataLoader[Any] = DataLoader(
-            _Files(self.paths, self.labels, self.image_size, train and self.augment == "standard"),
+            _Files(self.paths, self.labels, self.image_size, epoch is not None and self.augment == "standard"),
             batch_sampler=requests,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_collate,
