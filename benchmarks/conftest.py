@@ -34,10 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_START] = time.monotonic()
     config.stash[_ROUNDS] = {}
+    config.stash[_MEASURED] = []
 
 
 _START = pytest.StashKey[float]()
 _SELECTED = pytest.StashKey[list[Case]]()
+_MEASURED = pytest.StashKey[list[tuple[Case, dict[str, Any]]]]()
 _ROUNDS = pytest.StashKey[dict[str, tuple[list[float], str]]]()  # by the case's key: seconds of its rounds, and how they were timed
 
 
@@ -72,6 +74,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What pytest-benchmark's table of times leaves out: memory, and what of the operation each contestant does."""
+    measured = config.stash[_MEASURED]
+    if measured:
+        terminalreporter.section("median time, peak memory beyond the inputs with what is returned, and what is included")
+    for group in dict.fromkeys(case.group for case, _ in measured):
+        terminalreporter.write_line(f"\n{group}")
+        for case, result in measured:
+            if case.group == group:
+                figures = f"{1e3 * result['seconds']:11.4g} ms{result['peak_bytes'] / 1e6:11.4g} MB"
+                terminalreporter.write_line(f"  {case.contestant:34}{figures}  {result['includes']}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -167,6 +182,7 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> str:
     result["peak_bytes"] = allocated_peak(contestant.prepare(inputs, case.phase), device)
     result |= {**_rates(case, result["seconds"]), "includes": contestant.includes}
     benchmark.extra_info.update(result)
+    config.stash[_MEASURED].append((case, result))
     _record(config, case, result)
     return how
 

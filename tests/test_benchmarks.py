@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -225,6 +228,15 @@ def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.
         cuda.allocate(-4000)
 
     assert allocated_peak(call, torch.device("cuda")) == 4000
+
+
+def test_the_terminal_shows_memory_and_what_is_included() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_noise.py", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "CIFAR-100"]
+    done = subprocess.run(command, cwd=common.ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout
+    rows = done.stdout.partition("noise | CIFAR-100 | fp32 | draw\n")[2].splitlines()
+    assert re.fullmatch(r"  gclkern +[\d.e-]+ ms +[\d.]+ MB  a pure function of seed, sample and class", rows[0]), done.stdout
+    assert [row[2:36].rstrip() for row in rows[:3]] == ["gclkern", "plain torch", "device fill"]
 
 
 def test_every_case_of_a_gpu_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
