@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .philox import noise_tile
 from .row_loss import LOG2E, ROW_STATS, finish_rows
-from .runtime import NVIDIA, on_device
+from .runtime import LOOSE_POINTERS, NVIDIA, PLACES, batch_kernel, on_device
 from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
 
 # Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product
@@ -292,7 +292,7 @@ def _stats_tile(
     return accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND)
 
 
-@triton.jit
+@batch_kernel
 def _row_stats_kernel(
     cosine_ptr, stride_n_units, stride_c, readable,  # (N, C); columns below `readable` exist in memory
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr,
@@ -384,7 +384,9 @@ def _gradient_tile(
         tl.store(bias_sum_ptr + at, tl.sum(bias_sum, axis=0), mask=present)
 
 
-@triton.jit
+# Specialised by the number of rows: without a mask that may end inside a tile it needs fewer registers, and spills none. A last batch that is smaller
+# compiles it once more.
+@triton.jit(do_not_specialize=PLACES, do_not_specialize_on_alignment=LOOSE_POINTERS)
 def _gradient_kernel(
     cosine_ptr, stride_n_units, stride_c, readable,  # (N, C)
     out_ptr, out_stride, writable,  # (N, padded C)

@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import noise_tile
-from .runtime import NVIDIA, on_device
+from .runtime import NVIDIA, batch_kernel, on_device
 
 _ROWS = 4
 _GROUPS = 64  # of 8 classes
 
 
-@triton.jit(do_not_specialize=["num_rows", "row_offset", "first_group"])
+@batch_kernel
 def cloud_noise_kernel(
     noise_ptr,  # [num_rows, num_classes] float32
     seed_ptr,  # int64

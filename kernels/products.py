@@ -34,7 +34,7 @@ from .logit_loss import (
     tile_gradient,
 )
 from .row_loss import LOG2E
-from .runtime import INTERPRETED, NVIDIA
+from .runtime import INTERPRETED, NVIDIA, batch_kernel
 from .terms import LossTerms
 
 ZERO_NORM = 1e-12  # a row of this norm or less has no direction: cosine 0, gradient 0
@@ -70,7 +70,7 @@ def _inverse(norm, zero_norm):
     return tl.where(norm <= zero_norm, 0.0, tl.where(norm < float("inf"), 1.0 / norm, float("nan")))
 
 
-@triton.jit
+@batch_kernel
 def _unit_rows_kernel(
     x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, row_scale_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
@@ -106,7 +106,7 @@ def _unit_rows_kernel(
             tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@batch_kernel
 def _target_cosine_kernel(
     x_ptr, stride_n, stride_d, weight_ptr, weight_stride_c, weight_stride_d, target_ptr, inverse_norm_x_ptr, cosine_ptr,
     num_classes, dim, zero_norm, NORMALIZE: tl.constexpr, DEPTH: tl.constexpr,
@@ -173,7 +173,7 @@ def _cosine_tile(
     return product, inverse_norm
 
 
-@triton.jit
+@batch_kernel
 def _cosine_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,7 +189,7 @@ def _cosine_kernel(
     tl.store(out, cosine.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (classes < writable)[None, :])
 
 
-@triton.jit
+@batch_kernel
 def _fused_stats_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, peak_ptr, rest_ptr, blend_ptr,
@@ -224,7 +224,7 @@ def _fused_stats_kernel(
     store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
 
 
-@triton.jit
+@batch_kernel
 def _fused_gradient_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
@@ -268,7 +268,7 @@ def _fused_gradient_kernel(
         tl.store(bias_sum_ptr + at, tl.sum(bias_term, axis=0), mask=present)
 
 
-@triton.jit
+@batch_kernel
 def _feature_gradient_kernel(
     gradient_ptr, gradient_stride, weight_ptr, weight_stride, partial_ptr,  # partial (splits, N, D)
     num_rows, num_classes, dim, depth_per_split,
@@ -310,11 +310,12 @@ def _sum_of_splits(partial_ptr, row_start, at, split_stride, dim, splits):
     return total
 
 
-@triton.jit
+@batch_kernel
 def _finish_features_kernel(
-    partial_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, split_stride, dim, splits, DEPTH: tl.constexpr
+    partial_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, num_rows, dim, splits, DEPTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    split_stride = num_rows.to(tl.int64) * dim
     along = 0.0
     inverse_norm = 1.0
     if inverse_norm_ptr is not None:
@@ -335,7 +336,7 @@ def _finish_features_kernel(
         tl.store(out_ptr + row * dim + at, total.to(out_ptr.dtype.element_ty), mask=at < dim)
 
 
-@triton.jit
+@batch_kernel
 def _weight_gradient_kernel(
     gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, row_scale_ptr, out_ptr,
     num_rows, num_classes, dim, splits,
@@ -506,7 +507,7 @@ def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor 
     splits, num_rows, dim = partial.shape
     out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
     _finish_features_kernel[(num_rows,)](
-        partial, unit, unit.stride(0), inverse_norm, out, partial.stride(0), dim, splits,
+        partial, unit, unit.stride(0), inverse_norm, out, num_rows, dim, splits,
         DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import noise_at
-from .runtime import NVIDIA
+from .runtime import NVIDIA, batch_kernel
 from .terms import LossTerms
 
 LOG2E = 1.4426950408889634
@@ -100,7 +100,7 @@ def _one_target(
     return share * loss, slope, chain * (spread - mass * (around / total)), chain
 
 
-@triton.jit
+@batch_kernel
 def _finish_rows_kernel(
     cosine_a_ptr, cosine_b_ptr, stride_n, stride_c,  # the matrix (N, C) twice, or the targets' own cosines (N,) of each
     peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
@@ -191,7 +191,7 @@ def _finish_rows_kernel(
         tl.store(stats_ptr + num_rows * 3 + rows, tl.where(ignored, 0.0, chain * class_share), mask=in_batch)
 
 
-@triton.jit
+@batch_kernel
 def _reduce_rows_kernel(loss_ptr, kept_ptr, reduced_ptr, denominator_ptr, num_rows, MEAN: tl.constexpr, ROWS: tl.constexpr):
     loss = tl.zeros((ROWS,), tl.float32)
     kept = tl.zeros((ROWS,), tl.float32)

@@ -70,6 +70,11 @@ def compile_case(case: Callable[[], object], target: str, kernel: str | None = N
     return submit(case, target, kernel).result()
 
 
+def specialisations(case: Callable[[], object], target: str) -> set[tuple[str, str]]:
+    """The launches of `case` as Triton's cache tells them apart: kernel and key."""
+    return _workers("hip" if target.startswith("gfx") else "cuda").submit(_specialise_case, case, target).result()
+
+
 @functools.cache
 def _workers(vendor: str) -> ProcessPoolExecutor:
     # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
@@ -118,6 +123,12 @@ def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -
             _built[specialised.key] = _compile(launch, specialised)
         compiled[specialised.key] = _built[specialised.key]
     return list(compiled.values())
+
+
+def _specialise_case(case: Callable[[], object], target: str) -> set[tuple[str, str]]:
+    with capture_launches(execute=False) as launches:
+        case()
+    return {(launch.name, specialise(launch, target).key) for launch in launches}
 
 
 def _gpu_target(target: str) -> Any:
