@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--method", choices=METHODS, default="gcl", help="loss of stage 1 (default gcl)")
     add("--retrain", choices=RETRAINS, help="stage 2, which trains the classifier anew (default gcl for the clouded methods, else none)")
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1: retrain it, in place of training one")
-    add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for gcl, class-balanced for crt and lws)")
+    add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced)")
     add("--cloud", choices=list(CLOUDS), help="how GCL's clouds grow as classes get rarer (default log)")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
@@ -222,11 +222,11 @@ def plan_run(args: argparse.Namespace, data: DataSplits) -> list[Phase]:
         stage1={name: value for name, value in first.items() if value is not None},
         stage2={name: value for name, value in second.items() if value is not None},
     )  # fmt: skip
-    whole = [phase.name for phase in phases if phase.name != "baseline" and phase.loss != "gcl"]
+    whole = [phase.name for phase in phases if phase.name != "baseline" and (phase.loss, phase.head) != ("gcl", "cosine")]
     if args.shard_classes and args.amp == "fp16":
         raise ValueError("--shard-classes: with --amp fp16 each process would skip steps of its own; use --amp bf16")
     if args.shard_classes and whole:
-        raise ValueError(f"--shard-classes: the loss of {whole[0]} takes the logits of all classes; use --method gcl or gcl+dro-lt, and --retrain gcl or none")
+        raise ValueError(f"--shard-classes: the loss of {whole[0]} takes the logits of all classes; use --method gcl or gcl+dro-lt, --retrain gcl, crt or none")
     if args.stage1 and phases[-1].name != "stage-2":
         raise ValueError(f"--stage1: there is no stage 2 to go on with after {args.stage1}; choose one with --retrain")
     return phases

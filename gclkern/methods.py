@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gclkern.distributed import ShardedLinearGCLLoss
-from gclkern.losses import FocalLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
 from gclkern.schedules import Schedule
 from gclkern.weights import drw_weights, effective_number_weights
@@ -88,7 +88,7 @@ _STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = 
 # Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` means 0.002 by the time its schedule has divided it. Published for
 # CIFAR; the large sets take the same with stage 1's batch. Digits: a network of 80 short epochs needs larger steps.
 _GCL_STAGE2 = {"digits": (10, 64, 0.02), "cifar": (30, 64, 0.002), "imagenet": (30, 256, 0.002), "inat": (30, 256, 0.002), "places": (30, 512, 0.002)}
-# Epochs of cRT and LWS (decoupling's, published for the large sets), which train with stage 1's batch and learning rate, by cosine and without mixup.
+# Epochs of cRT and LWS after a plain stage 1 (decoupling's, published for the large sets): with stage 1's batch and learning rate, by cosine and without mixup.
 _RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
 _INAT_CRT_EPOCHS = 30
 
@@ -141,12 +141,14 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
 
 
 def _second_stage(retrain: str, settings: str, first: Phase) -> Phase:
-    if retrain == "gcl":
+    if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
+        # after a clouded stage 1, re-trainings differ in what learns and not in the loss: so GCL's paper compares them
         epochs, batch_size, lr = _GCL_STAGE2[settings]
-        return replace(
+        phase = replace(
             first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=_COSINE, loss="gcl", options=_clouded(settings, 2),
-            sampler="cben", head="cosine", trains="head", start="previous" if first.head == "cosine" else "new head", drw=None,
+            sampler="cben", head="cosine", trains="head", start="new head" if retrain == "crt" or first.head != "cosine" else "previous", drw=None,
         )  # fmt: skip
+        return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
     epochs = _INAT_CRT_EPOCHS if (retrain, settings) == ("crt", "inat") else _RETRAIN_EPOCHS.get(retrain, 0)
     options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
     plain = replace(first, name="stage-2", epochs=epochs, schedule=_COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
@@ -210,12 +212,12 @@ def plan(
 
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
-    """The loss of a phase: of logits, but :class:`gclkern.LinearGCLLoss` of features and a cosine classifier's weight, `sharded` over processes or whole."""
+    """The loss of a phase: of logits, but GCL's takes features and a cosine classifier's weight, `sharded` over processes or whole, if that has no factors."""
     options = dict(phase.options)  # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
     if phase.loss == "gcl" and sharded:
         return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
     if phase.loss == "gcl":
-        return LinearGCLLoss(class_counts, **options)
+        return LinearGCLLoss(class_counts, **options) if phase.head == "cosine" else GCLLoss(class_counts, **options)
     if phase.loss == "la":
         return LogitAdjustedLoss(class_counts, **options)
     if phase.loss == "ldam":

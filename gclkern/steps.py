@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gclkern.distributed import ShardedCosineLinear, ShardedLinearGCLLoss
 from gclkern.dro import DROLTLoss
 from gclkern.engine import Network, Ranks, derive_seed
-from gclkern.losses import LinearGCLLoss
+from gclkern.losses import GCLLoss, LinearGCLLoss
 from gclkern.networks import whole_state
 
 
@@ -63,11 +63,13 @@ class TrainingStep(nn.Module):
     ) -> Tensor:
         with torch.set_grad_enabled(self.trains not in ("head", "scale") and torch.is_grad_enabled()):
             features = self.network.backbone(images)
-        mixed = {"target_b": target_b, "lam": lam}
+        mixed: dict[str, Any] = {"target_b": target_b, "lam": lam}
         if isinstance(self.loss, ShardedLinearGCLLoss):
             row_offset -= self.loss.ranks.rank * len(target)  # it counts from the first process's samples
+        if isinstance(self.loss, GCLLoss | LinearGCLLoss):
+            mixed |= {"seed": seed, "row_offset": row_offset}
         if isinstance(self.loss, LinearGCLLoss):
-            loss = self.loss(features, self.network.head.weight, target, seed=seed, row_offset=row_offset, **mixed)
+            loss = self.loss(features, self.network.head.weight, target, **mixed)
         else:
             loss = self.loss(self.network.classify(features), target, **mixed)
         if self.robust is not None:

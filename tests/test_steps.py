@@ -49,6 +49,21 @@ def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
     assert changed - {"layers.1.bias"} == learned - {"layers.1.bias"} | (statistics if trains in ("all", "backbone") else set())
 
 
+def test_clouds_of_a_scaled_classifier_are_those_of_the_plain_one() -> None:
+    """LWS after GCL: at factors of 1 it starts from the loss, and so from the noise, that the classifier alone would have."""
+    torch.manual_seed(0)
+    backbone, weight = Backbone(), torch.randn(3, 4)
+    images, target, other = torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor([2, 1, 0, 1, 0, 0])
+    found = []
+    for retrain in ("gcl", "lws"):
+        phase = plan("gcl", retrain, "cifar10-lt", COUNTS)[-1]
+        network = Network(backbone, build_head(phase.head, 4, 3))
+        network.head.weight.data.copy_(weight)
+        step = TrainingStep(network, build_loss(phase, COUNTS), trains=phase.trains)
+        found.append(step.train()(images, target, torch.tensor(7), 5, other, torch.tensor(0.25)))
+    torch.testing.assert_close(*found)  # float32, and the products are summed alike up to their order
+
+
 def test_only_the_last_block_learns() -> None:
     network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
     step = TrainingStep(network, build_loss(plan("ce", None, "places-lt", COUNTS)[0], COUNTS), trains="last-block")
