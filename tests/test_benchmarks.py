@@ -232,7 +232,8 @@ def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.
 
 def test_the_terminal_shows_memory_and_what_is_included() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_noise.py", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "CIFAR-100"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}  # benchmarks do not go with pytest-xdist's processes
+    # benchmarks do not go with pytest-xdist, in whose processes these tests may run themselves
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
     done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout
     rows = done.stdout.partition("noise | CIFAR-100 | fp32 | draw\n")[2].splitlines()
