@@ -135,6 +135,12 @@ def machine() -> dict[str, Any]:
     return found | {"versions": versions}
 
 
+def hear_interrupts() -> None:
+    """Undo that a shell's background job ignores them: the processes that it starts would inherit that, and have no last words."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(
     command: Sequence[str], seconds: float, environment: dict[str, str] | None = None, watch: Callable[[], bool] | None = None, last_words: float = 0.0
 ) -> tuple[int | None, str]:
@@ -423,6 +429,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="the JSON file to continue; default benchmarks/results/<device>.json")
     parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="after which no further step begins and running ones end")
     args = parser.parse_args()
+    hear_interrupts()
     deadline = time.monotonic() + args.seconds
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)

@@ -129,6 +129,7 @@ try:
 except KeyboardInterrupt:
     pathlib.Path({str(tmp_path / "results")!r}).write_text("half of them")
 """
+    gpu_report.hear_interrupts()
     assert gpu_report.run([sys.executable, "-c", script], 12.0, last_words=4.0)[0] is None
     assert (tmp_path / "results").read_text() == "half of them"
     assert gpu_report.results_of(tmp_path / "results") == {}, "no XML"
