@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gclkern.backend import resolve_backend
 from gclkern.counts import check_int
+from gclkern.precision import PreciseBuffers
 from gclkern.validation import check_matrix, check_target, refuse_gradient
 
 # Elements that are held in the dtype of the sums at one time. On a CPU they always lie in the same 8 MB: fresh memory would cost more than the sums.
@@ -95,7 +93,7 @@ def class_means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums.div_(counts.clamp(min=1)[:, None]).to(torch.float32)
 
 
-class ClassCentroids(nn.Module):
+class ClassCentroids(PreciseBuffers):
     """Class centroids over many batches, without keeping their features: running sums and counts.
 
     The sums are float64: one rounding for each batch, in float32, would cost a common class its last digits over an epoch, and unlike
@@ -163,13 +161,6 @@ class ClassCentroids(nn.Module):
         """Forget everything."""
         self.sums.zero_()
         self.counts.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        sums = self.sums
-        super()._apply(fn, recurse)
-        if self.sums.dtype != sums.dtype:
-            self.sums = sums.to(self.sums.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"num_classes={self.sums.shape[0]}, dim={self.sums.shape[1]}"

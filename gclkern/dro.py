@@ -12,6 +12,7 @@ from gclkern.backend import BACKENDS, resolve_backend
 from gclkern.counts import Vector, check_class_counts, device_of
 from gclkern.debug import values_may_be_read
 from gclkern.kernels.terms import refuse_second_derivative
+from gclkern.precision import PreciseBuffers
 from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_number, check_same_device, check_target, class_vector, refuse_gradient
 
 _INITIAL_EPSILON = 0.5
@@ -290,7 +291,7 @@ def _(
 torch_dro_lt_backward.register_autograd(refuse_second_derivative)
 
 
-class DROLTLoss(nn.Module):
+class DROLTLoss(PreciseBuffers):
     r"""The DRO-LT bound as a module: :func:`gclkern.functional.dro_lt_loss` with epsilon, weights and temperature in one place.
 
     The robust loss of a training step is used beside a cross entropy: the paper weighs the two lam and 1 - lam, the released recipe 1 and 1.

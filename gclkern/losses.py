@@ -1,28 +1,27 @@
 """The losses as modules: each holds its per-class vectors and options, and calls one function of gclkern.functional.
 
-Per-class vectors (`cloud`, `margin`, `bias`, `weight`) are buffers, so they follow ``.to(device)``. They stay float32 whatever dtype the module is given: the
-losses compute in float32, and a vector once rounded to 16 bits would not come back with ``.float()``. They are not in the state_dict: they follow from the
-arguments, and a checkpoint that held them would quietly undo the arguments of the stage that loads it.
+Per-class vectors (`cloud`, `margin`, `bias`, `weight`) are buffers, so they follow ``.to(device)``, but they stay float32 whatever dtype the module is given.
+They are not in the state_dict: they follow from the arguments, and a checkpoint that held them would quietly undo the arguments of the stage that loads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gclkern.backend import BACKENDS
 from gclkern.clouds import cloud_sizes
 from gclkern.counts import Vector
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.plans import PLANS
+from gclkern.precision import PreciseBuffers
 from gclkern.validation import check_choice, check_number, loss_terms
 from gclkern.weights import ldam_margins, log_prior
 
 
-class _ClassLoss(nn.Module):
+class _ClassLoss(PreciseBuffers):
     """The arguments of :func:`gclkern.functional.gcl_cross_entropy` that stay the same from batch to batch."""
 
     cloud: Tensor | None
@@ -83,15 +82,6 @@ class _ClassLoss(nn.Module):
         """What this loss fixes of a call of the functional layer."""
         cloud = self.cloud if self.training else None
         return {"cloud": cloud, "margin": self.margin, "bias": self.bias, "weight": self.weight, "backend": self.backend, **self._options()}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ClassLoss:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, vector in before.items():
-            moved = self._buffers[name]
-            if vector is not None and moved is not None and moved.dtype != vector.dtype:
-                self._buffers[name] = vector.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         parts = []

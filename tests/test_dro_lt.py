@@ -473,6 +473,15 @@ def test_module_with_constants() -> None:
     assert not list(number.parameters()) and not number.state_dict() and "epsilon=0.25" in repr(number) and "'sqrt'" in repr(root)
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_constants_stay_float32(cast: str) -> None:
+    arguments: dict[str, Any] = {"class_counts": [400, 100, 25, 7], "epsilon": "sqrt", "class_weight": torch.tensor([1.0, 2.3, 3.1, 4.7])}
+    module, untouched = DROLTLoss(**arguments), DROLTLoss(**arguments)
+    getattr(torch.nn.Sequential(module), cast)()
+    for name, buffer in untouched.named_buffers():
+        assert module.get_buffer(name).dtype == torch.float32 and torch.equal(module.get_buffer(name), buffer)
+
+
 def test_module_leaves_unseen_classes_out() -> None:
     features, target, _, _ = problem(9, 4, 6)
     seen = target != 1
