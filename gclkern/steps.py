@@ -125,30 +125,34 @@ class CapturedStep:
     """Forward, backward and optimizer step as one CUDA graph: small networks are bound by the launch of their kernels, not by the kernels.
 
     The first calls run as they are, on a side stream, and are ordinary training steps; the next one captures. Shapes stay the same from call to call.
+
+    The step comes with every call and is not kept: it belongs to a trainer that holds this object, and a circle of the two would outlive its phase, with all
+    the memory of the graph, until Python's collector comes by, perhaps amid the next capture.
     """
 
-    def __init__(self, run: Any, optimizer: torch.optim.Optimizer, warmup: int = 3) -> None:
-        self.run, self.optimizer, self.warmup = run, optimizer, warmup
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int = 3) -> None:
+        self.optimizer, self.warmup = optimizer, warmup
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, Tensor] = {}
         self.loss: Tensor
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
+    def __call__(self, run: Callable[..., Tensor], **inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= self.warmup:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                loss: Tensor = self.run(**inputs)
+                loss = run(**inputs)
             torch.cuda.current_stream().wait_stream(stream)
             return loss
         if self.graph is None:
             self.inputs = {name: value.clone() for name, value in inputs.items()}
             self.optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loss = self.run(**self.inputs)
+            # what other threads do is no part of the graph: one that pins the next batch's memory, as a loader's does, would end a capture that minds it
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.loss = run(**self.inputs)
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
         self.graph.replay()
@@ -185,13 +189,15 @@ class Trainer:
         capture = possible if capture is None else capture
         self.module, self.ranks, self.mixup, self.accumulate, self.amp, self.ema, self.channels_last = module, ranks, mixup, accumulate, amp, ema, channels_last
         rate = torch.zeros((), device=device) if capture else 0.0  # a captured step reads the rate from the device
-        self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+        # Not with a scaler: the fused kernel skips a step whose gradients overflow, as the first ones do, but its momentum then holds what the memory held.
+        fused = device.type == "cuda" and amp != torch.float16
+        self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
         self.runnable: Any = parallel(module) if ranks.world > 1 else module
         if compiled:
             self.runnable = torch.compile(self.runnable)
-        self.captured = CapturedStep(self._whole_step, self.optimizer) if capture else None
+        self.captured = CapturedStep(self.optimizer) if capture else None
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
@@ -214,7 +220,7 @@ class Trainer:
             if self.channels_last:
                 inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
             inputs["seed"] = torch.full((), seed, device=self.ranks.device)  # unlike torch.tensor it waits for nothing
-            loss += self.captured(**inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
+            loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
         if self.captured is None:
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gclkern.engine import Network, Ranks, build_head
 from gclkern.methods import build_loss, plan
 from gclkern.models import build_backbone
-from gclkern.steps import Trainer, TrainingStep, mixup, step_batches
+from gclkern.steps import CapturedStep, Trainer, TrainingStep, mixup, step_batches
 
 COUNTS = [50, 20, 5]
 
@@ -125,3 +131,103 @@ def test_a_captured_step_goes_on_from_a_run_that_was_not(monkeypatch: pytest.Mon
     plain.load_state_dict(captured.state_dict())
     plain.set_rate(0.05)
     assert plain.optimizer.param_groups[0]["lr"] == 0.05
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is to its capture, on a CPU: the block's operators take effect when they are replayed, on the same tensors and Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):  # all: the schema of batch normalisation does not say that it writes its statistics
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """CUDA graphs that a CPU can hold; the options of each capture."""
+    options: list[dict[str, Any]] = []
+
+    def graph(recording: Recording, **given: Any) -> Recording:
+        options.append(given)
+        return recording
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext, "CUDAGraph": Recording, "graph": graph}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return options
+
+
+def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
+    """Eight steps of mixed batches, whose learning rate and class weights change on the way: the trainer, and its losses."""
+    torch.manual_seed(0)
+    network = Network(Backbone(), build_head("cosine", 4, 3))
+    loss: Any = build_loss(plan("ldam-drw", None, "cifar10-lt", COUNTS)[0], COUNTS)
+    trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Ranks.alone(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
+    if captured:
+        trainer.captured = CapturedStep(trainer.optimizer)
+        trainer.optimizer.param_groups[0]["fused"] = True  # reads the rate from its tensor, as on a GPU
+    losses = []
+    for step in range(8):
+        trainer.set_rate(0.1 / (1 + step))
+        loss.weight.fill_(1.0).narrow(0, 0, 1).fill_(1.0 + step // 3)
+        generator = torch.Generator().manual_seed(step)
+        losses.append(trainer.step(torch.randn(6, 1, 2, 2, generator=generator), torch.randint(3, (6,), generator=generator), step, step))
+    return trainer, torch.stack(losses)
+
+
+def test_a_captured_step_trains_as_a_plain_one(captures: list[dict[str, Any]]) -> None:
+    """Nothing that changes from step to step is frozen into the graph."""
+    (captured, losses), (plain, expected) = trained(captured=True), trained(captured=False)
+    assert len(captures) == 1
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(captured.module.state_dict(), plain.module.state_dict())
+
+
+def test_a_loaders_thread_does_not_end_a_capture(captures: list[dict[str, Any]]) -> None:
+    """In CUDA's global mode a thread that pins memory would."""
+    trained(captured=True)
+    assert captures == [{"capture_error_mode": "thread_local"}]
+
+
+@pytest.mark.usefixtures("captures")
+def test_a_graph_goes_with_its_trainer() -> None:
+    """Not with the collector's next round: its memory may be most of a GPU's, and it must not be freed amid another capture."""
+    trainer, _ = trained(captured=True)
+    assert trainer.captured is not None
+    graph = weakref.ref(trainer.captured.graph)
+    del trainer
+    assert graph() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_scaler_skips_steps_itself() -> None:
+    """A fused step that overflows is skipped by its kernel, which leaves the momentum unset."""
+    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    ranks = Ranks.alone(torch.device("cuda"))  # to build a trainer takes none
+    assert not Trainer(step, ranks, weight_decay=0.0, amp=torch.float16).optimizer.defaults["fused"]
+    assert Trainer(step, ranks, weight_decay=0.0, amp=torch.bfloat16, capture=False).optimizer.defaults["fused"]
