@@ -388,7 +388,8 @@ def test_no_synchronisation_and_cuda_graph(device: torch.device) -> None:
 
     def step() -> tuple[Tensor, ...]:
         loss = dro_lt_loss(features, target, centroids, epsilon, class_weight=weight)
-        return (loss, *torch.autograd.grad(loss, (features, epsilon)))
+        # without its graph: where that lives on, a capture finds the leaves' nodes bound to the stream that they were made on, the one that no graph may hold
+        return (loss.detach(), *torch.autograd.grad(loss, (features, epsilon)))
 
     expected = step()
     torch.cuda.synchronize()
