@@ -203,16 +203,21 @@ def test_small_temperature(backend: str, device: torch.device) -> None:
     check(features, target, centroids, epsilon, backend, device, temperature=0.05, rtol=2e-4)
 
 
-def test_a_probability_near_one_keeps_the_digits_of_the_rest(backend: str, device: torch.device) -> None:
-    """A lone sample much nearer than the others: loss and gradients are a sum of about 1e-9, which 1 - p would round to 0."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_probability_near_one_keeps_the_digits_of_the_rest(temperature: float, backend: str, device: torch.device) -> None:
+    """A lone sample much nearer than the others: loss and gradients are a sum of about 1e-9 (1e-12), which 1 - p would round to 0.
+
+    So would a difference of two equal logits, where a fused multiply-add sees one of them before its product with 1 / temperature is rounded.
+    """
     centroids = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     features = torch.tensor([[0.0, 1.0], [21.0, 0.0], [0.0, 22.5]])
     target = torch.tensor([0, 1, 1])
     weight = torch.tensor([1.0, 0.0])
-    check(features, target, centroids, torch.tensor([0.1, 0.2]), backend, device, class_weight=weight)
-    loss = dro_lt_loss(features.to(device), target.to(device), centroids.to(device), 0.1, class_weight=weight.to(device), backend=backend)
-    assert 1e-9 < loss < 1e-8
-    double = dro_lt_loss(features.double(), target, centroids, 0.1, class_weight=weight)
+    check(features, target, centroids, torch.tensor([0.1, 0.2]), backend, device, temperature=temperature, class_weight=weight)
+    here = [part.to(device) for part in (features, target, centroids)]
+    loss = dro_lt_loss(*here, 0.1, temperature=temperature, class_weight=weight.to(device), backend=backend)
+    double = dro_lt_loss(features.double(), target, centroids, 0.1, temperature=temperature, class_weight=weight)
+    assert 0 < double < 1e-8
     assert abs(loss.item() / double.item() - 1) < 1e-5
 
 
