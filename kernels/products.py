@@ -61,7 +61,8 @@ def fused_tile_of(dtype: torch.dtype) -> Tile:
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision raises where tf32 was chosen by this newer setting, which also shows what the older ones chose
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

@@ -49,6 +49,23 @@ def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: La
     assert [launch.argument("PAIRED") for launch in launches if launch.name == "_row_stats_kernel"] == [False]
 
 
+@pytest.mark.parametrize(("setting", "value", "expected"), [("old", "high", "tf32"), ("new", "tf32", "tf32"), ("old", "highest", "ieee"), ("new", "ieee", "ieee")])
+def test_float32_products_follow_both_settings_of_their_precision(launches: Launches, device: torch.device, setting: str, value: str, expected: str) -> None:
+    """Where the new one chose tf32, to ask for the old one is an error."""
+    features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
+    try:
+        if setting == "old":
+            torch.set_float32_matmul_precision(value)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = value
+        linear_gcl_cross_entropy(features, weight, torch.arange(4, device=device), backend="triton").backward()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    products = [launch for launch in launches if "PRECISION" in launch.kernel.arg_names]
+    assert len(products) == 3
+    assert {launch.argument("PRECISION") for launch in products} == {expected}
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_grid_outgrows_its_second_axis(device: torch.device, plan: str) -> None:
     classes = 4_400_000
