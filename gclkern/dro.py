@@ -53,7 +53,7 @@ def dro_lt_loss(
             class whose centroid was never seen: ``class_weight=(counts > 0).float()`` with the counts that :func:`gclkern.functional.class_centroids` returns.
         reduction: "mean" is the formula above; "sum" leaves out its division, so it is sum_c w_c loss_c; "none" returns each sample's part of that sum,
             w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.
-        backend: "auto" (kernels on a GPU, torch on a CPU and for float64), "triton" or "torch".
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". When all samples stay out: 0 for "sum", NaN for "mean".

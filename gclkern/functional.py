@@ -76,7 +76,7 @@ def gcl_cross_entropy(
         row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes data parallel noise equal to one
             process's.
         class_offset: index of the first class in the global class range, for a shard of the classes.
-        backend: "auto" (kernels on a GPU, torch on a CPU and for float64), "triton" or "torch".
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 input): () for "mean" and "sum", (N,) for "none". All samples ignored: 0 for "sum", NaN for "mean".

@@ -214,8 +214,8 @@ def test_a_probability_near_one_keeps_the_digits_of_the_rest(temperature: float,
     target = torch.tensor([0, 1, 1])
     weight = torch.tensor([1.0, 0.0])
     check(features, target, centroids, torch.tensor([0.1, 0.2]), backend, device, temperature=temperature, class_weight=weight)
-    here = [part.to(device) for part in (features, target, centroids)]
-    loss = dro_lt_loss(*here, 0.1, temperature=temperature, class_weight=weight.to(device), backend=backend)
+    mu, here = centroids.to(device), weight.to(device)
+    loss = dro_lt_loss(features.to(device), target.to(device), mu, 0.1, temperature=temperature, class_weight=here, backend=backend)
     double = dro_lt_loss(features.double(), target, centroids, 0.1, temperature=temperature, class_weight=weight)
     assert 0 < double < 1e-8
     assert abs(loss.item() / double.item() - 1) < 1e-5
