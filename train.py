@@ -190,6 +190,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     run = RunFolder(folder, vars(args), write=ranks.rank == 0, **kept)
     if ranks.rank == 0:
         print(describe(run, data, phases[first:], args.model or default_model(args.data), ranks.device), flush=True)
+    stopped = False
     try:
         with stop_requests() as stop:
             job = Job(args, ranks, data, run, stop)
@@ -202,12 +203,11 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
                 run.save(f"{phase.name}.pt", network_state(vars(args), phase, network))
                 state = None
     except Stopped:
-        if ranks.rank == 0:
-            print(f"stopped; go on with: python train.py --resume {folder}")
-        return
-    finally:
-        ranks.close()
-    if ranks.rank == 0:
+        stopped = True
+    ranks.close()
+    if ranks.rank == 0 and stopped:
+        print(f"stopped; go on with: python train.py --resume {folder}")
+    elif ranks.rank == 0:
         conclude(run, data, ranks.device, phases, amp=AMP[args.amp], pictures=args.pictures)
 
 

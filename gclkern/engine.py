@@ -159,6 +159,10 @@ class Ranks:
         return value
 
     def close(self) -> None:
+        """Leave the process group; a collective call, at the end of a run in order.
+
+        A process that fails just ends: with NCCL this would wait for the others, which wait for it, and nobody would see the error until a timeout.
+        """
         if self.world > 1:
             dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from gclkern.engine import Ranks
 from tests.processes import ROOT, finish, start_train
 
 SHORT = ["--epochs", "2", "--device", "cpu"]
@@ -119,6 +120,15 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
 ])  # fmt: skip
 def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused(*arguments)
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To leave NCCL's process group in order all must: the others, which wait for this one, would keep its error from being seen."""
+    left = []
+    monkeypatch.setattr(Ranks, "close", left.append)
+    options = ["--no-baseline", "--no-pictures", "--device", "cpu", "--out", tmp_path / "run"]
+    assert "the loss of epoch 1 is" in refused("--epochs", "1", "--lr", "1e30", "--method", "ce", *options)
+    assert not left
 
 
 def test_a_run_keeps_its_arguments(run: tuple[Path, str], refused: Callable[..., str]) -> None:
