@@ -119,6 +119,9 @@ class Ranks:
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+            if local >= torch.cuda.device_count():
+                found = torch.cuda.device_count()
+                raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {found}; start torchrun with --nproc-per-node {found}")
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

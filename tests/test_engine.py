@@ -1,4 +1,4 @@
-"""Stopping a run."""
+"""The processes of a run, and stopping it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import signal
 import time
 
 import pytest
+import torch
 
-from gclkern.engine import stop_requests
+from gclkern.engine import Ranks, stop_requests
 
 
 def test_one_interrupt_that_arrives_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +25,11 @@ def test_one_interrupt_that_arrives_twice_counts_once(monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own, torch sees 2; start torchrun with --nproc-per-node 2"):
+        Ranks("auto")
