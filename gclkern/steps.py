@@ -207,13 +207,13 @@ class Trainer:
 
     def step(self, images: Tensor, target: Tensor, seed: int, count: int, **centroids: Tensor) -> Tensor:
         """Train on this rank's images and return their loss: () float32. `seed` is for all that is random; `count` steps of the phase came before."""
-        torch.manual_seed(seed)  # for layers that draw, such as dropout
         loss = torch.zeros((), device=self.ranks.device)
         if self.captured is None:
             self.optimizer.zero_grad()
         for part in range(self.accumulate):
             # The draws of a step are dealt out to blocks in turn, so that two processes train as one does that accumulates two parts.
             block = part * self.ranks.world + self.ranks.rank
+            torch.manual_seed(derive_seed(seed, "layers", block))  # for layers that draw, such as dropout
             inputs = {"images": images[part :: self.accumulate], "target": target[part :: self.accumulate], **centroids}
             if self.mixup:
                 inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], self.mixup, seed, block)

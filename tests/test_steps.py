@@ -231,3 +231,35 @@ def test_a_scaler_skips_steps_itself() -> None:
     ranks = Ranks.alone(torch.device("cuda"))  # to build a trainer takes none
     assert not Trainer(step, ranks, weight_decay=0.0, amp=torch.float16).optimizer.defaults["fused"]
     assert Trainer(step, ranks, weight_decay=0.0, amp=torch.bfloat16, capture=False).optimizer.defaults["fused"]
+
+
+class Drawing(torch.nn.Module):
+    """A backbone with a layer that draws, as dropout does."""
+
+    feature_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.drawn: list[float] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(float(torch.rand(())))
+        features: torch.Tensor = self.layer(images.flatten(1))
+        return features
+
+
+def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout of two processes is that of one which accumulates two parts, not twice the same."""
+    monkeypatch.setattr("gclkern.steps.parallel", lambda module: module)
+
+    def draws(world: int, rank: int, accumulate: int) -> list[float]:
+        ranks, backbone = Ranks.alone(torch.device("cpu")), Drawing()
+        ranks.world, ranks.rank = world, rank
+        step = TrainingStep(Network(backbone, build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+        Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+        return backbone.drawn
+
+    first, second = draws(2, 0, 1), draws(2, 1, 1)
+    assert first != second
+    assert draws(1, 0, 2) == [*first, *second]
