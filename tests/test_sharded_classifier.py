@@ -399,8 +399,13 @@ def three_ranks(rank: int, world: int, folder: Path) -> None:
 
 def check_the_device_s_own_comparison(rank: int, features: Tensor, target: Tensor, sharded: ShardedCosineLinear) -> None:
     """As on a GPU, where calls that were agreed on before are not read again: ranks that then make different ones of them get a NaN, never a number."""
+    for scale in (25.0, 15.0):
+        sharded_linear_gcl_cross_entropy(features, sharded.weight, target, scale=scale)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("gclkern.distributed.shards.host_waits", lambda device: True)
+        # what was agreed on over another device does not count: its numbers lie there
+        with pytest.raises(ShardError, match="do not agree on the options"):
+            sharded_linear_gcl_cross_entropy(features, sharded.weight, target, scale=(25.0, 15.0)[rank])
 
         def loss(scale: float, row_offset: int = 0) -> Tensor:
             mine = features.clone().requires_grad_()
@@ -415,6 +420,12 @@ def check_the_device_s_own_comparison(rank: int, features: Tensor, target: Tenso
         assert bool(loss((30.0, 20.0)[rank]).isnan())
         assert bool(loss(30.0, row_offset=rank).isnan())
         assert torch.equal(loss(30.0), first[30.0])
+
+        def bound(classes: int) -> Tensor:
+            return sharded_dro_lt_loss(features, target % classes, torch.ones(even_sizes(classes, 2)[rank], WIDTH), 0.1, classes)
+
+        assert all(bool(bound(classes).isfinite()) for classes in (CLASSES, CLASSES - 1, CLASSES))
+        assert bool(bound(CLASSES - rank).isnan())
 
 
 def two_ranks(rank: int, world: int, folder: Path) -> None:

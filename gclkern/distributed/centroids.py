@@ -119,7 +119,7 @@ def sharded_dro_lt_loss(
         class_vector("class_weight", class_weight, num_classes, "features", features, torch.float32)
     except (ValueError, TypeError) as error:
         problem = error
-    agree(ranks, features, centroids, ("dro-lt", num_classes), problem)
+    _, verdict = agree(ranks, features, centroids, ("dro-lt", num_classes), problem)
     rows = torch.arange(features.shape[0], device=features.device)
     known = (target >= 0) & (target < num_classes)
     label = torch.where(known, target, 0)
@@ -130,10 +130,11 @@ def sharded_dro_lt_loss(
         epsilon = epsilon[label]
     if class_weight is not None:
         class_weight = class_weight[label]
-    return dro_lt_loss(
+    loss = dro_lt_loss(
         features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids, label), epsilon, temperature=temperature,
         class_weight=class_weight, reduction=reduction, backend=backend,
     )  # fmt: skip
+    return loss if verdict is None else loss * verdict
 
 
 def _of_labels(ranks: Ranks, shards: Shards, rows: Tensor, labels: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
             )
             raise ShardError(f"the ranks do not agree on the {name}: {detail}; call with the same on every rank")
     shards = Shards(ranks.rank, tuple(columns["classes"]))
-    known[key] = shards, said[:, :-1].clone()
+    if host_waits(features.device):  # of a CPU's calls nothing is kept: a group of both backends serves the same call on a GPU, too
+        known[key] = shards, said[:, :-1].clone()
     return shards, None
 
 
