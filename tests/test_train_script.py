@@ -124,7 +124,7 @@ def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, ref
 
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """To leave NCCL's process group in order all must: the others, which wait for this one, would keep its error from being seen."""
-    left = []
+    left: list[Ranks] = []
     monkeypatch.setattr(Ranks, "close", left.append)
     options = ["--no-baseline", "--no-pictures", "--device", "cpu", "--out", tmp_path / "run"]
     assert "the loss of epoch 1 is" in refused("--epochs", "1", "--lr", "1e30", "--method", "ce", *options)
