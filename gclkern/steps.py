@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -195,6 +196,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
         self.runnable: Any = parallel(module) if ranks.world > 1 else module
+        # The parts of a step add up on each process; only the last one's backward sends the gradients to the others.
+        self.kept_here: Any = getattr(self.runnable, "no_sync", nullcontext)
         if compiled:
             self.runnable = torch.compile(self.runnable)
         self.captured = CapturedStep(self.optimizer) if capture else None
@@ -220,7 +223,8 @@ class Trainer:
             if self.channels_last:
                 inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
             inputs["seed"] = torch.full((), seed, device=self.ranks.device)  # unlike torch.tensor it waits for nothing
-            loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
+            with self.kept_here() if part + 1 < self.accumulate else nullcontext():
+                loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
         if self.captured is None:
             self.scaler.step(self.optimizer)
             self.scaler.update()

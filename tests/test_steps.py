@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -263,3 +264,29 @@ def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPa
     first, second = draws(2, 0, 1), draws(2, 1, 1)
     assert first != second
     assert draws(1, 0, 2) == [*first, *second]
+
+
+def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts it has: for all but the last one DistributedDataParallel is told to keep them."""
+    parts: list[str] = []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        @contextlib.contextmanager
+        def no_sync(self) -> Iterator[None]:
+            parts.append("kept:")
+            yield
+
+        def forward(self, **inputs: Any) -> Any:
+            parts.append("part")
+            return self.module(**inputs)
+
+    monkeypatch.setattr("gclkern.steps.parallel", Parallel)
+    ranks = Ranks.alone(torch.device("cpu"))
+    ranks.world = 2
+    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+    assert parts == ["kept:", "part", "kept:", "part", "part"]
