@@ -207,8 +207,8 @@ def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], Non
                 how = _run(case, pytestconfig, benchmark)
         except Exception as error:
             _record(pytestconfig, case, {"error": f"{type(error).__name__}: {error}"[:500]})
-            if _context_is_gone():
-                pytest.exit("the CUDA context is gone", returncode=BROKEN)
+            if _context_is_gone() or CAPTURE_FAILED in str(error):
+                pytest.exit("the CUDA context is gone, or torch's allocator waits for a capture that failed", returncode=BROKEN)
             raise
         if CAPTURE_FAILED in how:
             pytest.exit("a capture failed, and torch cannot empty its cache after that", returncode=BROKEN)

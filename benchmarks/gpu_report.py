@@ -204,8 +204,12 @@ def results_of(xml: Path) -> dict[str, Any]:
         return {}
     assert suite is not None
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    broken = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-    messages = {str(case.get("name")): " ".join(str(child.get("message")) for child in case if child.tag in ("failure", "error"))[:400] for case in broken}
+    messages: dict[str, str] = {}
+    for case in suite.iter("testcase"):
+        for child in case:
+            if child.tag in ("failure", "error"):
+                name = str(case.get("name"))  # twice there if its process ended with it
+                messages[name] = f"{messages.get(name, '')} {child.get('message')}".strip()[:400]
     return {**counts, "seconds": float(suite.get("time", 0)), "broken": messages}
 
 

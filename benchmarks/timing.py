@@ -18,7 +18,8 @@ Maker = Callable[[], Call]
 
 GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that what it does once, such as setting a generator's state, does not show
 MAX_CALLS = 64
-# What the `how` of such a result holds: torch's allocator then waits for the capture's end for ever, and no later case of the process is to be trusted.
+# What the `how` of such a result holds, or the message of an error that came after it: torch's allocator then waits for the capture's end for ever, and no
+# later case of the process is to be trusted.
 CAPTURE_FAILED = "capture failed"
 ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # what all rounds that take turns may take together
 ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # and their number: for a median at least, at most
@@ -79,12 +80,15 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
         return _graph(calls, stream)
     except RuntimeError as error:
         reason = f"{CAPTURE_FAILED}: {str(error).splitlines()[0][:120]}"
-    # it leaves its stream current, and torch's generator in the state of a capture that goes on; what it allocated is free by now, as the error is gone
-    torch.cuda.set_stream(outside)
-    torch.cuda.synchronize(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
-    return _events(calls, stream, reason)
+    try:
+        # it leaves its stream current, and torch's generator in the state of a capture that goes on; what it allocated is free by now, as the error is gone
+        torch.cuda.set_stream(outside)
+        torch.cuda.synchronize(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
+        return _events(calls, stream, reason)
+    except RuntimeError as error:
+        raise RuntimeError(f"{reason}; then {error}") from error
 
 
 def _waits_for_the_device(call: Call, stream: torch.cuda.Stream) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -38,6 +38,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (available, reason) in needs.items():
             if not available and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def device_is_lost() -> bool:
+    """Whether the tests to come would fail with the last one: a failed kernel takes the CUDA context along, and a failed capture leaves its stream current."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return bool(torch.cuda.current_stream() != torch.cuda.default_stream())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """A process of pytest-xdist that has lost the device ends, and another one goes on with its tests."""
+    handled = yield
+    if GPU and "PYTEST_XDIST_WORKER" in os.environ and device_is_lost():
+        os._exit(1)
+    return handled
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -135,6 +136,43 @@ except KeyboardInterrupt:
     assert gpu_report.results_of(tmp_path / "results") == {}, "no XML"
 
 
+@pytest.mark.slow
+def test_a_test_that_loses_the_device_fails_alone(tmp_path: Path) -> None:
+    """Its process ends, another one does the tests that are left, and the report has what the test said."""
+    (tmp_path / "lost.py").write_text("""
+import pytest, torch
+
+lost = False
+
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    from tests import conftest
+    conftest.GPU, torch.cuda.synchronize = True, synchronize
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda: 0
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    global lost
+    lost |= item.name == "test_places_steps_at_60_and_80"
+    assert not lost, "what this test said"
+""")
+    xml = tmp_path / "results.xml"
+    options = ["-p", "lost", "-p", "no:cacheprovider", "-n", "1", "--dist", "worksteal", f"--junitxml={xml}"]
+    command = [sys.executable, "-m", "pytest", "tests/test_schedules.py", *options]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        environment.pop(name, None)
+    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    broken = gpu_report.results_of(xml)["broken"]
+    assert list(broken) == ["test_places_steps_at_60_and_80"], done.stdout
+    assert "what this test said" in broken["test_places_steps_at_60_and_80"] and "crashed" in broken["test_places_steps_at_60_and_80"]
+    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout
+
+
 @pytest.mark.parametrize("code", [-11, 3], ids=["killed by a signal", "left by itself"])
 def test_a_case_that_ends_the_process_is_left_out(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its result is the error; the process starts again and does the rest."""
@@ -214,6 +252,22 @@ def test_a_graphs_launch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing._between_events(replay, stream, lead=True) == pytest.approx(1.0)
     idle = True
     assert timing._between_events(replay, stream) == pytest.approx(1.25)
+
+
+def test_an_error_after_a_failed_capture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that the benchmarks' process knows that it has to end: torch's allocator would make the next case wait for ever."""
+    FakeCUDA(monkeypatch)
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    for name in ("Stream", "current_stream", "set_stream", "default_generators"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(timing, "_waits_for_the_device", lambda call, stream: False)
+    for name in ("_graph", "_events"):
+        monkeypatch.setattr(timing, name, fails)
+    with pytest.raises(RuntimeError, match=timing.CAPTURE_FAILED):
+        prepare([lambda: lambda: None], torch.device("cuda", 0), graph=True)
 
 
 def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
