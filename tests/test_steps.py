@@ -32,6 +32,11 @@ class Backbone(torch.nn.Module):
         return features
 
 
+def plain_step(backbone: torch.nn.Module) -> TrainingStep:
+    """Cross entropy of a linear classifier."""
+    return TrainingStep(Network(backbone, build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+
+
 @pytest.mark.parametrize(("trains", "head", "learned"), [
     ("all", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias", "weight", "bias"}),
     ("backbone", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias"}),
@@ -115,7 +120,7 @@ def test_the_average_is_what_is_shown() -> None:
 
 def test_a_captured_step_goes_on_from_a_run_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began on a CPU and is resumed on a GPU: its checkpoint has the rate as a number, the captured step reads it from one tensor."""
-    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    step = plain_step(Backbone())
     ranks = Ranks.alone(torch.device("cpu"))
     plain, captured = Trainer(step, ranks, weight_decay=0.0), Trainer(step, ranks, weight_decay=0.0)
     plain.set_rate(0.3)
@@ -228,7 +233,7 @@ def test_a_graph_goes_with_its_trainer() -> None:
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_scaler_skips_steps_itself() -> None:
     """A fused step that overflows is skipped by its kernel, which leaves the momentum unset."""
-    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    step = plain_step(Backbone())
     ranks = Ranks.alone(torch.device("cuda"))  # to build a trainer takes none
     assert not Trainer(step, ranks, weight_decay=0.0, amp=torch.float16).optimizer.defaults["fused"]
     assert Trainer(step, ranks, weight_decay=0.0, amp=torch.bfloat16, capture=False).optimizer.defaults["fused"]
@@ -257,7 +262,7 @@ def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPa
     def draws(world: int, rank: int, accumulate: int) -> list[float]:
         ranks, backbone = Ranks.alone(torch.device("cpu")), Drawing()
         ranks.world, ranks.rank = world, rank
-        step = TrainingStep(Network(backbone, build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+        step = plain_step(backbone)
         Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
         return backbone.drawn
 
@@ -287,6 +292,6 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gclkern.steps.parallel", Parallel)
     ranks = Ranks.alone(torch.device("cpu"))
     ranks.world = 2
-    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    step = plain_step(Backbone())
     Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
     assert parts == ["kept:", "part", "kept:", "part", "part"]
