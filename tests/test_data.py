@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +381,25 @@ class TestCIFAR:
         monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
         with pytest.raises(FileNotFoundError, match=r"download of CIFAR100 into .* failed \(no route\); fetch it by hand"):
             load_data("cifar100-lt", data_dir=tmp_path, download=True)
+
+    @needs_torchvision
+    def test_runs_that_start_together_download_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        downloads = []
+
+        def slow(root: str, **options: object) -> None:
+            downloads.append(root)
+            folder = tmp_path / "data" / "cifar-100-python"
+            folder.mkdir()
+            for name in ("train", "test"):  # what a look at the names alone would take for the files
+                (folder / name).touch()
+            time.sleep(0.2)
+            write_cifar(tmp_path / "data", 100)
+
+        monkeypatch.setattr("torchvision.datasets.CIFAR100", slow)
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(lambda _: load_data("cifar100-lt", data_dir=tmp_path / "data", imbalance=2, download=True), range(3)))
+        assert len(downloads) == 1
+        assert [len(data.test) for data in found] == [100] * 3
 
     @pytest.mark.skipif("GCLKERN_DATA" not in os.environ, reason="needs CIFAR's files in the folder GCLKERN_DATA")
     @pytest.mark.parametrize(("name", "imbalance", "total"), [("cifar10-lt", 100, 12406), ("cifar100-lt", 100, 10847), ("cifar100-lt", 50, 12608)])

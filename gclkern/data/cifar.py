@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from gclkern.data.groups import count_groups
@@ -99,33 +100,48 @@ def _describe(value: object) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
 
 
-def _find(files: _Files, data_dir: Path, download: bool) -> Path:
-    """The folder of the official files, which `data_dir` holds or is."""
-    candidates = [data_dir / files.folder, data_dir]
-    for folder in candidates:
+def _find(files: _Files, data_dir: Path) -> Path | None:
+    """The folder of the official files, which `data_dir` holds or is; None if some are not there."""
+    for folder in (data_dir / files.folder, data_dir):
         if all((folder / name).is_file() for name in (*files.train, files.test)):
             return folder
-    if download:
-        dataset = getattr(need("torchvision.datasets", "--download"), files.torchvision)
-        try:
-            dataset(root=str(data_dir), train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
-        return candidates[0]
-    needed = ", ".join((*files.train, files.test))
-    if candidates[0].is_dir():
-        missing = ", ".join(name for name in (*files.train, files.test) if not (candidates[0] / name).is_file())
-        raise FileNotFoundError(f"{candidates[0]} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
-    raise FileNotFoundError(
-        f"no {files.torchvision} in {data_dir}: it needs the folder {files.folder} of the official Python version with {needed}; pass the folder that "
-        f"holds it with --data-dir, or --download to fetch it"
+    return None
+
+
+def _fetch(files: _Files, data_dir: Path) -> Path:
+    """The folder of the official files, which are downloaded if they are not there.
+
+    Runs that start side by side, as the processes of one do, take turns: the first fetches the files and the others find them, whole.
+    """
+    dataset = getattr(need("torchvision.datasets", "--download"), files.torchvision)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".download.lock"):
+            found = _find(files, data_dir)
+            if found is None:
+                dataset(root=str(data_dir), train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
+    return found or data_dir / files.folder
+
+
+def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
+    needed, folder = (*files.train, files.test), data_dir / files.folder
+    if folder.is_dir():
+        missing = ", ".join(name for name in needed if not (folder / name).is_file())
+        return FileNotFoundError(f"{folder} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
+    return FileNotFoundError(
+        f"no {files.torchvision} in {data_dir}: it needs the folder {files.folder} of the official Python version with {', '.join(needed)}; pass the folder "
+        f"that holds it with --data-dir, or --download to fetch it"
     )
 
 
 def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, profile: str, seed: int, download: bool) -> DataSplits:
     """The long-tailed training subset and the balanced test set of 10,000 images."""
     files = _FILES[name]
-    folder = _find(files, Path(data_dir), download)
+    folder = _fetch(files, Path(data_dir)) if download else _find(files, Path(data_dir))
+    if folder is None:
+        raise _missing(files, Path(data_dir))
     parts = [_read_images(folder / part, files.labels_key, files.num_classes) for part in files.train]
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     per_class = labels.bincount(minlength=files.num_classes)
