@@ -456,8 +456,9 @@ class TestFolder:
     def test_workers_outlive_a_signal_to_all_processes(self, folder: Path) -> None:
         """As Ctrl-C and torchrun send it: the main process, which stops after its step, still gets its images."""
         script = f"""
-            import os, signal, time, torch
+            import multiprocessing, os, signal, time, torch
             from gclkern.data import Epoch, load_data
+            multiprocessing.set_start_method("forkserver")  # the default from Python 3.14 on
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: None)
             data = load_data("folder", data_dir={str(folder)!r}, image_size=16, workers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -88,6 +89,15 @@ class _Files(Dataset[Any]):
             return self.transform(image), int(self.labels[request.place])
 
 
+def _worker_processes(count: int) -> dict[str, Any]:
+    """Arguments of a DataLoader for `count` workers.
+
+    On Linux they are forks, which was Python's own choice up to 3.13. Those of 3.14 are given the paths of all files and import torch anew in every epoch, and
+    end with a server process, which a signal to the process group reaches.
+    """
+    return {"num_workers": count, "multiprocessing_context": "fork" if count and sys.platform == "linux" else None}
+
+
 def _own_group(_worker: int) -> None:
     """Keep a worker from signals to the process group, which terminals and torchrun send: the main process needs it to end its step and save a checkpoint."""
     if hasattr(os, "setpgrp"):  # not on Windows
@@ -121,7 +131,7 @@ class _Check(Dataset[str]):
 
 def _leave_out_corrupt(paths: Sequence[str], labels: Tensor, workers: int) -> tuple[list[str], Tensor, list[str]]:
     """Paths and labels of the images that can be read, and what is wrong with the others. Every file is read once."""
-    checks: DataLoader[str] = DataLoader(_Check(paths), batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    checks: DataLoader[str] = DataLoader(_Check(paths), batch_size=64, collate_fn=list, generator=torch.Generator(), **_worker_processes(workers))
     failures = [failure for batch in checks for failure in batch]
     kept = [place for place, failure in enumerate(failures) if not failure]
     return [paths[place] for place in kept], labels[kept], [failure for failure in failures if failure]
@@ -169,11 +179,11 @@ class ListImages:
         loader: DataLoader[Any] = DataLoader(
             _Files(self.paths, self.labels, self.image_size, epoch is not None and self.augment == "standard"),
             batch_sampler=requests,  # type: ignore[arg-type]
-            num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_own_group,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
+            **_worker_processes(self.workers),
         )
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
         for answer in loader:
