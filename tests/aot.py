@@ -59,6 +59,17 @@ class CompiledKernel:
     def hot_loop(self, contains: str | None = None) -> Code:
         return self.program.hot_loop(contains)
 
+    @property
+    def spills_in_loops(self) -> int:
+        """How often loops put registers aside or take them back; for AMD all spilled registers.
+
+        A register that is put aside once, before a loop, costs nothing: some versions of the assembler do so where others find room.
+        """
+        if self.target.startswith("gfx"):
+            return self.spill_stores
+        inside = frozenset[int]().union(*(loop.body for loop in self.program.loops))
+        return sum(i.mnemonic in ("STL", "LDL") and i.address in inside for i in self.program.instructions)
+
 
 def submit(case: Callable[[], object], target: str, kernel: str | None = None) -> Future[list[CompiledKernel]]:
     """Compile the launches of `case` (those of `kernel`, when named) for `target` in a worker; launches that compile to the same code appear once."""

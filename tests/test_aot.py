@@ -66,6 +66,7 @@ def test_spills_are_reported() -> None:
     assert kernel.registers <= 24
     assert kernel.spill_stores > 0
     assert kernel.spill_loads > 0
+    assert kernel.spills_in_loops > 0
 
 
 def test_shared_memory_over_the_limit_is_reported() -> None:
