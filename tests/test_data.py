@@ -401,6 +401,16 @@ class TestCIFAR:
         assert len(downloads) == 1
         assert [len(data.test) for data in found] == [100] * 3
 
+    def test_files_that_are_there_need_no_download(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run that began with --download is resumed with it, perhaps where nothing can be written any more, or torchvision is not installed."""
+        write_cifar(tmp_path, 100)
+        monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+        for writable in (True, False):
+            monkeypatch.setattr(os, "access", lambda path, mode, writable=writable: writable)
+            if not writable:
+                monkeypatch.setattr("gclkern.data.cifar.FileLock", None)
+            assert len(load_data("cifar100-lt", data_dir=tmp_path, imbalance=2, download=True).test) == 100
+
     @pytest.mark.skipif("GCLKERN_DATA" not in os.environ, reason="needs CIFAR's files in the folder GCLKERN_DATA")
     @pytest.mark.parametrize(("name", "imbalance", "total"), [("cifar10-lt", 100, 12406), ("cifar100-lt", 100, 10847), ("cifar100-lt", 50, 12608)])
     def test_real_files(self, name: str, imbalance: int, total: int) -> None:

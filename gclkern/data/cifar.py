@@ -113,16 +113,15 @@ def _fetch(files: _Files, data_dir: Path) -> Path:
 
     Runs that start side by side, as the processes of one do, take turns: the first fetches the files and the others find them, whole.
     """
-    dataset = getattr(need("torchvision.datasets", "--download"), files.torchvision)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".download.lock"):
-            found = _find(files, data_dir)
-            if found is None:
-                dataset(root=str(data_dir), train=True, download=True)
+            if found := _find(files, data_dir):
+                return found
+            getattr(need("torchvision.datasets", "--download"), files.torchvision)(root=str(data_dir), train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
-    return found or data_dir / files.folder
+    return data_dir / files.folder
 
 
 def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
@@ -138,10 +137,12 @@ def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
 
 def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, profile: str, seed: int, download: bool) -> DataSplits:
     """The long-tailed training subset and the balanced test set of 10,000 images."""
-    files = _FILES[name]
-    folder = _fetch(files, Path(data_dir)) if download else _find(files, Path(data_dir))
+    files, root = _FILES[name], Path(data_dir)
+    folder = _find(files, root)
+    if download and (folder is None or os.access(root, os.W_OK)):  # where one can write, another run may still be unpacking what is there
+        folder = _fetch(files, root)
     if folder is None:
-        raise _missing(files, Path(data_dir))
+        raise _missing(files, root)
     parts = [_read_images(folder / part, files.labels_key, files.num_classes) for part in files.train]
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     per_class = labels.bincount(minlength=files.num_classes)
