@@ -61,14 +61,15 @@ class CompiledKernel:
 
     @property
     def spills_in_loops(self) -> int:
-        """How often loops put registers aside or take them back; for AMD all spilled registers.
+        """How often loops, or a kernel without loops, put registers aside or take them back; for AMD all spilled registers.
 
         A register that is put aside once, before a loop, costs nothing: some versions of the assembler do so where others find room.
         """
         if self.target.startswith("gfx"):
             return self.spill_stores
-        inside = frozenset[int]().union(*(loop.body for loop in self.program.loops))
-        return sum(i.mnemonic in ("STL", "LDL") and i.address in inside for i in self.program.instructions)
+        loops = self.program.loops
+        inside = frozenset[int]().union(*(loop.body for loop in loops))
+        return sum(i.mnemonic in ("STL", "LDL") and (not loops or i.address in inside) for i in self.program.instructions)
 
 
 def submit(case: Callable[[], object], target: str, kernel: str | None = None) -> Future[list[CompiledKernel]]:
