@@ -24,17 +24,20 @@ import torch
 from torch import Tensor
 
 from gclkern import DROLTLoss
-from gclkern.checkpoint import CheckpointError, load_checkpoint
-from gclkern.data import CIFAR, DATASETS, CorruptImageError, DataSplits, Epoch, load_data
 from gclkern.distributed import ShardError
-from gclkern.engine import Network, Ranks, derive_seed, epoch_centroids, measure, number, stop_requests
-from gclkern.extras import need
-from gclkern.methods import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
-from gclkern.metrics import format_table
-from gclkern.networks import gather_classifier, load_network, network_state, prepare, shard_classifier
-from gclkern.retrain import retrain_without_gradients
-from gclkern.runs import RunFolder, conclude, describe, new_folder, progress_bar, report_columns
-from gclkern.steps import Trainer, TrainingStep, step_batches
+from gclkern.training.arguments import number
+from gclkern.training.checkpoint import CheckpointError, load_checkpoint
+from gclkern.training.data import CIFAR, DATASETS, CorruptImageError, DataSplits, Epoch, load_data
+from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
+from gclkern.training.extras import need
+from gclkern.training.network import Network, gather_classifier, load_network, network_state, prepare, shard_classifier
+from gclkern.training.processes import Processes, stop_requests
+from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, build_loss, default_model, plan
+from gclkern.training.retrain import retrain_without_gradients
+from gclkern.training.run_folder import RunFolder, new_folder
+from gclkern.training.seeds import derive_seed
+from gclkern.training.summary import conclude, describe, progress_bar, report_columns
+from gclkern.training.trainer import Trainer, TrainingStep, step_batches
 from gclkern.weights import drw_weights
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,7 +139,7 @@ class Job:
     """What every phase of a run shares."""
 
     args: argparse.Namespace
-    ranks: Ranks
+    ranks: Processes
     data: DataSplits
     run: RunFolder
     stop: list[float]  # not empty when a signal asked to stop
@@ -147,7 +150,7 @@ class Stopped(Exception):  # noqa: N818 (it is no error)
 
 
 def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
-    ranks = Ranks(args.device)
+    ranks = Processes(args.device)
     if args.data == "digits-lt":
         torch.set_num_threads(1)  # on images this small threads wait for each other more than they work
     if args.deterministic:
@@ -163,7 +166,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
             print(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
     if args.evaluate:
         assert state is not None
-        report = measure(load_network(state, data, ranks.device, averaged=True), data.test, data, ranks, AMP[args.amp])
+        report = evaluate(load_network(state, data, ranks.device, averaged=True), data.test, data, ranks, AMP[args.amp])
         if ranks.rank == 0:
             print(format_table([(state["name"], report)]))
         ranks.close()
@@ -198,7 +201,7 @@ def main(args: argparse.Namespace, state: dict[str, Any] | None) -> None:
                 if index > first:
                     network = prepare(phase, network, data, vars(args), ranks.device)
                 train_phase(job, phase, index, network, state)
-                report = measure(network, data.test, data, ranks, AMP[args.amp])
+                report = evaluate(network, data.test, data, ranks, AMP[args.amp])
                 run.reports[phase.name] = report.as_dict()
                 run.save(f"{phase.name}.pt", network_state(vars(args), phase, network))
                 state = None
@@ -318,9 +321,9 @@ def train_phase(job: Job, phase: Phase, index: int, network: Network, state: dic
                 raise ValueError(f"{phase.name}: the loss of epoch {epoch + 1} is {mean_loss}; train with a lower learning rate, or without --amp fp16")
             row: dict[str, Any] = {"phase": phase.name, "epoch": epoch + 1, "lr": rate, "loss": mean_loss}
             if (epoch + 1) % evaluate_every == 0 or epoch + 1 == phase.epochs:
-                row |= report_columns(measure(trainer.shown, data.test, data, ranks, AMP[args.amp]))
+                row |= report_columns(evaluate(trainer.shown, data.test, data, ranks, AMP[args.amp]))
                 if data.holdout is not None:
-                    held = measure(trainer.shown, data.holdout, data, ranks, AMP[args.amp])
+                    held = evaluate(trainer.shown, data.holdout, data, ranks, AMP[args.amp])
                     row["holdout"] = sum(held.groups.values()) / len(held.groups)
                     if row["holdout"] > best:
                         best = row["holdout"]

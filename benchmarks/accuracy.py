@@ -31,10 +31,11 @@ import torch
 from benchmarks.common import RESULTS, ROOT, content_hash
 from benchmarks.gpu_report import machine
 from benchmarks.published import PUBLISHED
-from gclkern.data.groups import GROUPS
-from gclkern.engine import number, stop_requests
-from gclkern.methods import plan
-from gclkern.runs import write_text
+from gclkern.training.arguments import number
+from gclkern.training.data.groups import GROUPS
+from gclkern.training.processes import stop_requests
+from gclkern.training.recipes import plan
+from gclkern.training.run_folder import write_text
 
 ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop

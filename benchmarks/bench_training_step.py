@@ -31,7 +31,7 @@ from benchmarks.common import (
 )
 from benchmarks.timing import Call
 from gclkern import CosineLinear, LinearGCLLoss
-from gclkern.models import build_backbone
+from gclkern.training.backbones import build_backbone
 
 Head = Callable[[Inputs, Tensor, Tensor], Tensor]  # from features (N, D) and weight (C, D), the loss
 

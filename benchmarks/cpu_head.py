@@ -25,7 +25,7 @@ from benchmarks import bench_head
 from benchmarks.common import BOTH, Shape, torch_hash
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
-from gclkern.runs import write_text
+from gclkern.training.run_folder import write_text
 
 CPU = torch.device("cpu")
 # without the one that takes the plan that "auto" chooses, which is here among the others

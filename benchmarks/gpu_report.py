@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import BROKEN, INATURALIST, RESULTS, ROOT, SMOKE, STOPPED, installed, kernels_hash, torch_hash
-from gclkern.runs import write_text
+from gclkern.training.run_folder import write_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
@@ -193,7 +193,7 @@ def device_tests(*among: str) -> list[str]:
     if not GPU:
         return DRY_RUN_TESTS
     _, output = run([sys.executable, "-m", "pytest", *(among or ("tests",)), "--collect-only", "-qq", "-m", "device", "-p", "no:cacheprovider"], 120)
-    return re.findall(r"^(?:ERROR )?tests/(test_\w+\.py)\b", output, re.MULTILINE)
+    return re.findall(r"^(?:ERROR )?tests/((?:\w+/)*test_\w+\.py)\b", output, re.MULTILINE)
 
 
 def results_of(xml: Path) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def sanitizer(report: Report, tool: str) -> None:
         report.close(name, "not here")
         return
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--target-processes", "application-only"]
-    command = ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.exercise"]
+    command = ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.profile_kernels"]
     # one allocation for each tensor: the caching allocator would hide a read beyond a tensor's end
     done = attempt(report, name, command, report.check_seconds_left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     if done is not None:
@@ -341,7 +341,7 @@ def kernels(report: Report) -> None:
     shape = INATURALIST if GPU else SMOKE
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.json")
-        done = attempt(report, "kernel times", [sys.executable, "-m", "benchmarks.exercise", "--shape", shape.name, "--profile", str(path)], 240)
+        done = attempt(report, "kernel times", [sys.executable, "-m", "benchmarks.profile_kernels", "--shape", shape.name, "--profile", str(path)], 240)
         if done is not None:
             times = json.loads(path.read_text()) if path.exists() else {}
             report.close("kernel times", "done" if times else "failed", shape=shape.name, times=times, output="" if times else done[1][-3000:])
@@ -359,7 +359,7 @@ def counters(report: Report) -> None:
     options = ["--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({'|'.join(names)})$"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "ncu.csv")
-        command = ["ncu", *options, "--log-file", str(log), sys.executable, "-m", "benchmarks.exercise", "--shape", INATURALIST.name]
+        command = ["ncu", *options, "--log-file", str(log), sys.executable, "-m", "benchmarks.profile_kernels", "--shape", INATURALIST.name]
         done = attempt(report, name, command, 240)
         lines = [line for line in log.read_text().splitlines() if line.startswith('"')] if log.exists() else []
     if done is not None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from gclkern.centroids import ClassCentroids, class_centroids
-from tests.launches import Launches
-from tests.problems import HALVES
+from tests.support.cases import HALVES
+from tests.support.launches import Launches
 
 
 def operator(backend: str) -> Any:

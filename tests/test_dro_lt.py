@@ -15,9 +15,9 @@ from torch import Tensor
 from gclkern.centroids import class_centroids
 from gclkern.debug import set_debug
 from gclkern.dro import DROLTLoss, dro_lt_loss
-from tests.comparison import ROUNDING
-from tests.launches import Launches
-from tests.problems import HALVES, REDUCTIONS
+from tests.support.cases import HALVES, REDUCTIONS
+from tests.support.comparison import ROUNDING
+from tests.support.launches import Launches
 
 # numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -13,10 +13,10 @@ from torch import Tensor
 from benchmarks.memory import allocated_peak
 from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.plans import resolve_plan
-from tests import oracle
-from tests.comparison import ROUNDING, assert_within, check_head_loss
-from tests.launches import Launches
-from tests.problems import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector, without_noise_in_float64
+from tests.support import oracle
+from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector, without_noise_in_float64
+from tests.support.comparison import ROUNDING, assert_within, check_head_loss
+from tests.support.launches import Launches
 
 DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
 

@@ -19,7 +19,7 @@ from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.layers import CosineLinear
 from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.weights import drw_weights
-from tests.problems import PLANS, cosines, labels, vector
+from tests.support.cases import PLANS, cosines, labels, vector
 
 COUNTS = [500, 120, 77, 20, 5]
 CLASSES = len(COUNTS)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gclkern import noise as noise_module
 from gclkern.noise import cloud_noise, fill_noise, philox_words, resolve_seed, torch_cloud_noise
-from tests import aot, oracle
+from tests.support import oracle
+from tests.support.gpu_free import aot
 
 ZERO_WORDS = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 SEED, ROW = 2**40 + 5, 2**33 + 1
@@ -90,7 +91,7 @@ def test_torch_words_of_a_grid_equal_the_oracle() -> None:
 
 @pytest.mark.triton
 def test_triton_words_equal_the_oracle(device: torch.device) -> None:
-    from tests.noise_kernels import words_of_counters
+    from tests.support.noise_kernels import words_of_counters
 
     seeds, rows, groups = counters(60)
     words = torch.empty((len(seeds), 4), dtype=torch.int32, device=device)
@@ -117,7 +118,7 @@ def test_backends_agree(device: torch.device) -> None:
 def test_device_code_maps_every_field_to_its_draws(device: torch.device) -> None:
     """All values of either 16-bit half of a word, beside the formula in float64."""
     from gclkern.kernels.runtime import NVIDIA
-    from tests.noise_kernels import draws_of_words
+    from tests.support.noise_kernels import draws_of_words
 
     field = torch.arange(65536)
     words = torch.cat((field | 0x4000 << 16, field << 16 | 0x0001, field << 16 | (field * 25253 & 0xFFFF)))
@@ -157,7 +158,7 @@ def test_nvidia_instructions_get_the_right_arguments() -> None:
 @pytest.mark.triton
 def test_single_places_equal_the_tile(device: torch.device) -> None:
     from gclkern.kernels.runtime import NVIDIA
-    from tests.noise_kernels import tile_and_places
+    from tests.support.noise_kernels import tile_and_places
 
     tile, places = torch.empty((2, 4, 32), device=device)
     tile_and_places[(1,)](tile, places, torch.tensor(SEED, device=device), ROW, 2**31 + 3, ROWS=4, GROUPS=4, NVIDIA=NVIDIA)

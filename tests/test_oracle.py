@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import oracle
+from tests.support import oracle
 
 
 def test_philox_words_of_key_and_counter_zero() -> None:

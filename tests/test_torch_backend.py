@@ -14,8 +14,8 @@ from torch import Tensor
 
 import gclkern.torch_backend
 from gclkern.kernels.terms import LossTerms
-from tests import oracle
-from tests.problems import PLANS, REDUCTIONS
+from tests.support import oracle
+from tests.support.cases import PLANS, REDUCTIONS
 
 OPS = torch.ops.gclkern
 ROWS, CLASSES, DIM = 7, 21, 5

@@ -1,0 +1,262 @@
+"""The README's tables and charts, made from the committed results: python -m benchmarks.render_results
+
+Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what this file makes of benchmarks/results/, and nothing else:
+
+    cpu_head   of cpu_head.json, by `python -m benchmarks.cpu_head --json`
+    cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
+    gpu        of the other files, by the same command on machines with one
+    accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
+
+Charts are SVG files beside the results. A test fails where README or charts are not what the results say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import tables
+from benchmarks.common import BOTH, RESULTS, ROOT
+from gclkern.training.run_folder import write_text
+
+README = ROOT / "README.md"
+SECTIONS = ("cpu_head", "cpu", "gpu", "accuracy")
+_SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
+WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
+SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
+COLORS = ("#0b6e4f", "#d1495b", "#00798c", "#edae49", "#5c4d7d", "#8d6b94", "#30638e", "#7a7a7a", "#444444")
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def cpu_head(results: Path) -> str:
+    data = json.loads((results / "cpu_head.json").read_text())
+    shape, software = data["shape"], data["software"]
+    rows = (
+        [
+            name,
+            f"{row['milliseconds']:.0f}",
+            f"{row['times_bare_products']:.2f}",
+            *(f"{row[key] / 1e6:.0f}" if key in row else "" for key in ("peak_bytes", "peak_bytes_beyond_gradients")),
+            row["includes"],
+        ]
+        for name, row in data["results"].items()
+    )
+    return "\n".join(
+        [
+            f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32,",
+            f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}.",
+            f"Medians of {shape['rounds']} rounds in which the contestants take turns, on idle cores; the ratio is the median of the rounds' ratios.",
+            "",
+            _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
+            "",
+            f"Measured at torch implementation `{data['torch_hash']}` by `python -m benchmarks.cpu_head --json benchmarks/results/cpu_head.json`.",
+        ]
+    )
+
+
+def _reports(results: Path, *, gpu: bool) -> list[Path]:
+    """Reports that are complete: one that still runs is no result."""
+    files = (path for path in sorted(results.glob("*.json")) if path.name != "cpu_head.json" and (path.name != "cpu.json") == gpu)
+    return [path for path in files if json.loads(path.read_text())["complete"]]
+
+
+def _whole(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [result for result in data["benchmarks"] if "error" not in result and result["phase"] in WHOLE]
+
+
+def _operation_table(name: str, found: list[dict[str, Any]]) -> str:
+    """Milliseconds and peak megabytes of each contestant, one shape and dtype a row."""
+    contestants = list(dict.fromkeys(result["contestant"] for result in found))
+    cells = {(result["shape"], result["dtype"], result["contestant"]): result for result in found}
+    rows = []
+    for shape, dtype in dict.fromkeys((result["shape"], result["dtype"]) for result in found):
+        row = [f"{shape}, {dtype}"]
+        for contestant in contestants:
+            cell = cells.get((shape, dtype, contestant))
+            row.append("" if cell is None else f"{_milliseconds(cell['seconds'])} ms, {cell['peak_bytes'] / 1e6:.3g} MB")
+        rows.append(row)
+    includes = "\n".join(f"- {contestant}: {next(r['includes'] for r in found if r['contestant'] == contestant)}" for contestant in contestants)
+    return f"**{name}**, {found[0]['phase']}\n\n{_table(['', *contestants], rows)}\n\n{includes}"
+
+
+def charts(path: Path) -> dict[Path, str]:
+    """The SVG files that belong to a report: time and memory of the head against each of its sizes."""
+    data = json.loads(path.read_text())
+    found = {}
+    for size, swept in _sweeps(data).items():
+        others = ", ".join(f"{swept[0][key]:,} {name}" for other, (key, name) in SIZES.items() if other != size)
+        title = f"Head, forward + backward: {others}, {swept[0]['dtype']}, {data['machine']['device']}"
+        for kind, unit in (("time", "ms"), ("memory", "peak MB")):
+            found[path.with_name(f"{path.stem}-{kind}-{size}.svg")] = line_chart(title, SIZES[size][1], unit, _series(swept, size, kind))
+    return found
+
+
+def _sweeps(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results in which one size alone changes, by that size."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in _whole(data):
+        if result["shape"].startswith("sweep "):
+            found.setdefault(result["shape"].split()[1], []).append(result)
+    return found
+
+
+def _series(swept: list[dict[str, Any]], size: str, kind: str) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds or megabytes against the size, by contestant. The fastest round is what a machine with other work distorts least."""
+    key, factor = ("fastest_seconds", 1e3) if kind == "time" else ("peak_bytes", 1e-6)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for result in swept:
+        series.setdefault(result["contestant"], []).append((result[SIZES[size][0]], factor * result[key]))
+    return {name: sorted(line) for name, line in series.items()}
+
+
+def exponent(line: list[tuple[float, float]]) -> float:
+    """The power of the size with which the cost grows at the largest sizes: the slope of the last step, both axes logarithmic. 1 is linear."""
+    (x0, y0), (x1, y1) = line[-2:]
+    return math.log(y1 / y0) / math.log(x1 / x0)
+
+
+def _growth(data: dict[str, Any]) -> str:
+    sweeps = _sweeps(data)
+    columns = [(size, kind) for size in sweeps for kind in ("time", "memory")]
+    exponents = {column: {name: exponent(line) for name, line in _series(sweeps[column[0]], *column).items()} for column in columns}
+    names = dict.fromkeys(name for column in columns for name in exponents[column])
+    rows = ([name, *(f"{exponents[column][name]:.2f}" if name in exponents[column] else "" for column in columns)] for name in names)
+    header = ["", *(f"{kind} against {size}" for size, kind in columns)]
+    return f"Growth of the head's cost: the exponent between the two largest values of each size, of the fastest rounds; 1 is linear.\n\n{_table(header, rows)}"
+
+
+def report(path: Path) -> str:
+    data = json.loads(path.read_text())
+    fixed = [result for result in _whole(data) if not result["shape"].startswith("sweep")]
+    parts = [f"{data['machine']['device']}, torch {data['machine']['versions']['torch']}. Medians; peak memory beyond the inputs, with what is returned."]
+    operations = dict.fromkeys(result["operation"] for result in fixed)
+    parts += [_operation_table(name, [result for result in fixed if result["operation"] == name]) for name in operations]
+    if _sweeps(data):
+        parts.append(_growth(data))
+    for chart in charts(path):
+        kind, size = chart.stem.split("-")[-2:]
+        parts.append(f"![{kind} against {SIZES[size][1]}]({(RESULTS / chart.name).relative_to(ROOT).as_posix()})")
+    gpu = path.name != "cpu.json"
+    source = f"kernels `{data['kernels_hash']}`" if gpu else f"torch implementation `{data['torch_hash']}`"
+    parts.append(f"Measured at {source} by `python -m benchmarks.gpu_report`.")
+    return "\n\n".join(parts)
+
+
+def accuracy(results: Path) -> str:
+    found = tables(results / "accuracy")
+    if not found:
+        return "Not measured yet: `python -m benchmarks.accuracy`."
+    explained = [
+        "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
+        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
+        "releases choose their epoch on the test set: the best of the evaluated epochs, so chosen, is for comparison with them alone.",
+    ]
+    source = "Measured by `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
+    return "\n".join([*explained, "", found, "", source])
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """What belongs between the markers of section `name`."""
+    if name not in SECTIONS:
+        raise ValueError(f"README has the section {name!r}, but the results make {', '.join(SECTIONS)}")
+    if name == "cpu_head":
+        text = cpu_head(results) if (results / "cpu_head.json").exists() else "Not measured yet: `python -m benchmarks.cpu_head`."
+    elif name == "accuracy":
+        text = accuracy(results)
+    else:
+        text = "\n\n".join(map(report, _reports(results, gpu=name == "gpu")))
+        text = text or f"Not measured yet: `python -m benchmarks.gpu_report` on a machine {'with' if name == 'gpu' else 'without'} a GPU."
+    return text + "\n"
+
+
+def wanted(readme: str, results: Path = RESULTS) -> str:
+    """The README as it should be."""
+    return _SECTION.sub(lambda found: found[1] + render(found[2], results) + found[4], readme)
+
+
+def disagreements(readme: Path = README, results: Path = RESULTS) -> list[str]:
+    """Sections and charts that are not what the results say, and results that no section shows."""
+    text = readme.read_text()
+    sections = {found[2]: found[3] for found in _SECTION.finditer(text)}
+    wrong = [f"section {name}" for name, body in sections.items() if body != render(name, results)]
+    for name, files in (
+        ("cpu_head", [*results.glob("cpu_head.json")]),
+        ("cpu", _reports(results, gpu=False)),
+        ("gpu", _reports(results, gpu=True)),
+        ("accuracy", [*results.glob("accuracy/*.json")]),
+    ):
+        if files and name not in sections:
+            wrong.append(f"no section {name}")
+    expected = {path: svg for file in (*_reports(results, gpu=False), *_reports(results, gpu=True)) for path, svg in charts(file).items()}
+    wrong += [path.name for path in {*expected, *results.glob("*.svg")} if not path.exists() or path.read_text() != expected.get(path)]
+    return wrong
+
+
+def line_chart(title: str, x_name: str, y_name: str, series: dict[str, list[tuple[float, float]]]) -> str:
+    """An SVG of lines over logarithmic axes, with a legend."""
+    left, right, top, bottom, width, height = 70, 250, 40, 50, 860, 420
+    points = [point for line in series.values() for point in line if min(point) > 0]
+    low_x, high_x = (limit(math.log10(x) for x, _ in points) for limit in (min, max))
+    low_y, high_y = math.floor(min(math.log10(y) for _, y in points)), math.ceil(max(math.log10(y) for _, y in points))
+    high_x, high_y = max(high_x, low_x + 0.1), max(high_y, low_y + 1)
+
+    def x_at(value: float) -> float:
+        return left + (math.log10(value) - low_x) / (high_x - low_x) * (width - left - right)
+
+    def y_at(value: float) -> float:
+        return height - bottom - (math.log10(value) - low_y) / (high_y - low_y) * (height - top - bottom)
+
+    def text(x: float, y: float, words: str, anchor: str = "start", rest: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{rest}>{words}</text>'
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222222">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        text(left, 22, title, rest=' font-size="14"'),
+        text((left + width - right) / 2, height - 10, x_name, "middle"),
+        text(18, (top + height - bottom) / 2, y_name, "middle", f' transform="rotate(-90 18 {(top + height - bottom) / 2:.1f})"'),
+    ]
+    for power in range(low_y, high_y + 1):
+        y = y_at(10.0**power)
+        lines.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#dddddd"/>')
+        lines.append(text(left - 8, y + 4, f"{10.0**power:g}", "end"))
+    for value in sorted({x for x, _ in points}):
+        lines.append(f'<path d="M{x_at(value):.1f} {height - bottom}v5" stroke="#222222"/>')
+        lines.append(text(x_at(value), height - bottom + 20, f"{value:,.0f}", "middle"))
+    for number, (name, line) in enumerate(series.items()):
+        color, drawn = COLORS[number % len(COLORS)], [(x_at(x), y_at(y)) for x, y in sorted(line) if min(x, y) > 0]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+        lines.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in drawn]
+        legend = top + 20 * number
+        lines.append(f'<path d="M{width - right + 15} {legend}h22" stroke="{color}" stroke-width="3"/>')
+        lines.append(text(width - right + 44, legend + 4, name))
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    for file in (*_reports(RESULTS, gpu=False), *_reports(RESULTS, gpu=True)):
+        for path, svg in charts(file).items():
+            write_text(path, svg)
+    write_text(README, wanted(README.read_text()))
+    wrong = disagreements()
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

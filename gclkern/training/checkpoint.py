@@ -1,0 +1,108 @@
+"""Checkpoints: written atomically, checked when read, and never executed.
+
+A checkpoint is a file of ``torch.save`` that holds nothing but containers, numbers, strings and tensors. It is written under another name, forced to the
+disk and renamed, so that whatever kills the process, the file of the final name is a whole one: the last or the one before. A digest over all values tells
+damaged files from whole ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORMAT = "gclkern.training.checkpoint"
+_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be read as a checkpoint of this version; the message says why and what to do."""
+
+
+def _update(digest: Any, value: object) -> None:
+    """Every value with its type and its place, so that different states have different digests."""
+    if isinstance(value, dict):
+        digest.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            _update(digest, key)
+            _update(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"list {len(value)}".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, Tensor):
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+    else:
+        raise TypeError(f"a checkpoint holds containers, numbers, strings and tensors, got {type(value).__name__}")
+
+
+def _digest(state: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    _update(digest, state)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
+    """Write `state` so that `path` is always a whole checkpoint, this one or the one before.
+
+    Args:
+        path: the file; its folder must exist. A run that is killed may leave ``<name>.partial`` beside it, which the next write replaces.
+        state: dicts, lists, tuples, numbers, strings, None and tensors.
+
+    Raises:
+        TypeError: something else is in `state`.
+        OSError: the disk refuses.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "last.pt"
+        >>> save_checkpoint(path, {"epoch": 3, "weight": torch.ones(2)})
+        >>> load_checkpoint(path)["epoch"]
+        3
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save({"format": _FORMAT, "version": _VERSION, "digest": _digest(state), "state": state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    if os.name == "posix":  # the new name is on the disk when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote; no code from the file runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, damaged, of another program or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}; give the file, such as last.pt in the folder of a run")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than plain data; use another one") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("state"), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
+    if content.get("version") != _VERSION:
+        version = content.get("version")
+        raise CheckpointError(f"{path} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
+    if content.get("digest") != _digest(content["state"]):
+        raise CheckpointError(f"{path} is damaged: its values do not match its digest; use another checkpoint")
+    state: dict[str, Any] = content["state"]
+    return state

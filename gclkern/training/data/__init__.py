@@ -1,0 +1,81 @@
+"""Long-tailed data sets by name: :func:`load_data`."""
+
+from __future__ import annotations
+
+import os
+
+from gclkern.training.data.cifar import CIFAR, load_cifar
+from gclkern.training.data.digits import load_digits
+from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, ImageSet
+from gclkern.training.data.lists import LISTS, CorruptImageError, ListImages, load_folder, load_lists
+from gclkern.training.data.longtail import stratified_split
+
+__all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "Epoch", "ImageSet", "ListImages", "load_data"]
+
+DATASETS = ("digits-lt", *CIFAR, *LISTS, "list", "folder")
+
+
+def load_data(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    imbalance: float | None = None,
+    profile: str = "exp",
+    seed: int = 0,
+    holdout: float = 0.0,
+    download: bool = False,
+    image_size: int = 224,
+    workers: int = 4,
+    skip_corrupt: bool = False,
+    train_list: str | os.PathLike[str] | None = None,
+    test_list: str | os.PathLike[str] | None = None,
+) -> DataSplits:
+    """The data set `name`, split into a long-tailed training set and a test set.
+
+    Args:
+        name: one of DATASETS. digits-lt comes with scikit-learn; cifar10-lt and cifar100-lt read the official files of the Python version; imagenet-lt,
+            places-lt and inat18 read their published lists, "list" a user's own, "folder" train/ and test/ (or val/) with one folder for each class.
+        data_dir: where the files are; "data" when not given.
+        imbalance: ratio of the largest to the smallest class of digits-lt (20 when not given) and CIFAR (100); the others are as long-tailed as their files.
+        profile: "exp" or "step", for the same.
+        seed: of the choice of the long-tailed subset and of the held-out part; 0 is the reference subset of CIFAR-LT.
+        holdout: the share of every training class that is held out to choose by, 0 for none.
+        download: fetch CIFAR through torchvision when it is not there.
+        image_size: pixels of a side, of the data sets of image files.
+        workers: processes that read image files; 0 reads them in this one.
+        skip_corrupt: read every image file once and leave out those that cannot be read, listed in `train.skipped` and `test.skipped`. Without it the
+            first one met raises an error.
+        train_list, test_list: text files with a line `relative/path label` for each image.
+
+    Raises:
+        CorruptImageError: from a loader, or when not one file can be read.
+        FileNotFoundError, ValueError: data that is not there or not as it should be; the message says what to do.
+        ImportError: an extra package is missing; the message names the command to install it.
+
+    Example:
+        >>> splits = load_data("digits-lt")
+        >>> splits.class_counts
+        [140, 100, 71, 51, 36, 26, 19, 13, 9, 7]
+        >>> images, labels = next(splits.train.loader([[0, 1, 2]], device=torch.device("cpu"), epoch=Epoch(seed=1)))
+        >>> images.shape, labels
+        (torch.Size([3, 1, 8, 8]), tensor([0, 0, 0]))
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout must be at least 0 and below 1, got {holdout}")
+    root = "data" if data_dir is None else data_dir
+    if name == "digits-lt":
+        splits = load_digits(20.0 if imbalance is None else imbalance, profile, seed)
+    elif name in CIFAR:
+        splits = load_cifar(name, root, 100.0 if imbalance is None else imbalance, profile, seed, download)
+    elif name in (*LISTS, "list"):
+        splits = load_lists(name, root, train_list, test_list, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt)
+    elif name == "folder":
+        splits = load_folder(root, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt)
+    else:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    if holdout:
+        whole = splits.train
+        kept, taken = stratified_split(whole.labels, holdout, seed)
+        splits.train, splits.holdout = whole.subset(kept), whole.subset(taken)
+        splits.class_counts = splits.train.labels.bincount(minlength=splits.num_classes).tolist()
+    return splits

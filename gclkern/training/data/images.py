@@ -1,0 +1,140 @@
+"""What training sees of a data set: images by index, and batches of an epoch whose augmentation depends only on the epoch's seed and a sample's place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gclkern.noise import philox_words, resolve_seed
+from gclkern.training.data.augment import AUGMENTATIONS, augment_batch
+from gclkern.validation import check_choice
+
+# Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
+_STREAM = 0x3C6EF372A54FF53A
+# Samples augmented at once: on a GPU small batches would cost more in kernel launches than in work, on a CPU large ones leave its caches.
+_DEVICE_CHUNK = 4096
+_CPU_CHUNK = 256
+
+
+class Epoch(NamedTuple):
+    """An epoch of training as a rank goes on with it: what the augmentation of its samples depends on, beside their place."""
+
+    seed: int
+    position: int = 0  # samples of the epoch that this rank has already done, as for the samplers
+    num_replicas: int = 1
+    rank: int = 0
+
+    def places(self, start: int, count: int) -> Tensor:
+        """Places in the whole epoch of `count` of this rank's samples, from its `start`-th one from here on: the numbering of gclkern.samplers."""
+        return torch.arange(self.position + start, self.position + start + count) * self.num_replicas + self.rank
+
+
+def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
+    """Random numbers (places, count) in [0, 1), float32: a pure function of the seed, a sample's place in the epoch and the column."""
+    groups = torch.arange(-(-count // 4), device=places.device)
+    key = resolve_seed(seed, places.device) ^ _STREAM
+    words = philox_words(key, places, groups).flatten(1)[:, :count]
+    return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+class ImageSet(Protocol):
+    """Images with labels. `device` is where batches are wanted."""
+
+    labels: Tensor  # (M,) int64, on the CPU
+    augment: str  # the augmentation of training: "none", "standard", or for DeviceImages "autoaugment"
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """A set of the samples at `indices`, with the same settings."""
+        ...
+
+    def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of each batch of indices, on the device; images (B, C, H, W) are normalised float32.
+
+        In an epoch of training they are augmented. The augmentation of a sample depends on the epoch's seed and its place in the epoch alone, so a resumed
+        epoch goes on as it would have, and several ranks augment as one process does.
+        """
+        ...
+
+
+class DeviceImages:
+    """A small set of images that lives on the device as uint8 and is augmented there, many samples at once."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: str = "standard",
+        padding: int = 4,
+        flip: bool = True,
+    ) -> None:
+        """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1]; `padding` pixels on each side for the crop."""
+        self.images, self.labels = images, labels.to("cpu", torch.int64)
+        self.augment, self.padding, self.flip = augment, padding, flip
+        self._scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
+        self._shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    def subset(self, indices: Tensor) -> DeviceImages:
+        """A set of the samples at `indices`, with the same settings."""
+        other = object.__new__(DeviceImages)
+        other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
+        return other
+
+    def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        check_choice("augment", self.augment, tuple(AUGMENTATIONS))
+        if self.images.device != device:
+            self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
+        columns, done = AUGMENTATIONS[self.augment], 0
+        for chunk in _chunks(batches, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
+            sizes = [len(batch) for batch in chunk]
+            indices = torch.tensor([index for batch in chunk for index in batch])
+            images, labels = self.images[indices.to(device)], self.labels[indices].to(device)
+            if epoch is not None and columns:
+                numbers = uniform_numbers(epoch.seed, epoch.places(done, indices.numel()).to(device), columns)
+                images = augment_batch(images, numbers, self.augment, self.padding, self.flip)
+            done += indices.numel()
+            yield from zip(images.to(torch.float32).mul_(self._scale).add_(self._shift).split(sizes), labels.split(sizes), strict=True)
+
+
+def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Sequence[int]]]:
+    """Consecutive batches, at least `least` samples together but at the end."""
+    chunk: list[Sequence[int]] = []
+    size = 0
+    for batch in batches:
+        chunk.append(batch)
+        size += len(batch)
+        if size >= least:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@dataclass
+class DataSplits:
+    """A data set ready for training.
+
+    The groups are those of the whole long-tailed training set, so that a held-out part does not move classes between them.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    holdout: ImageSet | None  # a stratified part taken out of the training set
+    class_counts: list[int]  # of `train`
+    groups: dict[str, list[int]]  # "many", "medium", "few": class indices; an empty group is absent
+    num_classes: int
+    class_names: list[str] | None
+    channels: int
+    image_size: int

@@ -1,0 +1,129 @@
+"""Evaluation: accuracy over all, by group and by class, calibration, and the table that shows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gclkern.centroids import ClassCentroids
+from gclkern.training.data import DataSplits, ImageSet
+from gclkern.training.data.groups import GROUPS
+from gclkern.training.network import Network
+from gclkern.training.processes import Processes
+
+_BINS = 15
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a model does on a test set; shares in [0, 1]."""
+
+    top1: float
+    groups: dict[str, float]  # "many", "medium", "few": mean of the accuracies of the group's classes; an empty group is absent
+    per_class: list[float]  # NaN for a class without test samples
+    ece: float  # expected calibration error
+    nll: float  # mean negative log-likelihood, in nats
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: NaN, which JSON lacks, becomes None."""
+        return {**asdict(self), "per_class": [None if math.isnan(share) else share for share in self.per_class]}
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], num_classes: int) -> Report:
+    """The report on logits (M, C) for labels (M,), for the class indices of each group.
+
+    The calibration error has 15 bins of equal width of the confidence: sum over bins of |accuracy - mean confidence| * share of samples (Guo et al., "On
+    calibration of modern neural networks", ICML 2017, Eq. 3).
+
+    Raises:
+        ValueError: shapes that do not match, no samples, or a label outside [0, C).
+
+    Example:
+        >>> report = evaluate_logits(torch.tensor([[4.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1]), {"many": [0], "few": [1]}, 2)
+        >>> report.top1, report.groups, report.per_class
+        (0.5, {'many': 1.0, 'few': 0.0}, [1.0, 0.0])
+    """
+    if logits.dim() != 2 or logits.shape[1] != num_classes or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits must be (M, {num_classes}) and labels (M,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    if labels.numel() == 0:
+        raise ValueError("there are no samples to evaluate")
+    labels = labels.to(logits.device)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
+    parts = [_judge(rows, targets) for rows, targets in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
+    confidence, right, nll = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).long()
+    gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
+    hits = torch.zeros(num_classes, dtype=torch.float64, device=logits.device).index_add_(0, labels, right)
+    per_class = hits / labels.bincount(minlength=num_classes)  # 0 / 0 is NaN: a class without test samples
+    shares = {name: float(per_class[list(classes)].nanmean()) for name, classes in groups.items()}
+    return Report(
+        top1=float(right.mean()),
+        groups={name: share for name, share in shares.items() if not math.isnan(share)},
+        per_class=per_class.tolist(),
+        ece=float(gaps.abs().sum() / labels.numel()),
+        nll=float(nll.mean()),
+    )
+
+
+def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence, whether the prediction is right, and the negative log-likelihood of each row."""
+    log_shares = logits.float().log_softmax(1)
+    best, predicted = log_shares.max(1)
+    return best.exp(), predicted == labels, -log_shares.gather(1, labels[:, None]).squeeze(1)
+
+
+def format_table(rows: Sequence[tuple[str, Report]]) -> str:
+    """A table of reports in percent, one row each; a dash where a group is empty.
+
+    Example:
+        >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
+                       top-1    many  medium     few     ECE     NLL
+        cross-entropy  80.00   95.00       -   60.00   10.00   0.700
+    """
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [" " * width + "".join(f"{title:>8}" for title in ("top-1", *GROUPS, "ECE", "NLL"))]
+    for name, report in rows:
+        shares = [report.top1, *(report.groups.get(group) for group in GROUPS), report.ece]
+        cells = ["-" if share is None else f"{100 * share:.2f}" for share in shares] + [f"{report.nll:.3f}"]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def predict(network: Network, images: ImageSet, processes: Processes, *, amp: torch.dtype | None = None, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Logits (M, C) and features (M, D) of all images, float32, in eval mode, on every rank."""
+    network.eval()
+    processes.share_buffers(network)
+    total = len(images)
+    mine = [index % total for index in range(processes.rank, -(-total // processes.world) * processes.world, processes.world)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    logits, features = [], []
+    with torch.autocast(processes.device.type, dtype=amp, enabled=amp is not None):
+        for batch, _ in images.loader(batches, device=processes.device):
+            found = network.backbone(batch).float()
+            features.append(found)
+            logits.append(network.scale * network.classify(found))
+    return processes.gather_rows(torch.cat(logits), total), processes.gather_rows(torch.cat(features), total)
+
+
+@torch.no_grad()
+def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, processes: Processes) -> dict[str, Tensor]:
+    """Mean feature and count of each class over an epoch's batches of all processes, in eval mode: DRO-LT's "centroids" and "counts"."""
+    network.eval()
+    processes.share_buffers(network)
+    means = ClassCentroids(num_classes, network.backbone.feature_dim).to(processes.device)
+    for images, target in loader:
+        means.update(network.backbone(images).float(), target)
+    return dict(zip(("centroids", "counts"), means.compute(), strict=True))
+
+
+def evaluate(network: Network, images: ImageSet, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> Report:
+    """The report of a network on a part of the data."""
+    return evaluate_logits(predict(network, images, processes, amp=amp)[0], images.labels, data.groups, data.num_classes)

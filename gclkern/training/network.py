@@ -1,0 +1,143 @@
+"""Networks of a run: built, taken over by the next phase, and stored in and loaded from checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gclkern.distributed import ShardedCosineLinear
+from gclkern.layers import CosineLinear, unit_rows
+from gclkern.training.backbones import build_backbone
+from gclkern.training.checkpoint import CheckpointError
+from gclkern.training.data import DataSplits
+from gclkern.training.recipes import Phase, default_model
+from gclkern.training.seeds import derive_seed
+
+
+class ScaledClassifier(nn.Module):
+    """A classifier with a factor for each class: what LWS learns and tau-norm sets (Kang et al., ICLR 2020, section 4.2).
+
+    logit_ij = factor_j * (<f_i, w_j> + bias_j); with `normalize` f and w have unit length, as in a cosine classifier.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, normalize: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, in_features))
+        self.bias = None if normalize else nn.Parameter(torch.zeros(num_classes))
+        self.factor = nn.Parameter(torch.ones(num_classes))
+        self.normalize = normalize
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.normalize:
+            return F.linear(unit_rows(features), unit_rows(self.weight), self.bias) * self.factor
+        return F.linear(features, self.weight, self.bias) * self.factor
+
+
+def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
+    """The classifier of a phase: "linear", "cosine", "scaled linear" or "scaled cosine"."""
+    if kind == "linear":
+        return nn.Linear(in_features, num_classes)
+    if kind == "cosine":
+        return CosineLinear(in_features, num_classes)
+    return ScaledClassifier(in_features, num_classes, normalize=kind == "scaled cosine")
+
+
+class Network(nn.Module):
+    """A backbone, a classifier, and the scale that turns the classifier's output into logits."""
+
+    backbone: Any  # a module with an attribute feature_dim
+    head: Any
+    scale: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.classify(self.backbone(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Cosines or logits in float32, whatever autocast says: bfloat16 would cost a third of their digits."""
+        with torch.autocast(features.device.type, enabled=False):
+            output: Tensor = self.head(features.float())
+        return output
+
+
+def replace_head(network: Network, kind: str, *, keep: bool) -> None:
+    """Give the network a classifier of another kind, or a new one of the same; with `keep` it starts from the weights of the old one."""
+    old = network.head
+    features = network.backbone.feature_dim
+    new = build_head(kind, features, old.weight.shape[0]).to(old.weight.device)
+    if keep:
+        new.load_state_dict(old.state_dict(), strict=False)
+    network.head = new
+
+
+def build_network(head: str, data: DataSplits, config: dict[str, Any], device: torch.device, *, pretrained: bool = False) -> Network:
+    """A fresh network by the arguments of a run; its weights depend on their seed alone."""
+    torch.manual_seed(derive_seed(config["seed"], "weights"))
+    model = config["model"] or default_model(config["data"])
+    backbone: Any = build_backbone(model, image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
+    network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(device)
+    return network.to(memory_format=torch.channels_last) if config["channels_last"] else network  # type: ignore[call-overload]
+
+
+def prepare(phase: Phase, network: Network | None, data: DataSplits, config: dict[str, Any], device: torch.device) -> Network:
+    """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
+    if network is None or phase.start == "fresh":
+        pretrained = config["data"] == "places-lt" if config["pretrained"] is None else config["pretrained"]
+        return build_network(phase.head, data, config, device, pretrained=pretrained)
+    torch.manual_seed(derive_seed(config["seed"], "new head"))
+    replace_head(network, phase.head, keep=phase.start == "previous")
+    return network
+
+
+def shard_classifier(network: Network) -> None:
+    """Spread the classes of a cosine classifier over the processes."""
+    whole = network.head
+    network.head = ShardedCosineLinear(whole.in_features, whole.num_classes, device=whole.weight.device)
+    network.head.load_state_dict({"weight": whole.weight})
+
+
+def gather_classifier(network: Network) -> None:
+    """Undo :func:`shard_classifier`; a collective call."""
+    if isinstance(network.head, ShardedCosineLinear):
+        parts = network.head
+        network.head = CosineLinear(parts.in_features, parts.num_classes, device=parts.weight.device)
+        network.head.load_state_dict({"weight": parts.gather(parts.weight)})
+
+
+def whole_state(network: Network) -> dict[str, Tensor]:
+    """The weights of a network, with all classes of its classifier; a collective call where those are spread over processes."""
+    state = network.state_dict()
+    if isinstance(network.head, ShardedCosineLinear):
+        state["head.weight"] = network.head.gather(network.head.weight)
+    return state
+
+
+def network_state(config: dict[str, Any], phase: Phase, network: Network) -> dict[str, Any]:
+    """What a checkpoint of a network holds."""
+    return {"kind": "network", "config": config, "name": phase.name, "head": phase.head, "network": whole_state(network)}
+
+
+def load_network(state: dict[str, Any], data: DataSplits, device: torch.device, *, averaged: bool = False) -> Network:
+    """The network of a checkpoint; with `averaged` that of its averaged weights, where it has them.
+
+    Raises:
+        CheckpointError: the data set has another number of classes, or the network is another one.
+    """
+    weights = state["average"] if averaged and state.get("average") else state["network"]
+    classes = weights["head.weight"].shape[0]
+    if classes != data.num_classes:
+        raise CheckpointError(f"the checkpoint has {classes} classes, {data.name} has {data.num_classes}; evaluate it on its own data set")
+    network = build_network(state["head"], data, state["config"], device)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit its network on images of {data.name}; evaluate it on its own data set") from error
+    return network

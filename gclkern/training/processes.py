@@ -1,0 +1,99 @@
+"""The processes of a run: their ranks, their collective calls, and requests to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Processes:
+    """This process among those that ``torchrun`` started; alone without it."""
+
+    def __init__(self, device: str) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+            if local >= torch.cuda.device_count():
+                found = torch.cuda.device_count()
+                raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {found}; start torchrun with --nproc-per-node {found}")
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Processes:
+        """One process, whatever runs beside it."""
+        processes = object.__new__(cls)
+        processes.world, processes.rank, processes.device = 1, 0, device
+        return processes
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give all ranks the first one's batch statistics, as DistributedDataParallel does before each forward pass."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """Rows (ceil(total / world), ...) of every rank, of which rank r holds r, r + world, ...; in their order (total, ...)."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; a collective call."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def close(self) -> None:
+        """Leave the process group; a collective call, at the end of a run in order.
+
+        A process that fails just ends: with NCCL this would wait for the others, which wait for it, and nobody would see the error until a timeout.
+        """
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[float]]:
+    """A list that is empty until Ctrl-C or SIGTERM: the run then ends its step, writes a checkpoint and leaves. A second Ctrl-C interrupts at once.
+
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what comes within a second counts once.
+    """
+    requests: list[float] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requests.append(time.monotonic())
+        if requests[-1] - requests[0] > 1.0:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""Methods by name, each with its published settings: what `train.py --method ... --retrain ...` runs, as a list of phases.
+
+A phase is a stretch of training with one loss, one sampler, one schedule and one set of parameters that learn. Stage 1 is one phase, or two for DRO-LT,
+which starts from a trained model; a re-training stage is another; the cross-entropy baseline is one more, on a network of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gclkern.distributed import ShardedLinearGCLLoss
+from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
+from gclkern.training.schedules import Schedule
+from gclkern.weights import drw_weights, effective_number_weights
+
+METHODS = ("ce", "focal", "cb", "ldam-drw", "la", "balanced-softmax", "gcl", "dro-lt", "gcl+dro-lt")
+RETRAINS = ("none", "crt", "lws", "tau-norm", "ncm", "gcl")
+SAMPLERS = {
+    "instance": InstanceBalancedSampler,
+    "class-balanced": ClassBalancedSampler,
+    "effective-number": EffectiveNumberSampler,
+    "cben": CBENSampler,
+    "class-aware": ClassAwareSampler,
+}
+# How cloud sizes follow from class counts: the strategies that GCL's paper compares.
+CLOUDS: dict[str, dict[str, Any]] = {
+    "log": {"strategy": "log"},
+    "cosine": {"strategy": "cosine"},
+    "power-1/3": {"strategy": "power", "exponent": 1 / 3},
+    "power-1/4": {"strategy": "power", "exponent": 1 / 4},
+}
+COSINE_SCALE = 30.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training."""
+
+    name: str  # of its files and of its row in the table
+    epochs: int
+    batch_size: int  # of one optimizer step, over all ranks and accumulated parts
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    loss: str  # a method's: "ce", "focal", "cb", "ldam", "la" or "gcl"
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the loss
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
+    sampler: str = "instance"
+    head: str = "linear"  # "linear" or "cosine"; "scaled" has a factor for each class as well
+    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest stays as it is, batch normalisation in eval mode
+    start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
+    drw: float | None = None  # share of the epochs after which class weights come in
+    robust: float = 0.0  # weight of the DRO-LT bound beside the loss
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
+
+    @property
+    def title(self) -> str:
+        """The name and what is minimised."""
+        return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
+
+
+_STEPS = {"warmup": 5, "milestones": (0.8, 0.9)}
+_LDAM_STEPS = Schedule("steps", factors=(0.01, 0.0001), **_STEPS)  # type: ignore[arg-type]
+_MISLAS_STEPS = Schedule("steps", factors=(0.1, 0.01), **_STEPS)  # type: ignore[arg-type]
+_PLACES_STEPS = Schedule("steps", milestones=(60 / 90, 80 / 90), factors=(0.1, 0.01))
+_COSINE = Schedule("cosine")
+
+# epochs, batch size, learning rate, weight decay, schedule and mixup of stage 1; "gcl" is for the clouded methods, "plain" for all others.
+# CIFAR: the LDAM-DRW and GCL releases. Large sets: decoupling's release for "plain", MiSLAS's with GCL's epochs for "gcl"; Places-LT: GCL's release.
+# Chosen here: Places-LT's "plain", which is GCL's without mixup, and digits, for a minute on two cores.
+_STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = {
+    "digits": {
+        "plain": (80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), 0.0),
+        "gcl": (80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), 0.2),
+    },
+    "cifar": {"plain": (200, 128, 0.1, 2e-4, _LDAM_STEPS, 0.0), "gcl": (200, 64, 0.1, 2e-4, _MISLAS_STEPS, 1.0)},
+    "imagenet": {"plain": (90, 512, 0.2, 5e-4, _COSINE, 0.0), "gcl": (200, 256, 0.1, 5e-4, _COSINE, 0.2)},
+    "inat": {"plain": (90, 512, 0.2, 1e-4, _COSINE, 0.0), "gcl": (200, 256, 0.1, 1e-4, _COSINE, 0.2)},
+    "places": {"plain": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.0), "gcl": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.2)},
+}
+# Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` means 0.002 by the time its schedule has divided it. Published for
+# CIFAR; the large sets take the same with stage 1's batch. Digits: a network of 80 short epochs needs larger steps.
+_GCL_STAGE2 = {"digits": (10, 64, 0.02), "cifar": (30, 64, 0.002), "imagenet": (30, 256, 0.002), "inat": (30, 256, 0.002), "places": (30, 512, 0.002)}
+# Epochs of cRT and LWS after a plain stage 1 (decoupling's, published for the large sets): with stage 1's batch and learning rate, by cosine and without mixup.
+_RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
+_INAT_CRT_EPOCHS = 30
+
+
+def family(dataset: str) -> str:
+    """Whose settings a data set takes: ImageNet-LT's are for sets without published ones."""
+    known = {"digits-lt": "digits", "cifar10-lt": "cifar", "cifar100-lt": "cifar", "places-lt": "places", "inat18": "inat"}
+    return known.get(dataset, "imagenet")
+
+
+def default_model(dataset: str) -> str:
+    """The backbone that published numbers on a data set are for."""
+    return {"digits": "small-cnn", "cifar": "resnet32", "places": "resnet152"}.get(family(dataset), "resnet50")
+
+
+def _clouded(settings: str, stage: int) -> dict[str, Any]:
+    """Arguments of GCL's loss (released recipes); the large sets take those of Places-LT."""
+    large = settings not in ("cifar", "digits")
+    if stage == 1:
+        return {"noise_mul": 1.0 if large else 0.5, "scale": COSINE_SCALE}
+    if large:
+        return {"noise_mul": 1.0, "margin": 0.1, "scale": 15.0}
+    return {"noise_mul": 0.5, "margin": 0.1, "scale": 20.0, "gamma": 1.0}
+
+
+def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Phase]:
+    clouded = method in ("gcl", "gcl+dro-lt")
+    epochs, batch_size, lr, weight_decay, schedule, mixup = _STAGE1[settings]["gcl" if clouded else "plain"]
+    loss = {"ldam-drw": "ldam", "balanced-softmax": "la", "gcl+dro-lt": "gcl", "dro-lt": "ce"}.get(method, method)
+    phase = Phase(
+        "stage-1", epochs, batch_size, lr, weight_decay, schedule, loss, mixup=mixup, options=_clouded(settings, 1) if clouded else {},
+        head="cosine" if loss in ("gcl", "ldam") else "linear", start="fresh", drw=0.8 if method == "ldam-drw" else None,
+        # a pretrained ResNet-152, in GCL's release as in its forerunners
+        trains="last-block" if settings == "places" else "all",
+    )  # fmt: skip
+    if not method.endswith("dro-lt"):
+        return [phase]
+    # The released recipe for CIFAR, taken for all sets: 80 epochs on the features with the classifier frozen, then 20 on the classifier alone, with the same
+    # sampler. Combined with GCL, the stretch on the features has GCL's loss in place of the weighted cross entropy, since the classifier is of cosines, and
+    # GCL's stage 2 takes the place of the 20 epochs.
+    long = max(class_counts) * len(class_counts)
+    weighted = {} if clouded else {"weight": "counts"}
+    robust = replace(
+        phase, name="stage-1-robust", epochs=80 if settings != "digits" else 10, batch_size=128, lr=0.005, weight_decay=1e-4, schedule=Schedule(),
+        mixup=0.0, options=phase.options | weighted, sampler="class-aware", sampler_options={"samples_per_class": 4}, trains="backbone", start="previous",
+        robust=1.0, epoch_samples=long,
+    )  # fmt: skip
+    classifier = replace(robust, name="stage-1-classifier", epochs=max(1, robust.epochs // 4), lr=0.01, options={}, trains="head", robust=0.0)
+    return [phase, robust] if clouded else [phase, robust, classifier]
+
+
+def _second_stage(retrain: str, settings: str, first: Phase) -> Phase:
+    if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
+        # after a clouded stage 1, re-trainings differ in what learns and not in the loss: so GCL's paper compares them
+        epochs, batch_size, lr = _GCL_STAGE2[settings]
+        phase = replace(
+            first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=_COSINE, loss="gcl", options=_clouded(settings, 2),
+            sampler="cben", head="cosine", trains="head", start="new head" if retrain == "crt" or first.head != "cosine" else "previous", drw=None,
+        )  # fmt: skip
+        return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
+    epochs = _INAT_CRT_EPOCHS if (retrain, settings) == ("crt", "inat") else _RETRAIN_EPOCHS.get(retrain, 0)
+    options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
+    plain = replace(first, name="stage-2", epochs=epochs, schedule=_COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
+    if retrain == "crt":
+        return replace(plain, trains="head", start="new head")
+    if retrain == "lws":
+        return replace(plain, trains="scale", head=f"scaled {first.head}", start="previous")
+    return replace(plain, trains=retrain, head=f"scaled {first.head}" if retrain == "tau-norm" else "cosine", start="previous")
+
+
+def _scaled(phase: Phase, factor: float) -> Phase:
+    """The phase with `factor` times its epochs, at least one if it has any; the warm-up with them."""
+    epochs = max(min(1, phase.epochs), round(factor * phase.epochs))
+    return replace(phase, epochs=epochs, schedule=replace(phase.schedule, warmup=math.ceil(factor * phase.schedule.warmup)))
+
+
+def plan(
+    method: str, retrain: str | None, dataset: str, class_counts: list[int], *, baseline: bool = False, epochs_scale: float = 1.0, cloud: str | None = None,
+    stage1: dict[str, Any] | None = None, stage2: dict[str, Any] | None = None,
+) -> list[Phase]:  # fmt: skip
+    """The phases of a run.
+
+    Args:
+        method: one of METHODS.
+        retrain: one of RETRAINS; None is the method's own, "gcl" for the clouded ones.
+        dataset: decides the published settings.
+        class_counts: training images of each class.
+        baseline: whether a network trained by cross entropy for as many epochs as all other phases together comes first.
+        epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch.
+        cloud: one of CLOUDS; None is "log", the paper's choice.
+        stage1, stage2: fields of :class:`Phase` that replace the published ones.
+
+    Example:
+        >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
+        ['baseline', 'stage-1', 'stage-2']
+    """
+    settings = family(dataset)
+    phases = [_scaled(phase, epochs_scale) for phase in _first_stage(method, settings, class_counts)]
+    phases[0] = replace(phases[0], **(stage1 or {}))
+    if settings == "cifar" and phases[0].mixup and method != "ldam-drw":  # published runs with mixup are MiSLAS's, whose steps are smaller
+        phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=_MISLAS_STEPS.factors))
+    phases[1:] = [replace(phase, weight_decay=(stage1 or {}).get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
+    retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
+    given = ", ".join("--sampler" if name == "sampler" else f"--retrain-{name.replace('_', '-')}" for name in stage2 or {})
+    if retrain != "none":
+        second = _scaled(_second_stage(retrain, settings, phases[0]), epochs_scale)
+        if stage2 and not second.epochs:
+            raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {given}")
+        phases.append(replace(second, **(stage2 or {})))
+    elif stage2:
+        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose a --retrain")
+    if cloud is not None:
+        phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
+        if not any(phase.loss == "gcl" for phase in phases):
+            raise ValueError(f"--cloud {cloud}: the method {method} has no clouds; leave it out, or choose gcl")
+    if baseline:
+        plain = _first_stage("ce", settings, class_counts)[0]
+        epochs = sum(phase.epochs for phase in phases)
+        phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=epochs, trains=phases[0].trains))
+    return phases
+
+
+def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
+    """The loss of a phase: of logits, but GCL's takes features and a cosine classifier's weight, `sharded` over processes or whole, if that has no factors."""
+    options = dict(phase.options)  # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
+    if phase.loss == "gcl" and sharded:
+        return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
+    if phase.loss == "gcl":
+        return LinearGCLLoss(class_counts, **options) if phase.head == "cosine" else GCLLoss(class_counts, **options)
+    if phase.loss == "la":
+        return LogitAdjustedLoss(class_counts, **options)
+    if phase.loss == "ldam":
+        return LDAMLoss(class_counts, weight=drw_weights(class_counts, 0), **options)
+    if phase.loss == "cb":
+        options["weight"] = effective_number_weights(class_counts)
+    elif options.get("weight") == "counts":
+        options["weight"] = torch.tensor(class_counts) / max(class_counts)
+    return FocalLoss(gamma=2.0 if phase.loss == "focal" else 0.0, **options)

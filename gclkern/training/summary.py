@@ -1,0 +1,102 @@
+"""What a run prints and leaves for a reader: its plan, progress, the final table, summary.json and the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gclkern.training.checkpoint import load_checkpoint
+from gclkern.training.data import DataSplits
+from gclkern.training.evaluation import Report, evaluate, format_table, predict
+from gclkern.training.extras import need
+from gclkern.training.network import load_network
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import Phase
+from gclkern.training.run_folder import RunFolder, write_text
+
+
+def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
+    """Images of a phase, on a terminal often, in a log file twice a minute."""
+    bar = need("tqdm", "the progress bar").tqdm
+    return bar(total=images, initial=done, desc=name, unit=" img", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 30.0, disable=not show)
+
+
+def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], model: str, device: torch.device) -> str:
+    """What a run is going to do: data, network and the settings of every phase."""
+    groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in data.groups.items())
+    held = "" if data.holdout is None else f", {len(data.holdout)} held out"
+    lines = [
+        f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
+        f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
+        f"{model} on {device}, results in {run.path}",
+    ]
+    for phase in phases:
+        if not phase.epochs:
+            lines.append(f"{phase.name}: {phase.trains}, which takes no training")
+            continue
+        parts = [phase.title, f"{phase.epochs} epochs", f"batch {phase.batch_size}"]
+        parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
+        parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
+        parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
+        lines.append(", ".join(parts))
+    return "\n".join(lines)
+
+
+def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Sequence[Phase], *, amp: torch.dtype | None, pictures: bool) -> None:
+    """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there."""
+    alone = Processes.alone(device)
+    if data.holdout is not None and (run.path / "best.pt").exists():
+        run.reports["best on held-out"] = evaluate(load_network(load_checkpoint(run.path / "best.pt"), data, device), data.test, data, alone, amp).as_dict()
+    reports = {name: _from_dict(report) for name, report in run.reports.items()}
+    print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
+    summary = {
+        "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
+        "groups": data.groups, "config": run.config, "seconds": round(run.seconds, 1),
+    }  # fmt: skip
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if run.board is not None:
+        run.board.close()
+    if pictures:
+        done = [phase for phase in phases if phase.name in reports]
+        found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), data, device), data.test, alone, amp=amp)
+                 for phase in (*compared(done), done[-1])}  # fmt: skip
+        draw_pictures(run.path, reports, done, found, data)
+    print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))  # noqa: T201
+
+
+def compared(phases: Sequence[Phase]) -> list[Phase]:
+    """The first and the last phase whose embeddings are their own: re-training the classifier leaves them as they are."""
+    own = [phase for phase in phases if phase.trains in ("all", "last-block", "backbone")] or list(phases)
+    return own[:1] + own[1:][-1:]
+
+
+def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Phase], found: dict[str, tuple[Tensor, Tensor]], data: DataSplits) -> None:
+    """The run's pictures, from the reports of its phases and from (logits, features) on the test set."""
+    from gclkern.training import plots  # needs packages of the extra `train`
+
+    last = phases[-1].name
+    if (folder / "metrics.csv").exists():  # a re-training without gradients leaves none
+        plots.plot_curves(folder / "metrics.csv", folder / "curves.png")
+    plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png", class_names=data.class_names)
+    plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png", name=last)
+    embeddings = {phase.title: found[phase.name][1].cpu() for phase in compared(phases)}
+    if data.test.labels.numel() >= plots.FEWEST_POINTS:
+        plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)
+
+
+def _from_dict(report: dict[str, Any]) -> Report:
+    """The inverse of :meth:`Report.as_dict`."""
+    return Report(**report | {"per_class": [math.nan if share is None else share for share in report["per_class"]]})
+
+
+def report_columns(report: Report) -> dict[str, float]:
+    """A report as columns of the metrics."""
+    return {"top1": report.top1, **report.groups, "ece": report.ece}

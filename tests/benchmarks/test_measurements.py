@@ -1,0 +1,311 @@
+"""The benchmarks measure what they say: contestants agree with one another, memory is counted right, and the report continues where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, timing
+from benchmarks.common import BOTH, SMOKE, Inputs
+from benchmarks.memory import allocated_peak
+from benchmarks.timing import prepare
+
+CPU = torch.device("cpu")
+
+
+def without_noise(inputs: Inputs) -> Inputs:
+    """The same inputs for classes of equal counts, which have no clouds: what is left is no matter of chance."""
+    return Inputs(inputs.shape, inputs.dtype, inputs.device, inputs.leaves, inputs.target, torch.ones_like(inputs.class_counts))
+
+
+@pytest.mark.parametrize(
+    ("operation", "names"),
+    [
+        (bench_logit_loss.OPERATION, ["gclkern", "gclkern, no noise", "plain torch"]),
+        (bench_head.OPERATION, ["gclkern", "gclkern materialised", "gclkern chunked", "gclkern recompute", "plain torch"]),
+        (bench_dro_lt.OPERATION, ["gclkern", "plain torch", "as released"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, common.Operation) else "",
+)
+def test_contestants_compute_the_same(operation: common.Operation, names: list[str]) -> None:
+    torch.manual_seed(0)
+    inputs = operation.make_inputs(SMOKE, "fp32", CPU)
+    if operation is not bench_dro_lt.OPERATION:
+        inputs = without_noise(inputs)
+    first, *others = (operation.contestants[name].prepare(inputs, BOTH)() for name in names)
+    for grads in others:
+        torch.testing.assert_close(grads, first, rtol=1e-3, atol=1e-5)
+
+
+def test_centroids_are_the_same() -> None:
+    inputs = bench_centroids.make_inputs(SMOKE, "fp32", CPU)
+    ours, plain = (bench_centroids.CONTESTANTS[name].prepare(inputs, bench_centroids.PASS)() for name in ("gclkern", "plain torch"))
+    assert isinstance(ours, tuple)
+    torch.testing.assert_close(plain, ours[0])
+
+
+def test_phases_add_up() -> None:
+    inputs = without_noise(bench_head.make_inputs(SMOKE, "fp32", CPU))
+    prepared = bench_head.CONTESTANTS["gclkern"].prepare
+    backward = prepared(inputs, "backward")
+    torch.testing.assert_close(backward(), prepared(inputs, BOTH)())
+    torch.testing.assert_close(backward(), backward())
+
+
+def test_class_counts_are_long_tailed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GCLKERN_DATA", raising=False)
+    counts = common.CIFAR.class_counts()
+    assert len(counts) == 100 and int(counts[0]) == 500 and int(counts[-1]) == 5 and bool((counts.diff() <= 0).all())
+    (tmp_path / "counts_inat18.txt").write_text("3\n1\n2\n")
+    monkeypatch.setenv("GCLKERN_DATA", str(tmp_path))
+    assert common.INATURALIST.class_counts().tolist() == [3, 1, 2]
+
+
+def test_peak_counts_what_lives_at_once() -> None:
+    def call() -> torch.Tensor:
+        for _ in range(3):
+            first = torch.zeros(1000)  # 4000 bytes, gone before the next
+            del first
+        second = torch.zeros(500)
+        return second + 1.0
+
+    assert allocated_peak(call, CPU) == pytest.approx(4000, abs=64)
+
+
+def test_a_round_is_the_mean_of_its_calls() -> None:
+    timed = prepare([lambda: lambda: time.sleep(0.02), lambda: lambda: time.sleep(0.04)], CPU, graph=True)
+    assert timed.how == "wall clock" and timed.seconds() >= 0.03
+
+
+def test_hash_follows_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    file = tmp_path / "kernel.py"
+    file.write_text("one")
+    before = common.content_hash([file])
+    file.write_text("two")
+    assert len(before) == 12 and common.content_hash([file]) != before
+    assert common.content_hash([file]) == common.content_hash([file])
+
+
+def test_report_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    path = tmp_path / "made-up.json"
+    first = gpu_report.begin(path, time.monotonic() + 10)
+    first.close("ncu", "not here")
+    assert not gpu_report.begin(path, 0.0).open("ncu")
+    monkeypatch.setattr(gpu_report, "kernels_hash", lambda: "other kernels")
+    assert gpu_report.begin(path, 0.0).open("ncu")
+
+
+def test_a_step_that_does_not_end_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu_report, "SHORTEST", 0.0)
+    monkeypatch.setattr(gpu_report, "LAST_WORDS", 0.0)
+    assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and report.open("step")
+    assert gpu_report.attempt(report, "step", sleeper, 0.5) is None and not report.open("step")
+    assert (tmp_path / "out" / "made-up.json").exists()
+
+
+def test_pytest_may_write_what_it_has_when_its_time_is_over(tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "results")!r}).write_text("half of them")
+"""
+    gpu_report.hear_interrupts()
+    assert gpu_report.run([sys.executable, "-c", script], 12.0, last_words=4.0)[0] is None
+    assert (tmp_path / "results").read_text() == "half of them"
+    assert gpu_report.results_of(tmp_path / "results") == {}, "no XML"
+
+
+@pytest.mark.slow
+def test_a_test_that_loses_the_device_fails_alone(tmp_path: Path) -> None:
+    """Its process ends, another one does the tests that are left, and the report has what the test said."""
+    (tmp_path / "lost.py").write_text("""
+import pytest, torch
+
+lost = False
+
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    from tests import conftest
+    conftest.GPU, torch.cuda.synchronize = True, synchronize
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda: 0
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    global lost
+    lost |= item.name == "test_places_steps_at_60_and_80"
+    assert not lost, "what this test said"
+""")
+    xml = tmp_path / "results.xml"
+    options = ["-p", "lost", "-p", "no:cacheprovider", "-n", "1", "--dist", "worksteal", f"--junitxml={xml}"]
+    command = [sys.executable, "-m", "pytest", "tests/training/test_schedules.py", *options]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        environment.pop(name, None)
+    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    broken = gpu_report.results_of(xml)["broken"]
+    assert list(broken) == ["test_places_steps_at_60_and_80"], done.stdout
+    assert "what this test said" in broken["test_places_steps_at_60_and_80"] and "crashed" in broken["test_places_steps_at_60_and_80"]
+    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("code", [-11, 3], ids=["killed by a signal", "left by itself"])
+def test_a_case_that_ends_the_process_is_left_out(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is the error; the process starts again and does the rest."""
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
+    line = {"operation": "noise", "contestant": "gclkern", "phase": "draw", "dtype": "fp32", "shape": "made up"}
+    commands = []
+
+    def run(command: list[str], seconds: float, environment: None = None, watch: Callable[[], bool] = bool) -> tuple[int, str]:
+        commands.append(command)
+        record = Path(command[command.index("--record") + 1])
+        if len(commands) == 1:
+            record.with_suffix(".begun").write_text(json.dumps({"key": "first", **line, "error": "ended"}))
+            return code, ""
+        assert [json.loads(text)["key"] for text in record.read_text().splitlines()] == ["first"]
+        record.write_text(record.read_text() + json.dumps({"key": "second", **line, "seconds": 1.0}) + "\n")
+        return 0, ""
+
+    monkeypatch.setattr(gpu_report, "run", run)
+    gpu_report.benchmark(report, "noise", gpu_report.REST)
+    assert report.data["steps"]["benchmarks/bench_noise.py"] == {"status": "done", "attempts": 0, "cases": 2, "failed": 1}
+    assert [result["key"] for result in report.data["benchmarks"]] == ["first", "second"]
+
+
+def test_an_error_of_the_report_costs_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 10)
+    gpu_report.guarded(report, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    (error,) = json.loads((tmp_path / "made-up.json").read_text())["errors"]
+    assert "ZeroDivisionError" in error
+
+
+class FakeCUDA:
+    """What timing by events and memory's peak ask of a GPU, on a clock that work moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.allocated = self.peak = 0
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = -1.0
+
+            def record(self) -> None:
+                self.at = cuda.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "peak", self.allocated))
+
+    def allocate(self, size: int) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+
+def test_a_graphs_launch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host needs a while before the device begins; a device that is still busy with the same work hides that."""
+    cuda = FakeCUDA(monkeypatch)
+    idle = True
+
+    def replay() -> None:
+        nonlocal idle
+        cuda.now += 1.0 + 0.25 * idle
+        idle = False
+
+    stream: Any = None
+    assert timing._between_events(replay, stream, lead=True) == pytest.approx(1.0)
+    idle = True
+    assert timing._between_events(replay, stream) == pytest.approx(1.25)
+
+
+def test_an_error_after_a_failed_capture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that the benchmarks' process knows that it has to end: torch's allocator would make the next case wait for ever."""
+    FakeCUDA(monkeypatch)
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    for name in ("Stream", "current_stream", "set_stream", "default_generators"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(timing, "_waits_for_the_device", lambda call, stream: False)
+    for name in ("_graph", "_events"):
+        monkeypatch.setattr(timing, name, fails)
+    with pytest.raises(RuntimeError, match=timing.CAPTURE_FAILED):
+        prepare([lambda: lambda: None], torch.device("cuda", 0), graph=True)
+
+
+def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix library's workspace comes from torch's allocator in the first call that needs it, and stays."""
+    cuda = FakeCUDA(monkeypatch)
+    workspace = 32 * 2**20
+
+    def call() -> None:
+        nonlocal workspace
+        cuda.allocate(workspace)
+        workspace = 0
+        cuda.allocate(4000)
+        cuda.allocate(-4000)
+
+    assert allocated_peak(call, torch.device("cuda")) == 4000
+
+
+def test_the_terminal_shows_memory_and_what_is_included() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_noise.py", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "CIFAR-100"]
+    # benchmarks do not go with pytest-xdist, in whose processes these tests may run themselves
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
+    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout
+    rows = done.stdout.partition("noise | CIFAR-100 | fp32 | draw\n")[2].splitlines()
+    assert re.fullmatch(r"  gclkern +[\d.e-]+ ms +[\d.]+ MB  a pure function of seed, sample and class", rows[0]), done.stdout
+    assert [row[2:36].rstrip() for row in rows[:3]] == ["gclkern", "plain torch", "device fill"]
+
+
+def test_every_case_of_a_gpu_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases of torch.compile come last, and only for files that have such cases."""
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    first, last = gpu_report.benchmark_parts()
+    operations = {name: importlib.import_module(f"benchmarks.bench_{name}").OPERATION for name in gpu_report.BENCHMARKS}
+    assert first == [(name, gpu_report.REST) for name in operations]
+    with_compiled = [name for name, operation in operations.items() if any(case.contestant == gpu_report.COMPILED for case in operation.cases("cuda"))]
+    assert last == [(name, gpu_report.COMPILED) for name in with_compiled]
+
+
+def test_only_files_with_tests_for_a_gpu_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    assert gpu_report.device_tests("tests/test_weights.py", "tests/test_clouds.py") == ["test_clouds.py"]

@@ -1,0 +1,125 @@
+"""The kernels as a GPU gets them: compiled, and run by ptx.py. First that interpreter itself, on instructions whose results are known."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.gpu_free import ptx
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = 64
+PROLOGUE = """
+.visible .entry add(.param .u64 add_param_0, .param .u64 add_param_1, .param .u32 add_param_2)
+.reqntid 64
+{
+	.reg .pred %p<4>;
+	ld.param.b64 %rd1, [add_param_0];
+	ld.param.b64 %rd2, [add_param_1];
+	ld.param.b32 %r1, [add_param_2];
+	mov.u32 %r2, %tid.x;
+	mov.u32 %r3, %ctaid.x;
+	shl.b32 %r4, %r3, 6;
+	or.b32 %r5, %r4, %r2;
+	mul.wide.u32 %rd3, %r5, 4;
+	add.s64 %rd4, %rd1, %rd3;
+	add.s64 %rd5, %rd2, %rd3;
+	setp.lt.u32 %p1, %r5, %r1;
+"""
+
+
+def run(body: str, values: np.ndarray, size: int, shared: int = 0) -> np.ndarray:
+    """The float32 output of a kernel of one thread for each element, of which the first `size` are there for it."""
+    out = np.zeros_like(values)
+    spans = [(array.ctypes.data, array.nbytes) for array in (values, out)]
+    ptx.run(f"{PROLOGUE}{body}\tret;\n}}\n", (-(-size // BLOCK),), BLOCK, [values.ctypes.data, out.ctypes.data, size], spans, shared)
+    return out
+
+
+def numbers(size: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(size).astype(np.float32)
+
+
+def test_guarded_threads_change_nothing() -> None:
+    values = numbers(100)
+    out = run("mov.b32 %r6, 0; @%p1 ld.global.b32 %r6, [%rd4]; add.f32 %r7, %r6, 0f3F800000; @%p1 st.global.b32 [%rd5], %r7;", values, 90)
+    assert np.array_equal(out[:90], values[:90] + 1)
+    assert not out[90:].any()
+
+
+def test_threads_may_part_and_meet_again() -> None:
+    loop = """
+	mov.b32 %r6, 0f00000000;
+	and.b32 %r8, %r2, 3;
+$again:
+	setp.eq.b32 %p2, %r8, 0;
+	@%p2 bra $done;
+	add.f32 %r6, %r6, 0f40000000;
+	sub.s32 %r8, %r8, 1;
+	bra.uni $again;
+$done:
+	shfl.sync.bfly.b32 %r9, %r6, 1, 31, -1;
+	add.f32 %r9, %r9, %r6;
+	@%p1 st.global.b32 [%rd5], %r9;
+	"""
+    assert np.array_equal(run(loop, numbers(64), 64)[:4], [2, 2, 10, 10])  # twice 0 + 1 and 2 + 3
+
+
+def test_shared_memory_crosses_warps() -> None:
+    reverse = """
+	@%p1 ld.global.b32 %r6, [%rd4];
+	shl.b32 %r7, %r2, 2;
+	st.shared.b32 [%r7], %r6;
+	bar.sync 0;
+	sub.s32 %r8, 63, %r2;
+	shl.b32 %r8, %r8, 2;
+	ld.shared.b32 %r9, [%r8];
+	@%p1 st.global.b32 [%rd5], %r9;
+	"""
+    values = numbers(128)
+    assert np.array_equal(run(reverse, values, 128, shared=256), values.reshape(2, 64)[:, ::-1].reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("ld.global.b32 %r6, [%rd4];", MemoryError, "4 bytes at offset 400 of a buffer of 400 bytes"),
+        ("@%p1 ld.global.v2.b32 {%r6, %r7}, [%rd4];", MemoryError, "an access of 8 bytes"),
+        ("ld.shared.b32 %r6, [%r2];", MemoryError, "an access of 4 bytes"),
+        ("mov.b32 %r6, 256; ld.shared.b32 %r7, [%r6];", MemoryError, "shared memory of 256 bytes at 256"),
+        ("add.f32 %r6, %r7, %r7;", LookupError, "%r7 was never written"),
+        ("setp.lt.u32 %p2, %r2, 7; @%p2 bra $skip; bar.sync 0; $skip: @%p2 bra $skip;", RuntimeError, "no end"),
+        ("setp.lt.u32 %p2, %r2, 7; @%p2 shfl.sync.bfly.b32 %r6, %r2, 1, 31, -1;", RuntimeError, "part of a warp is not here"),
+    ],
+)
+def test_what_a_gpu_need_not_notice_is_an_error(body: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx, "_LIMIT", 1000)
+    with pytest.raises(error, match=message):
+        run(body, numbers(100), 100, shared=256)
+
+
+# Of every kernel all options at once, the dtypes, odd sizes and strides, and rows that are not to be read. Any other test runs so, too: see compiled.py.
+SELECTED = {
+    "noise": ("test_noise.py", "test_triton"),
+    "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or any_stride or nan-everything)"),
+    "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features or any_stride)"),
+    "bounds": ("test_dro_lt.py", "triton and (test_loss_and_gradients and True or test_sixteen_bit_features or any_strides or out_of_range or near_one)"),
+    "centroids": ("test_centroids.py", "triton and (test_sixteen_bit_features or column_tiles or any_strides or out_of_range)"),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("part", SELECTED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_as_compiled_for(target: str, part: str) -> None:
+    file, selection = SELECTED[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}", "-k", selection]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PTX_TARGET": target}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"[1-9]\d* passed", done.stdout)

@@ -1,0 +1,93 @@
+"""What only the kernels of the head can get wrong: the edges of 16-bit copies, of addresses and of grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.dlpack
+
+from gclkern.autograd import HeadLoss
+from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
+from tests.support.cases import PLANS
+from tests.support.launches import Launches, capture_launches
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.mark.parametrize("plan", ["materialised", "recompute"])
+@pytest.mark.parametrize("length", [1e-9, 1e-4, 1e6])
+def test_cosines_beside_float16_features_do_not_depend_on_the_length_of_float32_weights(device: torch.device, plan: str, length: float) -> None:
+    torch.manual_seed(0)
+    features, directions, target = torch.randn(4, 32, device=device).half(), torch.randn(20, 32, device=device), torch.arange(4, device=device)
+
+    def run(scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        leaf, weight = features.clone().requires_grad_(), (directions * scale).requires_grad_()
+        loss = linear_gcl_cross_entropy(leaf, weight, target, scale=10.0, plan=plan, backend="triton")
+        loss.backward()
+        assert leaf.grad is not None and weight.grad is not None
+        return loss.detach(), leaf.grad, weight.grad * scale
+
+    for found, wanted in zip(run(length), run(1.0), strict=True):
+        # rounding to float16 (2^-11) and of the gradient to bfloat16 (2^-8), which hits other digits at another length
+        assert (found - wanted).norm() <= 2**-6 * wanted.norm()
+
+
+def test_a_feature_row_whose_norm_overflows_is_nan_and_no_plausible_loss(device: torch.device) -> None:
+    features = torch.ones(3, 8, device=device)
+    features[1] *= 1e20
+    weight = torch.randn(5, 8, device=device)
+    loss = linear_gcl_cross_entropy(features, weight, torch.arange(3, device=device), reduction="none", backend="triton")
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: Launches, device: torch.device) -> None:
+    odd = torch.utils.dlpack.from_dlpack(torch.zeros(81, dtype=torch.float16, device=device)[1:].view(8, 10))
+    gcl_cross_entropy(odd, torch.arange(8, device=device), backend="triton")
+    assert odd.data_ptr() % 4 == 2
+    assert [launch.argument("PAIRED") for launch in launches if launch.name == "_row_stats_kernel"] == [False]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("high", "tf32"), ("tf32", "tf32"), ("highest", "ieee"), ("ieee", "ieee")])
+def test_float32_products_follow_both_settings_of_their_precision(launches: Launches, device: torch.device, value: str, expected: str) -> None:
+    """Where the new one chose tf32, to ask for the old one is an error."""
+    features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
+    try:
+        if value.startswith("high"):
+            torch.set_float32_matmul_precision(value)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = value
+        linear_gcl_cross_entropy(features, weight, torch.arange(4, device=device), backend="triton").backward()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    products = [launch for launch in launches if "PRECISION" in launch.kernel.arg_names]
+    assert len(products) == 3
+    assert {launch.argument("PRECISION") for launch in products} == {expected}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_grid_outgrows_its_second_axis(device: torch.device, plan: str) -> None:
+    classes = 4_400_000
+    features, weight = torch.empty(1, 1, device=device), torch.empty(1, 1, device=device).expand(classes, 1)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    features.requires_grad_()
+    with capture_launches(execute=False) as launches:
+        linear_gcl_cross_entropy(features, weight, target, plan=plan, backend="triton").backward()
+    assert launches.names
+    assert all(extent <= 65535 for launch in launches for extent in tuple(launch.grid)[1:])
+
+
+def test_evaluation_keeps_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def apply(*args: Any) -> torch.Tensor:
+        seen.append(args[4])
+        return torch.zeros(())
+
+    monkeypatch.setattr(HeadLoss, "apply", apply)
+    features, weight = torch.randn(2, 4), torch.nn.Parameter(torch.randn(3, 4))
+    linear_gcl_cross_entropy(features, weight, torch.arange(2))
+    with torch.no_grad():
+        linear_gcl_cross_entropy(features, weight, torch.arange(2))
+    assert seen == [True, False]

@@ -1,0 +1,69 @@
+"""What a training run compiles: each kernel for its first batch, and nothing for a batch of other length, at another offset or in other memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.support.gpu_free.aot import specialisations
+
+pytestmark = pytest.mark.triton
+
+CLASSES, DIM = 50, 20  # no multiple of 16, so that no product of a batch with them hides what it is a multiple of
+
+
+def _terms(rows: int, row_offset: int, element: int, reduction: str = "mean") -> tuple[object, ...]:
+    """Labels, shares and seed lie `element` elements into larger tensors."""
+    from gclkern.kernels.terms import LossTerms
+
+    labels, vector = torch.zeros(rows + element, dtype=torch.int64)[element:], torch.zeros(CLASSES)
+    share, seed = torch.zeros(rows + element)[element:], torch.zeros(1 + element, dtype=torch.int64)[element]
+    return LossTerms(labels, labels, share, vector, vector, vector, vector, seed, 30.0, 1.0, True, 0.1, -100, row_offset, 3, reduction)
+
+
+def logits(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.logit_loss import logit_backward, logit_forward
+
+    terms, cosine = _terms(rows, row_offset, element, "none"), torch.empty(rows, CLASSES)
+    _, saved = logit_forward(cosine, *terms, True)
+    logit_backward(torch.ones(rows + element)[element:], cosine, saved, *terms, True)
+
+
+def head(rows: int, row_offset: int, element: int, *, plan: str) -> None:
+    from gclkern.kernels.head import head_backward, head_forward
+
+    terms = _terms(rows, row_offset, element)
+    features, weight = torch.empty(rows, DIM, dtype=torch.bfloat16), torch.empty(CLASSES, DIM)
+    _, saved = head_forward(features, weight, *terms, True, plan, True)
+    head_backward(torch.ones(1 + element)[element], features, weight, saved, *terms, True, plan, True, True, True)
+
+
+def noise(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.noise import cloud_noise
+
+    cloud_noise(torch.zeros(1 + element, dtype=torch.int64)[element], rows, CLASSES, row_offset, 3)
+
+
+def centroids(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.centroids import segment_sums
+
+    segment_sums(torch.empty(rows, DIM), torch.zeros(rows + element, dtype=torch.int64)[element:], CLASSES)
+
+
+CASES: dict[str, Callable[..., None]] = {
+    "logits": logits, **{plan: functools.partial(head, plan=plan) for plan in ("materialised", "chunked", "recompute")}, "noise": noise, "centroids": centroids
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_batch_after_the_first_compiles_anything(name: str, target: str) -> None:
+    """But for one kernel, which is compiled once for numbers of rows that are multiples of 16 and once for others."""
+    known = specialisations(functools.partial(CASES[name], 512, 0, 0), target)
+    assert known
+    known |= {launch for launch in specialisations(functools.partial(CASES[name], 300, 0, 0), target) if launch[0] == "_gradient_kernel"}
+    for rows, row_offset, element in ((512, 512, 1), (300, 37, 0), (80, 1, 0), (16, 16, 1), (3, 7, 2)):
+        assert specialisations(functools.partial(CASES[name], rows, row_offset, element), target) <= known, (rows, row_offset, element)

@@ -1,0 +1,190 @@
+"""What the kernels cost, read from the machine code that the compiler makes for each GPU, so that a lost optimisation fails a test on a machine without one.
+
+Every case runs a launcher at iNaturalist size, whose 8142 classes are divisible by 2 only: a kernel that is fast at 8192 and slow here does not pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.cases import PLANS
+from tests.support.gpu_free.aot import CompiledKernel, submit
+
+pytestmark = pytest.mark.triton
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+ROWS, CLASSES, DIM = 512, 8142, 2048
+
+
+def loss_bf16() -> None:
+    _loss(torch.bfloat16)
+
+
+def loss_bf16_without_noise() -> None:
+    _loss(torch.bfloat16, noise=False)
+
+
+def loss_fp32() -> None:
+    _loss(torch.float32)
+
+
+def head_bf16() -> None:
+    _head(torch.bfloat16, torch.bfloat16)
+
+
+def head_mixed() -> None:
+    _head(torch.bfloat16, torch.float32)
+
+
+def head_fp32() -> None:
+    _head(torch.float32, torch.float32)
+
+
+def noise() -> None:
+    from gclkern.kernels.noise import cloud_noise
+
+    cloud_noise(torch.zeros((), dtype=torch.int64), ROWS, CLASSES, 0, 0)
+
+
+def dro_lt() -> None:
+    from gclkern.kernels.dro_lt import dro_lt_backward, dro_lt_forward
+
+    features, centroids = torch.empty(ROWS, DIM), torch.empty(CLASSES, DIM)
+    target, epsilon = torch.zeros(ROWS, dtype=torch.int64), torch.full((CLASSES,), 0.5)
+    _, saved = dro_lt_forward(features, target, centroids, epsilon, None, 1.0, "mean")
+    dro_lt_backward(torch.ones(()), features, target, centroids, epsilon, saved, 1.0, "mean", True, True)
+
+
+def centroids() -> None:
+    from gclkern.kernels.centroids import segment_sums
+
+    segment_sums(torch.empty(8 * CLASSES, DIM), torch.arange(8 * CLASSES) % CLASSES, CLASSES)
+
+
+Case = Callable[[], None]
+# Every kernel for every kind of GPU; a variant of the same kernels for one of each maker.
+FIT = [
+    *((case, target) for case in (head_bf16, loss_bf16, dro_lt, centroids, noise) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *((case, target) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise) for target in ("sm_90", "gfx942")),
+]
+
+
+def _terms(noise: bool) -> tuple[object, ...]:
+    from gclkern.kernels.terms import LossTerms
+
+    return LossTerms(
+        target=torch.zeros(ROWS, dtype=torch.int64), target_b=None, lam=None, cloud=torch.ones(CLASSES) if noise else None, margin=None, bias=None, weight=None,
+        seed=torch.zeros((), dtype=torch.int64) if noise else None, scale=30.0, gamma=0.0, focal_detach=True, label_smoothing=0.0, ignore_index=-100,
+        row_offset=0, class_offset=0, reduction="mean",
+    )  # fmt: skip
+
+
+def _loss(dtype: torch.dtype, noise: bool = True) -> None:
+    from gclkern.kernels.logit_loss import logit_backward, logit_forward
+
+    cosine, terms = torch.empty(ROWS, CLASSES, dtype=dtype), _terms(noise)
+    loss, saved = logit_forward(cosine, *terms, True)
+    logit_backward(loss, cosine, saved, *terms, False)
+
+
+def _head(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    from gclkern.kernels.head import head_backward, head_forward
+
+    features, weight, terms = torch.empty(ROWS, DIM, dtype=dtype), torch.empty(CLASSES, DIM, dtype=weight_dtype), _terms(True)
+    for plan in PLANS:
+        loss, saved = head_forward(features, weight, *terms, True, plan, True)
+        head_backward(loss, features, weight, saved, *terms, True, plan, True, True, False)
+
+
+class Builds:
+    """Compilations of the cases, begun together so that they share the processor's cores."""
+
+    def __init__(self, wanted: set[tuple[Case, str]]) -> None:
+        self._futures: dict[tuple[Case, str], Future[list[CompiledKernel]]] = {key: submit(*key) for key in sorted(wanted, key=str)}
+
+    def of(self, case: Case, target: str, kernel: str | None = None) -> list[CompiledKernel]:
+        if (case, target) not in self._futures:
+            self._futures[case, target] = submit(case, target)
+        built = self._futures[case, target].result()
+        chosen = [build for build in built if kernel in (None, build.name)]
+        assert chosen, f"{case.__name__} launches no {kernel}: {sorted({build.name for build in built})}"
+        return chosen
+
+
+@pytest.fixture(scope="module")
+def builds(request: pytest.FixtureRequest) -> Builds:
+    wanted = set()
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec"):
+            wanted.add((item.callspec.params["case"], item.callspec.params.get("target", "sm_90")))
+    return Builds(wanted)
+
+
+@pytest.mark.parametrize(("case", "target"), FIT)
+def test_kernels_fit_their_gpu(builds: Builds, case: Case, target: str) -> None:
+    for kernel in builds.of(case, target):
+        assert kernel.spills_in_loops == 0, kernel.name
+        assert kernel.spill_stores <= 16, f"{kernel.name}: more than the four registers that Triton 3.7's assembler puts aside"
+        assert kernel.shared_bytes <= kernel.shared_limit, kernel.name
+        assert "enable_fp_fusion" in kernel.options, f"{kernel.name}: its default differs between versions of Triton"
+
+
+def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
+    launched = {build.name for case, target in FIT if target == "sm_90" for build in builds.of(case, target)}
+    defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert defined == launched
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "limit"),
+    [
+        # about 14 of them are the noise, which forward draws and backward draws again
+        (loss_bf16, "_row_stats_kernel", 25),
+        (loss_bf16, "_gradient_kernel", 26),
+        (loss_bf16_without_noise, "_row_stats_kernel", 11),
+        (loss_bf16_without_noise, "_gradient_kernel", 13),
+        (loss_fp32, "_row_stats_kernel", 24),
+        (loss_fp32, "_gradient_kernel", 28),
+        # in a head the cosines lie in a padded buffer; its gradient is also divided by norms and summed over rows
+        (head_bf16, "_row_stats_kernel", 25),
+        (head_bf16, "_gradient_kernel", 29),
+    ],
+)
+def test_instructions_per_logit(builds: Builds, case: Case, kernel: str, limit: float) -> None:
+    for build in builds.of(case, "sm_90", kernel):
+        loop = build.hot_loop("MUFU.EX2")
+        logits = build.constants["ROWS"] * build.constants["COLUMNS"] // (32 * build.options["num_warps"])
+        assert logits <= loop.count("MUFU.EX2") < 2 * logits, "not one pass over `logits` logits"
+        assert loop.instructions_per_logit(logits) <= limit
+        assert loop.slow_paths == 0
+        assert loop.count("SHFL") == 0, "threads exchange values in the loop"
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "bits"),
+    [
+        (loss_bf16, "_row_stats_kernel", 32),  # a row of 8142 elements is aligned to two of them, whoever made it
+        (loss_bf16, "_gradient_kernel", 32),
+        (loss_fp32, "_row_stats_kernel", 64),
+        (head_bf16, "_row_stats_kernel", 128),  # the rows of our own buffers are aligned
+    ],
+)
+def test_loads_are_as_wide_as_rows_are_aligned(builds: Builds, case: Case, kernel: str, bits: int) -> None:
+    for build in builds.of(case, "sm_90", kernel):
+        assert min(build.hot_loop("MUFU.EX2").load_bits) >= bits
+
+
+@pytest.mark.parametrize("case", [head_bf16, head_mixed])
+@pytest.mark.parametrize("kernel", ["_cosine_kernel", "_feature_gradient_kernel", "_weight_gradient_kernel", "_fused_stats_kernel", "_fused_gradient_kernel"])
+def test_products_run_on_the_tensor_cores(builds: Builds, case: Case, kernel: str) -> None:
+    for build in builds.of(case, "sm_90", kernel):
+        loop = build.hot_loop("HGMMA")
+        assert loop.count("HGMMA") > 0
+        assert set(loop.load_bits) <= {128}
+        assert loop.slow_paths == 0

@@ -1,0 +1,225 @@
+"""Compiles what a launcher launches, for GPUs that this machine does not have, and reads what the compiler made of it.
+
+A case is a module-level function that calls operators with CPU tensors. A separate process, where kernels are compiled and not interpreted, records its
+launches without running them and compiles them for the target, so a kernel gets the very signature, divisibility and constants of the real launch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tests.support.gpu_free.sass import Code, Program
+from tests.support.launches import Launch, capture_launches
+
+KIB = 1024
+# Shared memory one block may use. Triton compiles what exceeds it and fails at launch, so every test compares.
+SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB, "gfx950": 160 * KIB}
+_SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One launch, compiled for one target."""
+
+    name: str
+    target: str
+    options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion, ... as the launch gave them
+    constants: dict[str, Any]  # the launch's constexpr arguments
+    shared_bytes: int
+    registers: int  # per thread
+    spill_stores: int  # NVIDIA: bytes; AMD: spilled vector registers
+    spill_loads: int
+    assembly: str  # SASS, or AMD assembly
+
+    @property
+    def shared_limit(self) -> int:
+        return SHARED_LIMIT[self.target]
+
+    @cached_property
+    def program(self) -> Program:
+        if self.target.startswith("gfx"):
+            raise ValueError(f"loops are read from NVIDIA machine code, and this is {self.target}")
+        return Program.parse(self.assembly)
+
+    def hot_loop(self, contains: str | None = None) -> Code:
+        return self.program.hot_loop(contains)
+
+    @property
+    def spills_in_loops(self) -> int:
+        """How often loops, or a kernel without loops, put registers aside or take them back; for AMD all spilled registers.
+
+        A register that is put aside once, before a loop, costs nothing: some versions of the assembler do so where others find room.
+        """
+        if self.target.startswith("gfx"):
+            return self.spill_stores
+        loops = self.program.loops
+        inside = frozenset[int]().union(*(loop.body for loop in loops))
+        return sum(i.mnemonic in ("STL", "LDL") and (not loops or i.address in inside) for i in self.program.instructions)
+
+
+def submit(case: Callable[[], object], target: str, kernel: str | None = None) -> Future[list[CompiledKernel]]:
+    """Compile the launches of `case` (those of `kernel`, when named) for `target` in a worker; launches that compile to the same code appear once."""
+    return _workers("hip" if target.startswith("gfx") else "cuda").submit(_compile_case, case, target, kernel)
+
+
+def compile_case(case: Callable[[], object], target: str, kernel: str | None = None) -> list[CompiledKernel]:
+    """`submit`, waited for."""
+    return submit(case, target, kernel).result()
+
+
+def specialisations(case: Callable[[], object], target: str) -> set[tuple[str, str]]:
+    """The launches of `case` as Triton's cache tells them apart: kernel and key."""
+    return _workers("hip" if target.startswith("gfx") else "cuda").submit(_specialise_case, case, target).result()
+
+
+@functools.cache
+def _workers(vendor: str) -> ProcessPoolExecutor:
+    # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
+    count = min(2, os.cpu_count() or 1) if vendor == "cuda" else 1
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache_folder()))
+
+
+def cache_folder() -> str:
+    """A folder for what is compiled, which goes when this process does."""
+    cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
+    atexit.register(cache.cleanup)
+    return cache.name
+
+
+def prepare_worker(vendor: str, cache: str) -> None:
+    """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor, and never taken from a cache."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+    import triton
+
+    torch.set_num_threads(1)
+    torch.version.cuda = "13.0" if vendor == "cuda" else None
+    torch.version.hip = "7.0" if vendor == "hip" else None
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.cache.dir = cache
+
+
+@functools.cache
+def _launches(case: Callable[[], object]) -> list[Launch]:
+    with capture_launches(execute=False) as launches:
+        case()
+    return list(launches)
+
+
+_built: dict[str, CompiledKernel] = {}  # of this worker, because cases share kernels
+
+
+def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -> list[CompiledKernel]:
+    launches = [launch for launch in _launches(case) if kernel in (None, launch.name)]
+    if not launches:
+        raise LookupError(f"{case.__name__} launched {sorted({launch.name for launch in _launches(case)})}, not {kernel}")
+    compiled: dict[str, CompiledKernel] = {}
+    for launch in launches:
+        specialised = specialise(launch, target)
+        if specialised.key not in _built:
+            _built[specialised.key] = _compile(launch, specialised)
+        compiled[specialised.key] = _built[specialised.key]
+    return list(compiled.values())
+
+
+def _specialise_case(case: Callable[[], object], target: str) -> set[tuple[str, str]]:
+    with capture_launches(execute=False) as launches:
+        case()
+    return {(launch.name, specialise(launch, target).key) for launch in launches}
+
+
+def _gpu_target(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A launch as the JIT sees it: the source with its types, divisibilities and constants."""
+
+    key: str  # equal for launches that compile to the same code
+    target: str
+    source: Any
+    options: Any
+    bound: dict[str, Any]  # the arguments by name
+    constants: dict[str, Any]  # the constexpr arguments
+
+    def compile(self) -> Any:
+        import triton
+
+        return triton.compile(self.source, target=_gpu_target(self.target), options=dict(self.options.__dict__))
+
+
+def specialise(launch: Launch, target: str) -> Specialised:
+    """The steps of `JITFunction.run` up to the compilation."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    backend = make_backend(_gpu_target(target))
+    kwargs = {"debug": False, "instrumentation_mode": "", **launch.kwargs}
+    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*launch.args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, None)
+    named = {kernel.arg_names[path[0]]: value for path, value in constants.items() if len(path) == 1}
+    key = f"{target} {kernel.module} {launch.name} {specialization} {options}"
+    return Specialised(key, target, ASTSource(kernel, signature, constants, attributes), options, bound, named)
+
+
+def _compile(launch: Launch, specialised: Specialised) -> CompiledKernel:
+    import triton
+
+    target = specialised.target
+    # The assembler's report passes through Python's stdout: Triton prints it when asked.
+    log = io.StringIO()
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(log):
+        built = specialised.compile()
+    shared = int(built.metadata.shared)
+    if target.startswith("gfx"):
+        assembly = built.asm["amdgcn"]
+        registers, spills = _metadata_entry(assembly, "vgpr_count"), _metadata_entry(assembly, "vgpr_spill_count")
+        shared = max(shared, _metadata_entry(assembly, "group_segment_fixed_size"))
+        stores = loads = spills
+    else:
+        assembly = _disassemble(built.asm["cubin"])
+        report = _SPILL.search(log.getvalue())
+        used = _REGISTERS.search(log.getvalue())
+        if report is None or used is None:
+            raise RuntimeError(f"the assembler's report is not understood:\n{log.getvalue()}")
+        registers, stores, loads = int(used[1]), int(report[2]), int(report[3])
+    options = {name: value for name, value in launch.kwargs.items() if name not in launch.kernel.arg_names}
+    constants = {name: value for name, value in specialised.constants.items() if isinstance(value, bool | int | float | str | None)}
+    return CompiledKernel(launch.name, target, options, constants, shared, registers, stores, loads, assembly)
+
+
+def _metadata_entry(assembly: str, name: str) -> int:
+    match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    if match is None:
+        raise RuntimeError(f"no {name} in the kernel's metadata")
+    return int(match[1])
+
+
+def _disassemble(cubin: bytes) -> str:
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

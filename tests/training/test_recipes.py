@@ -1,0 +1,167 @@
+"""The methods' published settings, and losses that are what their names say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gclkern.clouds import cloud_sizes
+from gclkern.losses import LinearGCLLoss
+from gclkern.training.network import build_head
+from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan
+from gclkern.training.schedules import Schedule
+from gclkern.training.seeds import derive_seed
+from gclkern.weights import effective_number_weights, log_prior
+
+COUNTS = [50, 20, 5]
+DATASETS = ["digits-lt", "cifar10-lt", "imagenet-lt", "places-lt", "inat18", "folder"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize(("method", "retrain"), list(product(METHODS, [None, *RETRAINS])))
+def test_every_combination_has_a_plan(method: str, retrain: str | None, dataset: str) -> None:
+    phases = plan(method, retrain, dataset, COUNTS, baseline=True)
+    assert phases[0].epochs == sum(phase.epochs for phase in phases[1:])
+    assert phases[1].start == "fresh"
+    for phase in phases:
+        build_loss(phase, COUNTS)
+        assert phase.sampler in SAMPLERS
+        build_head(phase.head, 4, 3)
+
+
+# Data set, method: epochs, batch size, learning rate, weight decay, mixup and kind of schedule of stage 1, as published. Schedules: test_schedules.py.
+STAGE_1 = {
+    ("cifar100-lt", "ce"): (200, 128, 0.1, 2e-4, 0.0, "steps"),
+    ("cifar100-lt", "ldam-drw"): (200, 128, 0.1, 2e-4, 0.0, "steps"),
+    ("cifar10-lt", "gcl"): (200, 64, 0.1, 2e-4, 1.0, "steps"),
+    ("imagenet-lt", "ce"): (90, 512, 0.2, 5e-4, 0.0, "cosine"),
+    ("imagenet-lt", "gcl"): (200, 256, 0.1, 5e-4, 0.2, "cosine"),
+    ("inat18", "la"): (90, 512, 0.2, 1e-4, 0.0, "cosine"),
+    ("inat18", "gcl"): (200, 256, 0.1, 1e-4, 0.2, "cosine"),
+    ("places-lt", "gcl"): (90, 512, 0.2, 5e-4, 0.2, "steps"),
+    ("places-lt", "focal"): (90, 512, 0.2, 5e-4, 0.0, "steps"),
+}
+# Method, data set, re-training: epochs, batch size, learning rate, sampler, loss, what learns and the classifier it starts from.
+# The released GCL says `--lr 0.1`, which its schedule divides to 0.002, and takes cben in the paper's table 5.
+STAGE_2 = {
+    ("gcl", "cifar100-lt", "gcl"): (30, 64, 0.002, "cben", "gcl", "head", "previous"),
+    ("gcl", "imagenet-lt", "gcl"): (30, 256, 0.002, "cben", "gcl", "head", "previous"),
+    ("gcl", "places-lt", "gcl"): (30, 512, 0.002, "cben", "gcl", "head", "previous"),
+    ("ce", "cifar100-lt", "gcl"): (30, 64, 0.002, "cben", "gcl", "head", "new head"),
+    ("gcl", "cifar100-lt", "crt"): (30, 64, 0.002, "cben", "gcl", "head", "new head"),
+    ("gcl", "cifar100-lt", "lws"): (30, 64, 0.002, "cben", "gcl", "scale", "previous"),
+    ("ce", "cifar100-lt", "crt"): (10, 128, 0.1, "class-balanced", "ce", "head", "new head"),
+    ("ce", "imagenet-lt", "crt"): (10, 512, 0.2, "class-balanced", "ce", "head", "new head"),
+    ("ce", "inat18", "crt"): (30, 512, 0.2, "class-balanced", "ce", "head", "new head"),
+    ("ldam-drw", "imagenet-lt", "lws"): (5, 512, 0.2, "class-balanced", "ce", "scale", "previous"),
+}
+
+
+@pytest.mark.parametrize(("dataset", "method"), STAGE_1)
+def test_stage_1_is_the_published_one(dataset: str, method: str) -> None:
+    phase = plan(method, "none", dataset, COUNTS)[0]
+    assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay, phase.mixup, phase.schedule.kind) == STAGE_1[dataset, method]
+    assert phase.sampler == "instance"
+    assert phase.drw == (0.8 if method == "ldam-drw" else None)
+
+
+@pytest.mark.parametrize(("method", "dataset", "retrain"), STAGE_2)
+def test_stage_2_is_the_published_one(method: str, dataset: str, retrain: str) -> None:
+    first, second = plan(method, retrain, dataset, COUNTS)
+    assert (second.epochs, second.batch_size, second.lr, second.sampler, second.loss, second.trains, second.start) == STAGE_2[method, dataset, retrain]
+    assert second.schedule == Schedule("cosine")
+    assert second.mixup == (first.mixup if second.loss == "gcl" else 0.0)
+
+
+def test_gcl_s_losses_are_the_released_ones() -> None:
+    first, second = plan("gcl", None, "cifar100-lt", COUNTS)
+    assert first.options == {"noise_mul": 0.5, "scale": 30.0}
+    assert second.options == {"noise_mul": 0.5, "margin": 0.1, "scale": 20.0, "gamma": 1.0}
+    first, second = plan("gcl", None, "places-lt", COUNTS)
+    assert first.options == {"noise_mul": 1.0, "scale": 30.0}
+    assert second.options == {"noise_mul": 1.0, "margin": 0.1, "scale": 15.0}
+
+
+def test_dro_lt_on_cifar_is_the_released_recipe() -> None:
+    first, robust, classifier = plan("dro-lt", None, "cifar100-lt", COUNTS)
+    assert (first.loss, first.epochs, first.batch_size) == ("ce", 200, 128)
+    assert (robust.epochs, robust.batch_size, robust.lr, robust.weight_decay, robust.trains, robust.robust) == (80, 128, 0.005, 1e-4, "backbone", 1.0)
+    assert (robust.sampler, robust.sampler_options, robust.epoch_samples) == ("class-aware", {"samples_per_class": 4}, 150)
+    assert dict(build_loss(robust, COUNTS).named_buffers())["weight"].tolist() == pytest.approx([1.0, 0.4, 0.1])
+    assert (classifier.epochs, classifier.lr, classifier.trains, classifier.options) == (20, 0.01, "head", {})
+    assert robust.schedule == classifier.schedule == Schedule()
+
+
+def test_gcl_with_dro_lt_is_gcl_with_a_stretch_of_dro_lt_between_its_stages() -> None:
+    first, robust, second = plan("gcl+dro-lt", None, "cifar100-lt", COUNTS)
+    assert (first, second) == tuple(plan("gcl", None, "cifar100-lt", COUNTS))
+    alone = plan("dro-lt", None, "cifar100-lt", COUNTS)[1]
+    assert robust == replace(alone, loss="gcl", options=first.options, head="cosine")
+
+
+def test_given_settings_replace_published_ones() -> None:
+    first, second = plan("gcl", None, "cifar10-lt", COUNTS, stage1={"epochs": 7, "mixup": 0.0}, stage2={"sampler": "class-balanced"})
+    assert (first.epochs, first.mixup, second.mixup, second.sampler) == (7, 0.0, 0.0, "class-balanced")
+
+
+def test_every_phase_is_shortened_by_one_factor() -> None:
+    phases = plan("dro-lt", "gcl", "cifar10-lt", COUNTS, epochs_scale=0.1)
+    assert [phase.epochs for phase in phases] == [20, 8, 2, 3]
+    assert phases[0].schedule.warmup == 1
+    assert phases[0].schedule.rate(0.1, 0, 20) == phases[0].schedule.rate(0.1, 15, 20) == 0.1  # a warm-up of one epoch is none
+    assert [phase.epochs for phase in plan("ce", "tau-norm", "cifar10-lt", COUNTS, epochs_scale=1e-9)] == [1, 0]
+    assert plan("gcl", None, "cifar10-lt", COUNTS, epochs_scale=1.0) == plan("gcl", None, "cifar10-lt", COUNTS)
+    assert plan("gcl", None, "cifar10-lt", COUNTS, epochs_scale=0.1, stage1={"epochs": 7})[0].epochs == 7
+
+
+@pytest.mark.parametrize(("cloud", "exponent"), [("log", None), ("cosine", None), ("power-1/3", 1 / 3), ("power-1/4", 1 / 4)])
+def test_clouds_are_the_same_in_both_stages(cloud: str, exponent: float | None) -> None:
+    expected = cloud_sizes(COUNTS, cloud.split("-")[0], exponent)
+    for phase in plan("gcl", None, "cifar10-lt", COUNTS, cloud=cloud):
+        torch.testing.assert_close(build_loss(phase, COUNTS).cloud, 0.5 * expected)
+
+
+def test_a_cloud_without_clouds_is_refused() -> None:
+    with pytest.raises(ValueError, match="the method ce has no clouds"):
+        plan("ce", None, "cifar10-lt", COUNTS, cloud="cosine")
+
+
+def test_weight_decay_is_that_of_all_phases() -> None:
+    phases = plan("dro-lt", "crt", "cifar10-lt", COUNTS, stage1={"weight_decay": 0.01})
+    assert [phase.weight_decay for phase in phases] == [0.01] * 4
+
+
+@pytest.mark.parametrize("retrain", ["none", "ncm", "tau-norm"])
+def test_settings_that_nothing_takes_are_refused(retrain: str) -> None:
+    with pytest.raises(ValueError, match=r"settings of .*--retrain-lr"):
+        plan("ce", retrain, "digits-lt", COUNTS, stage2={"lr": 0.1})
+
+
+@pytest.mark.parametrize(("method", "expected"), [
+    ("ce", lambda z, y: F.cross_entropy(z, y)),
+    ("cb", lambda z, y: F.cross_entropy(z, y, weight=effective_number_weights(COUNTS))),
+    ("la", lambda z, y: F.cross_entropy(z + log_prior(COUNTS), y)),
+    ("focal", lambda z, y: ((1 - z.softmax(1)[range(len(y)), y]) ** 2 * F.cross_entropy(z, y, reduction="none")).mean()),
+])  # fmt: skip
+def test_losses_are_what_their_names_say(method: str, expected: object) -> None:
+    logits, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 0])
+    assert callable(expected)
+    torch.testing.assert_close(build_loss(plan(method, None, "cifar10-lt", COUNTS)[0], COUNTS)(logits, target), expected(logits, target))
+
+
+def test_the_fused_loss_is_used_for_gcl() -> None:
+    assert isinstance(build_loss(plan("gcl", None, "cifar10-lt", COUNTS)[0], COUNTS), LinearGCLLoss)
+
+
+def test_seeds_differ() -> None:
+    seeds = {derive_seed(seed, purpose, step) for seed in range(5) for purpose in ("a", "b") for step in range(5)}
+    assert len(seeds) == 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_default_models() -> None:
+    assert [default_model(name) for name in DATASETS] == ["small-cnn", "resnet32", "resnet50", "resnet152", "resnet50", "resnet50"]

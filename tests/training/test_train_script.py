@@ -1,0 +1,190 @@
+"""train.py as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gclkern.training.processes import Processes
+from tests.support.processes import ROOT, finish, start_train
+
+SHORT = ["--epochs", "2", "--device", "cpu"]
+
+
+def train(*arguments: object) -> str:
+    return finish(start_train(*arguments))
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What train.py says to arguments that it refuses, in this process, which has everything imported already."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path("train.py", run_name="__main__")
+        return f"{stopped.value.code} {capsys.readouterr().err}"
+
+    return run
+
+
+def table(output: str) -> list[str]:
+    """The lines of the table at the end."""
+    lines = output.splitlines()
+    return [line for line in lines[next(place for place, line in enumerate(lines) if "top-1" in line) :] if not line.startswith(("/", "runs/"))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of the default run, shortened."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    return folder, train(*SHORT, "--retrain-epochs", "2", "--out", folder)
+
+
+def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in table(run[1])}
+    assert rows["top-1"] == ["many", "medium", "few", "ECE", "NLL"]
+    assert all(len(rows[name]) == 6 for name in ("baseline", "stage-1", "stage-2"))
+
+
+def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
+    lines = run[1].splitlines()
+    assert lines[0] == "digits-lt: 472 training images, 359 test images"
+    assert lines[3:6] == [
+        "baseline: ce, 4 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler",
+        "stage-1: gcl, 2 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
+        "stage-2: gcl, 2 epochs, batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
+    ]
+
+
+def test_the_baseline_has_the_same_budget(run: tuple[Path, str]) -> None:
+    with (run[0] / "metrics.csv").open() as file:
+        epochs = [row["phase"] for row in csv.DictReader(file)]
+    assert epochs.count("baseline") == epochs.count("stage-1") + epochs.count("stage-2") == 4
+
+
+def test_the_folder_is_complete(run: tuple[Path, str]) -> None:
+    files = {path.name for path in run[0].iterdir()}
+    pictures = {"curves.png", "class-accuracy.png", "group-confusion.png", "tsne.png"}
+    assert files >= {"config.json", "metrics.csv", "summary.json", "last.pt", "baseline.pt", "stage-1.pt", "stage-2.pt"} | pictures
+    assert not [name for name in files if name.endswith(".partial")]
+    summary = json.loads((run[0] / "summary.json").read_text())
+    assert set(summary["reports"]) == {"baseline", "stage-1", "stage-2"}
+    assert json.loads((run[0] / "config.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize("name", ["stage-2.pt", "."])
+def test_evaluate_repeats_the_report(run: tuple[Path, str], name: str) -> None:
+    expected = next(line.split() for line in table(run[1]) if line.startswith("stage-2"))
+    assert table(train("--evaluate", run[0] / name))[1].split() == expected
+
+
+def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None:
+    before = json.loads((run[0] / "summary.json").read_text())["seconds"]
+    assert table(train("--resume", run[0], "--no-pictures")) == table(run[1])
+    assert json.loads((run[0] / "summary.json").read_text())["seconds"] > before / 2, "the time before counts"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+    (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    (["--method", "magic"], "invalid choice: 'magic'"),
+    (["--data", "cifar10-lt", "--data-dir", "nowhere"], "--download to fetch it"),
+    (["--model", "small-cmm"], "unknown network 'small-cmm'"),
+    (["--method", "ce", "--sampler", "cben"], "there is no stage 2"),
+    (["--accumulate", "5"], "does not divide"),
+    (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
+    (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
+    (["--out", "README.md"], "--out: the folder README.md cannot be written (File exists); choose another one"),
+    (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
+    (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
+    (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
+    (["--data", "folder", "--imbalance", "10"], "--imbalance does nothing with --data folder"),
+    (["--data", "folder", "--train-list", "train.txt"], "--train-list does nothing with --data folder"),
+    (["--download"], "--download does nothing with --data digits-lt"),
+    (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm"),
+    (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
+    (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
+    (["--shard-classes", "--amp", "fp16"], "use --amp bf16"),
+    (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
+    (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
+])  # fmt: skip
+def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*arguments)
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To leave NCCL's process group in order all must: the others, which wait for this one, would keep its error from being seen."""
+    left: list[Processes] = []
+    monkeypatch.setattr(Processes, "close", left.append)
+    options = ["--no-baseline", "--no-pictures", "--device", "cpu", "--out", tmp_path / "run"]
+    assert "the loss of epoch 1 is" in refused("--epochs", "1", "--lr", "1e30", "--method", "ce", *options)
+    assert not left
+
+
+def test_a_run_keeps_its_arguments(run: tuple[Path, str], refused: Callable[..., str]) -> None:
+    assert "--lr: the run was started with None, now it is 0.3" in refused("--resume", run[0], "--lr", "0.3")
+    assert "already holds a run" in refused("--out", run[0])
+    assert "holds a finished network" in refused("--resume", run[0] / "stage-1.pt")
+
+
+def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path, refused: Callable[..., str]) -> None:
+    """A run on a finished stage 1 ends as one that trained it, bit by bit, however often it is evaluated; a stage 1 of other settings is refused."""
+    options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--eval-every", "2", "--stage1", run[0] / "stage-1.pt"]
+    train(*options, "--out", tmp_path / "run")
+    expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (run[0], tmp_path / "run"))
+    assert found["reports"] == {"stage-2": expected["reports"]["stage-2"]}
+    assert [phase["name"] for phase in found["phases"]] == ["baseline", "stage-1", "stage-2"]
+    message = refused(*options, "--seed", "1", "--out", tmp_path / "other")
+    assert "stage-1.pt was trained with --seed 0, this run has 1" in message
+    options[-1] = run[0] / "last.pt"
+    assert "give stage-1.pt of a finished run" in refused(*options, "--out", tmp_path / "other")
+
+
+def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path, refused: Callable[..., str]) -> None:
+    from PIL import Image
+
+    for part, images in (("train", 4), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(images):
+                Image.fromarray(np.full((12, 12, 3), 40 * index + 60 * (name == "b"), np.uint8)).save(tmp_path / part / name / f"{index}.png")
+    folder = ["--data", "folder", "--data-dir", tmp_path, "--workers", "1", "--image-size", "16"]
+    assert "the checkpoint has 10 classes, folder has 2" in refused("--evaluate", run[0], *folder)
+    short = [*SHORT, *folder, "--model", "small-cnn", "--batch-size", "4", "--retrain", "crt", "--retrain-epochs", "1"]
+    assert "stage-2" in train(*short, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["class_names"] == ["a", "b"]
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert not (tmp_path / "run" / "tsne.png").exists(), "four test images are too few"
+    broken = tmp_path / "train" / "a" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert str(broken) in refused(*short, "--out", tmp_path / "broken")
+    assert "left out 1 training images" in train(*short, "--out", tmp_path / "skipped", "--skip-corrupt")
+
+
+@pytest.mark.parametrize("options", [
+    ["--amp", "bf16", "--channels-last", "--ema", "0.9", "--accumulate", "2", "--retrain", "lws", "--retrain-epochs", "1"],
+    ["--amp", "fp16", "--deterministic", "--retrain", "ncm", "--holdout", "0.2", "--method", "ldam-drw"],
+])  # fmt: skip
+def test_options_of_speed(tmp_path: Path, options: list[str]) -> None:
+    assert "stage-2" in train(*SHORT, *options, "--no-baseline", "--no-pictures", "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "best.pt").exists() is ("--holdout" in options)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_as_a_plain_one(tmp_path: Path) -> None:
+    found = []
+    for option in ("--capture", "--no-capture"):
+        train("--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--deterministic", option, "--out", tmp_path / option)
+        with (tmp_path / option / "metrics.csv").open() as file:
+            found.append(torch.tensor([float(row["loss"]) for row in csv.DictReader(file)]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,298 @@
+"""What a training step trains, on what."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gclkern.training.backbones import build_backbone
+from gclkern.training.network import Network, build_head
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import build_loss, plan
+from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, mixup, step_batches
+
+COUNTS = [50, 20, 5]
+
+
+class Backbone(torch.nn.Module):
+    feature_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(images)
+        return features
+
+
+def plain_step(backbone: torch.nn.Module) -> TrainingStep:
+    """Cross entropy of a linear classifier."""
+    return TrainingStep(Network(backbone, build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+
+
+@pytest.mark.parametrize(("trains", "head", "learned"), [
+    ("all", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias", "weight", "bias"}),
+    ("backbone", "linear", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias"}),
+    ("head", "linear", {"weight", "bias"}),
+    ("scale", "scaled linear", {"factor"}),
+    ("scale", "scaled cosine", {"factor"}),
+])  # fmt: skip
+def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
+    torch.manual_seed(0)
+    network = Network(Backbone(), build_head(head, 4, 3))
+    if trains == "scale":
+        torch.nn.init.normal_(network.head.weight)
+    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains=trains)
+    optimizer = torch.optim.SGD(step.learn(), lr=0.1)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    step.train()
+    step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor(1), 0).backward()
+    optimizer.step()
+    changed = {name.partition(".")[2] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {"layers.2.running_mean", "layers.2.running_var", "layers.2.num_batches_tracked"}
+    # A linear layer's bias before batch normalisation has no gradient, but for rounding.
+    assert changed - {"layers.1.bias"} == learned - {"layers.1.bias"} | (statistics if trains in ("all", "backbone") else set())
+
+
+def test_clouds_of_a_scaled_classifier_are_those_of_the_plain_one() -> None:
+    """LWS after GCL: at factors of 1 it starts from the loss, and so from the noise, that the classifier alone would have."""
+    torch.manual_seed(0)
+    backbone, weight = Backbone(), torch.randn(3, 4)
+    images, target, other = torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor([2, 1, 0, 1, 0, 0])
+    found = []
+    for retrain in ("gcl", "lws"):
+        phase = plan("gcl", retrain, "cifar10-lt", COUNTS)[-1]
+        network = Network(backbone, build_head(phase.head, 4, 3))
+        network.head.weight.data.copy_(weight)
+        step = TrainingStep(network, build_loss(phase, COUNTS), trains=phase.trains)
+        found.append(step.train()(images, target, torch.tensor(7), 5, other, torch.tensor(0.25)))
+    torch.testing.assert_close(*found)  # float32, and the products are summed alike up to their order
+
+
+def test_only_the_last_block_learns() -> None:
+    network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
+    step = TrainingStep(network, build_loss(plan("ce", None, "places-lt", COUNTS)[0], COUNTS), trains="last-block")
+    assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
+    learned = {id(parameter) for parameter in step.learn()}
+    assert learned == {id(parameter) for module in (network.backbone.layer4, network.head) for parameter in module.parameters()}
+    step.train()
+    assert network.backbone.layer4.training
+    assert not network.backbone.layer3.training
+    with pytest.raises(ValueError, match="--train all"):
+        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.loss, trains="last-block").learn()
+
+
+def test_mixup_is_a_function_of_the_seed() -> None:
+    images, target = torch.randn(8, 1, 2, 2), torch.arange(8)
+    mixed, other, share = mixup(images, target, 0.5, seed=3, block=0)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images[other])
+    assert torch.equal(mixup(images, target, 0.5, seed=3, block=0)[0], mixed)
+    _, order, same_share = mixup(images, target, 0.5, seed=3, block=1)
+    assert same_share == share
+    assert not torch.equal(order, other)
+
+
+def test_batches_are_full() -> None:
+    assert list(step_batches(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_average_is_what_is_shown() -> None:
+    network = Network(Backbone(), build_head("linear", 4, 3))
+    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    ranks = Processes.alone(torch.device("cpu"))
+    assert Trainer(step, ranks, weight_decay=0.0).shown is network
+    trainer = Trainer(step, ranks, weight_decay=0.0, ema=0.9)
+    before = network.head.weight.detach().clone()
+    trainer.set_rate(0.1)
+    trainer.step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 0, 0)
+    # in the first step the decay is (1 + 0) / (10 + 0)
+    torch.testing.assert_close(trainer.shown.head.weight, 0.1 * before + 0.9 * network.head.weight)
+    with pytest.raises(ValueError, match="--capture needs a GPU"):
+        Trainer(step, ranks, weight_decay=0.0, capture=True)
+
+
+def test_a_captured_step_goes_on_from_a_run_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that began on a CPU and is resumed on a GPU: its checkpoint has the rate as a number, the captured step reads it from one tensor."""
+    step = plain_step(Backbone())
+    ranks = Processes.alone(torch.device("cpu"))
+    plain, captured = Trainer(step, ranks, weight_decay=0.0), Trainer(step, ranks, weight_decay=0.0)
+    plain.set_rate(0.3)
+    monkeypatch.setattr(captured, "captured", object())
+    plain.optimizer.param_groups[0]["fused"] = True  # whatever suits the other device
+    captured.load_state_dict(plain.state_dict())
+    captured.set_rate(0.2)
+    (group,) = captured.optimizer.param_groups
+    assert group["fused"] is False
+    rate = group["lr"]
+    captured.set_rate(0.1)
+    assert group["lr"] is rate
+    assert float(rate) == pytest.approx(0.1)
+    plain.load_state_dict(captured.state_dict())
+    plain.set_rate(0.05)
+    assert plain.optimizer.param_groups[0]["lr"] == 0.05
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is to its capture, on a CPU: the block's operators take effect when they are replayed, on the same tensors and Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):  # all: the schema of batch normalisation does not say that it writes its statistics
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """CUDA graphs that a CPU can hold; the options of each capture."""
+    options: list[dict[str, Any]] = []
+
+    def graph(recording: Recording, **given: Any) -> Recording:
+        options.append(given)
+        return recording
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext, "CUDAGraph": Recording, "graph": graph}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return options
+
+
+def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
+    """Eight steps of mixed batches, whose learning rate and class weights change on the way: the trainer, and its losses."""
+    torch.manual_seed(0)
+    network = Network(Backbone(), build_head("cosine", 4, 3))
+    loss: Any = build_loss(plan("ldam-drw", None, "cifar10-lt", COUNTS)[0], COUNTS)
+    trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Processes.alone(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
+    if captured:
+        trainer.captured = CapturedStep(trainer.optimizer)
+        trainer.optimizer.param_groups[0]["fused"] = True  # reads the rate from its tensor, as on a GPU
+    losses = []
+    for step in range(8):
+        trainer.set_rate(0.1 / (1 + step))
+        loss.weight.fill_(1.0).narrow(0, 0, 1).fill_(1.0 + step // 3)
+        generator = torch.Generator().manual_seed(step)
+        losses.append(trainer.step(torch.randn(6, 1, 2, 2, generator=generator), torch.randint(3, (6,), generator=generator), step, step))
+    return trainer, torch.stack(losses)
+
+
+def test_a_captured_step_trains_as_a_plain_one(captures: list[dict[str, Any]]) -> None:
+    """Nothing that changes from step to step is frozen into the graph."""
+    (captured, losses), (plain, expected) = trained(captured=True), trained(captured=False)
+    assert len(captures) == 1
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(captured.module.state_dict(), plain.module.state_dict())
+
+
+def test_a_loaders_thread_does_not_end_a_capture(captures: list[dict[str, Any]]) -> None:
+    """In CUDA's global mode a thread that pins memory would."""
+    trained(captured=True)
+    assert captures == [{"capture_error_mode": "thread_local"}]
+
+
+@pytest.mark.usefixtures("captures")
+def test_a_graph_goes_with_its_trainer() -> None:
+    """Not with the collector's next round: its memory may be most of a GPU's, and it must not be freed amid another capture."""
+    trainer, _ = trained(captured=True)
+    assert trainer.captured is not None
+    graph = weakref.ref(trainer.captured.graph)
+    del trainer
+    assert graph() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_scaler_skips_steps_itself() -> None:
+    """A fused step that overflows is skipped by its kernel, which leaves the momentum unset."""
+    step = plain_step(Backbone())
+    ranks = Processes.alone(torch.device("cuda"))  # to build a trainer takes none
+    assert not Trainer(step, ranks, weight_decay=0.0, amp=torch.float16).optimizer.defaults["fused"]
+    assert Trainer(step, ranks, weight_decay=0.0, amp=torch.bfloat16, capture=False).optimizer.defaults["fused"]
+
+
+class Drawing(torch.nn.Module):
+    """A backbone with a layer that draws, as dropout does."""
+
+    feature_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.drawn: list[float] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(float(torch.rand(())))
+        features: torch.Tensor = self.layer(images.flatten(1))
+        return features
+
+
+def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout of two processes is that of one which accumulates two parts, not twice the same."""
+    monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
+
+    def draws(world: int, rank: int, accumulate: int) -> list[float]:
+        ranks, backbone = Processes.alone(torch.device("cpu")), Drawing()
+        ranks.world, ranks.rank = world, rank
+        step = plain_step(backbone)
+        Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+        return backbone.drawn
+
+    first, second = draws(2, 0, 1), draws(2, 1, 1)
+    assert first != second
+    assert draws(1, 0, 2) == [*first, *second]
+
+
+def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts it has: for all but the last one DistributedDataParallel is told to keep them."""
+    parts: list[str] = []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        @contextlib.contextmanager
+        def no_sync(self) -> Iterator[None]:
+            parts.append("kept:")
+            yield
+
+        def forward(self, **inputs: Any) -> Any:
+            parts.append("part")
+            return self.module(**inputs)
+
+    monkeypatch.setattr("gclkern.training.trainer.parallel", Parallel)
+    ranks = Processes.alone(torch.device("cpu"))
+    ranks.world = 2
+    step = plain_step(Backbone())
+    Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+    assert parts == ["kept:", "part", "kept:", "part", "part"]
