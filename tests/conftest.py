@@ -17,7 +17,7 @@ if TRITON and not GPU and PTX_TARGET is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Triton reads the variable above when it is imported.
-from tests.support.launches import Launches, capture_launches  # noqa: E402
+from benchmarks.machine_code.launches import Launches, capture_launches  # noqa: E402
 
 if PTX_TARGET is not None:
     from tests.support.gpu_free import compiled

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.machine_code.launches import Launches
 from gclkern.centroids import ClassCentroids, class_centroids
 from tests.support.cases import HALVES
-from tests.support.launches import Launches
 
 
 def operator(backend: str) -> Any:

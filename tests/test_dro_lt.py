@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.machine_code.launches import Launches
 from gclkern.centroids import class_centroids
 from gclkern.debug import set_debug
 from gclkern.dro import DROLTLoss, dro_lt_loss
 from tests.support.cases import HALVES, REDUCTIONS
 from tests.support.comparison import ROUNDING
-from tests.support.launches import Launches
 
 # numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

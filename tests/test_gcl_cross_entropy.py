@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.machine_code.launches import Launches
 from gclkern.debug import set_debug
 from gclkern.functional import gcl_cross_entropy
 from tests.support import oracle
 from tests.support.cases import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector, without_noise_in_float64
 from tests.support.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, noise_error
-from tests.support.launches import Launches
 
 
 def call(cosine: Tensor, target: Tensor, options: Options, **more: Any) -> Tensor:

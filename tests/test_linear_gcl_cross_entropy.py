@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.machine_code.launches import Launches
 from benchmarks.memory import allocated_peak
 from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.plans import resolve_plan
 from tests.support import oracle
 from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector, without_noise_in_float64
 from tests.support.comparison import ROUNDING, assert_within, check_head_loss
-from tests.support.launches import Launches
 
 DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.machine_code import aot
 from gclkern import noise as noise_module
 from gclkern.noise import cloud_noise, fill_noise, philox_words, resolve_seed, torch_cloud_noise
 from tests.support import oracle
-from tests.support.gpu_free import aot
 
 ZERO_WORDS = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 SEED, ROW = 2**40 + 5, 2**33 + 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.gpu_free.aot import SHARED_LIMIT, compile_case
-from tests.support.gpu_free.sass import Program
+from benchmarks.machine_code.aot import SHARED_LIMIT, compile_case
+from benchmarks.machine_code.sass import Program
 
 pytestmark = pytest.mark.triton
 

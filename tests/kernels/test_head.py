@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.utils.dlpack
 
+from benchmarks.machine_code.launches import Launches, capture_launches
 from gclkern.autograd import HeadLoss
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from tests.support.cases import PLANS
-from tests.support.launches import Launches, capture_launches
 
 pytestmark = pytest.mark.triton
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.support.gpu_free.aot import specialisations
+from benchmarks.machine_code.aot import specialisations
 
 pytestmark = pytest.mark.triton
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.machine_code.aot import CompiledKernel, submit
 from tests.support.cases import PLANS
-from tests.support.gpu_free.aot import CompiledKernel, submit
 
 pytestmark = pytest.mark.triton
 

@@ -11,8 +11,9 @@ from unittest import mock
 
 from torch import Tensor
 
-from tests.support.gpu_free import aot, ptx
-from tests.support.launches import Launch
+from benchmarks.machine_code import aot
+from benchmarks.machine_code.launches import Launch
+from tests.support.gpu_free import ptx
 
 
 def install(target: str) -> None:

@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.support.gpu_free.sass import Code, Program
-from tests.support.launches import Launch, capture_launches
+from benchmarks.machine_code.launches import Launch, capture_launches
+from benchmarks.machine_code.sass import Code, Program
 
 KIB = 1024
 # Shared memory one block may use. Triton compiles what exceeds it and fails at launch, so every test compares.
