@@ -15,6 +15,12 @@ for every number of workers and ranks, every platform and every version of torch
 The caller counts `done`, because a DataLoader's workers fetch ahead of the training. Of R ranks, rank r takes draws r, r + R, r + 2R, ... of the epoch. So all
 ranks together see what one process would, the first `position` samples of all ranks are the first R * position draws, and a run may resume with another number
 of ranks. Every rank has ceil(num_samples / R) samples; where R does not divide num_samples the epoch's first draws fill up, as in torch's DistributedSampler.
+
+Frameworks that start the processes:
+
+    Lightning, Fabric             nothing to do: the samplers count as DistributedSampler, which Lightning neither wraps nor forgets to give the epoch
+    Accelerate, Hugging Face's    build the sampler with num_replicas=1, rank=0: `accelerator.prepare` deals out the batches of every sampler, and would deal
+    Trainer                       out one rank's share a second time: most of the data is never seen. To resume use accelerator.skip_first_batches
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 from gclkern.counts import Vector, as_vector, check_int
 from gclkern.noise import philox_words, resolve_seed
@@ -59,26 +65,35 @@ def _by_class(labels: Vector) -> _Groups:
     return _Groups(members, counts.cumsum(0) - counts, counts)
 
 
-def _ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """The number of ranks and this one's; torch.distributed's where it is running and the caller gives none."""
-    running = dist.is_available() and dist.is_initialized()
-    if num_replicas is None:
-        num_replicas = dist.get_world_size() if running else 1
-    if rank is None:
-        rank = dist.get_rank() if running else 0
-    return check_int("num_replicas", num_replicas, 1), check_int("rank", rank, 0, num_replicas - 1)
+class _EpochSampler(DistributedSampler[int]):
+    """What the samplers share: the arguments, an epoch's place, and the share of a rank.
 
-
-class _EpochSampler(Sampler[int]):
-    """What the samplers share: the arguments, an epoch's place, and the share of a rank."""
+    Nothing is inherited from DistributedSampler. It is the name by which a framework knows a sampler that gives each rank its own samples.
+    """
 
     def __init__(self, labels: Vector, *, num_samples: int | None = None, seed: int = 0, num_replicas: int | None = None, rank: int | None = None) -> None:
         self._groups = _by_class(labels)
         self.num_samples = self._groups.members.numel() if num_samples is None else check_int("num_samples", num_samples, 1, 2**32)
         self.seed = check_int("seed", seed, -(2**63), 2**64 - 1)
-        self.num_replicas, self.rank = _ranks(num_replicas, rank)
+        self._num_replicas = None if num_replicas is None else check_int("num_replicas", num_replicas, 1)
+        self._rank = None if rank is None else check_int("rank", rank, 0, None if num_replicas is None else num_replicas - 1)
         self.epoch = 0
         self.position = 0
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """The number of ranks. Asked for when it is needed: a sampler may be older than the process group."""
+        if self._num_replicas is not None:
+            return self._num_replicas
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """This rank."""
+        rank = self._rank
+        if rank is None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return check_int("rank", rank, 0, self.num_replicas - 1)
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Choose the epoch that the next iteration draws, and the number of this rank's samples that it leaves out because they are already done."""
@@ -162,8 +177,9 @@ class _WeightedSampler(_EpochSampler):
         upper = self._class_mass(counts.double()).cumsum(0)
         upper = upper / upper[-1]
         words = self._words(_DRAW, self.epoch, torch.arange(self.num_samples))
-        # 53 bits each: a class's probability may be below 2^-32
-        uniform = ((words[:, 0::2] >> 5) * 2.0**26 + (words[:, 1::2] >> 6)) * 2.0**-53
+        # 53 bits each, because a class's probability may be below 2^-32. The float64 sum is exact and below 1, so no draw lies beyond the last class, and its
+        # product with a count rounds to less than the count.
+        uniform = ((words[:, 0::2] >> 5).double() * 2.0**26 + (words[:, 1::2] >> 6)) * 2.0**-53
         drawn = torch.searchsorted(upper, uniform[:, 0].contiguous(), right=True)
         return members[starts[drawn] + (uniform[:, 1] * counts[drawn]).to(torch.int64)]
 

@@ -267,12 +267,41 @@ def process_group(tmp_path: Any) -> Any:
 def test_ranks_come_from_the_process_group(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = CBENSampler(LABELS)
     assert (sampler.num_replicas, sampler.rank) == (1, 0)
+    # a sampler may be older than the process group
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
-    sampler = CBENSampler(LABELS)
     assert (sampler.num_replicas, sampler.rank) == (4, 3)
+    assert list(sampler) == list(CBENSampler(LABELS, num_replicas=4, rank=3))
     sampler = CBENSampler(LABELS, num_replicas=2, rank=1)
     assert (sampler.num_replicas, sampler.rank) == (2, 1)
+    with pytest.raises(ValueError, match="rank must be in"):
+        list(CBENSampler(LABELS, num_replicas=2))
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("labels", [[0] * 90 + [1] * 10, [0] * 2**16], ids=["two classes", "one class"])
+def test_the_largest_draw_is_the_last_sample(name: str, labels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest random words give the last sample of the last class: no number of draws can go beyond it."""
+    sampler = SHARES[name][0](labels, num_samples=2)
+    words = torch.tensor([[0] * 4, [2**32 - 1] * 4])
+    monkeypatch.setattr(sampler, "_words", lambda *_: words)
+    assert list(sampler) == [0, len(labels) - 1]
+
+
+def test_every_sample_of_a_large_class_can_be_drawn() -> None:
+    """float32 would leave out every other sample of a class of more than 2^24."""
+    sampler = ClassBalancedSampler([0], num_samples=20_000, seed=1)
+    size = 2**25
+    sampler._groups = sampler._groups._replace(members=torch.arange(size), counts=torch.tensor([size]))  # to sort as many labels would take seconds
+    drawn = torch.tensor(list(sampler))
+    assert abs(float((drawn % 2).double().mean()) - 0.5) < 0.02  # 5 standard deviations
+
+
+@pytest.mark.parametrize(("num_samples", "epoch", "index"), [(167_107, 7, 99), (616_556, 72, 99)])
+def test_draws_that_float32_rounds_up_to_one(num_samples: int, epoch: int, index: int) -> None:
+    sampler = ClassBalancedSampler([0] * 90 + [1] * 10, num_samples=num_samples, seed=0)
+    sampler.set_epoch(epoch)
+    assert max(sampler) == index
 
 
 def test_a_large_data_set() -> None:
