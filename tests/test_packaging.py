@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +110,54 @@ def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) 
     assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"gclkern"}, "the wheel brings other top-level packages"
     assert list(target.glob("gclkern-*.dist-info/licenses/LICENSE"))
     assert locate(environment, tmp_path, target) == (target / "gclkern", target / "gclkern" / "kernels")
+
+
+SDIST = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
+
+
+@pytest.mark.slow
+def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path: Path) -> None:
+    run(environment, "-c", SDIST, str(tmp_path), cwd=checkout)
+    (archive,) = tmp_path.glob("gclkern-*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    sdist = tmp_path / archive.name.removesuffix(".tar.gz")
+
+    def files(folder: Path) -> set[Path]:
+        """Whatever the tests may read: the sources, and what belongs to them."""
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc" and "egg-info" not in str(path)}
+
+    unneeded = {Path(".gitignore"), Path(".github/workflows/ci.yml"), Path(".git")}
+    assert files(checkout) - files(sdist) - unneeded == set()
+    assert (sdist / "gclkern" / "kernels").is_symlink()
+    assert locate(environment, sdist) == (sdist / "gclkern", sdist / "kernels")
+
+    collected = run(environment, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", cwd=sdist).stdout
+    modules = {path for path in files(checkout) if path.parts[0] in ("tests", "benchmarks") and path.name.startswith(("test_", "bench_"))}
+    assert modules == {Path(name) for name in re.findall(r"^(\S+\.py): \d+$", collected, flags=re.MULTILINE)}
+    few = ["tests/test_clouds.py", "tests/test_noise.py", "tests/benchmarks/test_render_results.py", "tests/training/test_schedules.py"]
+    run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *few, cwd=sdist)
+
+
+METADATA = "import setuptools.build_meta, sys; setuptools.build_meta.prepare_metadata_for_build_wheel(sys.argv[1])"
+
+
+def test_a_package_index_gets_absolute_links(environment: Path, checkout: Path, tmp_path: Path) -> None:
+    """It shows README without the files beside it."""
+    run(
+        environment, "-c", "import setuptools.build_meta, sys; setuptools.build_meta.prepare_metadata_for_build_wheel(sys.argv[1])", str(tmp_path), cwd=checkout
+    )
+    (file,) = tmp_path.glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(file.read_text())
+    readme, description = (ROOT / "README.md").read_text(), metadata.get_payload()
+    assert isinstance(description, str) and metadata["Description-Content-Type"] == "text/markdown"
+    links = re.findall(r"\]\(([^)\s]+)\)", description)
+    assert links and all(link.startswith(("https://", "#")) for link in links)
+    assert len(links) == len(re.findall(r"\]\(([^)\s]+)\)", readme))
+    source = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))["Source"]
+    paths = [re.sub(r"^(blob|raw)/main/|#.*", "", link.removeprefix(f"{source}/")) for link in links if link.startswith(f"{source}/")]
+    assert paths and all((ROOT / path).exists() for path in paths)
+    assert all(link.startswith(f"{source}/raw/") for link in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", description))
 
 
 def test_without_triton_everything_runs_on_torch() -> None:
