@@ -351,7 +351,7 @@ class TestCIFAR:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "damaged .*download it again"),
+            (None, "damaged .*pass --download to fetch it again"),
             ([1], "holds a list"),
             ({b"data": np.zeros((2, 3072))}, r"b'data' must be a uint8 array \(images, 3072\), got a float64 array \(2, 3072\)"),
             ({b"data": np.zeros((2, 3072), np.uint8)}, r"b'fine_labels' must list 2 classes in \[0, 100\), got None"),
@@ -381,6 +381,23 @@ class TestCIFAR:
         monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
         with pytest.raises(FileNotFoundError, match=r"download of CIFAR100 into .* failed \(no route\); fetch it by hand"):
             load_data("cifar100-lt", data_dir=tmp_path, download=True)
+
+    @needs_torchvision
+    def test_a_damaged_file_is_fetched_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the message says to do helps."""
+        write_cifar(tmp_path, 100)
+        path = tmp_path / "cifar-100-python" / "test"
+        path.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(ValueError, match="pass --download to fetch it again"):
+            load_data("cifar100-lt", data_dir=tmp_path, imbalance=2)
+        monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", lambda *args, **options: write_cifar(tmp_path, 100))
+
+        def download_only(self: Any, root: str, train: bool, download: bool) -> None:  # the rest of it would compare the checksums of these files, too
+            self.root = root
+            self.download()
+
+        monkeypatch.setattr("torchvision.datasets.CIFAR100.__init__", download_only)
+        assert len(load_data("cifar100-lt", data_dir=tmp_path, imbalance=2, download=True).test) == 100
 
     @needs_torchvision
     def test_runs_that_start_together_download_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,7 +547,7 @@ class TestFolder:
         write_image(folder / "test" / "bird" / "1.png")
         with pytest.raises(ValueError, match=r"bird is a class that .*train does not have"):
             load_data("folder", data_dir=folder)
-        with pytest.raises(FileNotFoundError, match="must hold train/ and test/ or val/"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; pass the folder that holds train/ and test/"):
             load_data("folder", data_dir=tmp_path / "nowhere")
 
 
@@ -544,12 +561,12 @@ class TestLists:
 
     def test_paths_may_have_spaces(self, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("a b/c d.jpg 3\n  e.jpg\t 4 \n")
-        paths, labels = read_list(tmp_path / "list.txt")
-        assert (paths, labels.tolist()) == (["a b/c d.jpg", "e.jpg"], [3, 4])
+        read = read_list(tmp_path / "list.txt")
+        assert (read.paths, read.labels.tolist()) == (["a b/c d.jpg", "e.jpg"], [3, 4])
 
     def test_a_mark_of_the_byte_order_is_no_part_of_the_path(self, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("a.jpg 0\n", encoding="utf-8-sig")
-        assert read_list(tmp_path / "list.txt")[0] == ["a.jpg"]
+        assert read_list(tmp_path / "list.txt").paths == ["a.jpg"]
 
     @pytest.mark.parametrize(
         ("text", "message"), [("a.jpg 0\nb.jpg\n", r"list\.txt:2: expected `relative/path label`"), ("a.jpg -1\n", "label from 0 on"), ("\n", "lists no image")]

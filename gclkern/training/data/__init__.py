@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 from gclkern.training.data.cifar import CIFAR, load_cifar
+from gclkern.training.data.decode import CorruptImageError
 from gclkern.training.data.digits import load_digits
+from gclkern.training.data.files import ListImages
+from gclkern.training.data.folders import load_folder
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, ImageSet
-from gclkern.training.data.lists import LISTS, CorruptImageError, ListImages, load_folder, load_lists
+from gclkern.training.data.lists import LISTS, load_lists
 from gclkern.training.data.longtail import stratified_split
 
 __all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "Epoch", "ImageSet", "ListImages", "load_data"]
@@ -34,7 +37,8 @@ def load_data(
 
     Args:
         name: one of DATASETS. digits-lt comes with scikit-learn; cifar10-lt and cifar100-lt read the official files of the Python version; imagenet-lt,
-            places-lt and inat18 read their published lists, "list" a user's own, "folder" train/ and test/ (or val/) with one folder for each class.
+            places-lt and inat18 read their published lists, "list" a user's own, "folder" train/ and test/ (or val/) with one folder for each class, or
+            such folders alone, of which a fifth is taken to test with.
         data_dir: where the files are; "data" when not given.
         imbalance: ratio of the largest to the smallest class of digits-lt (20 when not given) and CIFAR (100); the others are as long-tailed as their files.
         profile: "exp" or "step", for the same.
@@ -70,12 +74,14 @@ def load_data(
     elif name in (*LISTS, "list"):
         splits = load_lists(name, root, train_list, test_list, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt)
     elif name == "folder":
-        splits = load_folder(root, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt)
+        splits = load_folder(root, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt, seed=seed)
     else:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     if holdout:
         whole = splits.train
         kept, taken = stratified_split(whole.labels, holdout, seed)
+        if not taken.numel():
+            raise ValueError(f"holdout {holdout:g} takes no image, since no class has a second one; leave out --holdout or add images")
         splits.train, splits.holdout = whole.subset(kept), whole.subset(taken)
         splits.class_counts = splits.train.labels.bincount(minlength=splits.num_classes).tolist()
     return splits

@@ -38,6 +38,7 @@ _FILES = {
 }
 CIFAR = tuple(_FILES)
 _PIXELS = 3 * 32 * 32
+_AGAIN = "pass --download to fetch it again"
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -76,7 +77,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever an unpickler stumbles over in a file that is not one
-        raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({error}); download it again") from error
+        raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a file of CIFAR's Python version: it holds a {type(content).__name__}, not a dictionary")
     return content
@@ -87,9 +88,9 @@ def _read_images(path: Path, labels_key: bytes, num_classes: int) -> tuple[Tenso
     content = read_pickle(path)
     data, labels = content.get(b"data"), content.get(labels_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != _PIXELS:
-        raise ValueError(f"{path}: b'data' must be a uint8 array (images, {_PIXELS}), got {_describe(data)}")
+        raise ValueError(f"{path}: b'data' must be a uint8 array (images, {_PIXELS}), got {_describe(data)}; {_AGAIN}")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
-        raise ValueError(f"{path}: {labels_key!r} must list {len(data)} classes in [0, {num_classes}), got {_describe(labels)}")
+        raise ValueError(f"{path}: {labels_key!r} must list {len(data)} classes in [0, {num_classes}), got {_describe(labels)}; {_AGAIN}")
     return torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -108,15 +109,15 @@ def _find(files: _Files, data_dir: Path) -> Path | None:
     return None
 
 
-def _fetch(files: _Files, data_dir: Path) -> Path:
-    """The folder of the official files, which are downloaded if they are not there.
+def _fetch(files: _Files, data_dir: Path, *, damaged: bool = False) -> Path:
+    """The folder of the official files, which are downloaded if they are not there, or `damaged`: torchvision compares their checksums.
 
     Runs that start side by side, as the processes of one do, take turns: the first fetches the files and the others find them, whole.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".download.lock"):
-            if found := _find(files, data_dir):
+            if (found := _find(files, data_dir)) and not damaged:
                 return found
             getattr(need("torchvision.datasets", "--download"), files.torchvision)(root=str(data_dir), train=True, download=True)
     except (OSError, RuntimeError) as error:
@@ -135,6 +136,12 @@ def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
     )
 
 
+def _read(files: _Files, folder: Path) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor], list[str] | None]:
+    """Images and labels of the training files and of the test file, and the class names."""
+    *train, test = (_read_images(folder / part, files.labels_key, files.num_classes) for part in (*files.train, files.test))
+    return train, test, _class_names(folder / files.names, files.names_key, files.num_classes)
+
+
 def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, profile: str, seed: int, download: bool) -> DataSplits:
     """The long-tailed training subset and the balanced test set of 10,000 images."""
     files, root = _FILES[name], Path(data_dir)
@@ -143,7 +150,12 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
         folder = _fetch(files, root)
     if folder is None:
         raise _missing(files, root)
-    parts = [_read_images(folder / part, files.labels_key, files.num_classes) for part in files.train]
+    try:
+        parts, test, names = _read(files, folder)
+    except ValueError:
+        if not download:
+            raise
+        parts, test, names = _read(files, _fetch(files, root, damaged=True))
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     per_class = labels.bincount(minlength=files.num_classes)
     counts = profile_counts(files.num_classes, int(per_class.max()), imbalance, profile)
@@ -151,12 +163,12 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
     return DataSplits(
         name=name,
         train=DeviceImages(images[train], labels[train], mean=_MEAN, std=_STD),
-        test=DeviceImages(*_read_images(folder / files.test, files.labels_key, files.num_classes), mean=_MEAN, std=_STD),
+        test=DeviceImages(*test, mean=_MEAN, std=_STD),
         holdout=None,
         class_counts=counts,
         groups=count_groups(counts),
         num_classes=files.num_classes,
-        class_names=_class_names(folder / files.names, files.names_key, files.num_classes),
+        class_names=names,
         channels=3,
         image_size=32,
     )

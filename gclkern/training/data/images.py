@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -138,3 +138,4 @@ class DataSplits:
     class_names: list[str] | None
     channels: int
     image_size: int
+    notes: list[str] = field(default_factory=list)  # what a user should know of the files, a sentence each

@@ -1,0 +1,165 @@
+"""Folders: which files count, how links are followed, and what is said of the rest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from gclkern.training.data import DataSplits, load_data
+from gclkern.training.data.folders import find_images
+from tests.training.test_data import write_image
+
+
+def write_images(root: Path, **classes: int) -> None:
+    for label, (name, count) in enumerate(classes.items()):
+        for number in range(count):
+            write_image(root / name / f"{number:02}.png", seed=100 * label + number + sum(map(ord, root.name)))
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """train/ and test/ with the classes cat (five images) and dog (three)."""
+    for part in ("train", "test"):
+        write_images(tmp_path / "pets" / part, cat=5, dog=3)
+    return tmp_path / "pets"
+
+
+def load(root: Path) -> DataSplits:
+    return load_data("folder", data_dir=root, image_size=16, workers=0)
+
+
+class TestWalk:
+    def test_links_are_followed_but_not_in_circles(self, pets: Path, tmp_path: Path) -> None:
+        write_images(tmp_path / "elsewhere", bird=2)
+        (pets / "train" / "bird").symlink_to(tmp_path / "elsewhere" / "bird", target_is_directory=True)
+        (pets / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (pets / "train" / "cat" / "linked.png").symlink_to(pets / "train" / "cat" / "00.png")
+        data = load(pets)
+        assert (data.class_names, data.class_counts) == (["bird", "cat", "dog"], [2, 5 + 2 + 1, 3])
+        assert any("1 links to a folder above them" in note for note in data.notes)
+
+    def test_only_files_are_images(self, tmp_path: Path) -> None:
+        write_images(tmp_path, cat=1)
+        folder = tmp_path / "cat"
+        write_image(folder / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB_M.png")
+        write_image(folder / "inner.png" / "07.PNG")  # a folder with the name of an image
+        (folder / "gone.png").symlink_to(folder / "nowhere.png")
+        os.mkfifo(folder / "pipe.png")
+        for name in ("notes.txt", "a.json", "b.json", "README", ".DS_Store"):
+            (folder / name).touch()
+        found, left_out = find_images(folder)
+        assert [Path(path).name for path in found] == ["00.png", "07.PNG"]
+        assert left_out == {"hidden": 2, "broken links": 1, "neither files nor folders": 1, ".txt": 1, ".json": 2, "without a suffix": 1}
+
+    @pytest.mark.parametrize("name", ["x.pgm", "x.jfif", "x.JPEG", "x.jp2", "x.Tif", "x.webp"])
+    def test_every_format_that_can_be_read_counts(self, name: str, tmp_path: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        image.new("L", (4, 4)).save(tmp_path / name)
+        assert find_images(tmp_path)[0] == [str(tmp_path / name)]
+
+    def test_what_is_left_out_is_counted_by_kind(self, pets: Path) -> None:
+        for name in ("a.txt", "b.txt", "c.csv"):
+            (pets / "train" / "cat" / name).touch()
+        (pets / "train" / "stray.png").touch()
+        (note,) = load(pets).notes
+        assert note == f"{pets}/train: left out 4 entries that are no images: 2 .txt, 1 .csv, 1 beside the class folders"
+
+    def test_a_folder_without_images_says_what_is_in_it(self, tmp_path: Path) -> None:
+        (tmp_path / "cat").mkdir()
+        (tmp_path / "cat" / "x.heic").touch()
+        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out 1 entries that are no images: 1 \.heic"):
+            load(tmp_path)
+
+    @pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")
+    def test_names_may_be_anything(self, tmp_path: Path) -> None:
+        names = ["$a_$", "b\nc", "\udcff", "_d", "e, f", 'g"h', "x" * 250, "猫"]
+        for part in ("train", "test"):
+            write_images(tmp_path / part, **dict.fromkeys(names, 2))
+        data = load(tmp_path)
+        assert data.class_names == sorted(names)
+        (tmp_path / "train" / "b\nc" / "k\udcfe.\udcff").touch()
+        (tmp_path / "train" / "b\nc" / "00.png").unlink()
+        (tmp_path / "train" / "b\nc" / "01.png").write_bytes(b"")
+        for sentence in load(tmp_path).notes:
+            sentence.encode()  # can be printed
+            assert "\n" not in sentence
+        with pytest.raises(ValueError, match=r"classes without a training image: b\\nc;") as caught:
+            load_data("folder", data_dir=tmp_path, workers=0, skip_corrupt=True)
+        str(caught.value).encode()
+
+
+class TestSplit:
+    def test_a_folder_of_classes_splits_itself(self, tmp_path: Path) -> None:
+        write_images(tmp_path, cat=10, dog=5, owl=1)
+        data = load(tmp_path)
+        assert (data.class_names, data.class_counts) == (["cat", "dog", "owl"], [8, 4, 1])
+        assert data.test.labels.tolist() == [0, 0, 1]
+        split, untested = data.notes
+        assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken to test with (seed 0), 3 images"
+        assert untested == "classes without a test image, which no accuracy counts: owl"
+        again, other = load(tmp_path), load_data("folder", data_dir=tmp_path, image_size=16, workers=0, seed=1)
+        assert again.test.paths == data.test.paths != other.test.paths  # type: ignore[attr-defined]
+        assert not set(data.train.paths) & set(data.test.paths)  # type: ignore[attr-defined]
+
+    def test_a_training_folder_alone_splits_itself(self, pets: Path) -> None:
+        for file in sorted((pets / "test").rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        (pets / "test").rmdir()
+        data = load(pets)
+        assert (data.class_names, data.class_counts, len(data.test)) == (["cat", "dog"], [4, 2], 2)
+        assert data.notes[0].startswith(f"{pets}/train has no test set beside it")
+
+    def test_single_images_cannot_be_split(self, tmp_path: Path) -> None:
+        write_images(tmp_path, cat=1, dog=1)
+        with pytest.raises(ValueError, match=r"no class has a second image.*add images, or a folder test/"):
+            load(tmp_path)
+
+    def test_names_of_the_parts(self, pets: Path) -> None:
+        (pets / "train").rename(pets / "Train")
+        (pets / "test").rename(pets / "Validation")
+        data = load(pets)
+        assert (data.class_names, data.class_counts, data.notes) == (["cat", "dog"], [5, 3], [])
+        write_images(pets / "test", cat=2, dog=1)
+        data = load(pets)
+        assert len(data.test) == 3
+        assert data.notes == [f"{pets}/Validation is not used, since test/ is the test set; --holdout takes images to choose by"]
+
+    def test_a_test_set_alone(self, pets: Path) -> None:
+        (pets / "train").rename(pets / "old")
+        with pytest.raises(FileNotFoundError, match="holds test/, but no train/"):
+            load(pets)
+
+    def test_a_holdout_of_single_images(self, tmp_path: Path) -> None:
+        for part in ("train", "test"):
+            write_images(tmp_path / part, cat=1, dog=1)
+        with pytest.raises(ValueError, match=r"holdout 0\.5 takes no image, since no class has a second one; leave out --holdout or add images"):
+            load_data("folder", data_dir=tmp_path, workers=0, holdout=0.5)
+
+
+class TestDuplicates:
+    def test_an_image_in_training_and_test(self, pets: Path) -> None:
+        (pets / "test" / "dog" / "copy.png").write_bytes((pets / "train" / "cat" / "03.png").read_bytes())
+        leaked, mixed = load(pets).notes
+        pair = f"{pets}/train/cat/03.png and {pets}/test/dog/copy.png"
+        assert leaked == f"1 test images are training images too, such as {pair}; the test accuracy is too high by them"
+        assert mixed == f"1 images stand under more than one class, such as {pair}"
+
+    def test_an_image_twice_in_training(self, pets: Path) -> None:
+        (pets / "train" / "cat" / "copy.png").write_bytes((pets / "train" / "cat" / "03.png").read_bytes())
+        assert load(pets).notes == [f"1 training images repeat another one, such as {pets}/train/cat/03.png and {pets}/train/cat/copy.png"]
+
+    def test_a_line_twice_in_a_list(self, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gclkern.training.data.duplicates._COMPARED", 0)  # as in a large set: by path alone
+        (pets / "train.txt").write_text("train/cat/00.png 0\ntrain/dog/00.png 1\ntrain/cat/00.png 0\n")
+        (pets / "test.txt").write_text("train/dog/00.png 1\ntest/cat/00.png 0\n")
+        data = load_data("list", data_dir=pets, train_list=pets / "train.txt", test_list=pets / "test.txt", workers=0)
+        first, second = data.notes
+        assert first.startswith(f"1 test images are training images too, such as {pets}/train/dog/00.png;")
+        assert second == f"1 training images repeat another one, such as {pets}/train/cat/00.png"
+        assert torch.equal(data.train.labels, torch.tensor([0, 1, 0]))
