@@ -7,7 +7,7 @@
 
 Each run is a process of train.py with a folder under --runs. A finished one leaves a JSON file in --results and is not run again, an unfinished one is resumed
 from its checkpoint. A second stage retrains the checkpoint of the run that it shares stage 1 with, if that is there; else it trains stage 1 itself, to the same
-weights. At the end the tables of all results are printed, as the README has them.
+weights. At the end the tables of all results are printed, as docs/accuracy.md has them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, content_hash
+from benchmarks.common import RESULTS
 from benchmarks.gpu_report import machine
+from benchmarks.provenance import ROOT, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.arguments import number
 from gclkern.training.data.groups import GROUPS
@@ -205,7 +206,7 @@ class Bench:
             "settings": {name: value for name, value in summary["config"].items() if name not in PLACES},
             "phases": summary["phases"],
             "machine": machine(),
-            "code": content_hash([ROOT / "train.py", *(ROOT / "gclkern").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]),
+            "code": training_hash(),
             "class_counts": summary["class_counts"],
             "groups": summary["groups"],
             "reports": summary["reports"],
@@ -314,14 +315,17 @@ def _title(found: Sequence[dict[str, Any]]) -> str:
     return f"**{name}, imbalance {first['imbalance']:g}**: {schedule}. {device}, {precision}; code {codes}."
 
 
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
 def tables(results: Path) -> str:
     """Markdown tables of all results in a folder: one for each schedule, data set, imbalance factor, device and precision; full schedules come first."""
 
     def common(result: dict[str, Any]) -> tuple[Any, ...]:
         return -result["epochs_scale"], result["data"], result["imbalance"], result["machine"]["device"], result["settings"]["amp"]
 
-    found = [json.loads(path.read_text()) for path in results.glob("*.json")]
-    found.sort(key=lambda result: (*common(result), list(METHODS).index(result["method"]), result["seed"]))
+    found = sorted(results_of(results), key=lambda result: (*common(result), list(METHODS).index(result["method"]), result["seed"]))
     parts = []
     for _, part in groupby(found, key=common):
         group = list(part)

@@ -7,7 +7,6 @@ runs a case of it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gclkern
+from benchmarks.provenance import ROOT
 from benchmarks.timing import Call
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCALE = 30.0  # GCL's first stage
 NOISE_MUL = 0.5
@@ -245,23 +244,3 @@ def plain_gcl(
 
 def plain_head(features: Tensor, weight: Tensor, cloud: Tensor, target: Tensor) -> Tensor:
     return plain_gcl(F.linear(F.normalize(features), F.normalize(weight)), cloud, target)
-
-
-def content_hash(paths: Iterable[Path]) -> str:
-    """Twelve digits that change when one of the files, or its name, does."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:12]
-
-
-def kernels_hash() -> str:
-    """What a GPU's results belong to: the files in kernels/."""
-    return content_hash((ROOT / "kernels").glob("*.py"))
-
-
-def torch_hash() -> str:
-    """What a CPU's results belong to: the torch implementations."""
-    package = ROOT / "gclkern"
-    return content_hash([*(package / "torch_backend").glob("*.py"), package / "noise.py", package / "dro.py", package / "centroids.py"])

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import bench_head
-from benchmarks.common import BOTH, Shape, torch_hash
+from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
+from benchmarks.provenance import torch_hash
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
 from gclkern.training.run_folder import write_text
 

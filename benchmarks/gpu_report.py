@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import BROKEN, INATURALIST, RESULTS, ROOT, SMOKE, STOPPED, installed, kernels_hash, torch_hash
+from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, installed
+from benchmarks.provenance import ROOT, kernels_hash, torch_hash
 from gclkern.training.run_folder import write_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take

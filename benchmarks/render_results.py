@@ -1,13 +1,16 @@
-"""The README's tables and charts, made from the committed results: python -m benchmarks.render_results
+"""The tables and charts of README and docs/, made from the committed results: python -m benchmarks.render_results
 
 Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what this file makes of benchmarks/results/, and nothing else:
 
+    status     which devices have run the code
+    summary    the few figures that README shows
     cpu_head   of cpu_head.json, by `python -m benchmarks.cpu_head --json`
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
 
-Charts are SVG files beside the results. A test fails where README or charts are not what the results say.
+Every section names the code that was measured, and calls its figures stale if the code has changed since. Charts are SVG files in docs/images/. A test fails
+where a page or a chart is not what the results say.
 """
 
 from __future__ import annotations
@@ -15,17 +18,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import tables
-from benchmarks.common import BOTH, RESULTS, ROOT
+from benchmarks.accuracy import results_of, tables
+from benchmarks.common import BOTH, RESULTS
+from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
+from benchmarks.published import PUBLISHED
 from gclkern.training.run_folder import write_text
 
-README = ROOT / "README.md"
-SECTIONS = ("cpu_head", "cpu", "gpu", "accuracy")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md")
+IMAGES = ROOT / "docs" / "images"
+SECTIONS = ("status", "summary", "cpu_head", "cpu", "gpu", "accuracy")
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
 SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
@@ -40,6 +47,59 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def measured_at(what: str, measured: Iterable[str], now: str) -> str:
+    """Which code figures belong to. They are stale if that is not the code of `now`."""
+    hashes = sorted(set(measured))
+    names = ", ".join(f"`{value}`" for value in hashes)
+    if hashes == [now]:
+        return f"Measured at {what} {names}."
+    return f"**Stale**: measured at {what} {names}, which has changed since."
+
+
+def status(results: Path) -> str:
+    gpus = dict.fromkeys(json.loads(path.read_text())["machine"]["device"] for path in _reports(results, gpu=True))
+    simulated = (
+        "The kernels are verified without one: in Triton's interpreter, and compiled for sm_80 and sm_90 in a simulator of their PTX that checks every address"
+    )
+    if gpus:
+        return f"**Status:** measured on CPUs and on {' and '.join(gpus)}. {simulated}."
+    return f"**Status:** measured on CPUs; **the kernels have not run on a GPU yet**. {simulated}."
+
+
+def summary(results: Path) -> str:
+    """What the library buys, in a few figures."""
+    rows, notes = [], []
+    if (results / "cpu_head.json").exists():
+        data = json.loads((results / "cpu_head.json").read_text())
+        ours, plain = (data["results"][name] for name in ("gclkern materialised", "plain torch"))
+        shape = data["shape"]
+        what = f"head and loss on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, {shape['threads']} threads"
+        rows.append([f"time of the {what}", f"{ours['milliseconds']:.0f} ms", f"plain PyTorch {plain['milliseconds']:.0f} ms"])
+        memory = [f"{row['peak_bytes_beyond_gradients'] / 1e6:.0f} MB" for row in (ours, plain)]
+        rows.append(["memory of the same, beyond the gradients", memory[0], f"plain PyTorch {memory[1]}"])
+        notes.append(measured_at("CPU code", [data["torch_hash"]], torch_hash()))
+    trained = [result for result in results_of(results / "accuracy") if result["epochs_scale"] == 1 and result["method"] in ("ce", "gcl")]
+    for data_set, imbalance in dict.fromkeys((result["data"], result["imbalance"]) for result in trained):
+        found = [result for result in trained if (result["data"], result["imbalance"]) == (data_set, imbalance)]
+        ours, baseline = (_top1([result for result in found if result["method"] == method]) for method in ("gcl", "ce"))
+        published = PUBLISHED.get((data_set, imbalance, "gcl"))
+        compared = [f"cross entropy {baseline}"] * bool(baseline) + [f"published for GCL {published:.2f}%"] * (published is not None)
+        if ours:
+            name = data_set.upper().replace("CIFAR", "CIFAR-")
+            rows.append([f"test accuracy of GCL on {name}, imbalance {imbalance:g}", ours, "; ".join(compared)])
+    if trained:
+        notes.append(measured_at("training code", [result["code"] for result in trained], training_hash()))
+    if not rows:
+        return "Not measured yet."
+    return "\n".join([_table(["what", "gclkern", "for comparison"], rows), "", *notes])
+
+
+def _top1(found: Iterable[dict[str, Any]]) -> str:
+    """Mean over seeds, with their number."""
+    shares = [100 * list(result["reports"].values())[-1]["top1"] for result in found]
+    return f"{statistics.mean(shares):.1f}% ({len(shares)} seed{'s' if len(shares) > 1 else ''})" if shares else ""
 
 
 def cpu_head(results: Path) -> str:
@@ -63,7 +123,8 @@ def cpu_head(results: Path) -> str:
             "",
             _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
             "",
-            f"Measured at torch implementation `{data['torch_hash']}` by `python -m benchmarks.cpu_head --json benchmarks/results/cpu_head.json`.",
+            measured_at("CPU code", [data["torch_hash"]], torch_hash()),
+            "By `python -m benchmarks.cpu_head --json benchmarks/results/cpu_head.json`.",
         ]
     )
 
@@ -93,15 +154,15 @@ def _operation_table(name: str, found: list[dict[str, Any]]) -> str:
     return f"**{name}**, {found[0]['phase']}\n\n{_table(['', *contestants], rows)}\n\n{includes}"
 
 
-def charts(path: Path) -> dict[Path, str]:
-    """The SVG files that belong to a report: time and memory of the head against each of its sizes."""
+def charts(path: Path) -> dict[str, str]:
+    """The SVG files that belong to a report, by name: time and memory of the head against each of its sizes."""
     data = json.loads(path.read_text())
     found = {}
     for size, swept in _sweeps(data).items():
         others = ", ".join(f"{swept[0][key]:,} {name}" for other, (key, name) in SIZES.items() if other != size)
         title = f"Head, forward + backward: {others}, {swept[0]['dtype']}, {data['machine']['device']}"
         for kind, unit in (("time", "ms"), ("memory", "peak MB")):
-            found[path.with_name(f"{path.stem}-{kind}-{size}.svg")] = line_chart(title, SIZES[size][1], unit, _series(swept, size, kind))
+            found[f"{path.stem}-{kind}-{size}.svg"] = line_chart(title, SIZES[size][1], unit, _series(swept, size, kind))
     return found
 
 
@@ -148,11 +209,10 @@ def report(path: Path) -> str:
     if _sweeps(data):
         parts.append(_growth(data))
     for chart in charts(path):
-        kind, size = chart.stem.split("-")[-2:]
-        parts.append(f"![{kind} against {SIZES[size][1]}]({(RESULTS / chart.name).relative_to(ROOT).as_posix()})")
-    gpu = path.name != "cpu.json"
-    source = f"kernels `{data['kernels_hash']}`" if gpu else f"torch implementation `{data['torch_hash']}`"
-    parts.append(f"Measured at {source} by `python -m benchmarks.gpu_report`.")
+        kind, size = chart.removesuffix(".svg").split("-")[-2:]
+        parts.append(f"![{kind} against {SIZES[size][1]}](images/{chart})")
+    measured = ("CPU code", data["torch_hash"], torch_hash()) if path.name == "cpu.json" else ("kernels", data["kernels_hash"], kernels_hash())
+    parts.append(f"{measured_at(measured[0], [measured[1]], measured[2])} By `python -m benchmarks.gpu_report`.")
     return "\n\n".join(parts)
 
 
@@ -165,15 +225,18 @@ def accuracy(results: Path) -> str:
         "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
         "releases choose their epoch on the test set: the best of the evaluated epochs, so chosen, is for comparison with them alone.",
     ]
-    source = "Measured by `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
-    return "\n".join([*explained, "", found, "", source])
+    code = measured_at("training code", [result["code"] for result in results_of(results / "accuracy")], training_hash())
+    source = "By `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
+    return "\n".join([*explained, "", found, "", code, source])
 
 
 def render(name: str, results: Path = RESULTS) -> str:
     """What belongs between the markers of section `name`."""
     if name not in SECTIONS:
-        raise ValueError(f"README has the section {name!r}, but the results make {', '.join(SECTIONS)}")
-    if name == "cpu_head":
+        raise ValueError(f"a page has the section {name!r}, but the results make {', '.join(SECTIONS)}")
+    if name in ("status", "summary"):
+        text = {"status": status, "summary": summary}[name](results)
+    elif name == "cpu_head":
         text = cpu_head(results) if (results / "cpu_head.json").exists() else "Not measured yet: `python -m benchmarks.cpu_head`."
     elif name == "accuracy":
         text = accuracy(results)
@@ -183,27 +246,30 @@ def render(name: str, results: Path = RESULTS) -> str:
     return text + "\n"
 
 
-def wanted(readme: str, results: Path = RESULTS) -> str:
-    """The README as it should be."""
-    return _SECTION.sub(lambda found: found[1] + render(found[2], results) + found[4], readme)
+def wanted(page: str, results: Path = RESULTS) -> str:
+    """The page as it should be."""
+    return _SECTION.sub(lambda found: found[1] + render(found[2], results) + found[4], page)
 
 
-def disagreements(readme: Path = README, results: Path = RESULTS) -> list[str]:
+def _charts(results: Path) -> dict[str, str]:
+    return {name: svg for file in (*_reports(results, gpu=False), *_reports(results, gpu=True)) for name, svg in charts(file).items()}
+
+
+def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES) -> list[str]:
     """Sections and charts that are not what the results say, and results that no section shows."""
-    text = readme.read_text()
-    sections = {found[2]: found[3] for found in _SECTION.finditer(text)}
-    wrong = [f"section {name}" for name, body in sections.items() if body != render(name, results)]
+    sections = [(found[2], found[3]) for page in pages for found in _SECTION.finditer(page.read_text())]
+    wrong = [f"section {name}" for name, body in sections if body != render(name, results)]
     for name, files in (
         ("cpu_head", [*results.glob("cpu_head.json")]),
         ("cpu", _reports(results, gpu=False)),
         ("gpu", _reports(results, gpu=True)),
         ("accuracy", [*results.glob("accuracy/*.json")]),
     ):
-        if files and name not in sections:
+        if files and name not in dict(sections):
             wrong.append(f"no section {name}")
-    expected = {path: svg for file in (*_reports(results, gpu=False), *_reports(results, gpu=True)) for path, svg in charts(file).items()}
-    wrong += [path.name for path in {*expected, *results.glob("*.svg")} if not path.exists() or path.read_text() != expected.get(path)]
-    return wrong
+    expected = _charts(results)
+    there = {path.name: path.read_text() for path in images.glob("*.svg")}
+    return wrong + [name for name in {*expected, *there} if there.get(name) != expected.get(name)]
 
 
 def line_chart(title: str, x_name: str, y_name: str, series: dict[str, list[tuple[float, float]]]) -> str:
@@ -249,10 +315,10 @@ def line_chart(title: str, x_name: str, y_name: str, series: dict[str, list[tupl
 
 
 def main() -> None:
-    for file in (*_reports(RESULTS, gpu=False), *_reports(RESULTS, gpu=True)):
-        for path, svg in charts(file).items():
-            write_text(path, svg)
-    write_text(README, wanted(README.read_text()))
+    for name, svg in _charts(RESULTS).items():
+        write_text(IMAGES / name, svg)
+    for page in PAGES:
+        write_text(page, wanted(page.read_text()))
     wrong = disagreements()
     if wrong:
         sys.exit("\n".join(wrong))

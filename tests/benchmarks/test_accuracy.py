@@ -181,15 +181,19 @@ def test_tables_of_results(results: Path) -> None:
     assert "40.00" in short and "40.00" not in full
 
 
-def test_the_readme_shows_these_tables(results: Path) -> None:
-    page = results.parent / "README.md"
+def test_a_page_shows_these_tables(results: Path) -> None:
+    page = results.parent / "accuracy.md"
+
+    def disagreements() -> list[str]:
+        return render_results.disagreements([page], results.parent, results.parent)
+
     page.write_text("no tables\n")
-    assert render_results.disagreements(page, results.parent) == ["no section accuracy"]
+    assert disagreements() == ["no section accuracy"]
     page.write_text("<!-- results:begin accuracy -->\n<!-- results:end -->\n")
     page.write_text(render_results.wanted(page.read_text(), results.parent))
-    assert render_results.disagreements(page, results.parent) == [] and "83.00 ± 1.41" in page.read_text()
+    assert disagreements() == [] and "83.00 ± 1.41" in page.read_text()
     (results / "0.json").write_text(json.dumps(result("gcl", 0, 0.83)))
-    assert render_results.disagreements(page, results.parent) == ["section accuracy"]
+    assert disagreements() == ["section accuracy"]
 
 
 @pytest.mark.slow

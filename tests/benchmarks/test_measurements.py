@@ -21,6 +21,7 @@ import torch
 from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, timing
 from benchmarks.common import BOTH, SMOKE, Inputs
 from benchmarks.memory import allocated_peak
+from benchmarks.provenance import ROOT
 from benchmarks.timing import prepare
 
 CPU = torch.device("cpu")
@@ -90,16 +91,6 @@ def test_a_round_is_the_mean_of_its_calls() -> None:
     assert timed.how == "wall clock" and timed.seconds() >= 0.03
 
 
-def test_hash_follows_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "ROOT", tmp_path)
-    file = tmp_path / "kernel.py"
-    file.write_text("one")
-    before = common.content_hash([file])
-    file.write_text("two")
-    assert len(before) == 12 and common.content_hash([file]) != before
-    assert common.content_hash([file]) == common.content_hash([file])
-
-
 def test_report_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUT", raising=False)
     path = tmp_path / "made-up.json"
@@ -166,7 +157,7 @@ def pytest_runtest_call(item):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_ADDOPTS": ""}
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         environment.pop(name, None)
-    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     broken = gpu_report.results_of(xml)["broken"]
     assert list(broken) == ["test_places_steps_at_60_and_80"], done.stdout
     assert "what this test said" in broken["test_places_steps_at_60_and_80"] and "crashed" in broken["test_places_steps_at_60_and_80"]
@@ -289,7 +280,7 @@ def test_the_terminal_shows_memory_and_what_is_included() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_noise.py", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "CIFAR-100"]
     # benchmarks do not go with pytest-xdist, in whose processes these tests may run themselves
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
-    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout
     rows = done.stdout.partition("noise | CIFAR-100 | fp32 | draw\n")[2].splitlines()
     assert re.fullmatch(r"  gclkern +[\d.e-]+ ms +[\d.]+ MB  a pure function of seed, sample and class", rows[0]), done.stdout

@@ -1,18 +1,43 @@
-"""The README shows what the committed results hold."""
+"""README and docs/ show what the committed results hold, and say so where the code has changed since."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import render_results
+from benchmarks import provenance, render_results
+from benchmarks.common import RESULTS
 
 
-def test_readme_agrees_with_the_results() -> None:
-    assert render_results.disagreements() == [], "`python -m benchmarks.render_results` writes the README's tables and charts"
+def test_pages_agree_with_the_results() -> None:
+    assert render_results.disagreements() == [], "`python -m benchmarks.render_results` writes the tables and charts of README and docs/"
+
+
+def test_figures_of_other_code_are_called_stale() -> None:
+    """Independent of what renders them: a page that shows a hash of other code than this has the word stale beside it."""
+    now = {"CPU code": provenance.torch_hash(), "kernels": provenance.kernels_hash(), "training code": provenance.training_hash()}
+    said = []
+    for page in render_results.PAGES:
+        for line in page.read_text().splitlines():
+            for what, hashes in re.findall(r"easured at (CPU code|kernels|training code) ((?:`[0-9a-f]{12}`(?:, )?)+)", line):
+                said.append(what)
+                current = set(re.findall(r"[0-9a-f]{12}", hashes)) == {now[what]}
+                assert current or "stale" in line.lower(), f"{page.name} shows figures of other {what}"
+    recorded = [json.loads(path.read_text()) for path in RESULTS.rglob("*.json")]
+    assert all({"torch_hash", "kernels_hash", "code"} & set(data) for data in recorded), "a result file does not say which code it measured"
+    assert {"CPU code", "training code"} <= set(said)
+
+
+def test_no_figures_are_written_by_hand() -> None:
+    """Times, memory and accuracies come from result files: outside of the generated sections a page has none, so none goes out of date unseen."""
+    pages = {*render_results.PAGES, provenance.ROOT / "docs" / "losses.md", provenance.ROOT / "docs" / "training.md"}
+    for page in pages:
+        prose = re.sub(r"<!-- results:begin .*?<!-- results:end -->", "", page.read_text(), flags=re.DOTALL)
+        assert re.findall(r"\d[\d.,]* ?(?:%|ms\b|[MG]B\b|times (?:faster|slower))", prose) == [], page.name
 
 
 def _result(shape: str, classes: int, contestant: str, seconds: float) -> dict[str, Any]:
@@ -31,17 +56,21 @@ def results(tmp_path: Path) -> Path:
     machine = {"device": "A made-up GPU", "versions": {"torch": "2.11"}}
     report = tmp_path / "made-up.json"
     report.write_text(json.dumps({"machine": machine, "complete": True, "kernels_hash": "0123456789ab", "benchmarks": benchmarks}))
-    for path, svg in render_results.charts(report).items():
-        path.write_text(svg)
+    for name, svg in render_results.charts(report).items():
+        (tmp_path / name).write_text(svg)
     return tmp_path
+
+
+def disagreements(page: Path) -> list[str]:
+    return render_results.disagreements([page], page.parent, page.parent)
 
 
 def test_tables_and_charts_come_from_the_results(results: Path) -> None:
     page = results / "README.md"
     page.write_text("before\n<!-- results:begin gpu -->\nold\n<!-- results:end -->\nafter\n")
-    assert render_results.disagreements(page, results) == ["section gpu"]
+    assert disagreements(page) == ["section gpu"]
     page.write_text(render_results.wanted(page.read_text(), results))
-    assert render_results.disagreements(page, results) == []
+    assert disagreements(page) == []
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| iNaturalist, bf16 | 1.25 ms, 1.25 MB | 4 ms, 4 MB |" in text
@@ -54,13 +83,13 @@ def test_a_changed_number_is_found(results: Path) -> None:
     page.write_text(render_results.wanted("<!-- results:begin gpu -->\n<!-- results:end -->\n", results))
     page.write_text(page.read_text().replace("1.25 ms", "0.25 ms"))
     (results / "made-up-memory-C.svg").write_text("<svg/>")
-    assert render_results.disagreements(page, results) == ["section gpu", "made-up-memory-C.svg"]
+    assert disagreements(page) == ["section gpu", "made-up-memory-C.svg"]
 
 
 def test_a_result_without_a_section_is_found(results: Path) -> None:
     page = results / "README.md"
     page.write_text("no tables\n")
-    assert render_results.disagreements(page, results) == ["no section gpu"]
+    assert disagreements(page) == ["no section gpu"]
 
 
 def test_a_report_that_still_runs_is_no_result(results: Path) -> None:
@@ -75,4 +104,18 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_results_the_readme_says_so(tmp_path: Path) -> None:
-    assert [render_results.render(name, tmp_path).startswith("Not measured yet") for name in render_results.SECTIONS] == [True] * 4
+    names = [name for name in render_results.SECTIONS if name != "status"]
+    assert [render_results.render(name, tmp_path).startswith("Not measured yet") for name in names] == [True] * 5
+
+
+def test_the_status_names_the_gpus_that_have_run_it(results: Path) -> None:
+    assert "measured on CPUs and on A made-up GPU." in render_results.render("status", results)
+    (results / "made-up.json").unlink()
+    assert "the kernels have not run on a GPU yet" in render_results.render("status", results)
+
+
+def test_figures_are_stale_until_the_code_is_what_they_measured(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "**Stale**: measured at kernels `0123456789ab`" in render_results.render("gpu", results)
+    monkeypatch.setattr(render_results, "kernels_hash", lambda: "0123456789ab")
+    assert "tale" not in render_results.render("gpu", results)
+    assert render_results.measured_at("code", ["a", "b"], "a").startswith("**Stale**")
