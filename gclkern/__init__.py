@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gclkern import functional, samplers
 from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
-from gclkern.debug import set_debug
-from gclkern.dro import DROLTLoss
+from gclkern.devices import set_debug
 from gclkern.layers import CosineLinear
-from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.losses import CosFaceLoss, DROLTLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.noise import cloud_noise
 from gclkern.weights import drw_weights, effective_number_weights
+
+if TYPE_CHECKING:
+    from gclkern import distributed, training
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,9 +30,18 @@ __all__ = [
     "LogitAdjustedLoss",
     "cloud_noise",
     "cloud_sizes",
+    "distributed",
     "drw_weights",
     "effective_number_weights",
     "functional",
     "samplers",
     "set_debug",
+    "training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`gclkern.distributed` and `gclkern.training` are imported when they are first asked for: most programs need neither."""
+    if name in ("distributed", "training"):
+        return importlib.import_module(f"gclkern.{name}")
+    raise AttributeError(f"module 'gclkern' has no attribute {name!r}")

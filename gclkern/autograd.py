@@ -1,84 +1,101 @@
-"""The autograd Functions between the functional API and the operators. They choose no numbers: they save, call and hand back.
+"""The autograd Functions between the functional API and the operators.
 
-That there is no second derivative is said by the backward operators themselves.
+They contain no arithmetic: they save tensors, call the operator and return its gradients. That there is no second derivative is said by the backward
+operators themselves.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gclkern.backend import autocast_is_on
+from gclkern.devices import without_autocast
+from gclkern.dispatch import operator
 from gclkern.kernels.terms import LossTerms
 
-# LossTerms opens with its tensors: those travel through save_for_backward, the plain values through the context.
-TENSOR_TERMS = LossTerms._fields.index("scale")
+# LossTerms begins with its tensors: they are saved by save_for_backward, the plain values as an attribute of the context.
+_TENSOR_TERMS = LossTerms._fields.index("scale")
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """For operators, which compute in the dtypes that they are given. To ask whether autocast is on costs less than to turn it off where it is not."""
-    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()
+def save_terms(ctx: Any, tensors: tuple[Tensor | None, ...], terms: LossTerms) -> None:
+    """Saves a Function's tensors and its terms for backward."""
+    ctx.save_for_backward(*tensors, *terms[:_TENSOR_TERMS])
+    ctx.plain_terms = terms[_TENSOR_TERMS:]
 
 
-def _operator(name: str, backend: str) -> Any:
-    return getattr(torch.ops.gclkern, name if backend == "triton" else f"torch_{name}")
+def saved_terms(ctx: Any) -> tuple[tuple[Tensor, ...], LossTerms]:
+    """What `save_terms` saved."""
+    tensors = ctx.saved_tensors
+    return tensors[:-_TENSOR_TERMS], LossTerms(*tensors[-_TENSOR_TERMS:], *ctx.plain_terms)
 
 
-def terms_of(ctx: Any, saved: tuple[Any, ...]) -> LossTerms:
-    """The terms of a Function's forward, from what it has saved."""
-    return LossTerms(*saved[-TENSOR_TERMS:], *ctx.plain_terms)
-
-
-def term_gradients(grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a Function's backward returns for its terms."""
-    return tuple(grad_bias if field == "bias" else None for field in LossTerms._fields)
+# `bias` is an argument of the Functions beside `terms`, because autograd sees no tensor within a tuple.
 
 
 class LogitLoss(torch.autograd.Function):
     """The loss of logits or cosines (N, C)."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, for_backward: bool, backend: str, *terms: Any) -> Tensor:
+    def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool, backend: str) -> Tensor:
+        terms = terms._replace(bias=bias)
         with without_autocast(cosine.device.type):
-            loss, saved = _operator("logit_forward", backend)(cosine, *terms, for_backward)
-        ctx.save_for_backward(cosine, *saved, *terms[:TENSOR_TERMS])
-        ctx.plain_terms = terms[TENSOR_TERMS:]
+            loss, saved = operator("logit_forward", backend)(cosine, *terms, for_backward)
+        save_terms(ctx, (cosine, *saved), terms)
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        cosine, *saved = tensors[:-TENSOR_TERMS]
-        terms = terms_of(ctx, tensors)
-        bias_grad = ctx.needs_input_grad[3 + LossTerms._fields.index("bias")]
+        (cosine, *saved), terms = saved_terms(ctx)
+        bias_grad = ctx.needs_input_grad[1]
         with without_autocast(cosine.device.type):
-            grad_cosine, grad_bias = _operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
-        return (grad_cosine, None, None, *term_gradients(grad_bias if bias_grad else None))
+            grad_cosine, grad_bias = operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
+        return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
 class HeadLoss(torch.autograd.Function):
     """The loss of a classifier head: features (N, D) against one weight row for each class (C, D)."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, normalize: bool, plan: str, for_backward: bool, backend: str, *terms: Any) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, backend: str
+    ) -> Tensor:
+        terms = terms._replace(bias=bias)
         with without_autocast(features.device.type):
-            loss, saved = _operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
-        ctx.save_for_backward(features, linear_weight, *saved, *terms[:TENSOR_TERMS])
-        ctx.plain_terms = terms[TENSOR_TERMS:]
+            loss, saved = operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
+        save_terms(ctx, (features, linear_weight, *saved), terms)
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        features, linear_weight, *saved = tensors[:-TENSOR_TERMS]
-        terms = terms_of(ctx, tensors)
-        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[6 + LossTerms._fields.index("bias")])
+        (features, linear_weight, *saved), terms = saved_terms(ctx)
+        wanted = ctx.needs_input_grad[:3]
         with without_autocast(features.device.type):
-            grads = _operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
-        grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return (grad_features, grad_weight, None, None, None, None, *term_gradients(grad_bias))
+            grads = operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5
+
+
+class DROLTBound(torch.autograd.Function):
+    """The DRO-LT bound of features (N, D) around the centroids of their classes (C, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, epsilon: Tensor, target: Tensor, centroids: Tensor, class_weight: Tensor | None,
+        temperature: float, reduction: str, backend: str,
+    ) -> Tensor:  # fmt: skip
+        with without_autocast(features.device.type):
+            loss, saved = operator("dro_lt_forward", backend)(features, target, centroids, epsilon, class_weight, temperature, reduction)
+        ctx.save_for_backward(features, epsilon, target, centroids, *saved)
+        ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        features, epsilon, target, centroids, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        with without_autocast(features.device.type):
+            grads = operator("dro_lt_backward", ctx.backend)(grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6

@@ -1,91 +1,13 @@
-"""Class centroids: the mean feature of each class, of one batch or accumulated over an epoch."""
+"""Class centroids accumulated over an epoch: the mean feature of each class."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gclkern.backend import resolve_backend
-from gclkern.counts import check_int
-from gclkern.precision import PreciseBuffers
-from gclkern.validation import check_matrix, check_target, refuse_gradient
-
-# Elements that are held in the dtype of the sums at one time. On a CPU they always lie in the same 8 MB: fresh memory would cost more than the sums.
-_CPU_BLOCK = 2**20
-_DEVICE_BLOCK = 2**22
-
-
-def class_centroids(
-    features: Tensor,  # (N, D)
-    target: Tensor,  # (N,)
-    num_classes: int,
-) -> tuple[Tensor, Tensor]:
-    """Mean feature of each class and number of its samples, in one pass over the features; bitwise repeatable on one device.
-
-    Args:
-        features: (N, D), float32, bfloat16, float16 or float64, of any strides. Centroids are statistics: no gradient is defined, so pass detached
-            features or call it under ``torch.no_grad()``.
-        target: class of each sample (N,), int64, in [0, num_classes).
-        num_classes: C.
-
-    Returns:
-        centroids (C, D), float32 (float64 for float64 features), 0 for classes without samples; counts (C,), int64. A class of count 0 has no centroid:
-        :func:`gclkern.functional.dro_lt_loss` leaves it out when its weight is 0.
-
-    Raises:
-        ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a sample
-            whose label is out of range belongs to no class, which the sum of the counts shows. :func:`gclkern.set_debug` has labels read.
-
-    Example:
-        >>> import torch
-        >>> from gclkern.functional import class_centroids
-        >>> class_centroids(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 5.0]]), torch.tensor([0, 0, 2]), num_classes=3)
-        (tensor([[2., 3.],
-                [0., 0.],
-                [5., 5.]]), tensor([2, 0, 1]))
-    """
-    check_matrix("features", features)
-    refuse_gradient("features", features)
-    check_int("num_classes", num_classes, 1)
-    target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-    sums, counts = _segment_sums(features.detach(), target, num_classes)
-    return sums.div_(counts.clamp(min=1)[:, None]), counts
-
-
-def _segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    if resolve_backend("auto", features) == "triton":
-        import gclkern.kernels.centroids  # noqa: F401 (registers the operator)
-
-        return torch.ops.gclkern.segment_sums(features, target, num_classes)
-    return torch.ops.gclkern.torch_segment_sums(features, target, num_classes)
-
-
-@torch.library.custom_op("gclkern::torch_segment_sums", mutates_args=(), schema="(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)")
-def torch_segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The twin of gclkern.kernels.centroids.segment_sums; sums are float64 for float64 features."""
-    dim = features.shape[1]
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    # one more class, in the end dropped, takes the rows whose label is none
-    label = target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
-    sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
-    on_cpu = features.device.type == "cpu"
-    step = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // dim)
-    room = torch.empty((min(step, features.shape[0]), dim), dtype=torch.float64, device=features.device)
-    for rows, labels in zip(features.split(step), label.split(step), strict=True):
-        block = room[: rows.shape[0]].copy_(rows)
-        if on_cpu:
-            sums.index_add_(0, labels, block)
-        else:
-            # index_add_ adds in no fixed order there; this sorts
-            sums.index_put_((labels,), block, accumulate=True)
-    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device).scatter_add_(0, label, torch.ones_like(label))
-    return sums[:num_classes].to(dtype, copy=True), counts[:num_classes].clone()
-
-
-@torch_segment_sums.register_fake
-def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return features.new_empty((num_classes, features.shape[1]), dtype=dtype), target.new_empty(num_classes)
+from gclkern.buffers import PreciseBuffers
+from gclkern.dispatch import operator, resolve_backend
+from gclkern.validation import check_int, check_matrix, check_target
 
 
 def class_means(sums: Tensor, counts: Tensor) -> Tensor:
@@ -144,7 +66,8 @@ class ClassCentroids(PreciseBuffers):
 
     def _add(self, features: Tensor, target: Tensor) -> None:
         """Samples whose label is none of these classes stay out."""
-        sums, counts = _segment_sums(features.detach(), target, self.sums.shape[0])
+        features = features.detach()
+        sums, counts = operator("segment_sums", resolve_backend("auto", features))(features, target, self.sums.shape[0])
         self.sums += sums
         self.counts += counts
 

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gclkern.counts import Vector, check_class_counts, device_of
-from gclkern.validation import check_choice, check_number
+from gclkern.validation import Vector, check_choice, check_class_counts, check_number, device_of
 
 STRATEGIES = ("log", "power", "cosine")
 DEFAULT_EXPONENT = 0.25

@@ -11,13 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import gclkern.torch_backend  # noqa: F401 (registers its operators)
-from gclkern.autograd import HeadLoss, LogitLoss
-from gclkern.backend import resolve_backend
-from gclkern.centroids import class_centroids
-from gclkern.dro import dro_lt_loss
-from gclkern.plans import resolve_plan
-from gclkern.validation import check_head, check_matrix, loss_terms
+from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss
+from gclkern.dispatch import operator, resolve_backend, resolve_plan
+from gclkern.kernels.terms import statistics_dtype
+from gclkern.validation import (
+    REDUCTIONS,
+    check_choice,
+    check_epsilon,
+    check_head,
+    check_int,
+    check_matrix,
+    check_not_negative,
+    check_number,
+    check_same_device,
+    check_target,
+    class_vector,
+    loss_terms,
+    refuse_gradient,
+)
 
 __all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy"]
 
@@ -102,10 +113,7 @@ def gcl_cross_entropy(
         focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset,
         class_offset=class_offset,
     )  # fmt: skip
-    chosen = resolve_backend(backend, cosine)
-    if chosen == "triton":
-        import gclkern.kernels.logit_loss  # noqa: F401 (registers the operators)
-    return LogitLoss.apply(cosine, _gradient_is_wanted(cosine, terms.bias), chosen, *terms)
+    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), resolve_backend(backend, cosine))
 
 
 def linear_gcl_cross_entropy(
@@ -146,8 +154,8 @@ def linear_gcl_cross_entropy(
         cloud: size of each class's cloud (C,), or None.
         normalize: False takes the plain products <f_i, w_j> as logits (use scale 1).
         plan: "materialised" keeps one (N, C) buffer (three products); "chunked" holds one chunk of classes at a time (four products); "recompute"
-            keeps the logits in registers and allocates nothing of size N * C (four products); "auto" chooses by :mod:`gclkern.plans`. All give equal results to
-            rounding.
+            keeps the logits in registers and allocates nothing of size N * C (four products); "auto" takes the first while its buffer is at most 1 GiB, on
+            a CPU 128 MiB, and "recompute" beyond. All give equal results to rounding.
         scale, margin, bias, weight, target_b, lam, gamma, focal_detach, label_smoothing, ignore_index, reduction, seed, row_offset, class_offset,
             backend: as in :func:`gcl_cross_entropy`.
 
@@ -176,11 +184,122 @@ def linear_gcl_cross_entropy(
         row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
     chosen = resolve_backend(backend, features)
-    if chosen == "triton":
-        import gclkern.kernels.head  # noqa: F401 (registers the operators)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
     for_backward = _gradient_is_wanted(features, linear_weight, terms.bias)
-    return HeadLoss.apply(features, linear_weight, normalize, resolved, for_backward, chosen, *terms)
+    return HeadLoss.apply(features, linear_weight, terms.bias, terms, normalize, resolved, for_backward, chosen)
+
+
+def dro_lt_loss(
+    features: Tensor,  # (N, D)
+    target: Tensor,  # (N,)
+    centroids: Tensor,  # (C, D)
+    epsilon: Tensor | float,  # (), (C,)
+    *,
+    temperature: float = 1.0,
+    class_weight: Tensor | None = None,  # (C,)
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""The DRO-LT bound: each class centroid mu_c should find the samples of its class nearest, out to a distance of 2 epsilon_c (ICCV 2021).
+
+    The softmax runs over the SAMPLES of the batch B, with y_j the class of sample j:
+
+        l_cj   = -(\|mu_c - z_j\|_2 + 2 epsilon_c [y_j == c]) / temperature
+        loss_c = mean over i in B with y_i = c of (logsumexp_{j in B} l_cj - l_ci)
+        loss   = sum_{c in B} w_c loss_c / sum_{c in B} w_c
+
+    Distances are direct differences in float32: a sample at its centroid has distance 0 and gradient 0, and features far from the origin keep their digits.
+    Runs are bitwise repeatable on one device, and nothing waits for the GPU.
+
+    Args:
+        features: z (N, D), float32, bfloat16, float16 or float64, of any strides.
+        target: class of each sample (N,), int64, in [0, C).
+        centroids: mu (C, D), see :func:`gclkern.functional.class_centroids` and :class:`gclkern.ClassCentroids`. They are statistics: no gradient
+            is defined for them.
+        epsilon: radius of the ball around the centroid, >= 0: a number, or a tensor () or (C,), which may require a gradient. That gradient is never
+            negative: it is 2 / temperature times a sum of probabilities, so descent only ever shrinks epsilon.
+        temperature: T; 1 in the paper.
+        class_weight: w_c (C,), >= 0; None weighs all classes alike. A class of weight 0 stays out: its samples have no term and do not count in the
+            mean, whatever its row of `centroids` holds, but they remain among the samples that other classes tell apart. Give weight 0 to a
+            class whose centroid was never seen: ``class_weight=(counts > 0).float()`` with the counts that :func:`gclkern.functional.class_centroids` returns.
+        reduction: "mean" is the formula above; "sum" leaves out its division, so it is sum_c w_c loss_c; "none" returns each sample's part of that sum,
+            w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
+
+    Returns:
+        The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". When all samples stay out: 0 for "sum", NaN for "mean".
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a label out of
+            range makes that sample's term and gradient NaN, while it remains among the samples of the others. :func:`gclkern.set_debug` has labels read.
+
+    Gradients exist for `features` and `epsilon`; backward may be repeated, a second derivative is not supported. Features that are NaN reach every term,
+    because every softmax runs over all samples.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.functional import class_centroids, dro_lt_loss
+        >>> features = torch.tensor([[0.0, 1.0], [0.0, 3.0], [4.0, 2.0]])
+        >>> target = torch.tensor([0, 0, 2])
+        >>> centroids, counts = class_centroids(features, target, num_classes=3)
+        >>> loss = dro_lt_loss(features.requires_grad_(), target, centroids, 0.1, class_weight=(counts > 0).float())
+        >>> round(loss.item(), 4)
+        0.3809
+    """
+    check_matrix("features", features)
+    check_matrix("centroids", centroids)
+    rows, dim = features.shape
+    num_classes = centroids.shape[0]
+    if centroids.shape[1] != dim:
+        raise ValueError(f"centroids must have the {dim} columns of features, got shape {tuple(centroids.shape)}")
+    check_same_device("centroids", centroids, "features", features)
+    refuse_gradient("centroids", centroids)
+    check_choice("reduction", reduction, REDUCTIONS)
+    temperature = check_number("temperature", temperature, 0.0, open_low=True)
+    dtype = statistics_dtype(features)
+    weight = class_vector("class_weight", class_weight, num_classes, "features", features, dtype)
+    if weight is not None:
+        check_not_negative("class_weight", weight)
+    radius = check_epsilon(epsilon, num_classes, features, dtype)
+    target = check_target("target", target, rows, num_classes, None, "features", features)
+    return DROLTBound.apply(features, radius, target, centroids.detach().to(dtype), weight, temperature, reduction, resolve_backend(backend, features))
+
+
+def class_centroids(
+    features: Tensor,  # (N, D)
+    target: Tensor,  # (N,)
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean feature of each class and number of its samples, in one pass over the features; bitwise repeatable on one device.
+
+    Args:
+        features: (N, D), float32, bfloat16, float16 or float64, of any strides. Centroids are statistics: no gradient is defined, so pass detached
+            features or call it under ``torch.no_grad()``.
+        target: class of each sample (N,), int64, in [0, num_classes).
+        num_classes: C.
+
+    Returns:
+        centroids (C, D), float32 (float64 for float64 features), 0 for classes without samples; counts (C,), int64. A class of count 0 has no centroid:
+        :func:`gclkern.functional.dro_lt_loss` leaves it out when its weight is 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a sample
+            whose label is out of range belongs to no class, which the sum of the counts shows. :func:`gclkern.set_debug` has labels read.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.functional import class_centroids
+        >>> class_centroids(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 5.0]]), torch.tensor([0, 0, 2]), num_classes=3)
+        (tensor([[2., 3.],
+                [0., 0.],
+                [5., 5.]]), tensor([2, 0, 1]))
+    """
+    check_matrix("features", features)
+    refuse_gradient("features", features)
+    check_int("num_classes", num_classes, 1)
+    target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
+    sums, counts = operator("segment_sums", resolve_backend("auto", features))(features.detach(), target, num_classes)
+    return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 
 def _gradient_is_wanted(*tensors: Tensor | None) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gclkern.counts import check_int
+from gclkern.validation import check_int
 
 SHORTEST = 1e-12  # a row of at most this norm has no direction
 

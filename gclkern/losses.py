@@ -9,16 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gclkern.backend import BACKENDS
+from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
-from gclkern.counts import Vector
-from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
-from gclkern.plans import PLANS
-from gclkern.precision import PreciseBuffers
-from gclkern.validation import check_choice, check_number, loss_terms
+from gclkern.dispatch import BACKENDS, PLANS
+from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.validation import (
+    REDUCTIONS,
+    Vector,
+    check_choice,
+    check_class_counts,
+    check_not_negative,
+    check_number,
+    class_vector,
+    device_of,
+    loss_terms,
+)
 from gclkern.weights import ldam_margins, log_prior
+
+_INITIAL_EPSILON = 0.5
 
 
 class _ClassLoss(PreciseBuffers):
@@ -402,3 +412,109 @@ class FocalLoss(_CosineLoss):
             None, weight=weight, scale=scale, gamma=gamma, focal_detach=False, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
             backend=backend,
         )  # fmt: skip
+
+
+class DROLTLoss(PreciseBuffers):
+    r"""The DRO-LT bound as a module: :func:`gclkern.functional.dro_lt_loss` with epsilon, weights and temperature in one place.
+
+    The robust loss of a training step is used beside a cross entropy: the paper weighs the two lam and 1 - lam, the released recipe 1 and 1.
+
+    How this differs from the released code, beside being the formula of the paper:
+
+    - The paper's bound has 2 epsilon; the release subtracts epsilon once. So the learned epsilon starts at 0.5 here, where the release starts at 1.
+    - max(epsilon, 0) is used. The release lets epsilon go negative, where the bound no longer holds.
+    - Samples get the epsilon of their class. The release subtracts epsilon in batch order under a mask that runs class by class, which is another class's.
+    - The logarithm of the sum of exponentials is stable. The release takes log(sum(exp)), which is -inf for distances over about 100 temperatures.
+    - Class weights are normalised over the classes of the batch, not over absent ones too.
+    - Centroids are an argument. The release computes them from all features in every batch; :class:`gclkern.ClassCentroids` does once an epoch.
+
+    The gradient of a learned epsilon has one sign, 2 / temperature times a sum of probabilities: descent only ever shrinks it, until it is 0. Weight decay
+    shrinks it too and is part of the recipe: give this parameter to the optimizer in the group that is decayed, although it is a vector.
+
+    Args:
+        class_counts: training images of each class (C,), all positive.
+        epsilon: "learned", one parameter for each class (the module then owns a parameter: give it to an optimizer); "sqrt", the constants
+            base_epsilon / sqrt(class_counts); or a number >= 0 for all classes.
+        temperature: T > 0; 1 in the paper.
+        base_epsilon: where "learned" starts, or the numerator of "sqrt"; None is 0.5, which equals the release's 1 subtracted once.
+        class_weight: weight of each class (C,), >= 0; None weighs all alike.
+        reduction: "mean", "sum" or "none", see :func:`gclkern.functional.dro_lt_loss`.
+        backend: "auto", "triton" or "torch".
+
+    Shapes: features (N, D), target (N,) int64, centroids (C, D), counts (C,) or None -> loss () for "mean" and "sum", (N,) for "none".
+
+    Example:
+        >>> import torch
+        >>> from gclkern import ClassCentroids, DROLTLoss
+        >>> features, target = torch.randn(8, 16, requires_grad=True), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+        >>> centroids = ClassCentroids(num_classes=3, dim=16)
+        >>> centroids.update(features, target)
+        >>> loss = DROLTLoss([500, 50, 5])(features, target, *centroids.compute())
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([8, 16])
+    """
+
+    class_weight: Tensor | None
+    epsilon: Tensor
+
+    def __init__(
+        self,
+        class_counts: Vector,
+        *,
+        epsilon: str | float = "learned",
+        temperature: float = 1.0,
+        base_epsilon: float | None = None,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        counts = check_class_counts(class_counts).to(device_of(class_counts))
+        if isinstance(epsilon, str):
+            check_choice("epsilon", epsilon, ("learned", "sqrt"))
+            base = _INITIAL_EPSILON if base_epsilon is None else check_number("base_epsilon", base_epsilon, 0.0)
+        elif base_epsilon is not None:
+            raise ValueError(f'base_epsilon is given ({base_epsilon}) but serves only epsilon="learned" or "sqrt", and epsilon is {epsilon}')
+        if epsilon == "learned":
+            self.epsilon = nn.Parameter(torch.full_like(counts, base, dtype=torch.float32))
+        else:
+            value = base / counts.sqrt() if epsilon == "sqrt" else counts.new_tensor(check_number("epsilon", epsilon, 0.0))
+            self.register_buffer("epsilon", value.to(torch.float32), persistent=False)
+        weight = class_vector("class_weight", class_weight, counts.numel(), "class_counts", counts, torch.float32)
+        if weight is not None:
+            check_not_negative("class_weight", weight)
+        self.register_buffer("class_weight", None if weight is None else weight.detach().clone(), persistent=False)
+        self.mode = epsilon if isinstance(epsilon, str) else "constant"
+        self.num_classes = counts.numel()
+        self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
+
+    def forward(
+        self,
+        features: Tensor,  # (N, D)
+        target: Tensor,  # (N,)
+        centroids: Tensor,  # (C, D)
+        counts: Tensor | None = None,  # (C,)
+    ) -> Tensor:
+        """The loss of a batch. With the `counts` that come with the centroids, a class whose centroid was never seen stays out of the loss."""
+        if isinstance(centroids, Tensor) and centroids.dim() == 2 and centroids.shape[0] != self.num_classes:
+            raise ValueError(f"centroids must have {self.num_classes} rows, one for each of class_counts, got shape {tuple(centroids.shape)}")
+        weight = self.class_weight
+        if counts is not None:
+            if not isinstance(counts, Tensor):
+                raise TypeError(f"counts must be a tensor or None, got {type(counts).__name__}")
+            if counts.shape != (self.num_classes,):
+                raise ValueError(f"counts must have shape ({self.num_classes},), one for each class, got {tuple(counts.shape)}")
+            seen = counts > 0
+            weight = seen.to(torch.float32) if weight is None else torch.where(seen, weight, 0.0)
+        epsilon = self.epsilon.clamp(min=0.0)
+        options = {"temperature": self.temperature, "class_weight": weight, "reduction": self.reduction, "backend": self.backend}
+        return dro_lt_loss(features, target, centroids, epsilon, **options)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        epsilon = f"{float(self.epsilon):g}" if self.mode == "constant" else repr(self.mode)
+        return f"num_classes={self.num_classes}, epsilon={epsilon}, temperature={self.temperature:g}, reduction={self.reduction!r}, backend={self.backend!r}"

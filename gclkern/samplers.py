@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from gclkern.counts import Vector, as_vector, check_int
-from gclkern.noise import philox_words, resolve_seed
+from gclkern.torch_backend.noise import philox_words
+from gclkern.validation import Vector, as_vector, check_int, resolve_seed
 from gclkern.weights import cben_weights, check_beta, inverse_effective_number
 
 # What a random number is for: the group word of the generator's counter keeps the uses apart.

@@ -1,17 +1,22 @@
-"""Checks of the arguments of a loss, made once, before any operator sees them."""
+"""Checks of arguments, made once, before any operator sees them. Each raises a TypeError or ValueError that names the argument and its value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gclkern.backend import autocast_is_on
-from gclkern.debug import values_may_be_read
-from gclkern.kernels.terms import LossTerms
-from gclkern.noise import resolve_seed
+from gclkern.devices import autocast_is_on, values_may_be_read
+from gclkern.kernels.terms import LossTerms, statistics_dtype
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+# One number for each class (C,), or one label for each sample (N,).
+Vector: TypeAlias = "Sequence[float] | npt.NDArray[Any] | Tensor"
 
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,9 +36,62 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     return float(value)
 
 
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An int in [low, high], without an upper end for None; anything else is refused by name."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}, got {value}")
+    return value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def as_vector(name: str, value: object, meaning: str) -> Tensor:
+    """A one-dimensional, non-empty tensor of real numbers from a sequence, a numpy array or a tensor; a sequence of floats becomes float64."""
+    if isinstance(value, Tensor):
+        vector = value.detach()
+    else:
+        try:
+            # torch.tensor copies, so a read-only array needs no warning; float64 keeps the digits of Python's floats.
+            vector = torch.tensor(value, device="cpu")
+            if vector.is_floating_point():
+                vector = torch.tensor(value, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a sequence of numbers, a numpy array or a tensor, {meaning}, got {type(value).__name__} ({error})") from error
+    if vector.dtype == torch.bool or vector.is_complex():
+        raise TypeError(f"{name} must hold numbers, {meaning}, got {vector.dtype}")
+    if vector.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, {meaning}, got shape {tuple(vector.shape)}")
+    if vector.numel() == 0:
+        raise ValueError(f"{name} is empty, but it needs at least one value, {meaning}")
+    return vector
+
+
+def check_class_counts(class_counts: Vector) -> Tensor:
+    """The counts as a float64 tensor (C,) on the CPU, each positive and finite. Fractions are allowed: effective or weighted counts.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: not one-dimensional, empty, or a count that is not positive and finite; the message names the class.
+    """
+    counts = as_vector("class_counts", class_counts, "one count for each class").to("cpu", torch.float64)
+    wrong = ~((counts > 0) & counts.isfinite())
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"class_counts[{index}] is {counts[index].item():g}, but every class needs a positive, finite count; "
+            f"leave a class without samples out of the data set, or count it as 1"
+        )
+    return counts
+
+
+def device_of(class_counts: Vector) -> torch.device:
+    """Where a vector computed from the counts belongs: beside a tensor, else on the CPU."""
+    return class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
 
 
 def check_matrix(name: str, value: object) -> Tensor:
@@ -137,6 +195,40 @@ def check_offset(name: str, value: object, extent: int, limit: int) -> int:
     return value  # type: ignore[return-value]
 
 
+def check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def _wrap(value: int) -> int:
+    """The int64 with the low 64 bits of value."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed as a 0-dim int64 tensor on `device`, without a synchronisation.
+
+    None draws one from torch's generator of that device, so `torch.manual_seed` governs it. An int may be any 64-bit value, signed or unsigned.
+    """
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}; call seed.long()")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must be a 0-dim tensor, got shape {tuple(seed.shape)}; pass one element of it")
+        if seed.device != device:
+            raise ValueError(f"seed is on {seed.device} but the noise is needed on {device}; move it there once, or pass an int")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be None, an int or a 0-dim int64 tensor, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}; reduce it modulo 2**64")
+    return torch.full((), _wrap(seed), dtype=torch.int64, device=device)
+
+
 def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> Tensor:
     """The features (N, D) of a head with weights (C, D), in autocast's dtype where that is on."""
     check_matrix("features", features)
@@ -154,6 +246,26 @@ def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> T
     if features.dtype != linear_weight.dtype and (features.dtype.itemsize != 2 or linear_weight.dtype != torch.float32):
         raise TypeError(f"linear_weight is {linear_weight.dtype} beside features of {features.dtype}; use one dtype, or 16-bit features with float32 weights")
     return features
+
+
+def check_not_negative(name: str, value: Tensor) -> None:
+    if values_may_be_read(value):
+        wrong = ~(value >= 0)
+        if bool(wrong.any()):
+            raise ValueError(f"{name} must not be negative, got {float(value[wrong].flatten()[0])}")
+
+
+def check_epsilon(epsilon: Tensor | float, num_classes: int, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Epsilon as a tensor () or (C,) in the dtype of the statistics."""
+    if not isinstance(epsilon, Tensor):
+        return torch.full((), check_number("epsilon", epsilon, 0.0), dtype=dtype, device=features.device)
+    if not epsilon.dtype.is_floating_point:
+        raise TypeError(f"epsilon must be a number or a floating-point tensor, got {epsilon.dtype}")
+    if epsilon.shape not in ((), (num_classes,)):
+        raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
+    check_same_device("epsilon", epsilon, "features", features)
+    check_not_negative("epsilon", epsilon.detach())
+    return epsilon.to(dtype).contiguous()
 
 
 def loss_terms(
@@ -180,7 +292,7 @@ def loss_terms(
 ) -> LossTerms:
     """The validated terms of a loss over `num_classes` classes; raises ValueError or TypeError by argument name."""
     rows = reference.shape[0]
-    dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(reference)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if not isinstance(focal_detach, bool):

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from gclkern.clouds import cloud_sizes
-from gclkern.counts import Vector, check_class_counts, check_int, device_of
-from gclkern.validation import check_number
+from gclkern.validation import Vector, check_class_counts, check_int, check_number, device_of
 
 
 def inverse_effective_number(counts: Tensor, beta: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import on_device
+from .terms import implements, shapes_of
 
 _ROWS = 8  # gathered at once; with 256 columns a program keeps 8 KiB of float32 in flight
 _COLUMNS = 256
@@ -78,7 +79,7 @@ def _piece_rows(num_rows: int, column_tiles: int) -> int:
     return min(256, max(32, triton.next_power_of_2(num_rows * column_tiles // 1024)))
 
 
-@torch.library.custom_op("gclkern::segment_sums", mutates_args=(), schema="(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)")
+@implements("segment_sums", "triton")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sums (C, D) float32 and counts (C,) int64 of the rows of each class. Rows whose label is no class belong to none and are left out."""
     num_rows, dim = features.shape
@@ -111,6 +112,6 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     return sums, counts
 
 
-@segment_sums.register_fake
+@shapes_of("segment_sums", "triton")
 def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     return features.new_empty((num_classes, features.shape[1]), dtype=torch.float32), target.new_empty(num_classes)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .row_loss import log1p
 from .runtime import on_device
-from .terms import refuse_second_derivative
+from .terms import implements, shapes_of
 
 STATS = 4  # of a row: peak, around, rest (the sum over samples of other classes), share w_c / (n_c * denominator)
 SAMPLE_ALIGNMENT = 16  # rows of (anchors, samples) buffers are padded to it, and read without a mask
@@ -300,11 +300,7 @@ def _row_block(num_rows: int) -> int:
     return min(1024, max(16, triton.next_power_of_2(num_rows)))
 
 
-@torch.library.custom_op(
-    "gclkern::dro_lt_forward",
-    mutates_args=(),
-    schema="(Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor? class_weight, float temperature, str reduction) -> (Tensor, Tensor[])",
-)
+@implements("dro_lt_forward", "triton")
 def dro_lt_forward(
     features: Tensor,  # (N, D)
     target: Tensor,  # (N,) int64
@@ -357,7 +353,7 @@ def _saved(features: Tensor, num_classes: int) -> list[Tensor]:
     ]
 
 
-@dro_lt_forward.register_fake
+@shapes_of("dro_lt_forward", "triton")
 def _(
     features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, temperature: float, reduction: str
 ) -> tuple[Tensor, list[Tensor]]:
@@ -365,12 +361,7 @@ def _(
     return loss, _saved(features, centroids.shape[0])
 
 
-@torch.library.custom_op(
-    "gclkern::dro_lt_backward",
-    mutates_args=(),
-    schema="(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
-    "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)",
-)
+@implements("dro_lt_backward", "triton")
 def dro_lt_backward(
     grad_loss: Tensor,  # () or (N,)
     features: Tensor,
@@ -408,13 +399,10 @@ def dro_lt_backward(
     return grad_features, grad_epsilon if per_class else grad_epsilon.sum()
 
 
-@dro_lt_backward.register_fake
+@shapes_of("dro_lt_backward", "triton")
 def _(
     grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
-
-
-dro_lt_backward.register_autograd(refuse_second_derivative)

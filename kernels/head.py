@@ -34,7 +34,7 @@ from .products import (
 )
 from .row_loss import ROW_STATS, finish_rows
 from .runtime import on_device
-from .terms import LOSS_TERMS_SCHEMA, ClassShards, LossTerms, refuse_second_derivative
+from .terms import ClassShards, LossTerms, implements, shapes_of
 
 # A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
 PANEL_ELEMENTS = 2**24
@@ -110,17 +110,13 @@ def run_forward(
         return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, row_scale, kept_cosine]
 
 
-@torch.library.custom_op(
-    "gclkern::head_forward",
-    mutates_args=(),
-    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
-)
+@implements("head_forward", "triton")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, normalize, plan, _ = args
     return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan)
 
 
-@head_forward.register_fake
+@shapes_of("head_forward", "triton")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, normalize, plan, _ = args
     terms = LossTerms(*fields)
@@ -190,25 +186,15 @@ def run_backward(
         return grad_features, grad_weight, grad_bias
 
 
-@torch.library.custom_op(
-    "gclkern::head_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
-        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
-    ),
-)
+@implements("head_backward", "triton")
 def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
     return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*fields), normalize, plan, features_grad, weight_grad, bias_grad)
 
 
-@head_backward.register_fake
+@shapes_of("head_backward", "triton")
 def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     features_grad, weight_grad, bias_grad = args[-3:]
     grad_features = features.new_empty(features.shape if features_grad else (0,))
     grad_weight = linear_weight.new_empty(linear_weight.shape if weight_grad else (0,))
     return grad_features, grad_weight, features.new_empty(linear_weight.shape[0] if bias_grad else 0, dtype=torch.float32)
-
-
-head_backward.register_autograd(refuse_second_derivative)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .philox import noise_tile
 from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import LOOSE_POINTERS, NVIDIA, PLACES, batch_kernel, on_device
-from .terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
+from .terms import LossTerms, implements, shapes_of
 
 # Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product
 # leaves its row.
@@ -532,7 +532,7 @@ def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.d
     return parts[0], parts[1], parts[2] if smoothed else None
 
 
-@torch.library.custom_op("gclkern::logit_forward", mutates_args=(), schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}, bool for_backward) -> (Tensor, Tensor[])")
+@implements("logit_forward", "triton")
 def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """Loss ((), or (N,) unreduced), and for backward: row statistics (4, N), denominator of the mean ()."""
     *fields, _ = args
@@ -544,7 +544,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
         return loss, [stats, denominator]
 
 
-@logit_forward.register_fake
+@shapes_of("logit_forward", "triton")
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, _ = args
     num_rows = cosine.shape[0]
@@ -552,11 +552,7 @@ def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     return loss, [cosine.new_empty((ROW_STATS, num_rows), dtype=torch.float32), cosine.new_empty((), dtype=torch.float32)]
 
 
-@torch.library.custom_op(
-    "gclkern::logit_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
-)
+@implements("logit_backward", "triton")
 def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     """Gradients of the cosines, rows padded to ROW_ALIGNMENT elements, and of the bias (empty unless asked for)."""
     *fields, bias_grad = args
@@ -568,9 +564,6 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
         return out, cosine.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
 
 
-@logit_backward.register_fake
+@shapes_of("logit_backward", "triton")
 def _(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     return empty_rows(cosine.shape[0], cosine.shape[1], cosine.dtype, cosine.device), cosine.new_empty(cosine.shape[1] if args[-1] else 0, dtype=torch.float32)
-
-
-logit_backward.register_autograd(refuse_second_derivative)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .philox import noise_tile
 from .runtime import NVIDIA, batch_kernel, on_device
+from .terms import implements, shapes_of
 
 _ROWS = 4
 _GROUPS = 64  # of 8 classes
@@ -41,9 +42,7 @@ def cloud_noise_kernel(
     tl.store(noise_ptr + rows[:, None] * num_classes + columns[None, :], noise, mask=wanted)
 
 
-@torch.library.custom_op(
-    "gclkern::cloud_noise", mutates_args=(), schema="(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor"
-)
+@implements("cloud_noise", "triton")
 def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
     """The draws of rows row_offset... and classes class_offset..., (num_rows, num_classes) float32, on the device of `seed` (0-dim int64)."""
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device=seed.device)
@@ -58,6 +57,6 @@ def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, 
     return noise
 
 
-@cloud_noise.register_fake
+@shapes_of("cloud_noise", "triton")
 def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
     return seed.new_empty((num_rows, num_classes), dtype=torch.float32)

@@ -1,15 +1,22 @@
-"""What a loss is made of, as one value that every operator takes.
+"""What the operators of both backends share: the terms of a loss as one value, and the schema of every operator.
 
-`LossTerms` is the argument list that the operators of every backend share. It is a named tuple, so that `operator(cosine, *terms)` passes it and
-`LossTerms(*args)` restores it, and its schema below is what `torch.library` registers: one signature, written once.
+`LossTerms` is the argument list that the operators of the losses have in common. It is a named tuple, so that `operator(cosine, *terms)` passes it and
+`LossTerms(*args)` restores it.
+
+Each entry of `SCHEMAS` is one operation and defines two operators: `gclkern::<name>`, of the Triton kernels, and `gclkern::torch_<name>`, of plain torch.
+The modules of each backend register their functions with `implements` and `shapes_of`. `torch.library.custom_op` would do the same, but its first call
+imports torch's compiler (about 900 modules, 160 MB), and each call costs twice as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class LossTerms(NamedTuple):
@@ -33,10 +40,77 @@ class LossTerms(NamedTuple):
     reduction: str  # "mean", "sum" or "none"
 
 
-LOSS_TERMS_SCHEMA = (
+def statistics_dtype(matrix: Tensor) -> torch.dtype:
+    """The dtype of reductions, softmax statistics and losses: float32, or float64 for a float64 matrix."""
+    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
+
+
+_TERMS = (
     "Tensor target, Tensor? target_b, Tensor? lam, Tensor? cloud, Tensor? margin, Tensor? bias, Tensor? weight, Tensor? seed, "
     "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction"
 )
+SCHEMAS = {
+    "cloud_noise": "(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor",
+    "segment_sums": "(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)",
+    "logit_forward": f"(Tensor cosine, {_TERMS}, bool for_backward) -> (Tensor, Tensor[])",
+    "logit_backward": f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {_TERMS}, bool bias_grad) -> (Tensor, Tensor)",
+    "head_forward": f"(Tensor features, Tensor linear_weight, {_TERMS}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
+    "head_backward": (
+        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {_TERMS}, bool normalize, str plan, "
+        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+    ),
+    "dro_lt_forward": (
+        "(Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor? class_weight, float temperature, str reduction) -> (Tensor, Tensor[])"
+    ),
+    "dro_lt_backward": (
+        "(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
+        "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)"
+    ),
+}
+PREFIXES = {"triton": "", "torch": "torch_"}  # of an operator's name, by backend
+
+NAMESPACE = __name__.partition(".")[0]  # a second copy of the package under another name has operators of its own
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def implements(name: str, backend: str) -> Callable[[Function], Function]:
+    """Registers the decorated function as the operator of `backend` for the operation `name`."""
+
+    def register(function: Function) -> Function:
+        _LIBRARY.impl(PREFIXES[backend] + name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def shapes_of(name: str, backend: str) -> Callable[[Function], Function]:
+    """Registers the decorated function for tensors without values (fake and meta tensors): it returns empty outputs of the right shapes and dtypes."""
+
+    def register(function: Function) -> Function:
+        torch.library.register_fake(f"{NAMESPACE}::{PREFIXES[backend]}{name}", function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _refuse_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the operators of gclkern have no gradient of their own; call the functions of gclkern.functional, which have one")
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the losses of gclkern have no second derivative: double backward through them is not supported")
+
+
+def _define_operators() -> None:
+    for name, schema in SCHEMAS.items():
+        for prefix in PREFIXES.values():
+            _LIBRARY.define(prefix + name + schema, tags=torch.Tag.pt2_compliant_tag)
+            # without a formula, a gradient penalty would silently lose its gradient
+            refuse = _refuse_second_derivative if name.endswith("_backward") else _refuse_derivative
+            torch.library.register_autograd(f"{NAMESPACE}::{prefix}{name}", refuse, lib=_LIBRARY)
+
+
+_define_operators()
 
 
 class ClassShards(Protocol):
@@ -59,8 +133,3 @@ class ClassShards(Protocol):
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
         """Start to add up all ranks' gradients of the features (N, D); the result, when called, is the sum's rows of this rank."""
         ...
-
-
-def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    """The autograd formula of every backward operator: without one, a gradient penalty would silently lose its gradient."""
-    raise RuntimeError("the losses of gclkern have no second derivative: double backward through them is not supported")

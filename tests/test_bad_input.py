@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gclkern.debug import set_debug
+from gclkern.devices import set_debug
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 
 NAN, INF = float("nan"), float("inf")

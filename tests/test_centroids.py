@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.machine_code.launches import Launches
-from gclkern.centroids import ClassCentroids, class_centroids
+from gclkern.centroids import ClassCentroids
+from gclkern.functional import class_centroids
 from tests.support.cases import HALVES
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.machine_code.launches import Launches
-from gclkern.centroids import class_centroids
-from gclkern.debug import set_debug
-from gclkern.dro import DROLTLoss, dro_lt_loss
+from gclkern.devices import set_debug
+from gclkern.functional import class_centroids, dro_lt_loss
+from gclkern.losses import DROLTLoss
 from tests.support.cases import HALVES, REDUCTIONS
 from tests.support.comparison import ROUNDING
 

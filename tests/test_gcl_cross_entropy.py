@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.machine_code.launches import Launches
-from gclkern.debug import set_debug
+from gclkern.devices import set_debug
 from gclkern.functional import gcl_cross_entropy
 from tests.support import oracle
 from tests.support.cases import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector, without_noise_in_float64

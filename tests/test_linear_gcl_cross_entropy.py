@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.machine_code.launches import Launches
 from benchmarks.memory import allocated_peak
+from gclkern.dispatch import resolve_plan
 from gclkern.functional import linear_gcl_cross_entropy
-from gclkern.plans import resolve_plan
 from tests.support import oracle
 from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector, without_noise_in_float64
 from tests.support.comparison import ROUNDING, assert_within, check_head_loss

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.machine_code import aot
-from gclkern import noise as noise_module
-from gclkern.noise import cloud_noise, fill_noise, philox_words, resolve_seed, torch_cloud_noise
+from gclkern.noise import cloud_noise
+from gclkern.torch_backend import noise as torch_noise
+from gclkern.torch_backend.noise import cloud_noise as torch_cloud_noise
+from gclkern.torch_backend.noise import fill_noise, philox_words
+from gclkern.validation import resolve_seed
 from tests.support import oracle
 
 ZERO_WORDS = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
@@ -232,7 +235,7 @@ def test_torch_parts_equal_the_whole(data: st.DataObject, chunk: int, seed: int,
     whole = torch_cloud_noise(torch.tensor(seed), 11, 60, row_offset, class_offset)
     row, column = data.draw(st.integers(0, 10)), data.draw(st.integers(0, 59))
     rows, columns = data.draw(st.integers(1, 11 - row)), data.draw(st.integers(1, 60 - column))
-    with mock.patch.object(noise_module, "_CPU_CHUNK", chunk):
+    with mock.patch.object(torch_noise, "_CPU_CHUNK", chunk):
         part = torch_cloud_noise(torch.tensor(seed), rows, columns, row_offset + row, class_offset + column)
     assert torch.equal(part, whole[row : row + rows, column : column + columns])
 

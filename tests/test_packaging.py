@@ -52,7 +52,7 @@ def shared_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path) -> Path:
     """A second checkout: the files that the first one holds, the link to the kernels kept as a link."""
     everywhere = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", ".*_cache", ".venv")
-    top = shutil.ignore_patterns("build", "dist", "runs", "data")  # gclkern/data is part of the library
+    top = shutil.ignore_patterns("build", "dist", "runs", "data")  # at the top alone: gclkern/training/data is part of the library
 
     def ignored(path: str, names: list[str]) -> set[str]:
         return everywhere(path, names) | (top(path, names) if Path(path) == ROOT else set())
@@ -189,3 +189,42 @@ def test_without_triton_everything_runs_on_torch() -> None:
 
 def test_importing_the_library_imports_no_triton() -> None:
     run(sys.executable, "-c", "import sys, gclkern, gclkern.functional; assert 'triton' not in sys.modules", cwd=ROOT)
+
+
+def test_distributed_and_training_load_when_they_are_asked_for() -> None:
+    code = """
+        import sys, gclkern
+
+        assert not {"gclkern.distributed", "gclkern.training"} & set(sys.modules)
+        assert gclkern.distributed.ShardedCosineLinear(4, 3).weight.shape == (3, 4)
+        assert gclkern.training.__name__ == "gclkern.training"
+        try:
+            gclkern.trainning
+        except AttributeError as error:
+            print(error)
+    """
+    assert run(sys.executable, "-c", textwrap.dedent(code), cwd=ROOT).stdout == "module 'gclkern' has no attribute 'trainning'\n"
+
+
+def test_the_first_step_of_every_loss_imports_no_compiler() -> None:
+    """torch._dynamo and what it imports, about 900 modules, cost every process seconds and 160 MB."""
+    code = """
+        import sys, torch, gclkern
+        from gclkern import functional
+
+        features, target, counts = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 0]), [50, 20, 5]
+        cosine, weight = torch.randn(4, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+        losses = [
+            gclkern.GCLLoss(counts, noise_mul=0.5)(cosine, target),
+            gclkern.LDAMLoss(counts)(cosine, target),
+            gclkern.LogitAdjustedLoss(counts)(cosine, target),
+            gclkern.CosFaceLoss()(cosine, target),
+            gclkern.FocalLoss()(cosine, target),
+            *(gclkern.LinearGCLLoss(counts, plan=plan)(features, weight, target) for plan in ("materialised", "chunked", "recompute")),
+            gclkern.DROLTLoss(counts)(features, target, *functional.class_centroids(features.detach(), target, 3)),
+        ]
+        torch.stack(losses).sum().backward()
+        gclkern.cloud_noise(1, 2, 3)
+        assert not {"torch._dynamo", "sympy", "triton"} & set(sys.modules)
+    """
+    run(sys.executable, "-c", textwrap.dedent(code), cwd=ROOT)

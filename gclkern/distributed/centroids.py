@@ -7,11 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gclkern.centroids import ClassCentroids, class_means
-from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
-from gclkern.dro import dro_lt_loss
-from gclkern.validation import check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
+from gclkern.functional import dro_lt_loss
+from gclkern.validation import check_int, check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
 
 
 class ShardedClassCentroids(ShardedModule, ClassCentroids):

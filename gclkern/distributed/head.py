@@ -23,16 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gclkern.autograd import TENSOR_TERMS, term_gradients, terms_of, without_autocast
-from gclkern.backend import resolve_backend
+from gclkern.autograd import save_terms, saved_terms
+from gclkern.devices import without_autocast
+from gclkern.dispatch import head_implementation, resolve_backend, resolve_plan
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import Shards, agree, form
-from gclkern.kernels.terms import LossTerms
-from gclkern.noise import resolve_seed
-from gclkern.plans import resolve_plan
-from gclkern.torch_backend import head as torch_head
+from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.torch_backend.rows import row_targets
-from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms
+from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms, resolve_seed
 
 # Labels that no rank takes for a class of its own.
 _IGNORED, _ELSEWHERE = -1, -(2**30)
@@ -93,28 +91,18 @@ def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
     )  # fmt: skip
 
 
-def _implementation(backend: str) -> Any:
-    """The module that walks over this rank's classes."""
-    if backend == "torch":
-        return torch_head
-    from gclkern.kernels import head
-
-    return head
-
-
 class ShardedHeadLoss(torch.autograd.Function):
     """The collective twin of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, call: _Call, *terms: Any) -> Tensor:
+    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, call: _Call) -> Tensor:
         whole = call.ranks.gather_rows(features, "gathering the features")
-        everything = LossTerms(*terms)
-        local, others = _local_terms(everything, call.shards.mine), _OtherClasses(call, everything)
+        terms = terms._replace(bias=bias)
+        local, others = _local_terms(terms, call.shards.mine), _OtherClasses(call, terms)
         options = (call.normalize, call.plan, call.for_backward) if call.backend == "torch" else (call.normalize, call.plan)
         with without_autocast(features.device.type):
-            loss, saved = _implementation(call.backend).run_forward(whole, linear_weight, local, *options, others)
-        ctx.save_for_backward(whole, linear_weight, *(saved if call.for_backward else ()), *local[:TENSOR_TERMS])
-        ctx.plain_terms = local[TENSOR_TERMS:]
+            loss, saved = head_implementation(call.backend).run_forward(whole, linear_weight, local, *options, others)
+        save_terms(ctx, (whole, linear_weight, *(saved if call.for_backward else ())), local)
         ctx.call, ctx.rows = call, features.shape[0]
         if local.reduction == "none":
             loss = loss[call.ranks.rank * ctx.rows : (call.ranks.rank + 1) * ctx.rows].clone()
@@ -123,19 +111,17 @@ class ShardedHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors
-        features, linear_weight, *saved = tensors[:-TENSOR_TERMS]
-        local = terms_of(ctx, tensors)
-        wanted = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3 + LossTerms._fields.index("bias")])
+        call, wanted = ctx.call, ctx.needs_input_grad[:3]
+        (features, linear_weight, *saved), local = saved_terms(ctx)
         if local.reduction == "none":
             grad_loss = call.ranks.gather_rows(grad_loss, "gathering the gradients of the losses")
-        run_backward, others = _implementation(call.backend).run_backward, _OtherClasses(call, local)
+        run_backward, others = head_implementation(call.backend).run_backward, _OtherClasses(call, local)
         with without_autocast(features.device.type):
             grads = run_backward(grad_loss, features, linear_weight, saved, local, call.normalize, call.plan, *wanted, others)
         grad_features, grad_weight, grad_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         if grad_bias is not None:
             grad_bias = call.ranks.gather_parts(grad_bias, call.shards.sizes, "gathering the gradient of the bias")
-        return (grad_features, grad_weight, None, *term_gradients(grad_bias))
+        return grad_features, grad_weight, grad_bias, None, None
 
 
 def local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
@@ -228,7 +214,7 @@ def sharded_linear_gcl_cross_entropy(
             raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
         if isinstance(lam, (int, float)) and target_b is not None:
             # each rank's own, and another one in every step: no option that ranks could agree on
-            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+            dtype = statistics_dtype(features)
             lam = torch.full((), check_number("lam", lam, 0.0, 1.0), dtype=dtype, device=features.device)
         check_offset("row_offset", row_offset, features.shape[0] * ranks.world, 2**63)
         if cloud is not None:
@@ -258,5 +244,5 @@ def sharded_linear_gcl_cross_entropy(
     chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
     call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)
-    loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, call, *terms)
+    loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, terms.bias, terms, call)
     return loss if verdict is None else loss * verdict

@@ -7,10 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.layers import unit_rows
+from gclkern.validation import check_int
 
 _BLOCK = 2**22  # elements of the weight that are drawn at a time
 

@@ -7,14 +7,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from gclkern.counts import Vector
 from gclkern.distributed.head import local_shard, sharded_linear_gcl_cross_entropy
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
 from gclkern.distributed.shards import Shards, agree, even_sizes
 from gclkern.losses import LinearGCLLoss
-from gclkern.noise import resolve_seed
-from gclkern.validation import check_labels, check_matrix, check_number, check_target
+from gclkern.validation import Vector, check_labels, check_matrix, check_number, check_target, resolve_seed
 
 
 class ShardedLinearGCLLoss(LinearGCLLoss):

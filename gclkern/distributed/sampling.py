@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import Shards
-from gclkern.noise import philox_words
+from gclkern.torch_backend.noise import philox_words
 
 _NO_SAMPLE = -1  # the row of the noise stream that gives classes their lots; no sample has it
 

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gclkern.counts import check_int
 from gclkern.distributed.ranks import Ranks, ShardError
-from gclkern.validation import DTYPES
+from gclkern.validation import DTYPES, check_int
 
 _FIELDS = ("rows of features", "columns of features", "classes", "columns of the weight", "dtype of features", "dtype of the weight", "options", "row_offset")
 _SHARED = tuple(name for name in _FIELDS if name != "classes")

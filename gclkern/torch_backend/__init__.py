@@ -5,6 +5,6 @@ It is the path of the CPU and of float64. Work goes by blocks that stay in cache
 
 from __future__ import annotations
 
-from gclkern.torch_backend import head, logit
+from gclkern.torch_backend import centroids, dro_lt, head, logit_loss, noise
 
-__all__ = ["head", "logit"]
+__all__ = ["centroids", "dro_lt", "head", "logit_loss", "noise"]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, ClassShards, LossTerms, refuse_second_derivative
+from gclkern.kernels.terms import ClassShards, LossTerms, implements, shapes_of, statistics_dtype
 from gclkern.torch_backend.rows import (
     RowGradients,
     RowSums,
@@ -41,7 +41,6 @@ from gclkern.torch_backend.rows import (
     row_blocks,
     row_upstream,
     some_zero,
-    statistics_dtype,
     without,
 )
 
@@ -281,34 +280,19 @@ def run_backward(
     return products.to(features.dtype), grad_weight, grad_bias
 
 
-def _head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+@implements("head_forward", "torch")
+def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, normalize, plan, for_backward = args
     return run_forward(features, linear_weight, LossTerms(*some), normalize, plan, for_backward)
 
 
-def _head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@implements("head_backward", "torch")
+def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *some, normalize, plan, features_grad, weight_grad, bias_grad = args
     return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*some), normalize, plan, features_grad, weight_grad, bias_grad)
 
 
-head_forward = torch.library.custom_op(
-    "gclkern::torch_head_forward",
-    _head_forward,
-    mutates_args=(),
-    schema=f"(Tensor features, Tensor linear_weight, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
-)
-head_backward = torch.library.custom_op(
-    "gclkern::torch_head_backward",
-    _head_backward,
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool normalize, str plan, "
-        "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-
-
-@head_forward.register_fake
+@shapes_of("head_forward", "torch")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, normalize, plan, for_backward = args
     terms = LossTerms(*some)
@@ -323,12 +307,9 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     return loss, [features.new_empty(shape, dtype=dtype) for shape in ((num_rows,), (num_classes if normalize else 0,), (), *kept)]
 
 
-@head_backward.register_fake
+@shapes_of("head_backward", "torch")
 def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     features_grad, weight_grad, bias_grad = args[-3:]
     grad_features = torch.empty(features.shape if features_grad else (0,), dtype=features.dtype, device=features.device)
     grad_weight = torch.empty(linear_weight.shape if weight_grad else (0,), dtype=linear_weight.dtype, device=linear_weight.device)
     return grad_features, grad_weight, features.new_empty((linear_weight.shape[0] if bias_grad else 0,), dtype=statistics_dtype(features))
-
-
-head_backward.register_autograd(refuse_second_derivative)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gclkern.kernels.terms import ClassShards, LossTerms
-from gclkern.noise import fill_noise
+from gclkern.torch_backend.noise import fill_noise
 
 # Logits of a block, for each thread of a CPU: with their noise 2 MB in float32, so that a block stays in the cache while torch's operators, which give a
 # thread at least 32768 elements, pass over it one after the other. On another device large, because there a small operation costs its launch.
@@ -47,10 +47,6 @@ class RowGradients(NamedTuple):
 def gradient_shapes(num_rows: int, terms: LossTerms) -> tuple[tuple[int, ...], ...]:
     """Of the fields of `RowGradients`."""
     return (num_rows,), (2 + len(row_targets(terms)), num_rows)
-
-
-def statistics_dtype(matrix: Tensor) -> torch.dtype:
-    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
 
 
 def block_rows(num_rows: int, num_classes: int, device: torch.device) -> int:

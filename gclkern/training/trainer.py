@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear, ShardedLinearGCLLoss
-from gclkern.dro import DROLTLoss
-from gclkern.losses import GCLLoss, LinearGCLLoss
+from gclkern.losses import DROLTLoss, GCLLoss, LinearGCLLoss
 from gclkern.training.network import Network, whole_state
 from gclkern.training.processes import Processes
 from gclkern.training.seeds import derive_seed

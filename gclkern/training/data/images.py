@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gclkern.noise import philox_words, resolve_seed
+from gclkern.torch_backend.noise import philox_words
 from gclkern.training.data.augment import AUGMENTATIONS, augment_batch
-from gclkern.validation import check_choice
+from gclkern.validation import check_choice, resolve_seed
 
 # Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
 _STREAM = 0x3C6EF372A54FF53A

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gclkern.counts import check_int
-from gclkern.validation import check_choice, check_number
+from gclkern.validation import check_choice, check_int, check_number
 
 PROFILES = ("exp", "step")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gclkern.backend import resolve_backend
+from gclkern.dispatch import resolve_backend
 
 pytestmark = pytest.mark.triton  # without it "auto" is torch everywhere
 T4, A100, RTX_3090, H100 = (7, 5), (8, 0), (8, 6), (9, 0)

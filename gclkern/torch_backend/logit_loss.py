@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import LOSS_TERMS_SCHEMA, LossTerms, refuse_second_derivative
+from gclkern.kernels.terms import LossTerms, implements, shapes_of, statistics_dtype
 from gclkern.torch_backend.rows import (
     RowGradients,
     RowSums,
@@ -25,7 +25,6 @@ from gclkern.torch_backend.rows import (
     reduce_rows,
     row_blocks,
     row_upstream,
-    statistics_dtype,
 )
 
 _KEPT_BYTES = 2**30  # the exponentials of a larger matrix are made again
@@ -43,7 +42,8 @@ def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
         block.copy_(cosine).mul_(scale)
 
 
-def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+@implements("logit_forward", "torch")
+def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, for_backward = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
@@ -64,7 +64,8 @@ def _logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     return loss, [*stats, denominator, kept]
 
 
-def _logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+@implements("logit_backward", "torch")
+def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     *some, bias_grad = args
     terms = LossTerms(*some)
     anchor, parts, denominator, kept = saved
@@ -97,21 +98,7 @@ def _logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *arg
     return grad_cosine, grad_bias.div_(terms.scale) if bias_grad else grad_bias
 
 
-logit_forward = torch.library.custom_op(
-    "gclkern::torch_logit_forward",
-    _logit_forward,
-    mutates_args=(),
-    schema=f"(Tensor cosine, {LOSS_TERMS_SCHEMA}, bool for_backward) -> (Tensor, Tensor[])",
-)
-logit_backward = torch.library.custom_op(
-    "gclkern::torch_logit_backward",
-    _logit_backward,
-    mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {LOSS_TERMS_SCHEMA}, bool bias_grad) -> (Tensor, Tensor)",
-)
-
-
-@logit_forward.register_fake
+@shapes_of("logit_forward", "torch")
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, for_backward = args
     terms = LossTerms(*some)
@@ -121,10 +108,7 @@ def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     return loss, [*(cosine.new_empty(shape, dtype=dtype) for shape in (*gradient_shapes(num_rows, terms), ())), kept]
 
 
-@logit_backward.register_fake
+@shapes_of("logit_backward", "torch")
 def _(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     bias = cosine.new_empty((cosine.shape[1] if args[-1] else 0,), dtype=statistics_dtype(cosine))
     return torch.empty(cosine.shape, dtype=cosine.dtype, device=cosine.device), bias
-
-
-logit_backward.register_autograd(refuse_second_derivative)

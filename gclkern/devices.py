@@ -1,12 +1,15 @@
-"""A switch for checks that need the values of tensors on a GPU, and so a synchronisation."""
+"""What depends on where tensors live and on the state of the process: autocast, and whether a check may read values."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_enabled = False
+_debug = False
 
 
 def set_debug(enabled: bool) -> None:
@@ -19,14 +22,24 @@ def set_debug(enabled: bool) -> None:
         >>> gclkern.set_debug(True)
         >>> gclkern.set_debug(False)
     """
-    global _enabled
+    global _debug
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be True or False, got {enabled!r}")
-    _enabled = enabled
+    _debug = enabled
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
     """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced or where there are none."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    return _enabled or tensor.device.type == "cpu"
+    return _debug or tensor.device.type == "cpu"
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether operators on such a device are autocast; the meta device has no autocast, and torch refuses the question."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For operators, which compute in the dtypes that they are given. To ask whether autocast is on costs less than to turn it off where it is not."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()

@@ -1,17 +1,29 @@
-"""Which implementation serves a call: the Triton kernels or plain torch."""
+"""The one place of choice: which backend serves a call, which plan a classifier head follows, and which operator that comes to."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+import gclkern.torch_backend
+from gclkern.kernels.terms import NAMESPACE, PREFIXES
+from gclkern.validation import check_choice
+
+Backend = Literal["auto", "triton", "torch"]
+Plan = Literal["auto", "materialised", "chunked", "recompute"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+PLANS: tuple[str, ...] = get_args(Plan)
+
 # Found out without importing Triton, and once: a traced function may not look for packages.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
+# A buffer of logits up to this size saves the fourth product; beyond it memory decides.
+_MATERIALISED_BYTES = 2**30
+_MATERIALISED_BYTES_CPU = 2**27
 
 
 def _too_old(device: torch.device) -> bool:
@@ -27,8 +39,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     "auto" takes the kernels for tensors on a GPU and torch elsewhere, also on NVIDIA GPUs older than compute capability 8.0; float64 always runs on torch,
     because the kernels keep their statistics in float32.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
     if backend == "auto":
@@ -52,6 +63,31 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     return "triton"
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether operators on such a device are autocast; the meta device has no autocast, and torch refuses the question."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:
+    """The plan that serves features (N, D) and `num_classes` classes when the caller asks for `plan`; `backend` is the resolved one.
+
+    "auto" takes "materialised" while the (N, C) buffer is at most 1 GiB, on a CPU 128 MiB, and "recompute" beyond.
+    """
+    check_choice("plan", plan, PLANS)
+    if plan != "auto":
+        return plan
+    small = backend == "triton" and normalize and features.element_size() == 2  # cosines fit 16 bits, plain products do not
+    buffer = features.shape[0] * num_classes * (2 if small else max(features.element_size(), 4))
+    limit = _MATERIALISED_BYTES_CPU if features.device.type == "cpu" else _MATERIALISED_BYTES
+    return "materialised" if buffer <= limit else "recompute"
+
+
+def operator(name: str, backend: str) -> Any:
+    """The operator of a resolved backend for the operation `name`, one of gclkern.kernels.terms.SCHEMAS."""
+    if backend == "triton":
+        from gclkern.kernels import centroids, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
+    return getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default
+
+
+def head_implementation(backend: str) -> Any:
+    """The module of a resolved backend whose `run_forward` and `run_backward` walk over the classes of a head, for one that holds a shard of the classes."""
+    if backend == "torch":
+        return gclkern.torch_backend.head
+    from gclkern.kernels import head
+
+    return head
