@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-import gclkern.torch_backend
+from gclkern import torch_backend
 from gclkern.kernels.terms import NAMESPACE, PREFIXES
 from gclkern.validation import check_choice
 
@@ -87,7 +87,7 @@ def operator(name: str, backend: str) -> Any:
 def head_implementation(backend: str) -> Any:
     """The module of a resolved backend whose `run_forward` and `run_backward` walk over the classes of a head, for one that holds a shard of the classes."""
     if backend == "torch":
-        return gclkern.torch_backend.head
+        return torch_backend.head
     from gclkern.kernels import head
 
     return head

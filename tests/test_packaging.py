@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib.metadata
 import os
 import re
 import shutil
@@ -125,7 +126,7 @@ def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path
 
     def files(folder: Path) -> set[Path]:
         """Whatever the tests may read: the sources, and what belongs to them."""
-        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc" and "egg-info" not in str(path)}
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so") and "egg-info" not in str(path)}
 
     unneeded = {Path(".gitignore"), Path(".github/workflows/ci.yml"), Path(".git")}
     assert files(checkout) - files(sdist) - unneeded == set()
@@ -158,6 +159,53 @@ def test_a_package_index_gets_absolute_links(environment: Path, checkout: Path, 
     paths = [re.sub(r"^(blob|raw)/main/|#.*", "", link.removeprefix(f"{source}/")) for link in links if link.startswith(f"{source}/")]
     assert paths and all((ROOT / path).exists() for path in paths)
     assert all(link.startswith(f"{source}/raw/") for link in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", description))
+
+
+LOAD_FROM_HUB = """
+import importlib.util, json, pathlib, sys
+import torch
+
+folder, loader = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def load():
+    if loader == "kernels":
+        import kernels
+        return kernels.get_local_kernel(folder)
+    variant = folder / "build" / "torch-cpu"
+    name = json.loads((variant / "metadata.json").read_text())["id"]
+    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+hub = load()
+assert "gclkern" not in sys.modules and "numpy.typing" not in sys.modules
+sys.path.insert(0, sys.argv[3])
+import gclkern
+
+features, weight, target, cloud = torch.randn(8, 16), torch.randn(3, 16), torch.randint(3, (8,)), torch.tensor([0.0, 0.2, 0.5])
+results = []
+for package in (hub, gclkern):  # beside each other: the operators of each have a namespace of their own
+    leaf = weight.clone().requires_grad_()
+    loss = package.functional.linear_gcl_cross_entropy(features, leaf, target, cloud, seed=3)
+    loss.backward()
+    results.append((loss.detach(), leaf.grad))
+assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+assert type(hub.CosineLinear(4, 3)) is not gclkern.CosineLinear
+assert hub.distributed.ShardedCosineLinear.__module__.startswith(hub.__name__ + ".")
+"""
+
+
+@pytest.mark.parametrize("loader", ["import", "kernels"])
+def test_the_hubs_layout_loads_beside_the_package(tmp_path: Path, loader: str) -> None:
+    """`kernels` is the loader that users have; what it does without checking the machine is an import by path."""
+    # looked up by its distribution: in a checkout an import finds the folder kernels/
+    if loader == "kernels" and "kernels" not in {distribution.name for distribution in importlib.metadata.distributions()}:
+        pytest.skip("needs the package kernels of PyPI")
+    run(sys.executable, str(ROOT / ".ci" / "hub_kernel.py"), str(tmp_path), cwd=tmp_path)
+    for variant in (tmp_path / "build").iterdir():
+        assert (variant / "kernels" / "head.py").is_file() and not (variant / "training").exists()
+    run(sys.executable, "-c", LOAD_FROM_HUB, str(tmp_path), loader, str(ROOT), cwd=tmp_path)
 
 
 def test_without_triton_everything_runs_on_torch() -> None:
