@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,20 +16,28 @@ from gclkern.training.extras import need
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions for images of 8 x 8 to 32 x 32 pixels, 56,000 parameters."""
+    """A convolution, then for each halving of the image two more, the first with stride 2; the last map is about 4 x 4 pixels, which are averaged.
 
-    feature_dim = 64
+    So every feature sees the whole image: 8 x 8 pixels take one halving (3 convolutions, 56,000 parameters), 32 x 32 three (7; 574,000), 64 x 64 four.
 
-    def __init__(self, in_channels: int = 3) -> None:
+    Args:
+        in_channels: colours of an image.
+        image_size: pixels of a side.
+    """
+
+    def __init__(self, in_channels: int = 3, image_size: int = 32) -> None:
         super().__init__()
-        widths = [in_channels, 32, 64, self.feature_dim]
+        halvings = max(1, round(math.log2(image_size / 4)))
+        self.feature_dim = 64 if halvings == 1 else 128
         layers: list[nn.Module] = []
-        for i in range(3):
-            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=1 + (i == 1), padding=1, bias=False), nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
+        channels = in_channels
+        for width, stride in [(32, 1)] + [(64 if step == 0 else 128, stride) for step in range(halvings) for stride in (2, 1)]:
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 64) of images (B, C, H, W)."""
+        """Features (B, feature_dim) of images (B, C, H, W)."""
         return self.layers(images).mean((2, 3))
 
 
@@ -75,41 +88,97 @@ class ResNet32(nn.Module):
 
 
 def build_backbone(name: str, *, image_size: int | None = None, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
-    """A network without its classifier; the attribute `feature_dim` is D.
+    """A network without its classifier; its attribute `feature_dim` is D, and `fewest_images` the least that it can be trained on at once.
 
     Args:
         name: "small-cnn", "resnet32", a classification network of torchvision such as "resnet50", or "timm:" and a name of timm.
-        image_size: pixels of a side; only vision transformers need it, and not at their usual size.
+        image_size: pixels of a side. With it the network is tried on an image, so that one that cannot take this size is refused here; small-cnn and vision
+            transformers are built for it. None is their usual size.
         in_channels: colours of an image; torchvision's networks take three.
         pretrained: start from the weights that torchvision or timm offer, which they download.
 
     Returns:
-        A module with forward(images (B, in_channels, H, W)) -> features (B, D).
+        A module with forward(images (B, in_channels, H, W)) -> features (B, D). `fewest_images` is 2 where batch normalisation meets maps of a single pixel.
 
     Raises:
-        ValueError: an unknown name, or one that has no pretrained weights, no linear classifier or not this number of channels.
+        ValueError: an unknown name, or one that has no pretrained weights, no linear classifier, not this number of channels or not this size; a damaged
+            file among the stored weights.
         ImportError: torchvision or timm is missing; the message names the command to install it.
         FileNotFoundError: the pretrained weights could not be fetched.
 
     Example:
-        >>> backbone = build_backbone("resnet32")
+        >>> backbone = build_backbone("resnet32", image_size=32)
         >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.feature_dim
         (torch.Size([2, 64]), 64)
     """
-    own = {"small-cnn": SmallCNN, "resnet32": ResNet32}
-    if name in own:
-        if pretrained:
-            raise ValueError(f"{name} has no pretrained weights; leave out --pretrained or take a network of torchvision or timm")
-        return own[name](in_channels)
+    if pretrained and name in ("small-cnn", "resnet32"):
+        raise ValueError(f"{name} has no pretrained weights; leave out --pretrained or take a network of torchvision or timm")
+    backbone: Any
+    if name == "small-cnn":
+        backbone, usual = SmallCNN(in_channels, image_size or 32), 32
+    elif name == "resnet32":
+        backbone, usual = ResNet32(in_channels), 32
+    elif name.startswith("timm:"):
+        backbone, usual = _from_timm(name.removeprefix("timm:"), image_size, in_channels, pretrained)
+    else:
+        backbone, usual = _from_torchvision(name, image_size, in_channels, pretrained)
+    backbone.fewest_images = 1 if image_size is None else _try(backbone, name, torch.zeros(1, in_channels, image_size, image_size), usual)
+    return backbone
+
+
+@torch.no_grad()
+def _try(backbone: Any, name: str, images: Tensor, usual: int) -> int:
+    """The fewest images that the network can be trained on at once.
+
+    Raises:
+        ValueError: it cannot take images of this size, or does not give features.
+    """
+    lone: list[nn.Module] = []
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, inputs: lone.append(norm) if inputs[0].numel() == inputs[0].shape[1] else None) for norm in norms]
+    training = backbone.training
     try:
-        if name.startswith("timm:"):
-            return _from_timm(name.removeprefix("timm:"), image_size, in_channels, pretrained)
-        return _from_torchvision(name, image_size, in_channels, pretrained)
+        features = backbone.eval()(images)
+    except Exception as error:  # each network fails in its own way
+        raise _wrong_size(name, images.shape[-1], usual, error) from error
+    finally:
+        backbone.train(training)
+        for hook in hooks:
+            hook.remove()
+    if features.shape != (1, backbone.feature_dim):
+        raise ValueError(f"{name} gives {tuple(features.shape)} for an image instead of ({backbone.feature_dim},) features; take another --model, as resnet50")
+    return 2 if lone else 1
+
+
+def _wrong_size(name: str, image_size: int, usual: int, error: Exception) -> ValueError:
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    remedy = f"take image files with --image-size {usual}, or another --model, such as {'resnet32' if image_size <= 64 else 'resnet50'}"
+    return ValueError(f"{name} cannot take images of {image_size} pixels ({cause}); {remedy}")
+
+
+def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -> Any:
+    """The network that `create` builds; `stored` is where its pretrained weights lie once they were fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`build_backbone`.
+    """
+    try:
+        return create()
     except OSError as error:
         raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); leave out --pretrained, or connect once") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        cause = str(error).strip().partition("\n")[0]
+        if "size mismatch" in str(error):
+            raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out --image-size or --pretrained") from error
+        if "No pretrained weights" in cause:
+            raise ValueError(f"{name} has no pretrained weights; leave out --pretrained or take another network") from error
+        raise ValueError(f"the stored weights of {name} are damaged ({cause}); delete {stored} and run again, which fetches them anew") from error
 
 
-def _from_torchvision(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> nn.Module:
+def _from_torchvision(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> tuple[Any, int]:
+    """The network and its usual image size."""
     models = need("torchvision.models", f"the network {name}")
     if name not in models.list_models(module=models):
         known = "small-cnn, resnet32, timm:<name> or a classification network of torchvision such as resnet50"
@@ -118,20 +187,42 @@ def _from_torchvision(name: str, image_size: int | None, in_channels: int, pretr
         raise ValueError(f"{name} takes images of 3 channels, but these have {in_channels}; take small-cnn, resnet32 or a network of timm")
     if name.startswith(("googlenet", "inception", "squeezenet")):
         raise ValueError(f"{name} does not end in one linear classifier; take another network, such as resnet50")
+    weights = models.get_model_weights(name).DEFAULT
+    (usual,) = weights.transforms().crop_size
     options: dict[str, Any] = {"image_size": image_size} if image_size is not None and name.startswith("vit_") else {}
-    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    stored = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    try:
+        model = _load(name, pretrained, str(stored), lambda: models.get_model(name, weights=weights if pretrained else None, **options))
+    except AssertionError as error:  # a transformer whose patches do not divide the image
+        raise _wrong_size(name, image_size or usual, usual, error) from error
     classifiers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     parent, _, last = classifiers[-1].rpartition(".")
     model.feature_dim = model.get_submodule(classifiers[-1]).in_features
     setattr(model.get_submodule(parent), last, nn.Identity())
-    return model
+    return model, usual
 
 
-def _from_timm(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> nn.Module:
+def _from_timm(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> tuple[Any, int]:
+    """The network and its usual image size."""
     timm = need("timm", f"the network timm:{name}")
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}; timm.list_models() lists them")
-    options: dict[str, Any] = {"img_size": image_size} if image_size is not None and name.startswith(("vit_", "deit", "swin")) else {}
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels, **options)
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    usual = config.input_size[-1] if config is not None else 224
+
+    def create() -> Any:
+        build = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
+        if image_size is None:
+            return build()
+        try:
+            return build(img_size=image_size)
+        except TypeError:  # the network takes any size, and has no such argument
+            return build()
+
+    stored = f"the folder of {getattr(config, 'hf_hub_id', None) or name} in the cache of huggingface_hub or torch.hub"
+    try:
+        model = _load(f"timm:{name}", pretrained, stored, create)
+    except (AssertionError, RuntimeError) as error:
+        raise _wrong_size(f"timm:{name}", image_size or usual, usual, error) from error
     model.feature_dim = model.head_hidden_size  # that of the features before the classifier, which some networks widen
-    return model
+    return model, usual

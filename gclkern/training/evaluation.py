@@ -18,6 +18,7 @@ from gclkern.training.processes import Processes
 
 _BINS = 15
 _ROWS = 4096
+_WIDTH = 9  # of a column of the table
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,31 @@ class Report:
     ece: float  # expected calibration error
     nll: float  # mean negative log-likelihood, in nats
 
+    @property
+    def balanced(self) -> float:
+        """Balanced accuracy: the mean of the classes' accuracies, which on a balanced test set is top-1. NaN without classes."""
+        known = [share for share in self.per_class if not math.isnan(share)]
+        return sum(known) / len(known) if known else math.nan
+
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: NaN, which JSON lacks, becomes None."""
-        return {**asdict(self), "per_class": [None if math.isnan(share) else share for share in self.per_class]}
+        """For JSON, with the balanced accuracy; what is not finite, which JSON lacks, becomes None."""
+        values: dict[str, Any] = _without_nan({**asdict(self), "balanced": self.balanced})
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`as_dict`."""
+        known = {name: values[name] for name in cls.__dataclass_fields__}
+        numbers = {name: math.nan if known[name] is None else known[name] for name in ("ece", "nll")}
+        return cls(**{**known, **numbers, "per_class": [math.nan if share is None else share for share in known["per_class"]]})
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], num_classes: int) -> Report:
@@ -40,6 +63,8 @@ def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequenc
 
     The calibration error has 15 bins of equal width of the confidence: sum over bins of |accuracy - mean confidence| * share of samples (Guo et al., "On
     calibration of modern neural networks", ICML 2017, Eq. 3).
+
+    A row with NaN or +Inf has no probabilities: it counts as wrong, and the calibration error and the negative log-likelihood become NaN.
 
     Raises:
         ValueError: shapes that do not match, no samples, or a label outside [0, C).
@@ -58,7 +83,7 @@ def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequenc
         raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
     parts = [_judge(rows, targets) for rows, targets in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
     confidence, right, nll = (torch.cat(column).double() for column in zip(*parts, strict=True))
-    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).long()
+    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).nan_to_num(0).long()  # the sum over the bins is NaN all the same
     gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
     hits = torch.zeros(num_classes, dtype=torch.float64, device=logits.device).index_add_(0, labels, right)
     per_class = hits / labels.bincount(minlength=num_classes)  # 0 / 0 is NaN: a class without test samples
@@ -76,23 +101,24 @@ def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence, whether the prediction is right, and the negative log-likelihood of each row."""
     log_shares = logits.float().log_softmax(1)
     best, predicted = log_shares.max(1)
-    return best.exp(), predicted == labels, -log_shares.gather(1, labels[:, None]).squeeze(1)
+    return best.exp(), (predicted == labels) & ~best.isnan(), -log_shares.gather(1, labels[:, None]).squeeze(1)
 
 
 def format_table(rows: Sequence[tuple[str, Report]]) -> str:
-    """A table of reports in percent, one row each; a dash where a group is empty.
+    """A table of reports in percent, one row each; a dash where a group is empty or a value is not a number.
 
     Example:
         >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
-                       top-1    many  medium     few     ECE     NLL
-        cross-entropy  80.00   95.00       -   60.00   10.00   0.700
+                         top-1 balanced     many   medium      few      ECE      NLL
+        cross-entropy    80.00    77.50    95.00        -    60.00    10.00    0.700
     """
     width = max((len(name) for name, _ in rows), default=0)
-    lines = [" " * width + "".join(f"{title:>8}" for title in ("top-1", *GROUPS, "ECE", "NLL"))]
+    titles = ("top-1", "balanced", *GROUPS, "ECE", "NLL")
+    lines = [" " * width + "".join(f"{title:>{_WIDTH}}" for title in titles)]
     for name, report in rows:
-        shares = [report.top1, *(report.groups.get(group) for group in GROUPS), report.ece]
-        cells = ["-" if share is None else f"{100 * share:.2f}" for share in shares] + [f"{report.nll:.3f}"]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
+        shares = [report.top1, report.balanced, *(report.groups.get(group) for group in GROUPS), report.ece]
+        cells = ["-" if share is None or math.isnan(share) else f"{100 * share:.2f}" for share in shares] + [f"{report.nll:.3f}"]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
     return "\n".join(lines)
 
 

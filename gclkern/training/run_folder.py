@@ -11,7 +11,7 @@ from typing import Any
 
 from gclkern.training.checkpoint import save_checkpoint
 
-COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "many", "medium", "few", "ece", "holdout")
+COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
 
 
 def new_folder(parent: Path, name: str) -> Path:

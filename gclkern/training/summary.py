@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,7 +54,7 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
     alone = Processes.alone(device)
     if data.holdout is not None and (run.path / "best.pt").exists():
         run.reports["best on held-out"] = evaluate(load_network(load_checkpoint(run.path / "best.pt"), data, device), data.test, data, alone, amp).as_dict()
-    reports = {name: _from_dict(report) for name, report in run.reports.items()}
+    reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
     summary = {
         "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
@@ -92,11 +91,6 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
         plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)
 
 
-def _from_dict(report: dict[str, Any]) -> Report:
-    """The inverse of :meth:`Report.as_dict`."""
-    return Report(**report | {"per_class": [math.nan if share is None else share for share in report["per_class"]]})
-
-
 def report_columns(report: Report) -> dict[str, float]:
     """A report as columns of the metrics."""
-    return {"top1": report.top1, **report.groups, "ece": report.ece}
+    return {"top1": report.top1, "balanced": report.balanced, **report.groups, "ece": report.ece, "nll": report.nll}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -21,6 +22,22 @@ def test_own_networks(name: str, channels: int, side: int) -> None:
     assert features.shape == (2, backbone.feature_dim)
     features.sum().backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 64])
+def test_every_feature_of_the_small_network_sees_the_whole_image(side: int) -> None:
+    backbone = build_backbone("small-cnn", in_channels=1, image_size=side).eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.ones_(module.weight)
+    images = torch.zeros(1, 1, side, side, requires_grad=True)
+    last = backbone.get_submodule("layers")(images + 1)
+    last[0, 0, last.shape[2] // 2, last.shape[3] // 2].backward()
+    assert images.grad is not None
+    seen = images.grad[0, 0] > 0
+    # 8 x 8 pixels keep the three convolutions that digits-lt was tuned with: 9 pixels in a row, of which the border cuts one off
+    assert seen.float().mean() > (0.7 if side == 8 else 0.9)
+    assert last.shape[2] == 4
 
 
 def test_resnet32_is_the_papers() -> None:
@@ -84,6 +101,46 @@ def test_no_connection_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 could not be fetched .*no route.*leave out --pretrained"):
         build_backbone("resnet18", pretrained=True)
+
+
+@needs_torchvision
+@pytest.mark.parametrize(("name", "side", "cause"), [("densenet121", 16, "Given input size"), ("vit_b_16", 100, "Input shape indivisible by patch size!")])
+def test_sizes_that_a_network_cannot_take_are_refused_before_training(name: str, side: int, cause: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} cannot take images of {side} pixels \({cause}.*; take image files with --image-size 224, or another"):
+        build_backbone(name, image_size=side)
+
+
+@needs_torchvision
+@pytest.mark.parametrize(("name", "side", "fewest"), [("resnet18", 32, 2), ("resnet18", 64, 1), ("small-cnn", 8, 1)])
+def test_batch_normalisation_of_one_pixel_needs_two_images(name: str, side: int, fewest: int) -> None:
+    backbone = build_backbone(name, image_size=side)
+    assert backbone.fewest_images == fewest
+    assert backbone.training, "as it was before it was tried"
+    assert not any(module._forward_pre_hooks for module in backbone.modules())
+    images = torch.zeros(1, 3, side, side)
+    if fewest == 1:
+        backbone(images)
+    else:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            backbone(images)
+
+
+@needs_torchvision
+def test_a_damaged_file_of_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    stored = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    stored.parent.mkdir()
+    stored.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=rf"stored weights of resnet18 are damaged .*; delete {stored} and run again"):
+        build_backbone("resnet18", pretrained=True)
+    stored.unlink()
+
+    def offline(*args: object, **options: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+        build_backbone("resnet18", pretrained=True)  # the remedy: it is fetched anew
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,24 @@ def test_a_group_without_test_samples_is_absent() -> None:
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["per_class"] == [1.0, 1.0, None]
 
 
+def test_balanced_accuracy_counts_classes_alike_and_leaves_out_those_without_samples() -> None:
+    report = evaluate_logits(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]), {}, 3)
+    assert (report.top1, report.balanced) == (0.75, 0.5)
+    assert math.isnan(Report(0.5, {}, [math.nan], 0, 0).balanced)
+
+
+@pytest.mark.parametrize("odd", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_that_are_no_numbers(odd: list[float]) -> None:
+    """Training that ran away is reported as such: the rows are wrong, and there is no calibration."""
+    report = evaluate_logits(torch.tensor([[1.0, 0.0], odd, [-math.inf, 2.0]]), torch.tensor([0, 0, 1]), {"many": [0], "few": [1]}, 2)
+    assert report.top1 == pytest.approx(2 / 3)
+    assert report.groups == {"many": 0.5, "few": 1.0}
+    assert math.isnan(report.ece)
+    assert math.isnan(report.nll)
+    again = Report.from_dict(json.loads(json.dumps(report.as_dict(), allow_nan=False)))
+    np.testing.assert_equal(vars(again), vars(report))
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
@@ -69,7 +87,9 @@ def test_evaluation_refuses(logits: torch.Tensor, labels: torch.Tensor, message:
 
 
 def test_table_shows_percent_and_a_dash_for_an_absent_group() -> None:
-    header, first, second = format_table([("ce", Report(0.5, {"many": 1.0}, [], 0.25, 1.5)), ("gcl", Report(1.0, {"few": 0.125}, [], 0.0, 0.0))]).splitlines()
-    assert header.split() == ["top-1", "many", "medium", "few", "ECE", "NLL"]
-    assert first.split() == ["ce", "50.00", "100.00", "-", "-", "25.00", "1.500"]
-    assert second.split() == ["gcl", "100.00", "-", "-", "12.50", "0.00", "0.000"]
+    header, first, second = format_table(
+        [("ce", Report(0.5, {"many": 1.0}, [0.5, 0.0], 0.25, 1.5)), ("gcl", Report(1.0, {"few": 0.125}, [], math.nan, math.nan))]
+    ).splitlines()
+    assert header.split() == ["top-1", "balanced", "many", "medium", "few", "ECE", "NLL"]
+    assert first.split() == ["ce", "50.00", "25.00", "100.00", "-", "-", "25.00", "1.500"]
+    assert second.split() == ["gcl", "100.00", "-", "-", "-", "12.50", "-", "nan"]

@@ -52,8 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in table(run[1])}
-    assert rows["top-1"] == ["many", "medium", "few", "ECE", "NLL"]
-    assert all(len(rows[name]) == 6 for name in ("baseline", "stage-1", "stage-2"))
+    assert rows["top-1"] == ["balanced", "many", "medium", "few", "ECE", "NLL"]
+    assert all(len(rows[name]) == 7 for name in ("baseline", "stage-1", "stage-2"))
 
 
 def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
