@@ -40,8 +40,10 @@ COLORS = ("#0b6e4f", "#d1495b", "#00798c", "#edae49", "#5c4d7d", "#8d6b94", "#30
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """A table of Markdown, in which columns of figures stand to the right."""
+    rows = [list(row) for row in rows]
+    sides = ["---:" if all(cell[:1].isdigit() for cell in column if cell) else "---" for column in zip(*rows, strict=True)]
+    lines = [list(header), ["---", *sides[1:]], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

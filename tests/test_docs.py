@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 import gclkern
 import gclkern.distributed
+import train
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["gclkern", *(m.name for m in pkgutil.walk_packages(gclkern.__path__, "gclkern.") if not m.name.startswith("gclkern.kernels"))]
@@ -45,6 +48,31 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     broken = [link for link in links if not link.startswith("https://") and not (page.parent / link.partition("#")[0]).exists()]
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_of_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    files = re.findall(r"`((?:gclkern|kernels|tests|benchmarks|docs|\.ci)/[\w./-]*)`", text)
+    modules = re.findall(r"python -m ((?:gclkern|benchmarks)[\w.]*)", text)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_commands_of_pages_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag that README and the page on training give to train.py exists, with the value that they give it."""
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--help"])
+    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in f"{readme}\n{page}".splitlines() if re.match(r"(python|torchrun .*) train\.py", line)]
+    assert len(commands) > 5
+    for command in commands:
+        arguments = command[command.index("train.py") + 1 :]
+        if not {"--resume", "--evaluate", "--help"} & set(arguments):  # those need a finished run
+            train.parse_arguments(arguments)
+    named = set(re.findall(r"--[a-z][\w-]*", page)) | {part for command in commands for part in command if part.startswith("--")}
+    assert named - known - {"--nproc-per-node"} == set()
 
 
 def test_the_first_code_of_the_readme_is_what_ci_runs() -> None:
