@@ -10,14 +10,40 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from gclkern.training.data import DataIdentity, DataSplits, EvaluationTransform, class_difference, data_difference
+
 _FORMAT = "gclkern.training.checkpoint"
-_VERSION = 1
+_VERSION = 2  # of the keys of Checkpoint
+
+
+class Checkpoint(TypedDict):
+    """Everything in a checkpoint of train.py. The network can be used without its data set; a run in progress has the last five keys, too."""
+
+    kind: Literal["network", "training"]
+    name: str  # of the phase, such as "stage-1"
+    config: dict[str, Any]  # of RunConfig
+    network: dict[str, Tensor]  # its state_dict, with the scale of its logits
+    model: str  # of the backbone
+    head: str  # kind of classifier
+    in_channels: int
+    image_size: int
+    transform: EvaluationTransform
+    temperature: float | None  # divides the logits; None where none was fitted
+    groups: dict[str, list[int]]  # "many", "medium", "few": class indices
+    data: DataIdentity  # class names and counts of the training set, and what it is recognised by
+
+    progress: NotRequired[dict[str, Any]]  # of Progress
+    trainer: NotRequired[dict[str, Any]]  # of Trainer; the averaged network is its "average"
+    history: NotRequired[list[dict[str, Any]]]  # of RunFolder, as the next two
+    reports: NotRequired[dict[str, dict[str, Any]]]
+    seconds: NotRequired[float]
 
 
 class CheckpointError(RuntimeError):
@@ -44,13 +70,13 @@ def _update(digest: Any, value: object) -> None:
         raise TypeError(f"a checkpoint holds containers, numbers, strings and tensors, got {type(value).__name__}")
 
 
-def _digest(state: dict[str, Any]) -> str:
+def _digest(state: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     _update(digest, state)
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> None:
     """Write `state` so that `path` is always a whole checkpoint, this one or the one before.
 
     Args:
@@ -83,7 +109,7 @@ def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
             os.close(folder)
 
 
-def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu") -> Checkpoint:
     """Read what :func:`save_checkpoint` wrote; no code from the file runs.
 
     Raises:
@@ -104,5 +130,24 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
         raise CheckpointError(f"{path} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
     if content.get("digest") != _digest(content["state"]):
         raise CheckpointError(f"{path} is damaged: its values do not match its digest; use another checkpoint")
-    state: dict[str, Any] = content["state"]
-    return state
+    return cast("Checkpoint", content["state"])
+
+
+def check_same_classes(checkpoint: Checkpoint, data: DataSplits) -> None:
+    """Refuse to evaluate a network on classes other than its own.
+
+    Raises:
+        CheckpointError: the classes differ; the message says how.
+    """
+    if difference := class_difference(checkpoint["data"], data.identity):
+        raise CheckpointError(f"{difference}; evaluate the network on its own classes")
+
+
+def check_same_data(checkpoint: Checkpoint, data: DataSplits) -> None:
+    """Refuse to go on with a run on data other than its own. Its files may have moved.
+
+    Raises:
+        CheckpointError: the data differs; the message says how.
+    """
+    if difference := data_difference(checkpoint["data"], data.identity):
+        raise CheckpointError(f"{difference}; go on with the data that the run began with, or start a new run")

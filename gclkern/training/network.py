@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gclkern.distributed import ShardedCosineLinear
 from gclkern.layers import CosineLinear, unit_rows
 from gclkern.training.backbones import build_backbone
-from gclkern.training.checkpoint import CheckpointError
+from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_data, load_checkpoint
+from gclkern.training.config import STAGE_1_IGNORES, RunConfig
 from gclkern.training.data import DataSplits
 from gclkern.training.recipes import Phase, default_model
 from gclkern.training.seeds import derive_seed
@@ -78,21 +79,30 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
     network.head = new
 
 
-def build_network(head: str, data: DataSplits, config: dict[str, Any], device: torch.device, *, pretrained: bool = False) -> Network:
-    """A fresh network by the arguments of a run; its weights depend on their seed alone."""
-    torch.manual_seed(derive_seed(config["seed"], "weights"))
-    model = config["model"] or default_model(config["data"])
-    backbone: Any = build_backbone(model, image_size=data.image_size, in_channels=data.channels, pretrained=pretrained)
-    network = Network(backbone, build_head(head, backbone.feature_dim, data.num_classes)).to(device)
-    return network.to(memory_format=torch.channels_last) if config["channels_last"] else network  # type: ignore[call-overload]
+def model_name(config: RunConfig) -> str:
+    """The backbone of a run: the given one, or the data set's usual."""
+    return config.model or default_model(config.data)
 
 
-def prepare(phase: Phase, network: Network | None, data: DataSplits, config: dict[str, Any], device: torch.device) -> Network:
+def build_network(
+    model: str, head: str, num_classes: int, *, in_channels: int, image_size: int, channels_last: bool = False, pretrained: bool = False
+) -> Network:  # fmt: skip
+    """A network on the CPU, with random weights or a pretrained backbone."""
+    backbone: Any = build_backbone(model, image_size=image_size, in_channels=in_channels, pretrained=pretrained)
+    network = Network(backbone, build_head(head, backbone.feature_dim, num_classes))
+    return network.to(memory_format=torch.channels_last) if channels_last else network  # type: ignore[call-overload]
+
+
+def prepare(phase: Phase, network: Network | None, data: DataSplits, config: RunConfig, device: torch.device) -> Network:
     """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
     if network is None or phase.start == "fresh":
-        pretrained = config["data"] == "places-lt" if config["pretrained"] is None else config["pretrained"]
-        return build_network(phase.head, data, config, device, pretrained=pretrained)
-    torch.manual_seed(derive_seed(config["seed"], "new head"))
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        pretrained = config.data == "places-lt" if config.pretrained is None else config.pretrained
+        return build_network(
+            model_name(config), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size, channels_last=config.channels_last,
+            pretrained=pretrained,
+        ).to(device)  # fmt: skip
+    torch.manual_seed(derive_seed(config.seed, "new head"))
     replace_head(network, phase.head, keep=phase.start == "previous")
     return network
 
@@ -120,24 +130,50 @@ def whole_state(network: Network) -> dict[str, Tensor]:
     return state
 
 
-def network_state(config: dict[str, Any], phase: Phase, network: Network) -> dict[str, Any]:
-    """What a checkpoint of a network holds."""
-    return {"kind": "network", "config": config, "name": phase.name, "head": phase.head, "network": whole_state(network)}
+def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig) -> Checkpoint:
+    """What a checkpoint of a network holds; a collective call."""
+    return {
+        "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config), "head": phase.head,
+        "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(), "temperature": None,
+        "groups": data.groups, "data": data.identity,
+    }  # fmt: skip
 
 
-def load_network(state: dict[str, Any], data: DataSplits, device: torch.device, *, averaged: bool = False) -> Network:
+def load_network(checkpoint: Checkpoint, device: torch.device, *, averaged: bool = False) -> Network:
     """The network of a checkpoint; with `averaged` that of its averaged weights, where it has them.
 
     Raises:
-        CheckpointError: the data set has another number of classes, or the network is another one.
+        CheckpointError: the weights do not fit the network that the checkpoint names.
     """
-    weights = state["average"] if averaged and state.get("average") else state["network"]
-    classes = weights["head.weight"].shape[0]
-    if classes != data.num_classes:
-        raise CheckpointError(f"the checkpoint has {classes} classes, {data.name} has {data.num_classes}; evaluate it on its own data set")
-    network = build_network(state["head"], data, state["config"], device)
+    average = checkpoint["trainer"]["average"] if averaged and "trainer" in checkpoint else None
+    weights = average or checkpoint["network"]
+    network = build_network(
+        checkpoint["model"], checkpoint["head"], len(checkpoint["data"]["class_counts"]), in_channels=checkpoint["in_channels"],
+        image_size=checkpoint["image_size"], channels_last=checkpoint["config"]["channels_last"],
+    )  # fmt: skip
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit its network on images of {data.name}; evaluate it on its own data set") from error
-    return network
+        name = checkpoint["model"]
+        raise CheckpointError(f"the weights of the checkpoint do not fit {name}; use the versions of gclkern and of {name}'s library that wrote it") from error
+    return network.to(device)
+
+
+def load_stage1(config: RunConfig, data: DataSplits, device: torch.device) -> Network:
+    """The network of the finished stage 1 that `config.stage1` names.
+
+    Raises:
+        CheckpointError: the file is not the checkpoint of a finished stage 1, or was trained on other data.
+        ValueError: it was trained with settings that this run's stage 1 does not have.
+    """
+    assert config.stage1 is not None
+    checkpoint = load_checkpoint(config.stage1)
+    if checkpoint["kind"] != "network" or not checkpoint["name"].startswith("stage-1"):
+        raise CheckpointError(f"`stage1`: {config.stage1} holds {checkpoint['name']} of kind {checkpoint['kind']}; give stage-1.pt of a finished run")
+    theirs = RunConfig.from_dict(checkpoint["config"])
+    for name in config.changed_from(theirs):
+        if name not in STAGE_1_IGNORES:
+            old, new = getattr(theirs, name), getattr(config, name)
+            raise ValueError(f"`stage1`: {config.stage1} was trained with `{name}={old}`, this run has {new}; give the same")
+    check_same_data(checkpoint, data)
+    return load_network(checkpoint, device)

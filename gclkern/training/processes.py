@@ -26,7 +26,7 @@ class Processes:
         self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise ValueError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+                raise ValueError("`device=cuda`: torch sees no CUDA device here; leave it out to run on the CPU")
             if local >= torch.cuda.device_count():
                 found = torch.cuda.device_count()
                 raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {found}; start torchrun with --nproc-per-node {found}")

@@ -16,6 +16,7 @@ from torch import nn
 from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
+from gclkern.training.config import RunConfig
 from gclkern.training.schedules import Schedule
 from gclkern.weights import drw_weights, effective_number_weights
 
@@ -192,22 +193,52 @@ def plan(
         phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=_MISLAS_STEPS.factors))
     phases[1:] = [replace(phase, weight_decay=(stage1 or {}).get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
     retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
-    given = ", ".join("--sampler" if name == "sampler" else f"--retrain-{name.replace('_', '-')}" for name in stage2 or {})
+    given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
         second = _scaled(_second_stage(retrain, settings, phases[0]), epochs_scale)
         if stage2 and not second.epochs:
-            raise ValueError(f"--retrain {retrain} does not train; leave out the settings of stage 2: {given}")
+            raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
         phases.append(replace(second, **(stage2 or {})))
     elif stage2:
-        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose a --retrain")
+        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose `retrain`")
     if cloud is not None:
         phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
         if not any(phase.loss == "gcl" for phase in phases):
-            raise ValueError(f"--cloud {cloud}: the method {method} has no clouds; leave it out, or choose gcl")
+            raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or choose gcl")
     if baseline:
         plain = _first_stage("ce", settings, class_counts)[0]
         epochs = sum(phase.epochs for phase in phases)
         phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=epochs, trains=phases[0].trains))
+    return phases
+
+
+def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list[Phase]:
+    """The phases of a run on a number of processes.
+
+    Raises:
+        ValueError: settings that do not go together; the message names them.
+    """
+    stage1 = {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "sampler": config.stage1_sampler, "mixup": config.mixup}
+    stage1 |= {"weight_decay": config.weight_decay, "trains": config.train}
+    stage2 = {"epochs": config.retrain_epochs, "batch_size": config.retrain_batch_size, "lr": config.retrain_lr, "sampler": config.sampler}
+    phases = plan(
+        config.method, config.retrain, config.data, class_counts, baseline=config.data == "digits-lt" if config.baseline is None else config.baseline,
+        epochs_scale=config.epochs_scale, cloud=config.cloud,
+        stage1={name: value for name, value in stage1.items() if value is not None},
+        stage2={name: value for name, value in stage2.items() if value is not None},
+    )  # fmt: skip
+    whole = [phase.name for phase in phases if phase.name != "baseline" and (phase.loss, phase.head) != ("gcl", "cosine")]
+    if config.shard_classes and config.amp == "fp16":
+        raise ValueError("`shard_classes`: with `amp=fp16` each process would skip steps of its own; take `amp=bf16`")
+    if config.shard_classes and whole:
+        remedy = "take `method=gcl` or `method=gcl+dro-lt`, with `retrain=gcl`, `retrain=crt` or `retrain=none`"
+        raise ValueError(f"`shard_classes`: the loss of {whole[0]} takes the logits of all classes; {remedy}")
+    if config.stage1 and phases[-1].name != "stage-2":
+        raise ValueError(f"`stage1`: there is no stage 2 to go on with after {config.stage1}; choose one with `retrain`")
+    for phase in phases:
+        if phase.batch_size % (processes * config.accumulate):
+            parts = f"{processes} processes times `accumulate={config.accumulate}`"
+            raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {parts}")
     return phases
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gclkern.training.checkpoint import save_checkpoint
+from gclkern.training.checkpoint import Checkpoint, save_checkpoint
+from gclkern.training.config import RunConfig
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
 
@@ -37,25 +38,24 @@ class RunFolder:
     that a resumed run leaves the same files as one that was left alone.
     """
 
-    def __init__(
-        self, path: Path, config: dict[str, Any], *, write: bool, history: list[dict[str, Any]], reports: dict[str, dict[str, Any]], seconds: float
-    ) -> None:
+    def __init__(self, path: Path, config: RunConfig, *, write: bool, checkpoint: Checkpoint | None = None) -> None:
         self.path, self.config, self.write = path, config, write
-        self.history, self.reports = history, reports
-        self._started = time.monotonic() - seconds
+        self.history: list[dict[str, Any]] = checkpoint["history"] if checkpoint else []
+        self.reports: dict[str, dict[str, Any]] = checkpoint["reports"] if checkpoint else {}
+        self._started = time.monotonic() - (checkpoint["seconds"] if checkpoint else 0.0)
         self.board: Any = None
         if not write:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         except OSError as error:
-            raise OSError(f"--out: the folder {path} cannot be written ({error.strerror}); choose another one") from error
+            raise OSError(f"the folder of the run, {path}, cannot be written ({error.strerror}); choose another one") from error
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             return
-        self.board = SummaryWriter(str(path), purge_step=len(history))
+        self.board = SummaryWriter(str(path), purge_step=len(self.history))
 
     @property
     def seconds(self) -> float:
@@ -77,6 +77,6 @@ class RunFolder:
                 if isinstance(value, float):
                     self.board.add_scalar(f"{row['phase']}/{name}", value, len(self.history) - 1)
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
+    def save(self, name: str, checkpoint: Checkpoint) -> None:
         if self.write:
-            save_checkpoint(self.path / name, state)
+            save_checkpoint(self.path / name, checkpoint)

@@ -16,7 +16,7 @@ from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
 from gclkern.training.extras import need
-from gclkern.training.network import load_network
+from gclkern.training.network import load_network, model_name
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase
 from gclkern.training.run_folder import RunFolder, write_text
@@ -28,14 +28,14 @@ def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
     return bar(total=images, initial=done, desc=name, unit=" img", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 30.0, disable=not show)
 
 
-def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], model: str, device: torch.device) -> str:
+def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: torch.device) -> str:
     """What a run is going to do: data, network and the settings of every phase."""
     groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in data.groups.items())
     held = "" if data.holdout is None else f", {len(data.holdout)} held out"
     lines = [
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
-        f"{model} on {device}, results in {run.path}",
+        f"{model_name(run.config)} on {device}, results in {run.path}",
     ]
     for phase in phases:
         if not phase.epochs:
@@ -53,19 +53,19 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
     """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there."""
     alone = Processes.alone(device)
     if data.holdout is not None and (run.path / "best.pt").exists():
-        run.reports["best on held-out"] = evaluate(load_network(load_checkpoint(run.path / "best.pt"), data, device), data.test, data, alone, amp).as_dict()
+        run.reports["best on held-out"] = evaluate(load_network(load_checkpoint(run.path / "best.pt"), device), data.test, data, alone, amp).as_dict()
     reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
     summary = {
         "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
-        "groups": data.groups, "config": run.config, "seconds": round(run.seconds, 1),
+        "groups": data.groups, "config": run.config.to_dict(), "seconds": round(run.seconds, 1),
     }  # fmt: skip
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if run.board is not None:
         run.board.close()
     if pictures:
         done = [phase for phase in phases if phase.name in reports]
-        found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), data, device), data.test, alone, amp=amp)
+        found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), device), data.test, alone, amp=amp)
                  for phase in (*compared(done), done[-1])}  # fmt: skip
         draw_pictures(run.path, reports, done, found, data)
     print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))  # noqa: T201

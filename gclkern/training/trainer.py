@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,13 +13,19 @@ from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear, ShardedLinearGCLLoss
 from gclkern.losses import DROLTLoss, GCLLoss, LinearGCLLoss
-from gclkern.training.network import Network, whole_state
+from gclkern.training.config import RunConfig
+from gclkern.training.network import Network, shard_classifier, whole_state
 from gclkern.training.processes import Processes
+from gclkern.training.recipes import Phase, build_loss
 from gclkern.training.seeds import derive_seed
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStep(nn.Module):
     """From images to the loss, as one module: what is compiled, captured or run on several ranks."""
+
+    loss: Any
 
     def __init__(self, network: Network, loss: nn.Module, *, trains: str, robust: DROLTLoss | None = None, robust_weight: float = 0.0) -> None:
         super().__init__()
@@ -32,7 +38,7 @@ class TrainingStep(nn.Module):
         if self.trains != "last-block":
             return {"all": [self.network], "backbone": [backbone], "head": [head], "scale": [head]}[self.trains]
         if not isinstance(getattr(backbone, "layer4", None), nn.Module):
-            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; give --train all")
+            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; take `train=all`")
         return [backbone.layer4, head]
 
     def learn(self) -> list[nn.Parameter]:
@@ -89,16 +95,6 @@ def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -
         order = order.pin_memory()  # else the copy would wait for the device
     order = order.to(images.device, non_blocking=True)
     return images.mul(share).add_(images[order], alpha=1 - share), target[order], torch.full((), share, device=images.device)
-
-
-def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
-    """Batches of `size` indices; fewer at the end are left out."""
-    batch: list[int] = []
-    for index in order:
-        batch.append(index)
-        if len(batch) == size:
-            yield batch
-            batch = []
 
 
 @torch.no_grad()
@@ -165,7 +161,7 @@ class Trainer:
 
     Args:
         module: what computes the loss; its :meth:`TrainingStep.learn` says what is trained.
-        ranks: this process among all.
+        processes: this process among all.
         weight_decay: of all that learns.
         mixup: alpha of the Beta distribution, 0 for none.
         accumulate: parts in which a batch is run.
@@ -180,22 +176,23 @@ class Trainer:
     """
 
     def __init__(
-        self, module: TrainingStep, ranks: Processes, *, weight_decay: float, mixup: float = 0.0, accumulate: int = 1, amp: torch.dtype | None = None,
+        self, module: TrainingStep, processes: Processes, *, weight_decay: float, mixup: float = 0.0, accumulate: int = 1, amp: torch.dtype | None = None,
         ema: float = 0.0, compiled: bool = False, capture: bool | None = None, channels_last: bool = False,
     ) -> None:  # fmt: skip
-        device = ranks.device
-        possible = device.type == "cuda" and ranks.world == 1 and accumulate == 1 and amp != torch.float16 and not compiled
+        device = processes.device
+        possible = device.type == "cuda" and processes.world == 1 and accumulate == 1 and amp != torch.float16 and not compiled
         if capture and not possible:
-            raise ValueError("--capture needs a GPU, one process, --accumulate 1, no --amp fp16 and no --compile; leave it out")
+            raise ValueError("`capture` needs a GPU, one process, `accumulate=1`, not `amp=fp16` and not `compile`; leave it out")
         capture = possible if capture is None else capture
-        self.module, self.ranks, self.mixup, self.accumulate, self.amp, self.ema, self.channels_last = module, ranks, mixup, accumulate, amp, ema, channels_last
+        self.module, self.processes, self.channels_last = module, processes, channels_last
+        self.mixup, self.accumulate, self.amp, self.ema = mixup, accumulate, amp, ema
         rate = torch.zeros((), device=device) if capture else 0.0  # a captured step reads the rate from the device
         # Not with a scaler: the fused kernel skips a step whose gradients overflow, as the first ones do, but its momentum then holds what the memory held.
         fused = device.type == "cuda" and amp != torch.float16
         self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
-        self.runnable: Any = parallel(module) if ranks.world > 1 else module
+        self.runnable: Any = parallel(module) if processes.world > 1 else module
         # The parts of a step add up on each process; only the last one's backward sends the gradients to the others.
         self.kept_here: Any = getattr(self.runnable, "no_sync", nullcontext)
         if compiled:
@@ -206,23 +203,23 @@ class Trainer:
         """The learning rate of the steps to come."""
         for group in self.optimizer.param_groups:
             # where a captured step reads it; the checkpoint of a run that was not captured has a number
-            group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.ranks.device).fill_(rate)
+            group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.processes.device).fill_(rate)
 
     def step(self, images: Tensor, target: Tensor, seed: int, count: int, **centroids: Tensor) -> Tensor:
         """Train on this rank's images and return their loss: () float32. `seed` is for all that is random; `count` steps of the phase came before."""
-        loss = torch.zeros((), device=self.ranks.device)
+        loss = torch.zeros((), device=self.processes.device)
         if self.captured is None:
             self.optimizer.zero_grad()
         for part in range(self.accumulate):
             # The draws of a step are dealt out to blocks in turn, so that two processes train as one does that accumulates two parts.
-            block = part * self.ranks.world + self.ranks.rank
+            block = part * self.processes.world + self.processes.rank
             torch.manual_seed(derive_seed(seed, "layers", block))  # for layers that draw, such as dropout
             inputs = {"images": images[part :: self.accumulate], "target": target[part :: self.accumulate], **centroids}
             if self.mixup:
                 inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], self.mixup, seed, block)
             if self.channels_last:
                 inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
-            inputs["seed"] = torch.full((), seed, device=self.ranks.device)  # unlike torch.tensor it waits for nothing
+            inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor it waits for nothing
             with self.kept_here() if part + 1 < self.accumulate else nullcontext():
                 loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
         if self.captured is None:
@@ -233,7 +230,7 @@ class Trainer:
         return loss
 
     def _forward_backward(self, row_offset: int, **inputs: Tensor) -> Tensor:
-        with torch.autocast(self.ranks.device.type, dtype=self.amp, enabled=self.amp is not None, cache_enabled=self.captured is None):
+        with torch.autocast(self.processes.device.type, dtype=self.amp, enabled=self.amp is not None, cache_enabled=self.captured is None):
             loss: Tensor = self.runnable(row_offset=row_offset, **inputs) / self.accumulate
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -245,7 +242,7 @@ class Trainer:
         return loss
 
     @property
-    def shown(self) -> Network:
+    def eval_network(self) -> Network:
         """What is evaluated: the averaged network where there is one."""
         return self.module.network if self.average is None else self.average
 
@@ -275,3 +272,18 @@ class Trainer:
         for module, name in ((self.module.robust, "robust"), (self.average, "average")):
             if module is not None:
                 module.load_state_dict(state[name])
+
+
+def build_trainer(phase: Phase, network: Network, class_counts: list[int], config: RunConfig, processes: Processes) -> Trainer:
+    """The trainer of a phase. With `shard_classes` the network's classifier is spread over the processes."""
+    sharded = config.shard_classes and phase.loss == "gcl"
+    if sharded:
+        shard_classifier(network)
+    loss: Any = build_loss(phase, class_counts, sharded=sharded).to(processes.device)
+    network.scale.fill_(loss.scale)
+    robust = DROLTLoss(class_counts).to(processes.device) if phase.robust else None
+    return Trainer(
+        TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust), processes, weight_decay=phase.weight_decay,
+        mixup=phase.mixup, accumulate=config.accumulate, amp=AMP[config.amp], ema=config.ema, compiled=config.compile, capture=config.capture,
+        channels_last=config.channels_last,
+    )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import train
 from benchmarks import accuracy, render_results
 from benchmarks.accuracy import METHODS, TABLES, Bench, Run, Table, run_all, runs_of, tables
 from benchmarks.published import PUBLISHED
+from gclkern.training.recipes import plan_run
 
 # Stands for train.py: writes down how it was started and leaves what a run leaves. Seed 7 works until it is told to stop, seed 8 does not even stop then.
 TRAIN = """
@@ -63,8 +63,7 @@ def test_train_understands_every_run() -> None:
     found: dict[str, list[str]] = {}
     for table in TABLES.values():
         for run in runs_of(table):
-            args, _ = train.parse_arguments(run.arguments)
-            phases = train.plan_run(args, SimpleNamespace(class_counts=[500, 50, 5]))
+            phases = plan_run(train.parse_arguments(run.arguments).config, [500, 50, 5], 1)
             assert (phases[-1].name == "stage-2") >= (run.base is not None)
             assert found.setdefault(run.name, run.arguments) == run.arguments
     assert len(found) > 200
@@ -77,8 +76,8 @@ def test_train_understands_every_run() -> None:
     ("dro-lt", 0.1, [20, 2, 1]),
 ])  # fmt: skip
 def test_schedules(method: str, scale: float, epochs: list[int]) -> None:
-    args, _ = train.parse_arguments(made(method, scale=scale).arguments)
-    assert [phase.epochs for phase in train.plan_run(args, SimpleNamespace(class_counts=[500, 5]))] == epochs
+    config = train.parse_arguments(made(method, scale=scale).arguments).config
+    assert [phase.epochs for phase in plan_run(config, [500, 5], 1)] == epochs
 
 
 def test_published_numbers_belong_to_methods() -> None:

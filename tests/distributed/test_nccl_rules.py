@@ -192,7 +192,7 @@ def test_training_and_evaluation(rules: Rules, sharded: bool, monkeypatch: pytes
     step.train()
     loss = trainer.step(torch.randn(2 * ROWS, 3, 8, 8, device=META), torch.zeros(2 * ROWS, dtype=torch.int64, device=META), 3, 0, **centroids)
     assert ranks.mean(loss).device == META
-    logits, features = predict(trainer.shown, Images(), ranks, batch_size=2)
+    logits, features = predict(trainer.eval_network, Images(), ranks, batch_size=2)
     assert (logits.shape, features.shape) == ((ROWS + 1, CLASSES), (ROWS + 1, WIDTH))
     state = trainer.state_dict()
     assert state["average"]["head.weight"].shape == (CLASSES, WIDTH)

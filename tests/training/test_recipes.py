@@ -137,7 +137,7 @@ def test_weight_decay_is_that_of_all_phases() -> None:
 
 @pytest.mark.parametrize("retrain", ["none", "ncm", "tau-norm"])
 def test_settings_that_nothing_takes_are_refused(retrain: str) -> None:
-    with pytest.raises(ValueError, match=r"settings of .*--retrain-lr"):
+    with pytest.raises(ValueError, match=r"settings of .*`retrain_lr`"):
         plan("ce", retrain, "digits-lt", COUNTS, stage2={"lr": 0.1})
 
 

@@ -104,7 +104,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--accumulate", "5"], "does not divide"),
     (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
-    (["--out", "README.md"], "--out: the folder README.md cannot be written (File exists); choose another one"),
+    (["--out", "README.md"], "the folder of the run, README.md, cannot be written (File exists); choose another one"),
     (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
     (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
     (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
@@ -114,7 +114,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm"),
     (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
     (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
-    (["--shard-classes", "--amp", "fp16"], "use --amp bf16"),
+    (["--shard-classes", "--amp", "fp16"], "take --amp bf16"),
     (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
     (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip

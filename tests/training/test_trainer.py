@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gclkern.training.backbones import build_backbone
+from gclkern.training.batches import step_batches
 from gclkern.training.network import Network, build_head
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
-from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, mixup, step_batches
+from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, mixup
 
 COUNTS = [50, 20, 5]
 
@@ -86,7 +87,7 @@ def test_only_the_last_block_learns() -> None:
     step.train()
     assert network.backbone.layer4.training
     assert not network.backbone.layer3.training
-    with pytest.raises(ValueError, match="--train all"):
+    with pytest.raises(ValueError, match="`train=all`"):
         TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.loss, trains="last-block").learn()
 
 
@@ -104,18 +105,18 @@ def test_batches_are_full() -> None:
     assert list(step_batches(iter(range(7)), 3)) == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_the_average_is_what_is_shown() -> None:
+def test_the_average_is_what_is_evaluated() -> None:
     network = Network(Backbone(), build_head("linear", 4, 3))
     step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
     ranks = Processes.alone(torch.device("cpu"))
-    assert Trainer(step, ranks, weight_decay=0.0).shown is network
+    assert Trainer(step, ranks, weight_decay=0.0).eval_network is network
     trainer = Trainer(step, ranks, weight_decay=0.0, ema=0.9)
     before = network.head.weight.detach().clone()
     trainer.set_rate(0.1)
     trainer.step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 0, 0)
     # in the first step the decay is (1 + 0) / (10 + 0)
-    torch.testing.assert_close(trainer.shown.head.weight, 0.1 * before + 0.9 * network.head.weight)
-    with pytest.raises(ValueError, match="--capture needs a GPU"):
+    torch.testing.assert_close(trainer.eval_network.head.weight, 0.1 * before + 0.9 * network.head.weight)
+    with pytest.raises(ValueError, match="`capture` needs a GPU"):
         Trainer(step, ranks, weight_decay=0.0, capture=True)
 
 

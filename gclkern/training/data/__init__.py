@@ -9,11 +9,15 @@ from gclkern.training.data.decode import CorruptImageError
 from gclkern.training.data.digits import load_digits
 from gclkern.training.data.files import ListImages
 from gclkern.training.data.folders import load_folder
-from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, ImageSet
+from gclkern.training.data.identity import DataIdentity, class_difference, data_difference
+from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, ImageSet
 from gclkern.training.data.lists import LISTS, load_lists
 from gclkern.training.data.longtail import stratified_split
 
-__all__ = ["CIFAR", "DATASETS", "CorruptImageError", "DataSplits", "DeviceImages", "Epoch", "ImageSet", "ListImages", "load_data"]
+__all__ = [
+    "CIFAR", "DATASETS", "CorruptImageError", "DataIdentity", "DataSplits", "DeviceImages", "Epoch", "EvaluationTransform", "ImageSet", "ListImages",
+    "class_difference", "data_difference", "load_data",
+]  # fmt: skip
 
 DATASETS = ("digits-lt", *CIFAR, *LISTS, "list", "folder")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from gclkern.training.data.decode import CorruptImageError, open_image
 from gclkern.training.data.duplicates import duplicate_notes
 from gclkern.training.data.groups import count_groups
-from gclkern.training.data.images import DataSplits, Epoch, uniform_numbers
+from gclkern.training.data.images import DataSplits, Epoch, EvaluationTransform, uniform_numbers
 from gclkern.training.extras import need
 from gclkern.training.names import printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SIZES_IN_DIGEST = 1000  # all of a large set's would take minutes on a network file system
 
 
 class ImageFiles(NamedTuple):
@@ -39,6 +41,11 @@ class _Request(NamedTuple):
     seed: int
 
 
+def _resize(image_size: int) -> int:
+    """The shorter side to which images are resized before the centre crop of an evaluation."""
+    return round(image_size * 256 / 224)
+
+
 class _Files(Dataset[Any]):
     """Decodes and transforms image files in worker processes."""
 
@@ -48,7 +55,7 @@ class _Files(Dataset[Any]):
         if train:
             steps = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.ColorJitter(0.4, 0.4, 0.4, 0)]
         else:
-            steps = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
+            steps = [transforms.Resize(_resize(image_size)), transforms.CenterCrop(image_size)]
         self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, int] | str:
@@ -139,6 +146,18 @@ class ListImages:
         other = object.__new__(ListImages)
         other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
         return other
+
+    def digest(self) -> str:
+        """A hash of the labels, the file names and some files' sizes; folders do not count, since the same images may lie elsewhere."""
+        digest = hashlib.sha256(self.labels.numpy().data)
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.basename(path)) + b"\0")  # noqa: PTH119 (a Path for each of a million files takes seconds)
+        for path in self.paths[:: -(-len(self) // _SIZES_IN_DIGEST)]:
+            digest.update(b"%d " % (os.path.getsize(path) if os.path.isfile(path) else -1))  # noqa: PTH113, PTH202
+        return digest.hexdigest()
+
+    def evaluation_transform(self) -> EvaluationTransform:
+        return {"resize": _resize(self.image_size), "crop": self.image_size, "mean": list(self.mean), "std": list(self.std)}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         if self.augment not in ("standard", "none"):

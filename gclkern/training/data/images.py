@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from gclkern.torch_backend.noise import philox_words
 from gclkern.training.data.augment import AUGMENTATIONS, augment_batch
+from gclkern.training.data.identity import DataIdentity
 from gclkern.validation import check_choice, resolve_seed
 
 # Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
@@ -41,6 +44,15 @@ def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
     return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
+class EvaluationTransform(TypedDict):
+    """From an image with values in [0, 1] to the network's input."""
+
+    resize: int  # pixels of the shorter side
+    crop: int  # pixels of a side of the centre crop that follows
+    mean: list[float]  # of each channel; (value - mean) / std
+    std: list[float]
+
+
 class ImageSet(Protocol):
     """Images with labels. `device` is where batches are wanted."""
 
@@ -51,6 +63,14 @@ class ImageSet(Protocol):
 
     def subset(self, indices: Tensor) -> ImageSet:
         """A set of the samples at `indices`, with the same settings."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of the labels and of the images: of their pixels, or of their file names, whichever folder they are in."""
+        ...
+
+    def evaluation_transform(self) -> EvaluationTransform:
+        """How images are prepared for evaluation."""
         ...
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,6 +99,7 @@ class DeviceImages:
         """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1]; `padding` pixels on each side for the crop."""
         self.images, self.labels = images, labels.to("cpu", torch.int64)
         self.augment, self.padding, self.flip = augment, padding, flip
+        self.mean, self.std = list(mean), list(std)
         self._scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
 
@@ -90,6 +111,17 @@ class DeviceImages:
         other = object.__new__(DeviceImages)
         other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
         return other
+
+    def digest(self) -> str:
+        """A hash of the labels and pixels."""
+        digest = hashlib.sha256(self.labels.numpy().data)
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def evaluation_transform(self) -> EvaluationTransform:
+        """Images at the size of this set are only normalised."""
+        size = self.images.shape[-1]
+        return {"resize": size, "crop": size, "mean": self.mean, "std": self.std}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         check_choice("augment", self.augment, tuple(AUGMENTATIONS))
@@ -139,3 +171,15 @@ class DataSplits:
     channels: int
     image_size: int
     notes: list[str] = field(default_factory=list)  # what a user should know of the files, a sentence each
+
+    @cached_property
+    def identity(self) -> DataIdentity:
+        """What a resumed run and an evaluated checkpoint compare."""
+        parts = {"training": self.train, "held-out": self.holdout, "test": self.test}
+        return {
+            "name": self.name,
+            "class_names": self.class_names,
+            "class_counts": self.class_counts,
+            "images": {name: len(images) for name, images in parts.items() if images is not None},
+            "digests": {name: images.digest() for name, images in parts.items() if images is not None},
+        }

@@ -1,0 +1,46 @@
+"""The batches of a phase, as one process sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from gclkern.training.data import Epoch, ImageSet
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import SAMPLERS, Phase
+from gclkern.training.seeds import derive_seed
+
+
+def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
+    """Batches of `size` indices; a smaller last one is dropped."""
+    batch: list[int] = []
+    for index in order:
+        batch.append(index)
+        if len(batch) == size:
+            yield batch
+            batch = []
+
+
+class PhaseBatches:
+    """This process's share of every batch of a phase. Order and augmentation depend on the seed, the purpose, the epoch and the place in it alone.
+
+    Attributes:
+        steps: batches of an epoch.
+    """
+
+    def __init__(self, phase: Phase, images: ImageSet, seed: int, processes: Processes) -> None:
+        self.phase, self.images, self.seed, self.processes = phase, images, seed, processes
+        self.steps = max(1, (phase.epoch_samples or len(images)) // phase.batch_size)
+        self._local = phase.batch_size // processes.world
+        self._sampler = SAMPLERS[phase.sampler](
+            images.labels, num_samples=self.steps * phase.batch_size, seed=derive_seed(seed, phase.name, "order"), num_replicas=processes.world,
+            rank=processes.rank, **phase.sampler_options,
+        )  # fmt: skip
+
+    def epoch(self, purpose: str, epoch: int, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of an epoch's steps, from `step` on."""
+        done = step * self._local
+        self._sampler.set_epoch(epoch, position=done)
+        place = Epoch(derive_seed(self.seed, self.phase.name, purpose, epoch), done, self.processes.world, self.processes.rank)
+        return self.images.loader(step_batches(iter(self._sampler), self._local), device=self.processes.device, epoch=place)

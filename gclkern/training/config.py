@@ -1,0 +1,125 @@
+"""The settings of a run, as they were asked for: :class:`RunConfig`.
+
+Errors of the training library name settings in backticks, as `lr` or `amp=bf16`, so that train.py can translate them into its flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from gclkern.training.data import CIFAR
+
+# Settings that a resumed run may change: where files are and how the run is carried out, not its results. The data itself is checked by its identity.
+MAY_CHANGE_ON_RESUME = frozenset({"data_dir", "train_list", "test_list", "download", "workers", "device", "checkpoint_seconds", "pictures"})
+# Settings that stage 1 does not depend on: runs that differ in these alone can share it.
+STAGE_1_IGNORES = MAY_CHANGE_ON_RESUME | {"stage1", "eval_every", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of a run; None stands for the published setting of the method and the data set, or for what the comment says.
+
+    Example:
+        >>> RunConfig(method="ce", lr=0.05).changed_from(RunConfig())
+        ['lr', 'method']
+    """
+
+    data: str = "digits-lt"
+    data_dir: str = "data"
+    download: bool = False
+    imbalance: float | None = None  # 20 for digits, 100 for CIFAR
+    profile: str = "exp"
+    holdout: float = 0.0
+    train_list: str | None = None
+    test_list: str | None = None
+    image_size: int = 224
+    workers: int = 4
+    skip_corrupt: bool = False
+
+    method: str = "gcl"
+    retrain: str | None = None
+    stage1: str | None = None  # checkpoint of a finished stage 1; None trains one
+    sampler: str | None = None
+    cloud: str | None = None
+    stage1_sampler: str | None = None
+    mixup: float | None = None
+    augment: str | None = None
+    baseline: bool | None = None  # on digits-lt alone
+    model: str | None = None
+    pretrained: bool | None = None
+    train: str | None = None
+
+    epochs: int | None = None
+    epochs_scale: float = 1.0
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    retrain_epochs: int | None = None
+    retrain_batch_size: int | None = None
+    retrain_lr: float | None = None
+    tau: float | None = None  # searched on the held-out part, or 1 without one
+    accumulate: int = 1
+    ema: float = 0.0
+    seed: int = 0
+
+    device: str = "auto"
+    amp: str = "off"
+    compile: bool = False
+    capture: bool | None = None  # where it is possible
+    shard_classes: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+
+    eval_every: int | None = None  # a twentieth of the phase
+    checkpoint_seconds: float = 30.0
+    pictures: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: `values` does not have exactly the fields of this class; the message names those that differ.
+        """
+        names = {field.name for field in fields(cls)}
+        if different := sorted(names ^ values.keys()):
+            settings = ", ".join(different)
+            raise ValueError(f"it was written by another version of gclkern, which has not the same settings ({settings}); use the version that wrote it")
+        return cls(**values)
+
+    def changed_from(self, other: RunConfig) -> list[str]:
+        """Names of the fields whose values differ, in alphabetical order."""
+        return sorted(field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name))
+
+    def resumed(self, changes: dict[str, Any]) -> RunConfig:
+        """The settings of a resumed run, with some of them changed.
+
+        Raises:
+            ValueError: a change that would alter the results.
+        """
+        config = replace(self, **changes)
+        for name in config.changed_from(self):
+            if name not in MAY_CHANGE_ON_RESUME:
+                old, new = getattr(self, name), getattr(config, name)
+                raise ValueError(f"`{name}`: the run was started with {old}, now it is {new}; leave `{name}` out or start a new run")
+        return config
+
+    def check_used(self, given: Iterable[str]) -> None:
+        """Refuse settings that were given explicitly but have no effect on this run: they are mistakes.
+
+        Raises:
+            ValueError: there is one.
+        """
+        files = self.data != "digits-lt" and self.data not in CIFAR
+        lists = files and self.data != "folder"
+        used = {"train_list": lists, "test_list": lists, "image_size": files, "skip_corrupt": files, "imbalance": not files, "profile": not files}
+        used |= {"download": self.data in CIFAR, "tau": self.retrain == "tau-norm"}
+        for name in given:
+            if not used.get(name, True):
+                choice = "without `retrain=tau-norm`" if name == "tau" else f"with `data={self.data}`"
+                raise ValueError(f"`{name}` does nothing {choice}; leave it out")
