@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
     if config.augment or (config.method.endswith("dro-lt") and config.data.startswith("cifar")):
         data.train.augment = config.augment or "autoaugment"  # DRO-LT's release has it
     if processes.rank == 0:
-        report_skipped(data)
+        report_notes(data)
     if arguments.evaluate:
         assert checkpoint is not None
         evaluate_checkpoint(checkpoint, data, config, processes)
@@ -121,8 +121,10 @@ def set_up_torch(config: RunConfig) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic
 
 
-def report_skipped(data: DataSplits) -> None:
-    """Say which images were left out."""
+def report_notes(data: DataSplits) -> None:
+    """Say what is odd about the files, and which images were left out."""
+    for note in data.notes:
+        print(note)
     for images, part in ((data.train, "training"), (data.test, "test")):
         if skipped := getattr(images, "skipped", None):
             print(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
