@@ -62,12 +62,6 @@ def test_several_column_tiles(backend: str, device: torch.device) -> None:
     check(*problem(70, 3, 300), 3, backend, device)
 
 
-def test_any_strides(backend: str, device: torch.device) -> None:
-    features, target = problem(80, 4, 18)
-    for strided in (features.T.contiguous().T, torch.stack((features, features), 2)[:, :, 1], features[0].expand(80, 18)):
-        check(strided, target, 4, backend, device)
-
-
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])  # 65536 programs are too many for the interpreter
 def test_more_classes_than_16_bits_hold(backend: str, device: torch.device) -> None:
     target = torch.tensor([40000, 0, 32767, 40000, 65535, 32768])
@@ -88,13 +82,6 @@ def test_a_label_out_of_range_belongs_to_no_class(wrong: int, backend: str, devi
     expected_sums, expected_counts = operator(backend)(features[keep].to(device), target[keep].to(device), 5)
     torch.testing.assert_close(sums, expected_sums)
     assert torch.equal(counts, expected_counts) and int(counts.sum()) == 89
-
-
-def test_repeatable(backend: str, device: torch.device) -> None:
-    features, target = (part.to(device) for part in problem(500, 3, 20))
-    before = features.clone(), target.clone()
-    (first, _), (second, _) = (operator(backend)(features, target, 3) for _ in range(2))
-    assert torch.equal(first, second) and torch.equal(features, before[0]) and torch.equal(target, before[1])
 
 
 @pytest.mark.triton
@@ -123,12 +110,6 @@ def test_a_gpu_gets_the_kernels_and_is_not_waited_for(launches: Launches, device
     assert int(counts.sum()) == 5000
 
 
-def test_opcheck(backend: str, device: torch.device) -> None:
-    features, target = (part.to(device) for part in problem(20, 3, 5))
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operator(backend).default, (features, target, 3), test_utils=tests)
-
-
 def test_means_and_counts(device: torch.device) -> None:
     features, target = problem(50, 4, 6)
     target[target == 2] = 1
@@ -136,36 +117,6 @@ def test_means_and_counts(device: torch.device) -> None:
     assert int(counts[2]) == 0 and centroids[2].eq(0).all()
     for c in (0, 1, 3):
         torch.testing.assert_close(centroids[c].cpu(), features[target == c].mean(0))
-
-
-def test_float64_stays_float64() -> None:
-    features, target = problem(50, 4, 6, dtype=torch.float64)
-    centroids, _ = class_centroids(features, target, 4)
-    torch.testing.assert_close(centroids[0], features[target == 0].mean(0), rtol=1e-14, atol=1e-14)
-
-
-def test_compile_without_a_graph_break(device: torch.device) -> None:
-    features, target = (part.to(device) for part in problem(20, 3, 5))
-    compiled = torch.compile(lambda f: class_centroids(f, target, 3)[0] * 2, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(features), class_centroids(features, target, 3)[0] * 2)
-
-
-@pytest.mark.parametrize(
-    ("features", "target", "classes", "error", "message"),
-    [
-        (torch.zeros(3), torch.zeros(3).long(), 2, ValueError, "features must have 2 dimensions"),
-        (torch.zeros(0, 3), torch.zeros(0).long(), 2, ValueError, "features must not be empty"),
-        (torch.zeros(3, 2, requires_grad=True), torch.zeros(3).long(), 2, ValueError, r"features requires a gradient.*detach"),
-        (torch.zeros(3, 2), torch.zeros(3), 2, TypeError, "target must be int64"),
-        (torch.zeros(3, 2), torch.tensor([0, 2, 1]), 2, ValueError, r"target\[1\] is 2"),
-        (torch.zeros(3, 2), torch.tensor([0, 1, -1]), 2, ValueError, r"target\[2\] is -1"),
-        (torch.zeros(3, 2), torch.zeros(3).long(), 0, ValueError, "num_classes must be at least 1, got 0"),
-        (torch.zeros(3, 2), torch.zeros(3).long(), 2.0, TypeError, "num_classes must be an int"),
-    ],
-)
-def test_bad_arguments(features: Tensor, target: Tensor, classes: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        class_centroids(features, target, classes)
 
 
 # ---- over many batches

@@ -1,4 +1,4 @@
-"""The DRO-LT bound against its formula, summed class by class in float64, and the promises that are no numbers."""
+"""The DRO-LT bound against its formula, summed class by class in float64, and its module. What every operation promises: test_operations.py."""
 
 from __future__ import annotations
 
@@ -16,32 +16,12 @@ from benchmarks.machine_code.launches import Launches
 from gclkern.devices import set_debug
 from gclkern.functional import class_centroids, dro_lt_loss
 from gclkern.losses import DROLTLoss
+from tests.support import oracle
 from tests.support.cases import HALVES, REDUCTIONS
 from tests.support.comparison import ROUNDING
 
 # numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
-
-def oracle(
-    features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, temperature: float = 1.0, class_weight: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
-    """The double sum of the paper, over the classes of the batch, on float64 tensors."""
-    terms = torch.zeros(len(target), dtype=torch.float64)
-    weights = torch.zeros((), dtype=torch.float64)
-    for c in sorted(set(target.tolist())):
-        weight = 1.0 if class_weight is None else float(class_weight[c])
-        if weight == 0.0:
-            continue
-        own = (target == c).nonzero()[:, 0]
-        radius = epsilon if epsilon.dim() == 0 else epsilon[c]
-        squares = (centroids[c] - features).square().sum(1)
-        # the norm of 0 has no gradient: 0 is what the package promises
-        distance = torch.where(squares == 0, squares * 0.0, squares.where(squares != 0, torch.ones_like(squares)).sqrt())
-        row = -(distance + 2 * radius * (target == c).double()) / temperature
-        terms = terms.index_add(0, own, weight / len(own) * (row.logsumexp(0) - row[own]))
-        weights = weights + weight
-    return terms if reduction == "none" else terms.sum() / (weights if reduction == "mean" else 1.0)
 
 
 def problem(rows: int, classes: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +42,7 @@ def check(
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     loss = dro_lt_loss(leaf, target.to(device), centroids.to(device), radius, backend=backend, **moved)
     double, double_radius = features.double().requires_grad_(), epsilon.double().requires_grad_()
-    expected = oracle(double, target, centroids.double(), double_radius, **options)
+    expected = oracle.dro_lt_loss(double, target, centroids.double(), double_radius, **options)
     upstream = torch.tensor(1.0) if upstream is None else upstream
     loss.backward(upstream.to(loss))
     expected.backward(upstream.double())
@@ -150,18 +130,6 @@ def test_sixteen_bit_gradients_round_to_nearest(dtype: torch.dtype, backend: str
     """A GPU rounds where the interpreter truncates: half the error."""
     monkeypatch.setitem(ROUNDING, dtype, ROUNDING[dtype] / 2)
     check(*problem(130, 60, 200, dtype=dtype), backend, device)
-
-
-def test_any_strides(backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = problem(21, 6, 18)
-    check(features, target, centroids, epsilon, backend, device)
-    expected = dro_lt_loss(features.to(device), target.to(device), centroids.to(device), epsilon.to(device), backend=backend)
-    for strided in (features.T.contiguous().T, torch.stack((features, features), 2)[:, :, 1], features[0].expand(21, 18)):
-        check(strided, target, centroids.T.contiguous().T, epsilon, backend, device)
-    wide = dro_lt_loss(
-        features.T.contiguous().to(device).T, torch.stack((target, target), 1).to(device)[:, 0], centroids.to(device), epsilon.to(device), backend=backend
-    )
-    torch.testing.assert_close(wide, expected, rtol=1e-6, atol=0.0)
 
 
 # ---- where digits are lost
@@ -309,149 +277,7 @@ def test_kernels_run(launches: Launches, device: torch.device) -> None:
     ]  # fmt: skip
 
 
-def test_no_kernel_runs_for_the_torch_backend(launches: Launches, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
-    dro_lt_loss(features.requires_grad_(), target, centroids, epsilon, backend="torch").backward()
-    assert not launches
-
-
-def test_repeatable(backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(70, 9, 50))
-    inputs = [part.clone() for part in (features, target, centroids, epsilon)]
-    features.requires_grad_()
-    epsilon.requires_grad_()
-    results = []
-    for _ in range(2):
-        loss = dro_lt_loss(features, target, centroids, epsilon, backend=backend)
-        results.append([loss, *torch.autograd.grad(loss, (features, epsilon), retain_graph=True), *torch.autograd.grad(loss, (features, epsilon))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert torch.equal(results[0][1], results[0][3]) and torch.equal(results[0][2], results[0][4]), "backward may be repeated"
-    assert all(torch.equal(a, b) for a, b in zip(inputs, (features, target, centroids, epsilon), strict=True)), "inputs are untouched"
-
-
-def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(5, 3, 4))
-    loss = dro_lt_loss(features.requires_grad_(), target, centroids, epsilon, backend=backend)
-    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.square().sum().backward()
-
-
-def test_only_the_gradients_that_are_needed(backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(5, 3, 4))
-    epsilon.requires_grad_()
-    dro_lt_loss(features, target, centroids, epsilon, backend=backend).backward()
-    assert epsilon.grad is not None and features.grad is None
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(7, 4, 5))
-    weight = torch.tensor([1.0, 0.5, 0.0, 2.0], device=device)
-    inputs = (features.double().requires_grad_(), epsilon.double().requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda z, e: dro_lt_loss(z, target, centroids.double(), e, temperature=0.5, class_weight=weight, reduction=reduction), inputs
-    )
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("per_class", [True, False])
-def test_opcheck(per_class: bool, reduction: str, backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
-    epsilon = epsilon if per_class else epsilon[0].clone()
-    forward, backward = operators(backend)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    loss, saved = forward(features, target, centroids, epsilon, None, 1.0, reduction)
-    torch.library.opcheck(forward.default, (features, target, centroids, epsilon, None, 1.0, reduction), test_utils=tests)
-    for wanted in ((True, True), (True, False), (False, True)):
-        arguments = (torch.ones_like(loss), features, target, centroids, epsilon, saved, 1.0, reduction, *wanted)
-        torch.library.opcheck(backward.default, arguments, test_utils=tests)
-
-
-def test_compile_without_a_graph_break(backend: str, device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
-    features.requires_grad_()
-    epsilon.requires_grad_()
-
-    def step(z: Tensor, e: Tensor) -> Tensor:
-        return 2 * dro_lt_loss(z, target, centroids, e, backend=backend)
-
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = function(features, epsilon)
-        results = (loss.detach(), *torch.autograd.grad(loss, (features, epsilon)))
-        if function is step:
-            expected = results
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@pytest.mark.gpu
-def test_no_synchronisation_and_cuda_graph(device: torch.device) -> None:
-    features, target, centroids, epsilon = (part.to(device) for part in problem(64, 2000, 48))
-    features.requires_grad_()
-    epsilon.requires_grad_()
-    weight = torch.ones(2000, device=device)
-
-    def step() -> tuple[Tensor, ...]:
-        loss = dro_lt_loss(features, target, centroids, epsilon, class_weight=weight)
-        # without its graph: where that lives on, a capture finds the leaves' nodes bound to the stream that they were made on, the one that no graph may hold
-        return (loss.detach(), *torch.autograd.grad(loss, (features, epsilon)))
-
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    target.copy_(target.roll(1))
-    graph.replay()
-    again = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True)), "a replay reads new labels"
-    assert not torch.equal(expected[0], again[0])
-
-
 # ---- arguments
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"features": torch.zeros(5)}, ValueError, "features must have 2 dimensions"),
-        ({"features": torch.zeros(5, 4, dtype=torch.int32)}, TypeError, "features must be float32"),
-        ({"features": torch.zeros(0, 4)}, ValueError, "features must not be empty"),
-        ({"centroids": torch.zeros(3, 5)}, ValueError, "centroids must have the 4 columns of features"),
-        ({"centroids": torch.zeros(3, 4, requires_grad=True)}, ValueError, r"centroids requires a gradient.*detach"),
-        ({"target": torch.zeros(5)}, TypeError, "target must be int64"),
-        ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must have shape \(5,\)"),
-        ({"target": torch.tensor([0, 1, 3, 0, 0])}, ValueError, r"target\[2\] is 3"),
-        ({"target": torch.tensor([0, 1, 2, -100, 0])}, ValueError, r"target\[3\] is -100"),
-        ({"epsilon": torch.zeros(2)}, ValueError, r"epsilon must be a number, or a tensor of shape \(\) or \(3,\), got \(2,\)"),
-        ({"epsilon": torch.zeros(3, dtype=torch.int64)}, TypeError, "epsilon must be a number or a floating-point tensor"),
-        ({"epsilon": -0.5}, ValueError, "epsilon must be a finite number"),
-        ({"epsilon": torch.tensor([0.0, -0.25, 0.0])}, ValueError, "epsilon must not be negative, got -0.25"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite number"),
-        ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number"),
-        ({"class_weight": torch.ones(4)}, ValueError, r"class_weight must have shape \(3,\)"),
-        ({"class_weight": torch.tensor([1.0, -2.0, 0.0])}, ValueError, "class_weight must not be negative, got -2"),
-        ({"class_weight": torch.ones(3, requires_grad=True)}, ValueError, "class_weight requires a gradient"),
-        ({"reduction": "average"}, ValueError, "reduction must be one of"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    ],
-)
-def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"features": torch.zeros(5, 4), "target": torch.zeros(5, dtype=torch.int64), "centroids": torch.zeros(3, 4), "epsilon": 0.5}
-    with pytest.raises(error, match=message):
-        dro_lt_loss(**{**arguments, **changes})
-
-
-@pytest.mark.triton
-def test_kernels_refuse_float64() -> None:
-    features, target, centroids, epsilon = problem(5, 3, 4)
-    with pytest.raises(TypeError, match="float64"):
-        dro_lt_loss(features.double(), target, centroids, epsilon, backend="triton")
 
 
 # ---- the module

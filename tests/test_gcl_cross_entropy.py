@@ -1,4 +1,4 @@
-"""gcl_cross_entropy against the oracle: every option, dtype, stride and size, and the promises that are no numbers (determinism, errors, compilation)."""
+"""gcl_cross_entropy against the oracle: every option, dtype and size, and its noise. What every operation promises: test_operations.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.machine_code.launches import Launches
 from gclkern.devices import set_debug
 from gclkern.functional import gcl_cross_entropy
 from tests.support import oracle
-from tests.support.cases import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector, without_noise_in_float64
+from tests.support.cases import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector
 from tests.support.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, noise_error
 
 
@@ -76,22 +75,6 @@ def test_more_rows_than_a_tile(backend: str, device: torch.device) -> None:
     target = labels(rows, 10)
     target[::7] = -100
     check(cosines(rows, 10, device=device), target, option_sets(rows, 10)["everything"], reduction="mean", backend=backend)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "sliced_rows", "sliced_columns", "expanded_rows", "expanded_columns", "offset"])
-def test_any_stride(layout: str, backend: str, device: torch.device) -> None:
-    rows, classes = 4, 21
-    cosine = {
-        "transposed": cosines(classes, rows, device=device).T,
-        "sliced_rows": cosines(2 * rows, classes, device=device)[::2],
-        "sliced_columns": cosines(rows, 3 * classes, device=device)[:, ::3],
-        "expanded_rows": cosines(1, classes, device=device).expand(rows, classes),
-        "expanded_columns": cosines(rows, 1, device=device).expand(rows, classes),
-        "offset": cosines(rows + 1, classes + 2, device=device)[1:, 1:-1],
-    }[layout]
-    before = cosine.clone()
-    check(cosine, labels(rows, classes), {"margin": 0.1, "weight": vector(classes)}, vector(rows), reduction="none", backend=backend)
-    assert cosine.equal(before)
 
 
 def test_strided_vectors(backend: str, device: torch.device) -> None:
@@ -256,28 +239,6 @@ def test_the_focal_factor_keeps_its_digits(gamma: float, detach: bool, backend: 
     assert_within(leaf.grad, double.grad, 0.0, (1 + gamma) * 1e-5, "gradient")
 
 
-def test_gradient_is_the_derivative_in_float64(device: torch.device) -> None:
-    """Central differences know nothing of formulas."""
-    rows, classes = 3, 7
-    cosine = cosines(rows, classes, torch.float64, device).requires_grad_()
-    bias = vector(classes, -1.0, 1.0).to(device, torch.float64).requires_grad_()
-    options: dict[str, Any] = {
-        "cloud": vector(classes, 0.0, 0.5).to(device), "margin": 0.1, "weight": vector(classes, 0.5, 2.0).to(device), "label_smoothing": 0.1, "gamma": 1.5,
-        "focal_detach": False, "target_b": labels(rows, classes, seed=9).to(device), "lam": vector(rows).to(device), "scale": 4.0, "seed": 3,
-    }  # fmt: skip
-    target = labels(rows, classes).to(device)
-    for reduction in REDUCTIONS:
-        assert torch.autograd.gradcheck(
-            lambda x, b, reduction=reduction: gcl_cross_entropy(x, target, bias=b, reduction=reduction, backend="torch", **options), (cosine, bias)
-        )
-
-
-def test_float64_against_the_oracle(device: torch.device) -> None:
-    """float64 agrees to float64's digits."""
-    options = without_noise_in_float64(option_sets(6, 11)["everything"])
-    check(cosines(6, 11, torch.float64, device), labels(6, 11), options, backend="auto")
-
-
 # ---- the noise
 
 
@@ -338,64 +299,6 @@ def test_no_cloud_draws_nothing(backend: str, device: torch.device) -> None:
 # ---- promises
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_results_are_bitwise_repeatable(reduction: str, backend: str, device: torch.device) -> None:
-    rows, classes = 7, 150
-    options = option_sets(rows, classes)["everything"]
-    results = []
-    for _ in range(2):
-        leaf = cosines(rows, classes, device=device).requires_grad_()
-        bias = options["bias"].detach().to(device).requires_grad_()
-        loss = gcl_cross_entropy(leaf, labels(rows, classes).to(device), **moved(options, device) | {"bias": bias, "reduction": reduction, "backend": backend})
-        loss.sum().backward()
-        results.append((loss.detach(), leaf.grad, bias.grad))
-    for one, two in zip(*results, strict=True):
-        assert one is not None and two is not None and one.equal(two)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_may_be_repeated(reduction: str, backend: str, device: torch.device) -> None:
-    leaf, options = cosines(4, 30, device=device).requires_grad_(), option_sets(4, 30)["everything"]
-    loss = call(leaf, labels(4, 30), options, reduction=reduction, backend=backend)
-    upstream = vector(4).to(device) if reduction == "none" else torch.tensor(2.0, device=device)
-    first = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0]
-    kept = first.clone()
-    second = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0]
-    third = torch.autograd.grad(loss, leaf, 2 * upstream)[0]
-    assert first.equal(kept) and second.equal(first)
-    torch.testing.assert_close(third, 2 * first, rtol=1e-6, atol=1e-9)
-
-
-def test_inputs_are_never_modified(backend: str, device: torch.device) -> None:
-    rows, classes = 4, 30
-    options = moved(option_sets(rows, classes)["everything"], device)
-    leaf, target, upstream = cosines(rows, classes, device=device).requires_grad_(), labels(rows, classes).to(device), vector(rows).to(device)
-    options["seed"] = torch.tensor(3, device=device)
-    inputs = {"cosine": leaf, "target": target, "upstream": upstream, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
-    before = {name: (value.detach().clone(), value._version) for name, value in inputs.items()}
-    gcl_cross_entropy(leaf, target, reduction="none", backend=backend, **options).backward(upstream)
-    for name, value in inputs.items():
-        assert value.detach().equal(before[name][0]) and value._version == before[name][1], name
-
-
-def test_a_changed_input_is_noticed(backend: str, device: torch.device) -> None:
-    """Backward after an in-place change of the cosines must not answer for other cosines."""
-    base = cosines(3, 8, device=device).requires_grad_()
-    cosine = base * 1.0
-    loss = call(cosine, labels(3, 8), {}, backend=backend)
-    with torch.no_grad():
-        cosine.mul_(0.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_double_backward_is_refused(backend: str, device: torch.device) -> None:
-    leaf = cosines(3, 8, device=device).requires_grad_()
-    gradient = torch.autograd.grad(call(leaf, labels(3, 8), {}, backend=backend), leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match=r"differentiate twice|not supported"):
-        gradient.sum().backward()
-
-
 def test_only_the_bias_wants_a_gradient(backend: str, device: torch.device) -> None:
     """Logit adjustment learned on frozen cosines, and cosines with a fixed bias."""
     cosine, target = cosines(5, 12, device=device), labels(5, 12)
@@ -405,44 +308,6 @@ def test_only_the_bias_wants_a_gradient(backend: str, device: torch.device) -> N
     oracle.gcl_cross_entropy(cosine.cpu().double(), target, bias=double, reduction="sum").backward()
     assert bias.grad is not None and double.grad is not None
     assert_within(bias.grad, double.grad, 1e-5, 1e-5, "gradient of bias")  # sums over five rows, each at most 2 with a float32 logit's error of 4e-6
-
-
-def test_without_gradients(backend: str, device: torch.device) -> None:
-    cosine = cosines(3, 8, device=device).requires_grad_()
-    with torch.no_grad():
-        loss = call(cosine, labels(3, 8), {}, backend=backend)
-    assert not loss.requires_grad
-    assert loss.equal(call(cosine, labels(3, 8), {}, backend=backend).detach())
-
-
-def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
-    """A loss belongs in float32: autocast reaches neither its input nor what happens inside."""
-    leaf, options = cosines(4, 30, device=device).requires_grad_(), option_sets(4, 30)["everything"]
-    plain = call(leaf, labels(4, 30), options, backend=backend)
-    gradient = torch.autograd.grad(plain, leaf)[0]
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss = call(leaf, labels(4, 30), options, backend=backend)
-        again = torch.autograd.grad(loss, leaf)[0]
-    assert loss.dtype == torch.float32 and loss.equal(plain) and again.equal(gradient)
-
-
-def test_training_step_under_compile(backend: str, device: torch.device) -> None:
-    """One graph, no break: the operators are known to torch.compile by their fake implementations."""
-    torch.compiler.reset()
-    features, target, cloud = cosines(6, 10, device=device), labels(6, 23).to(device), vector(23).to(device)
-    model = torch.nn.Linear(10, 23).to(device)
-
-    def step(features: Tensor, target: Tensor) -> Tensor:
-        return gcl_cross_entropy(torch.tanh(model(features)), target, cloud, margin=0.1, seed=5, backend=backend)
-
-    expected = step(features, target)
-    expected.backward()
-    assert model.weight.grad is not None
-    gradient, model.weight.grad = model.weight.grad, None
-    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(features, target)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(model.weight.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_drawn_seed_under_compile(backend: str, device: torch.device) -> None:
@@ -455,38 +320,6 @@ def test_a_drawn_seed_under_compile(backend: str, device: torch.device) -> None:
 
 
 # ---- backends
-
-
-def test_auto_is_torch_on_a_cpu(launches: Launches) -> None:
-    leaf = cosines(3, 8).requires_grad_()
-    call(leaf, labels(3, 8), {}).backward()
-    call(leaf, labels(3, 8), {}, backend="torch").backward()
-    assert launches == []
-
-
-@pytest.mark.triton
-def test_the_kernels_run_when_asked_for(launches: Launches, device: torch.device) -> None:
-    leaf = cosines(3, 8, device=device).requires_grad_()
-    loss = call(leaf, labels(3, 8), {}, backend="triton")
-    forward = len(launches)
-    loss.backward()
-    assert 0 < forward < len(launches)
-
-
-@pytest.mark.triton
-@pytest.mark.gpu
-def test_auto_is_the_kernels_on_a_gpu(launches: Launches) -> None:
-    call(cosines(3, 8, device="cuda"), labels(3, 8), {})
-    assert launches
-
-
-@pytest.mark.triton
-def test_float64_is_refused_by_the_kernels(launches: Launches, device: torch.device) -> None:
-    cosine = cosines(3, 8, torch.float64, device)
-    with pytest.raises(TypeError, match=r"triton.*float64"):
-        call(cosine, labels(3, 8), {}, backend="triton")
-    assert call(cosine, labels(3, 8), {}, backend="auto").dtype == torch.float64
-    assert launches == []
 
 
 @pytest.mark.triton
@@ -574,21 +407,6 @@ def test_debug_mode_reads_labels_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["plain", "everything"])
-def test_no_synchronisation_with_the_host(name: str, backend: str) -> None:
-    rows, classes = 6, 37
-    options = moved(option_sets(rows, classes)[name], "cuda")
-    options.pop("seed", None)
-    leaf, target = cosines(rows, classes, device="cuda").requires_grad_(), labels(rows, classes).to("cuda")
-    gcl_cross_entropy(leaf, target, backend=backend, **options).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        gcl_cross_entropy(leaf, target, backend=backend, **options).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
 def test_cuda_graph_capture() -> None:
     """A captured step replays with new cosines and, seeded from torch's generator, with new noise."""
     rows, classes = 8, 50
@@ -648,3 +466,18 @@ def test_noise_on_a_gpu_is_within_its_bound(backend: str) -> None:
     losses = gcl_cross_entropy(cosine, target.to("cuda"), cloud.to("cuda"), scale=1.0, seed=9, reduction="none", backend=backend)
     expected = oracle.gcl_cross_entropy(cosine.cpu().double(), target, cloud.double(), scale=1.0, seed=9, reduction="none")
     assert_within(losses, expected, 2 * noise_error(cosine.device), 0.0, "losses")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["weight", "lam"])
+def test_values_on_a_gpu_are_read_in_debug_mode_only(name: str) -> None:
+    cosine, target = torch.zeros(3, 5, device="cuda"), torch.tensor([0, 4, 2], device="cuda")
+    arguments: dict[str, Any] = {"weight": torch.full((5,), -1.0)} if name == "weight" else {"target_b": target, "lam": torch.tensor([0.5, 2.0, 1.0])}
+    arguments = {key: value.to("cuda") for key, value in arguments.items()}
+    gcl_cross_entropy(cosine, target, **arguments)
+    set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            gcl_cross_entropy(cosine, target, **arguments)
+    finally:
+        set_debug(False)

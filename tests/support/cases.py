@@ -70,11 +70,6 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
     }  # fmt: skip
 
 
-def without_noise_in_float64(options: Options) -> Options:
-    """The options without the noise, whose draws are float32, and with a bias whose gradient is not rounded to float32."""
-    return {name: value.detach().double().requires_grad_() if name == "bias" else value for name, value in options.items() if name != "cloud"}
-
-
 def moved(options: Options, device: torch.device | str) -> Options:
     """The options with their tensors on `device`, none of which requires a gradient."""
     return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items()}

@@ -156,3 +156,38 @@ def linear_gcl_cross_entropy(
     """The loss of float64 features (N, D) against the rows of linear_weight (C, D)."""
     product = unit_rows(features) @ unit_rows(linear_weight).T if normalize else features @ linear_weight.T
     return gcl_cross_entropy(product, target, cloud, **options)  # type: ignore[arg-type]
+
+
+def dro_lt_loss(
+    features: Tensor,  # (N, D)
+    target: Tensor,  # (N,)
+    centroids: Tensor,  # (C, D)
+    epsilon: Tensor | float,  # (), (C,)
+    *,
+    temperature: float = 1.0,
+    class_weight: Tensor | None = None,  # (C,)
+    reduction: str = "mean",
+) -> Tensor:
+    """The double sum of the DRO-LT paper, over the classes of the batch, on float64 tensors."""
+    epsilon = torch.as_tensor(epsilon, dtype=torch.float64)
+    terms = torch.zeros(len(target), dtype=torch.float64)
+    weights = torch.zeros((), dtype=torch.float64)
+    for c in sorted(set(target.tolist())):
+        weight = 1.0 if class_weight is None else float(class_weight[c])
+        if weight == 0.0:
+            continue
+        own = (target == c).nonzero()[:, 0]
+        radius = epsilon if epsilon.dim() == 0 else epsilon[c]
+        squares = (centroids[c] - features).square().sum(1)
+        # the norm of 0 has no gradient: 0 is what the package promises
+        distance = torch.where(squares == 0, squares * 0.0, squares.where(squares != 0, torch.ones_like(squares)).sqrt())
+        row = -(distance + 2 * radius * (target == c).double()) / temperature
+        terms = terms.index_add(0, own, weight / len(own) * (row.logsumexp(0) - row[own]))
+        weights = weights + weight
+    return terms if reduction == "none" else terms.sum() / (weights if reduction == "mean" else 1.0)
+
+
+def class_centroids(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """The mean of each class's rows (C, D), 0 without any."""
+    own = [features[target == c] for c in range(num_classes)]
+    return torch.stack([rows.mean(0) if len(rows) else torch.zeros(features.shape[1], dtype=features.dtype) for rows in own])

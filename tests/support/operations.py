@@ -1,0 +1,161 @@
+"""One table of the library's operations: what each takes, samples of it, its formula in float64, and calls that it refuses.
+
+The tests of tests/test_operations.py run over all of it. A new operation gets them by one more entry.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from tests.support import oracle
+from tests.support.cases import PLANS, Options, cosines, labels, option_sets, vector
+from tests.support.wrong_arguments import BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
+
+CLASSES, DIM = 37, 19  # no multiple of a vector, an alignment or a group of the noise
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function of the library. All of its arguments are given by name."""
+
+    name: str
+    function: Callable[..., Tensor]  # takes `backend`, too
+    reference: Callable[..., Tensor]  # the same of float64 tensors on the CPU; autograd differentiates it
+    samples: Callable[[int], dict[str, Options]]  # by name: arguments of so many rows, on the CPU; `everything` has all options
+    axes: dict[str, str]  # what the dimensions of a tensor argument are: "rows", "classes" or "dims"
+    leaves: tuple[str, ...] = ()  # arguments that have a gradient
+    narrow: tuple[str, ...] = ()  # arguments that may have 16 bits
+    grid: bool = True  # whether it draws noise at row_offset and class_offset
+    batch: bool = False  # whether a row's loss depends on the other rows
+    wrong: tuple[Wrong, ...] = ()  # changes of the call VALID[name]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def sample(self, name: str = "everything", rows: int = 6, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Options:
+        """A sample on `device`, whose matrices have `dtype`. With float64 everything has."""
+
+        def convert(argument: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().to(device)
+            return value.to(dtype) if value.is_floating_point() and (argument in self.narrow or dtype == torch.float64) else value
+
+        return {argument: convert(argument, value) for argument, value in self.samples(rows)[name].items()}
+
+    def differentiable(self, arguments: Options) -> tuple[str, ...]:
+        """Those of `arguments` that have a gradient."""
+        return tuple(name for name in self.leaves if isinstance(arguments.get(name), Tensor))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result and its gradients by the names of the arguments."""
+
+    value: Tensor
+    grads: dict[str, Tensor]
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"value": self.value, **self.grads}
+
+
+def upstream_of(value: Tensor) -> Tensor:
+    """A gradient for a result: no two of its elements are equal, so that none can stand for another."""
+    return torch.linspace(-0.7, 1.9, max(value.numel(), 1), dtype=torch.float64).view(value.shape).to(value)
+
+
+def outcome(function: Callable[..., Tensor], arguments: Options, wanted: tuple[str, ...], *, retain: bool = False) -> Outcome:
+    """The result, and the gradients of `wanted`, for the upstream gradient above."""
+    arguments = {name: value.detach().requires_grad_(name in wanted) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    value = function(**arguments)
+    grads = torch.autograd.grad(value, [arguments[name] for name in wanted], upstream_of(value), retain_graph=retain) if wanted else ()
+    return Outcome(value.detach(), dict(zip(wanted, grads, strict=True)))
+
+
+def expected(operation: Operation, arguments: Options) -> Outcome:
+    """The outcome of the formula in float64, on the same rounded inputs."""
+    exact = {
+        name: (value.detach().cpu().double() if value.is_floating_point() else value.cpu()) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    return outcome(operation.reference, exact, operation.differentiable(arguments))
+
+
+# ---- the entries
+
+
+def _logit_samples(rows: int) -> dict[str, Options]:
+    given = {"cosine": cosines(rows, CLASSES), "target": labels(rows, CLASSES)}
+    return {name: given | options for name, options in option_sets(rows, CLASSES).items()}
+
+
+def _head_samples(rows: int) -> dict[str, Options]:
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(rows, DIM, generator=generator), torch.randn(CLASSES, DIM, generator=generator)
+    given = {"features": features, "linear_weight": weight, "target": labels(rows, CLASSES)}
+    chosen = ("plain", "bias", "weight_smoothing", "focal_undetached", "cloud", "mixed", "focal_stage_2", "everything")
+    samples = {name: given | option_sets(rows, CLASSES)[name] for name in chosen}
+    return samples | {"plain product": given | option_sets(rows, CLASSES)["everything"] | {"normalize": False, "scale": 1.0}}
+
+
+def _bound_samples(rows: int) -> dict[str, Options]:
+    generator = torch.Generator().manual_seed(0)
+    features, centroids = torch.randn(rows, DIM, generator=generator), torch.randn(CLASSES, DIM, generator=generator)
+    given: Options = {"features": features, "target": labels(rows, 4), "centroids": centroids}  # 4: a class has several of the rows
+    weighted = {"class_weight": vector(CLASSES, 0.1, 2.0, seed=5), "temperature": 0.7}
+    return {
+        "plain": given | {"epsilon": 0.5},
+        "one epsilon": given | {"epsilon": torch.tensor(0.3)},
+        "everything": given | {"epsilon": vector(CLASSES, 0.0, 1.0)} | weighted,
+        "more classes than rows": given | {"epsilon": vector(CLASSES, 0.0, 1.0), "target": labels(rows, CLASSES)} | weighted,
+    }
+
+
+def _centroids(features: Tensor, target: Tensor, num_classes: int, backend: str = "auto") -> Tensor:
+    """The means; the public function has no choice of a backend, so the kernels are reached by their operator."""
+    if backend != "triton":
+        return class_centroids(features, target, num_classes)[0]
+    import gclkern.kernels.centroids  # noqa: F401 (registers the operator)
+
+    sums, counts = torch.ops.gclkern.segment_sums(features, target, num_classes)
+    return sums / counts.clamp(min=1)[:, None]
+
+
+def _centroid_samples(rows: int) -> dict[str, Options]:
+    features = torch.randn(rows, DIM, generator=torch.Generator().manual_seed(0))
+    return {"everything": {"features": features, "target": labels(rows, 4), "num_classes": CLASSES}}
+
+
+_CLASS_VECTORS = dict.fromkeys(("cloud", "margin", "bias", "weight"), "classes")
+_FAMILY = {"target": "rows", "target_b": "rows", "lam": "rows", **_CLASS_VECTORS}
+
+OPERATIONS = [
+    Operation(
+        "gcl_cross_entropy", gcl_cross_entropy, oracle.gcl_cross_entropy, _logit_samples, {"cosine": "rows classes", **_FAMILY}, leaves=("cosine", "bias"),
+        narrow=("cosine",), wrong=(*FAMILY, *LOGITS),
+    ),
+    *(
+        Operation(
+            f"linear_gcl_cross_entropy {plan}", functools.partial(linear_gcl_cross_entropy, plan=plan), oracle.linear_gcl_cross_entropy, _head_samples,
+            {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight", "bias"),
+            narrow=("features", "linear_weight"), wrong=(*FAMILY, *HEAD) if plan == "materialised" else (),  # arguments are checked before the plan is chosen
+        )
+        for plan in PLANS
+    ),
+    Operation(
+        "dro_lt_loss", dro_lt_loss, oracle.dro_lt_loss, _bound_samples,
+        {"features": "rows dims", "target": "rows", "centroids": "classes dims", "epsilon": "classes", "class_weight": "classes"},
+        leaves=("features", "epsilon"), narrow=("features",), grid=False, batch=True, wrong=BOUND,
+    ),
+    Operation(
+        "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,
+        batch=True, wrong=CENTROIDS,
+    ),
+]  # fmt: skip
