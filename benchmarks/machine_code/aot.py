@@ -26,6 +26,7 @@ from benchmarks.machine_code.launches import Launch, capture_launches
 from benchmarks.machine_code.sass import Code, Program
 
 KIB = 1024
+WORKERS = 8  # at most; each holds torch and a compiler
 # Shared memory one block may use. Triton compiles what exceeds it and fails at launch, so every test compares.
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB, "gfx950": 160 * KIB}
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -82,6 +83,11 @@ def compile_case(case: Callable[[], object], target: str, kernel: str | None = N
     return submit(case, target, kernel).result()
 
 
+def in_worker(function: Callable[..., Any], *args: object) -> Future[Any]:
+    """Run a module-level function where kernels are compiled for NVIDIA GPUs and not interpreted."""
+    return _workers("cuda").submit(function, *args)
+
+
 def specialisations(case: Callable[[], object], target: str) -> set[tuple[str, str]]:
     """The launches of `case` as Triton's cache tells them apart: kernel and key."""
     return _workers("hip" if target.startswith("gfx") else "cuda").submit(_specialise_case, case, target).result()
@@ -90,7 +96,7 @@ def specialisations(case: Callable[[], object], target: str) -> set[tuple[str, s
 @functools.cache
 def _workers(vendor: str) -> ProcessPoolExecutor:
     # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
-    count = min(2, os.cpu_count() or 1) if vendor == "cuda" else 1
+    count = min(WORKERS, os.cpu_count() or 1) if vendor == "cuda" else 1
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache_folder()))
 
 
@@ -124,17 +130,19 @@ def _launches(case: Callable[[], object]) -> list[Launch]:
 _built: dict[str, CompiledKernel] = {}  # of this worker, because cases share kernels
 
 
+def compiled(launch: Launch, target: str) -> CompiledKernel:
+    """What a launch runs on `target`; in a worker."""
+    specialised = specialise(launch, target)
+    if specialised.key not in _built:
+        _built[specialised.key] = _compile(launch, specialised)
+    return _built[specialised.key]
+
+
 def _compile_case(case: Callable[[], object], target: str, kernel: str | None) -> list[CompiledKernel]:
     launches = [launch for launch in _launches(case) if kernel in (None, launch.name)]
     if not launches:
         raise LookupError(f"{case.__name__} launched {sorted({launch.name for launch in _launches(case)})}, not {kernel}")
-    compiled: dict[str, CompiledKernel] = {}
-    for launch in launches:
-        specialised = specialise(launch, target)
-        if specialised.key not in _built:
-            _built[specialised.key] = _compile(launch, specialised)
-        compiled[specialised.key] = _built[specialised.key]
-    return list(compiled.values())
+    return list({id(kernel): kernel for kernel in (compiled(launch, target) for launch in launches)}.values())
 
 
 def _specialise_case(case: Callable[[], object], target: str) -> set[tuple[str, str]]:

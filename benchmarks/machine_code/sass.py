@@ -13,7 +13,11 @@ from functools import cached_property
 
 # What a loop is for: moving data or matrix products. A loop without any of these (waiting at a barrier, say) is never the hot one.
 WORK = ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "MUFU")
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;", re.MULTILINE)
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"
+    r"(?:[^\S\n]*/\* 0x[0-9a-f]{16} \*/\s*\n\s*/\* 0x([0-9a-f]{16}) \*/)?",  # the encoding, whose second half holds what the scheduler is told
+    re.MULTILINE,
+)
 _ADDRESS = re.compile(r"0x([0-9a-f]+)\s*$")
 _ENDS = ("EXIT", "RET")
 _BRANCHES = ("BRA", "JMP")
@@ -25,6 +29,22 @@ class Instruction:
     predicate: str | None
     opcode: str  # with its suffixes: LDG.E.128
     operands: str
+    control: int = 0  # the upper 64 bits of its encoding; 0 where the listing has none
+
+    @property
+    def stall(self) -> int:
+        """Clocks until the warp may issue its next instruction."""
+        return self.control >> 41 & 15
+
+    @property
+    def signals(self) -> tuple[int, ...]:
+        """The scoreboards (0 to 5) that it releases when its result is there, or its operands are read."""
+        return tuple(board for shift in (46, 49) if self.control and (board := self.control >> shift & 7) < 6)
+
+    @property
+    def waits(self) -> tuple[int, ...]:
+        """The scoreboards that it waits for."""
+        return tuple(board for board in range(6) if self.control >> 52 + board & 1)
 
     @property
     def mnemonic(self) -> str:
@@ -105,7 +125,7 @@ class Program:
     @classmethod
     def parse(cls, text: str) -> Program:
         """From what `cuobjdump -sass` prints for one kernel."""
-        found = [Instruction(int(m[1], 16), m[2], m[3], m[4]) for m in _LINE.finditer(text)]
+        found = [Instruction(int(m[1], 16), m[2], m[3], m[4], int(m[5] or "0", 16)) for m in _LINE.finditer(text)]
         # Behind the last instruction stand an endless branch to itself and padding.
         kept = [i for i in found if i.mnemonic != "NOP" and not (i.target == i.address and i.predicate is None)]
         if not kept:
@@ -120,7 +140,7 @@ class Program:
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """All natural loops; loops with one header are one loop."""
-        blocks, successors = self._blocks()
+        blocks, successors = self.blocks
         dominators = _dominators(successors)
         found: dict[int, tuple[set[int], int]] = {}
         predecessors: dict[int, list[int]] = {b: [] for b in successors}
@@ -163,7 +183,8 @@ class Program:
         codes = [loop.code for loop in innermost]
         return max(codes, key=lambda code: len(code.instructions)) if contains is None else min(codes, key=lambda code: code.instructions_per(contains))
 
-    def _blocks(self) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
+    @cached_property
+    def blocks(self) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
         """Basic blocks by their first address, and the blocks that may follow each."""
         known = {i.address for i in self.instructions}
         leaders = {self.instructions[0].address}

@@ -1,0 +1,73 @@
+"""The model of time: what it counts, on cases that a pencil can check."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.common import SMOKE
+from benchmarks.machine_code.sass import Program
+from benchmarks.predict_times import Demand, Operand, launches_of, memory_reads, predict, product_step, resident_blocks, walk
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "warps", "blocks"),
+    [
+        (128, 2048, 4, 4),  # 128 * 32 registers a warp, 16 warps of 65536
+        (101, 2048, 4, 4),  # rounded up to 104
+        (72, 2048, 4, 7),
+        (129, 98304, 8, 1),  # registers: 136 * 32 * 8 is more than half
+        (128, 98304, 8, 2),
+        (32, 120 * 1024, 8, 1),  # shared memory
+        (16, 0, 4, 16),  # 64 warps
+    ],
+)
+def test_resident_blocks(registers: int, shared_bytes: int, warps: int, blocks: int) -> None:
+    assert resident_blocks(registers, shared_bytes, warps) == blocks
+
+
+def test_a_wave_reads_a_panel_once_and_the_cache_forgets() -> None:
+    def reads(program: int) -> list[tuple[object, float]]:
+        return [(("a", program // 4), 10.0), (("b", program % 4), 3.0)]
+
+    assert memory_reads(8, 4, reads) == 2 * 10 + 4 * 3, "each panel once while the cache holds all"
+    assert memory_reads(8, 4, reads, cache=0.0) == 2 * 10 + 2 * 4 * 3, "b again in the second wave"
+    assert memory_reads(8, 8, reads, cache=0.0) == 2 * 10 + 4 * 3, "one wave"
+
+
+def test_a_step_of_a_product() -> None:
+    """A step of 128 x 128 x 64: eight wgmma of 64 clocks, 48 KiB read from and 32 KiB copied to shared memory."""
+    step = product_step(128, 128, 64, 2)
+    assert (step.tensor, step.shared) == (512, 640)
+    assert step.l2 == pytest.approx(845, abs=1)
+
+
+def test_resources_add_up_and_the_busiest_decides() -> None:
+    demand = Demand(issue=100, mufu=10, latency=50).plus(Demand(mufu=90), times=1)
+    assert demand.clocks(1) == pytest.approx(100 * (2 + 1 / 16) ** 0.25)
+    assert demand.clocks(4) == pytest.approx(400 * 2**0.25, rel=1e-4)
+
+
+def test_a_warp_waits_for_its_scoreboards() -> None:
+    listing = """
+        /*0000*/                   MUFU.EX2 R2, R2 ;                     /* 0x0000000200027308 */
+                                                                         /* 0x000e620000000800 */
+        /*0010*/                   FMUL R2, R2, R2 ;                     /* 0x0000000202027220 */
+                                                                         /* 0x002fc80000400000 */
+    """
+    code = Program.parse(listing).instructions
+    assert [i.stall for i in code] == [1, 4]
+    assert (code[0].signals, code[0].waits) == ((1,), ())
+    assert (code[1].signals, code[1].waits) == ((), (1,))
+    assert walk(code) == 22 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_every_launch_has_a_prediction() -> None:
+    from benchmarks.machine_code.aot import in_worker
+
+    found = in_worker(launches_of, SMOKE, "materialised").result()
+    names = [launch.kernel.name for launch, _ in found]
+    assert {"_cosine_kernel", "_row_stats_kernel", "_gradient_kernel", "_weight_gradient_kernel"} <= set(names)
+    assert all(1e-6 < predict(launch, repeats).seconds < 1e-3 for launch, repeats in found)
+    assert isinstance(found[0][0].arguments["x_ptr"], Operand)
