@@ -8,8 +8,8 @@ resource that it keeps busy longest, a little longer where two are nearly as bus
     latency             one warp alone: stalls and scoreboards as the assembler wrote them
     memory              bytes that the order of the tiles leaves to the L2 cache's misses
 
-Programs that do not fit at once come in waves, whose last may be nearly empty. No constant below comes from a run of these kernels: benchmarks.gpu_report prints
-the predictions beside its measurements.
+Programs that do not fit at once come in waves, whose last may be nearly empty. No constant below comes from a run of these kernels: benchmarks.gpu_report
+prints the predictions beside its measurements.
 """
 
 from __future__ import annotations
@@ -171,8 +171,10 @@ def walk(code: Sequence[Instruction]) -> float:
         start = clock
         for instruction in code:
             clock = max(clock, *(ready[board] for board in instruction.waits), 0.0)
-            for board in instruction.signals:
+            if (board := instruction.result_board) is not None:
                 ready[board] = max(ready[board], clock + LATENCIES.get(instruction.mnemonic, OTHER_LATENCY))
+            if (board := instruction.operands_board) is not None:
+                ready[board] = max(ready[board], clock + OTHER_LATENCY)
             clock += max(instruction.stall, 1) + (LATENCIES["BAR"] if instruction.mnemonic == "BAR" else 0.0)
     return clock - start
 
@@ -248,12 +250,21 @@ def _uncached(size: float) -> float:
     return size if size > CACHE else 0.0
 
 
+def raster(program: int, fast_tiles: int) -> tuple[int, int]:
+    """The kernels' own order of tiles."""
+    from gclkern.kernels.products import tile_of_program
+
+    slow, fast = tile_of_program.fn(program, fast_tiles)
+    return slow, fast
+
+
 def _cosine_work(launch: Compiled) -> Work:
     rows, columns, depth, dim, num_rows = (launch[name] for name in ("ROWS", "COLUMNS", "DEPTH", "dim", "num_rows"))
     row_tiles = _tiles(num_rows, rows)
 
     def reads(program: int) -> Sequence[tuple[object, float]]:
-        return (("x", program % row_tiles), 2.0 * rows * dim), (("w", program // row_tiles), 2.0 * columns * dim)
+        classes, row = raster(program, row_tiles)
+        return (("x", row), 2.0 * rows * dim), (("w", classes), 2.0 * columns * dim)
 
     return Work(_tiles(dim, depth), 1, product_step(rows, columns, depth, 2), reads, written=2.0 * num_rows * launch["num_classes"])
 
@@ -294,11 +305,11 @@ def _feature_gradient_work(launch: Compiled) -> Work:
 
 def _weight_gradient_work(launch: Compiled) -> Work:
     rows, columns, depth, dim, num_rows = (launch[name] for name in ("ROWS", "COLUMNS", "DEPTH", "dim", "num_rows"))
-    class_tiles = launch.grid[0]
+    column_tiles = _tiles(dim, columns)
     cached = _uncached(2.0 * num_rows * launch["num_classes"]) == 0.0
 
     def reads(program: int) -> Sequence[tuple[object, float]]:
-        classes, column = program % class_tiles, program // class_tiles
+        classes, column = raster(program, column_tiles)
         weight = 2.0 * rows * columns  # the epilogue's
         return (("G", classes), 0.0 if cached else 2.0 * rows * num_rows), (("x", column), 2.0 * columns * num_rows), (("w", classes, column), weight)
 

@@ -8,6 +8,7 @@ Bytes: forward reads N * C elements, backward reads and writes them. Operations:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .philox import noise_tile
 from .row_loss import LOG2E, ROW_STATS, finish_rows
-from .runtime import LOOSE_POINTERS, NVIDIA, PLACES, batch_kernel, on_device
+from .runtime import LOOSE_POINTERS, MULTIPROCESSORS, NVIDIA, PLACES, batch_kernel, on_device
 from .terms import LossTerms, implements, shapes_of
 
 # Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product
@@ -26,7 +27,9 @@ from .terms import LossTerms, implements, shapes_of
 ROW_ALIGNMENT = 128
 STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
 GRADIENT_COLUMNS = 512
-GRADIENT_PROGRAMS = 512  # of a gradient that is also summed over samples: as many as a large GPU holds at a time; more would only make more parts of the sums
+# Programs of the gradient that a multiprocessor holds at a time, by their registers: those that also sum over samples need 128.
+GRADIENT_RESIDENT, SUMMING_GRADIENT_RESIDENT = 8, 4
+MOST_SPLITS = 64  # of the gradient's rows
 PROGRAMS = 1024  # of the statistics: enough to fill a large GPU several times; a small batch splits its classes to get there
 
 
@@ -54,12 +57,21 @@ def load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present):
 
 
 @triton.jit
+def load_seed(seed_ptr):
+    """The noise's seed, to be read before a loop: the compiler does not know that the loop's stores leave it alone. 0 without noise."""
+    seed = tl.zeros((), tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed
+
+
+@triton.jit
 def disturb(
-    cosine, rows, first_group, seed_ptr, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
+    cosine, rows, first_group, seed, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
 ):  # fmt: skip
     """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`."""
     if NOISE:
-        cosine -= cloud[None, :] * noise_tile(tl.load(seed_ptr), rows, first_group, GROUPS, NVIDIA)
+        cosine -= cloud[None, :] * noise_tile(seed, rows, first_group, GROUPS, NVIDIA)
     if BIAS:
         cosine += (bias * inverse_scale)[None, :]
     return cosine
@@ -80,7 +92,8 @@ def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
 def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Running statistics peak, rest and blend of no class yet, one for each lane: every 8 neighbouring columns of a tile, which one thread holds.
 
-    A lane needs no other thread until the last class is in: no shuffle and no barrier stands in the loop over classes.
+    A lane needs no other thread until the last class is in: no value is exchanged in the loop over classes. (Barriers stand there where the class vectors reach
+    their threads through shared memory.)
     """
     peak = tl.full((ROWS, COLUMNS // 8), -float("inf"), tl.float32)
     rest = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
@@ -194,9 +207,9 @@ def finish_gradient_tile(
 
 @triton.jit
 def load_row_gradient(
-    stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, TWO: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr
+    stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, slope, TWO: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr
 ):  # fmt: skip
-    """Whether the row has a gradient, its statistics, and the factor s * upstream / denominator. A row without is not to be read, whatever it holds."""
+    """Whether the row has a gradient, its statistics, and the factor upstream * slope, where slope is s / denominator."""
     offset = tl.load(stats_ptr + rows, mask=in_batch, other=float("inf"))
     grad_a = tl.load(stats_ptr + num_rows + rows, mask=in_batch, other=0.0)
     grad_b = grad_a
@@ -210,7 +223,7 @@ def load_row_gradient(
     else:
         upstream = tl.load(grad_loss_ptr)
     kept = in_batch & (offset != float("inf"))
-    return kept, offset, grad_a, grad_b, smooth, tl.where(kept, upstream * (scale / tl.load(denominator_ptr)), 0.0)
+    return kept, offset, grad_a, grad_b, smooth, tl.where(kept, upstream * slope, 0.0)
 
 
 @triton.jit
@@ -230,22 +243,11 @@ def _load_pairs(row_ptr, taken, first_class, readable, COLUMNS: tl.constexpr, MA
     A plain load would give each thread one aligned pair and send the noise, which comes in eights, through shared memory. Four loads of a pair, joined in the
     order in which the noise is joined, meet it in registers.
     """
-    dtype: tl.constexpr = row_ptr.dtype.element_ty
-    word: tl.constexpr = tl.uint64 if dtype == tl.float32 else tl.uint32
+    word: tl.constexpr = tl.uint64 if row_ptr.dtype.element_ty == tl.float32 else tl.uint32
     pairs = (row_ptr + first_class).to(tl.pointer_type(word), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
     even = tl.join(_load_pair(pairs, taken, first_class, readable, 0, MASKED), _load_pair(pairs, taken, first_class, readable, 2, MASKED))
     odd = tl.join(_load_pair(pairs, taken, first_class, readable, 1, MASKED), _load_pair(pairs, taken, first_class, readable, 3, MASKED))
-    joined = tl.join(even, odd)
-    if dtype == tl.float32:
-        low = joined.to(tl.uint32).to(tl.float32, bitcast=True)
-        high = (joined >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-    elif dtype == tl.bfloat16:
-        low = (joined << 16).to(tl.float32, bitcast=True)
-        high = (joined & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        low = (joined & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-        high = (joined >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.join(low, high).reshape(taken.shape[0], COLUMNS)
+    return tl.join(even, odd)
 
 
 @triton.jit
@@ -253,24 +255,43 @@ def _load_cosines(
     cosine_ptr, stride_n_units, stride_c, rows, taken, classes, first_class, readable, MASKED: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of cosines in float32, 0 in rows that are not taken and beyond the readable classes."""
+    """A tile of cosines as it lies in memory, for `_unpack_cosines`; 0 in rows that are not taken and beyond the readable classes."""
     row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
     wanted = taken[:, None]
     if MASKED:
         wanted = wanted & ((classes >= 0) & (classes < readable))[None, :]
     if PAIRED:
-        cosine = _load_pairs(row_ptr, taken, first_class, readable, classes.shape[0], MASKED)
+        loaded = _load_pairs(row_ptr, taken, first_class, readable, classes.shape[0], MASKED)
     elif CONTIGUOUS:
-        cosine = tl.load(row_ptr[:, None] + classes[None, :], mask=wanted, other=0.0).to(tl.float32)
+        loaded = tl.load(row_ptr[:, None] + classes[None, :], mask=wanted, other=0.0)
     else:
-        cosine = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0).to(tl.float32)
+        loaded = tl.load(row_ptr[:, None] + classes.to(tl.int64)[None, :] * stride_c, mask=wanted, other=0.0)
+    return loaded
+
+
+@triton.jit
+def _unpack_cosines(loaded, dtype: tl.constexpr, PAIRED: tl.constexpr):
+    """The cosines (rows, classes) of `_load_cosines` in float32."""
+    if PAIRED:
+        if dtype == tl.float32:
+            low = loaded.to(tl.uint32).to(tl.float32, bitcast=True)
+            high = (loaded >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+        elif dtype == tl.bfloat16:
+            low = (loaded << 16).to(tl.float32, bitcast=True)
+            high = (loaded & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            low = (loaded & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+            high = (loaded >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        cosine = tl.join(low, high).reshape(loaded.shape[0], loaded.shape[1] * 8)
+    else:
+        cosine = loaded.to(tl.float32)
     return cosine
 
 
 @triton.jit
 def _stats_tile(
     peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
-    cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+    cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
     MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
     COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -282,11 +303,12 @@ def _stats_tile(
         classes = columns
         present = columns >= 0
     cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present)
-    cosine = _load_cosines(
+    loaded = _load_cosines(
         cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
     )  # fmt: skip
+    cosine = _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED)
     v = disturb(
-        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
     return accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND)
@@ -305,6 +327,7 @@ def _row_stats_kernel(
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+    seed = load_seed(seed_ptr)
     peak, rest, blend = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
@@ -315,13 +338,13 @@ def _row_stats_kernel(
         for tile in range(first, whole):
             peak, rest, blend = _stats_tile(
                 peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
-                cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+                cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
                 False, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
             )  # fmt: skip
     for tile in range(whole, last):
         peak, rest, blend = _stats_tile(
             peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
-            cloud_ptr, bias_ptr, weight_ptr, seed_ptr, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
+            cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
             True, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
         )  # fmt: skip
     store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
@@ -349,18 +372,22 @@ def _gradient_tile(
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = split * row_tiles_per_split
     last = tl.minimum(first + row_tiles_per_split, tl.cdiv(num_rows, ROWS))
+    seed = load_seed(seed_ptr)
+    slope = scale / tl.load(denominator_ptr)
     for row_tile in range(first, last):
         rows = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         in_batch = rows < num_rows
+        # read before it is known whether the row has a gradient: no load waits for another one
+        loaded = _load_cosines(
+            cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
+        )  # fmt: skip
         target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
         kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
-            stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
+            stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, slope, target_b_ptr is not None, SMOOTH, PER_ROW
         )
-        cosine = _load_cosines(
-            cosine_ptr, stride_n_units, stride_c, rows, kept, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
-        )  # fmt: skip
+        cosine = tl.where(kept[:, None], _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED), 0.0)  # 0 whatever a row without a gradient holds
         v = disturb(
-            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
         dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
@@ -485,6 +512,18 @@ def sums_over_rows(splits: int, num_classes: int, device: torch.device, *, norms
     return tuple(torch.empty((splits, num_classes), dtype=torch.float32, device=device) if wanted else None for wanted in (norms, bias_grad))  # type: ignore[return-value]
 
 
+@functools.lru_cache(1024)
+def gradient_splits(class_tiles: int, row_tiles: int, *, summing: bool) -> int:
+    """Shares of the row tiles that make the last wave of programs nearly whole; `summing` programs leave a part of the sums over samples each."""
+    slots = MULTIPROCESSORS * (SUMMING_GRADIENT_RESIDENT if summing else GRADIENT_RESIDENT)
+
+    def time(splits: int) -> tuple[int, int]:
+        # in steps of a program, of which its begin and end take about one; of equals the fewest programs
+        return triton.cdiv(class_tiles * splits, slots) * (triton.cdiv(row_tiles, splits) + 1), splits
+
+    return min(range(1, min(row_tiles, MOST_SPLITS) + 1), key=time)
+
+
 def cosine_gradient(
     cosine: Tensor,  # (N, C) of this call's classes
     grad_loss: Tensor,  # () or (N,)
@@ -508,9 +547,7 @@ def cosine_gradient(
     rows = min(2048 // columns, 16)
     class_tiles = triton.cdiv(padded_columns(num_classes) + layout.shift, columns)  # the padding is written too, as zeros
     row_tiles = triton.cdiv(num_rows, rows)
-    splits = min(triton.cdiv(row_tiles, 4), 65535)  # the most a grid's second axis takes
-    if bias_grad or inverse_norm is not None:
-        splits = min(splits, triton.cdiv(GRADIENT_PROGRAMS, class_tiles))
+    splits = gradient_splits(class_tiles, row_tiles, summing=bias_grad or inverse_norm is not None)
     class_sum, bias_sum = sums_over_rows(splits, num_classes, cosine.device, norms=inverse_norm is not None, bias_grad=bias_grad)
     _gradient_kernel[(class_tiles, splits)](
         cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,

@@ -27,6 +27,7 @@ from .logit_loss import (
     load_class_term,
     load_class_terms,
     load_row_gradient,
+    load_seed,
     padded_columns,
     row_targets,
     store_lanes,
@@ -63,6 +64,15 @@ def fused_tile_of(dtype: torch.dtype) -> Tile:
 def _precision() -> str:
     # torch.get_float32_matmul_precision raises where tf32 was chosen by this newer setting, which also shows what the older ones chose
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def tile_of_program(program, fast_tiles):
+    """The slow and the fast tile of a program: programs that run at the same time share the slow operand, which should be the larger one.
+
+    On one axis of the grid, because the others end at 65535.
+    """
+    return program // fast_tiles, program % fast_tiles
 
 
 @triton.jit
@@ -179,9 +189,9 @@ def _cosine_kernel(
     x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(num_rows, ROWS)  # one axis, because the others of a grid end at 65535
-    rows = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    classes = tl.program_id(0) // row_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    class_tile, row_tile = tile_of_program(tl.program_id(0), tl.cdiv(num_rows, ROWS))
+    rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    classes = class_tile * COLUMNS + tl.arange(0, COLUMNS)
     cosine, _ = _cosine_tile(
         x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, classes < num_classes, dim,
         ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
@@ -203,6 +213,7 @@ def _fused_stats_kernel(
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
+    seed = load_seed(seed_ptr)
     peak, rest, blend = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
@@ -216,7 +227,7 @@ def _fused_stats_kernel(
         )  # fmt: skip
         cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
         v = disturb(
-            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+            cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
         peak, rest, blend = accumulate_tile(
@@ -249,10 +260,10 @@ def _fused_gradient_kernel(
     cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     _, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
-        stats_ptr, grad_loss_ptr, denominator_ptr, num_rows, rows, in_batch, scale, target_b_ptr is not None, SMOOTH, PER_ROW
+        stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, scale / tl.load(denominator_ptr), target_b_ptr is not None, SMOOTH, PER_ROW
     )
     v = disturb(
-        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed_ptr, cloud, bias, inverse_scale,
+        cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), load_seed(seed_ptr), cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
     dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
@@ -344,8 +355,10 @@ def _weight_gradient_kernel(
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G.T @ x, less the part along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
-    classes = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_tiles = tl.cdiv(dim, COLUMNS)
+    class_tile, column_tile = tile_of_program(tl.program_id(0), column_tiles)  # so that a tile of the large gradient is read for all columns at once
+    classes = class_tile * ROWS + tl.arange(0, ROWS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, num_rows, DEPTH):
         rows = (start + tl.arange(0, DEPTH)).to(tl.int64)
@@ -520,7 +533,7 @@ def weight_gradient(
     """out (C, D) = gradient.T @ x through the backward of the weights' normalisation, for which `class_sum` (splits, C) adds up to r."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
     tile = tile_of(gradient.dtype)
-    _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows), triton.cdiv(dim, tile.columns))](
+    _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows) * triton.cdiv(dim, tile.columns),)](
         gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, row_scale, out,
         num_rows, num_classes, dim, 0 if class_sum is None else class_sum.shape[0],
         SPLITS=16, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),

@@ -11,6 +11,8 @@ from torch import Tensor
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 # Device code may use NVIDIA's approximate instructions (inline assembly); elsewhere it takes the portable formulas.
 NVIDIA: bool = not INTERPRETED and torch.version.cuda is not None
+# Grids are cut for a GPU of this many multiprocessors, an H100's or H200's; on another one their last wave may be emptier.
+MULTIPROCESSORS = 132
 
 # Triton compiles anew for integers that are 1 or multiples of 16, and for pointers of other alignment, unless they are named. Here are those that change with
 # the number of rows, with the place of a batch or a shard, or with where in a larger tensor an argument lies. No address whose alignment counts needs them.
@@ -18,6 +20,11 @@ PLACES = ("row_offset", "class_offset", "first_group", "target_shift", "splits",
 LOOSE_POINTERS = ("target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_loss_ptr", "peak_ptr", "rest_ptr", "blend_ptr")
 # `triton.jit` for a kernel that every batch launches: a last batch that is smaller, or micro-batches at other offsets, compile nothing.
 batch_kernel = triton.jit(do_not_specialize=("num_rows", *PLACES), do_not_specialize_on_alignment=LOOSE_POINTERS)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the registers, shared memory and warp-group products of compute capability 9.0."""
+    return device.type == "cuda" and NVIDIA and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -37,9 +37,18 @@ class Instruction:
         return self.control >> 41 & 15
 
     @property
-    def signals(self) -> tuple[int, ...]:
-        """The scoreboards (0 to 5) that it releases when its result is there, or its operands are read."""
-        return tuple(board for shift in (46, 49) if self.control and (board := self.control >> shift & 7) < 6)
+    def result_board(self) -> int | None:
+        """The scoreboard, 0 to 5, that it releases when its result is there."""
+        return self._board(46)
+
+    @property
+    def operands_board(self) -> int | None:
+        """The scoreboard that it releases when its operands are read, so that others may overwrite them."""
+        return self._board(49)
+
+    def _board(self, shift: int) -> int | None:
+        board = self.control >> shift & 7
+        return board if self.control and board < 6 else None
 
     @property
     def waits(self) -> tuple[int, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from benchmarks.common import SMOKE
+from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SMOKE, Shape
 from benchmarks.machine_code.sass import Program
-from benchmarks.predict_times import Demand, Operand, launches_of, memory_reads, predict, product_step, resident_blocks, walk
+from benchmarks.predict_times import PROCESSORS, Demand, Operand, launches_of, memory_reads, predict, product_step, raster, resident_blocks, walk
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,34 @@ def test_a_wave_reads_a_panel_once_and_the_cache_forgets() -> None:
     assert memory_reads(8, 8, reads, cache=0.0) == 2 * 10 + 4 * 3, "one wave"
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [HUNDRED_THOUSAND, MILLION], ids=str)
+def test_the_weight_gradient_reads_the_large_operand_once(shape: Shape) -> None:
+    """The order of its tiles, simulated: with the class tile on the fast axis the gradient (N, C) came from memory once for every column tile."""
+    row_panel, column_panel, column_tiles = 2.0 * 128 * shape.rows, 2.0 * 128 * shape.rows, shape.dim // 128
+    programs = math.ceil(shape.classes / 128) * column_tiles
+
+    def reads(program: int) -> list[tuple[object, float]]:
+        classes, column = raster(program, column_tiles)
+        return [(("G", classes), row_panel), (("x", column), column_panel)]
+
+    whole = 2.0 * shape.rows * (128 * math.ceil(shape.classes / 128) + shape.dim)
+    assert memory_reads(programs, PROCESSORS, reads) <= 1.15 * whole  # a wave over the cache size reads the small operand again
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [INATURALIST, HUNDRED_THOUSAND, MILLION], ids=str)
+@pytest.mark.parametrize("summing", [True, False])
+def test_the_last_wave_of_the_gradient_is_nearly_whole(shape: Shape, summing: bool) -> None:
+    from gclkern.kernels.logit_loss import GRADIENT_COLUMNS, GRADIENT_RESIDENT, SUMMING_GRADIENT_RESIDENT, gradient_splits, padded_columns
+
+    class_tiles, row_tiles = math.ceil(padded_columns(shape.classes) / GRADIENT_COLUMNS), shape.rows // 4
+    waves = (
+        class_tiles * gradient_splits(class_tiles, row_tiles, summing=summing) / (PROCESSORS * (SUMMING_GRADIENT_RESIDENT if summing else GRADIENT_RESIDENT))
+    )
+    assert waves / math.ceil(waves) > 0.93
+
+
 def test_a_step_of_a_product() -> None:
     """A step of 128 x 128 x 64: eight wgmma of 64 clocks, 48 KiB read from and 32 KiB copied to shared memory."""
     step = product_step(128, 128, 64, 2)
@@ -56,8 +86,8 @@ def test_a_warp_waits_for_its_scoreboards() -> None:
     """
     code = Program.parse(listing).instructions
     assert [i.stall for i in code] == [1, 4]
-    assert (code[0].signals, code[0].waits) == ((1,), ())
-    assert (code[1].signals, code[1].waits) == ((), (1,))
+    assert (code[0].result_board, code[0].operands_board, code[0].waits) == (1, None, ())
+    assert (code[1].result_board, code[1].waits) == (None, (1,))
     assert walk(code) == 22 + 4
 
 
