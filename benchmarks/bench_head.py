@@ -29,6 +29,7 @@ from benchmarks.common import (
 )
 from benchmarks.timing import Call
 from gclkern.functional import linear_gcl_cross_entropy
+from gclkern.options import Plan
 
 
 def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
@@ -38,7 +39,7 @@ def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
     return Inputs(shape, dtype, device, (features, weight), draw_labels(shape, device), shape.class_counts())
 
 
-def ours(plan: str) -> Callable[[Inputs, str], Call]:
+def ours(plan: Plan) -> Callable[[Inputs, str], Call]:
     def loss(inputs: Inputs) -> Tensor:
         features, weight = inputs.leaves
         return linear_gcl_cross_entropy(features, weight, inputs.target, inputs.cloud, scale=SCALE, plan=plan)

@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import NOISE_MUL, SHAPES, Shape, draw_labels
 from gclkern import cloud_noise, cloud_sizes
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.options import Plan
 
 SMALL = Shape("small", 37, 139, 72, 100, 2)
-PLANS = ("materialised", "chunked", "recompute")
+PLANS: tuple[Plan, ...] = ("materialised", "chunked", "recompute")
 REPEATS = 5
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from gclkern import torch_backend
 from gclkern.kernels.terms import NAMESPACE, PREFIXES
+from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
 
-Backend = Literal["auto", "triton", "torch"]
-Plan = Literal["auto", "materialised", "chunked", "recompute"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
-PLANS: tuple[str, ...] = get_args(Plan)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+PLANS: tuple[Plan, ...] = get_args(Plan)
 
 # Found out without importing Triton, and once: a traced function may not look for packages.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss
 from gclkern.dispatch import operator, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
+from gclkern.options import Backend, Plan, Reduction
 from gclkern.validation import (
     REDUCTIONS,
     check_choice,
@@ -48,11 +49,11 @@ def gcl_cross_entropy(
     focal_detach: bool = True,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
     row_offset: int = 0,
     class_offset: int = 0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Cross entropy of clouded cosine logits (GCL, CVPR 2022, Eq. 11), with the margins, biases and weights of its relatives.
 
@@ -123,7 +124,7 @@ def linear_gcl_cross_entropy(
     cloud: Tensor | None = None,  # (C,)
     *,
     normalize: bool = True,
-    plan: str = "auto",
+    plan: Plan = "auto",
     scale: float = 30.0,
     margin: Tensor | float | None = None,
     bias: Tensor | None = None,
@@ -134,11 +135,11 @@ def linear_gcl_cross_entropy(
     focal_detach: bool = True,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
     row_offset: int = 0,
     class_offset: int = 0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r""":func:`gcl_cross_entropy` of a classifier's cosines, without ever holding what a chain of torch operators would hold.
 
@@ -197,8 +198,8 @@ def dro_lt_loss(
     *,
     temperature: float = 1.0,
     class_weight: Tensor | None = None,  # (C,)
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""The DRO-LT bound: each class centroid mu_c should find the samples of its class nearest, out to a distance of 2 epsilon_c (ICCV 2021).
 

@@ -6,7 +6,8 @@ They are not in the state_dict: they follow from the arguments, and a checkpoint
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
 from gclkern.dispatch import BACKENDS, PLANS
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, Strategy
 from gclkern.validation import (
     REDUCTIONS,
     Vector,
@@ -29,6 +31,13 @@ from gclkern.validation import (
 from gclkern.weights import ldam_margins, log_prior
 
 _INITIAL_EPSILON = 0.5
+
+
+if TYPE_CHECKING:
+    Function = TypeVar("Function", bound=Callable[..., Any])
+
+    def same_signature(forward: Function) -> Callable[[Any], Function]:
+        """Gives a module's call the signature of its `forward`: nn.Module declares that any arguments will do."""
 
 
 class _ClassLoss(PreciseBuffers):
@@ -52,8 +61,8 @@ class _ClassLoss(PreciseBuffers):
         focal_detach: bool = True,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -118,6 +127,11 @@ class _CosineLoss(_ClassLoss):
     ) -> Tensor:
         return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, **self._arguments())
 
+    if TYPE_CHECKING:
+
+        @same_signature(forward)
+        def __call__(self) -> None: ...
+
 
 class _CloudedLoss(_ClassLoss):
     """The arguments of GCL, from cosines or from features."""
@@ -127,24 +141,17 @@ class _CloudedLoss(_ClassLoss):
         class_counts: Vector,
         *,
         noise_mul: float = 1.0,
-        strategy: str = "log",
+        strategy: Strategy = "log",
         exponent: float | None = None,
         scale: float = 30.0,
         margin: Tensor | float = 0.0,
-        weight: Tensor | None = None,
         gamma: float = 0.0,
         focal_detach: bool = True,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
         some = cloud if bool(cloud.any()) else None  # no cloud, no noise to draw
-        super().__init__(
-            cloud.numel(), cloud=some, margin=margin, weight=weight, scale=scale, gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing,
-            ignore_index=ignore_index, reduction=reduction, backend=backend,
-        )  # fmt: skip
+        super().__init__(cloud.numel(), cloud=some, margin=margin, scale=scale, gamma=gamma, focal_detach=focal_detach, **options)
 
 
 class GCLLoss(_CloudedLoss):
@@ -199,6 +206,11 @@ class GCLLoss(_CloudedLoss):
     ) -> Tensor:
         return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **self._arguments())
 
+    if TYPE_CHECKING:
+
+        @same_signature(forward)
+        def __call__(self) -> None: ...
+
 
 class LinearGCLLoss(_CloudedLoss):
     """:class:`GCLLoss` of features and a classifier's weight: cosines, noise and softmax in one, without the (N, C) tensors of a chain of operators.
@@ -225,7 +237,7 @@ class LinearGCLLoss(_CloudedLoss):
         torch.Size([3, 16])
     """
 
-    def __init__(self, class_counts: Vector, *, plan: str = "auto", **options: Any) -> None:
+    def __init__(self, class_counts: Vector, *, plan: Plan = "auto", **options: Unpack[GCLOptions]) -> None:
         check_choice("plan", plan, PLANS)
         super().__init__(class_counts, **options)
         self.plan = plan
@@ -244,6 +256,11 @@ class LinearGCLLoss(_CloudedLoss):
         return linear_gcl_cross_entropy(
             features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, **self._arguments()
         )
+
+    if TYPE_CHECKING:
+
+        @same_signature(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, plan={self.plan!r}"
@@ -280,17 +297,10 @@ class LDAMLoss(_CosineLoss):
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         margin = ldam_margins(class_counts, max_margin)
-        super().__init__(
-            margin.numel(), margin=margin, weight=weight, scale=scale, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-            backend=backend,
-        )  # fmt: skip
+        super().__init__(margin.numel(), margin=margin, scale=scale, **options)
 
 
 class LogitAdjustedLoss(_CosineLoss):
@@ -324,17 +334,10 @@ class LogitAdjustedLoss(_CosineLoss):
         *,
         tau: float = 1.0,
         scale: float = 1.0,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         bias = check_number("tau", tau) * log_prior(class_counts)
-        super().__init__(
-            bias.numel(), bias=bias, weight=weight, scale=scale, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-            backend=backend,
-        )  # fmt: skip
+        super().__init__(bias.numel(), bias=bias, scale=scale, **options)
 
 
 class CosFaceLoss(_CosineLoss):
@@ -363,16 +366,9 @@ class CosFaceLoss(_CosineLoss):
         *,
         margin: Tensor | float = 0.35,
         scale: float = 64.0,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(
-            margin.numel() if isinstance(margin, Tensor) else None, margin=margin, weight=weight, scale=scale, label_smoothing=label_smoothing,
-            ignore_index=ignore_index, reduction=reduction, backend=backend,
-        )  # fmt: skip
+        super().__init__(margin.numel() if isinstance(margin, Tensor) else None, margin=margin, scale=scale, **options)
 
 
 class FocalLoss(_CosineLoss):
@@ -402,16 +398,9 @@ class FocalLoss(_CosineLoss):
         *,
         gamma: float = 2.0,
         scale: float = 1.0,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(
-            None, weight=weight, scale=scale, gamma=gamma, focal_detach=False, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-            backend=backend,
-        )  # fmt: skip
+        super().__init__(None, scale=scale, gamma=gamma, focal_detach=False, **options)
 
 
 class DROLTLoss(PreciseBuffers):
@@ -462,17 +451,17 @@ class DROLTLoss(PreciseBuffers):
         self,
         class_counts: Vector,
         *,
-        epsilon: str | float = "learned",
+        epsilon: LearnedEpsilon | float = "learned",
         temperature: float = 1.0,
         base_epsilon: float | None = None,
         class_weight: Tensor | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         counts = check_class_counts(class_counts).to(device_of(class_counts))
         if isinstance(epsilon, str):
-            check_choice("epsilon", epsilon, ("learned", "sqrt"))
+            check_choice("epsilon", epsilon, get_args(LearnedEpsilon))
             base = _INITIAL_EPSILON if base_epsilon is None else check_number("base_epsilon", base_epsilon, 0.0)
         elif base_epsilon is not None:
             raise ValueError(f'base_epsilon is given ({base_epsilon}) but serves only epsilon="learned" or "sqrt", and epsilon is {epsilon}')
@@ -512,8 +501,14 @@ class DROLTLoss(PreciseBuffers):
             seen = counts > 0
             weight = seen.to(torch.float32) if weight is None else torch.where(seen, weight, 0.0)
         epsilon = self.epsilon.clamp(min=0.0)
-        options = {"temperature": self.temperature, "class_weight": weight, "reduction": self.reduction, "backend": self.backend}
-        return dro_lt_loss(features, target, centroids, epsilon, **options)  # type: ignore[arg-type]
+        return dro_lt_loss(
+            features, target, centroids, epsilon, temperature=self.temperature, class_weight=weight, reduction=self.reduction, backend=self.backend
+        )
+
+    if TYPE_CHECKING:
+
+        @same_signature(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         epsilon = f"{float(self.epsilon):g}" if self.mode == "constant" else repr(self.mode)

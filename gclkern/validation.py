@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from gclkern.devices import autocast_is_on, values_may_be_read
 from gclkern.kernels.terms import LossTerms, statistics_dtype
+from gclkern.options import Reduction
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # One number for each class (C,), or one label for each sample (N,).
 Vector: TypeAlias = "Sequence[float] | npt.NDArray[Any] | Tensor"
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CLASSES = 2**35  # the noise stream counts groups of 8 classes in 32 bits
 

@@ -270,6 +270,7 @@ def test_the_first_step_of_every_loss_imports_no_compiler() -> None:
             gclkern.FocalLoss()(cosine, target),
             *(gclkern.LinearGCLLoss(counts, plan=plan)(features, weight, target) for plan in ("materialised", "chunked", "recompute")),
             gclkern.DROLTLoss(counts)(features, target, *functional.class_centroids(features.detach(), target, 3)),
+            gclkern.distributed.ShardedLinearGCLLoss(counts)(features, weight, target),
         ]
         torch.stack(losses).sum().backward()
         gclkern.cloud_noise(1, 2, 3)

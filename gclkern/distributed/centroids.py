@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,7 @@ from gclkern.centroids import ClassCentroids, class_means
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.functional import dro_lt_loss
+from gclkern.options import DROLTOptions
 from gclkern.validation import check_int, check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
 
 
@@ -68,10 +71,7 @@ def sharded_dro_lt_loss(
     num_classes: int,
     *,
     group: dist.ProcessGroup | None = None,
-    temperature: float = 1.0,
-    class_weight: Tensor | None = None,  # (C,)
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[DROLTOptions],
 ) -> Tensor:
     """:func:`gclkern.functional.dro_lt_loss` of this rank's batch, around centroids of which each rank holds some; a collective call.
 
@@ -101,6 +101,7 @@ def sharded_dro_lt_loss(
         >>> loss = sharded_dro_lt_loss(features.requires_grad_(), target, centroids, 0.1, 3, class_weight=(counts > 0).float())
         >>> loss.backward()
     """
+    class_weight = options.get("class_weight")
     ranks = Ranks(group)
     shards = Shards(ranks.rank, even_sizes(num_classes, ranks.world))
     problem: Exception | None = None
@@ -128,11 +129,8 @@ def sharded_dro_lt_loss(
     if isinstance(epsilon, Tensor) and epsilon.shape == (num_classes,):
         epsilon = epsilon[label]
     if class_weight is not None:
-        class_weight = class_weight[label]
-    loss = dro_lt_loss(
-        features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids, label), epsilon, temperature=temperature,
-        class_weight=class_weight, reduction=reduction, backend=backend,
-    )  # fmt: skip
+        options["class_weight"] = class_weight[label]
+    loss = dro_lt_loss(features, torch.where(known, first, -1), _of_labels(ranks, shards, centroids, label), epsilon, **options)
     return loss if verdict is None else loss * verdict
 
 

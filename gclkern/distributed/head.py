@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,13 @@ from gclkern.devices import without_autocast
 from gclkern.dispatch import head_implementation, resolve_backend, resolve_plan
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import Shards, agree, form
+from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.kernels.terms import LossTerms, statistics_dtype
+from gclkern.options import LinearCrossEntropyOptions
 from gclkern.torch_backend.rows import row_targets
 from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms, resolve_seed
 
+_DEFAULTS: dict[str, Any] = linear_gcl_cross_entropy.__kwdefaults__ or {}
 # Labels that no rank takes for a class of its own.
 _IGNORED, _ELSEWHERE = -1, -(2**30)
 
@@ -135,7 +138,6 @@ def local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple
     return linear_weight.to_local(), linear_weight.device_mesh.get_group(dims[0])  # type: ignore[attr-defined]
 
 
-@torch.compiler.disable
 def sharded_linear_gcl_cross_entropy(
     features: Tensor,  # (n, D)
     linear_weight: Tensor,  # (classes of this rank, D)
@@ -144,23 +146,7 @@ def sharded_linear_gcl_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     averaged_gradients: bool = False,
-    normalize: bool = True,
-    plan: str = "auto",
-    scale: float = 30.0,
-    margin: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    target_b: Tensor | None = None,
-    lam: Tensor | float | None = None,
-    gamma: float = 0.0,
-    focal_detach: bool = True,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    seed: Tensor | int | None = None,
-    row_offset: int = 0,
-    class_offset: int = 0,
-    backend: str = "auto",
+    **options: Unpack[LinearCrossEntropyOptions],
 ) -> Tensor:
     r""":func:`gclkern.functional.linear_gcl_cross_entropy` with the classes spread over the ranks of a process group; a collective call.
 
@@ -202,6 +188,30 @@ def sharded_linear_gcl_cross_entropy(
         >>> features.grad.shape
         torch.Size([8, 16])
     """
+    unknown = options.keys() - _DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"sharded_linear_gcl_cross_entropy() got an unexpected keyword argument {min(unknown)!r}")
+    loss = _untraced() if torch.compiler.is_compiling() else _sharded_loss
+    return loss(features, linear_weight, target, cloud, group, averaged_gradients, {**_DEFAULTS, **options})
+
+
+_disabled: list[Callable[..., Tensor]] = []
+
+
+def _untraced() -> Callable[..., Tensor]:
+    """The loss as torch.compile leaves it alone. Made when it is first needed, because `torch.compiler.disable` imports the compiler."""
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(_sharded_loss))
+    return _disabled[0]
+
+
+def _sharded_loss(
+    features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None, group: dist.ProcessGroup | None, averaged_gradients: bool,
+    terms_options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """`terms_options` holds every option of the loss, and is used up."""
+    normalize, plan, backend = (terms_options.pop(name) for name in ("normalize", "plan", "backend"))
+    target_b, lam, seed, row_offset = (terms_options.pop(name) for name in ("target_b", "lam", "seed", "row_offset"))
     linear_weight, group = local_shard(linear_weight, group)
     ranks = Ranks(group)
     problem: Exception | None = None
@@ -221,12 +231,10 @@ def sharded_linear_gcl_cross_entropy(
             seed = resolve_seed(seed, features.device)
     except (ValueError, TypeError) as error:
         problem = error
-    needs = [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (features, linear_weight, bias)]
-    options = (
-        normalize, plan, scale, gamma, focal_detach, label_smoothing, ignore_index, reduction, class_offset, backend, averaged_gradients, needs,
-        *(form(value) for value in (cloud, margin, bias, weight, target_b, lam)),
-    )  # fmt: skip
-    shards, verdict = agree(ranks, features, linear_weight, options, problem, row_offset=row_offset)
+    differentiable = (features, linear_weight, terms_options["bias"])
+    needs = [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
+    shared = (normalize, plan, backend, averaged_gradients, needs, *map(form, (cloud, target_b, lam, *terms_options.values())))
+    shards, verdict = agree(ranks, features, linear_weight, shared, problem, row_offset=row_offset)
     if ranks.world > 1:
         if cloud is not None:
             assert isinstance(seed, Tensor)
@@ -236,11 +244,7 @@ def sharded_linear_gcl_cross_entropy(
         if isinstance(lam, Tensor):
             lam = ranks.gather_rows(lam.expand(features.shape[0]), "gathering the mixing shares")
     whole = features.new_empty((target.shape[0], 0))
-    terms = loss_terms(
-        "features", whole, shards.num_classes, target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam, gamma=gamma,
-        focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset,
-        class_offset=class_offset,
-    )  # fmt: skip
+    terms = loss_terms("features", whole, shards.num_classes, target, cloud, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **terms_options)
     chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
     call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +12,7 @@ from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
 from gclkern.distributed.shards import Shards, agree, even_sizes
 from gclkern.losses import LinearGCLLoss
+from gclkern.options import LinearGCLOptions
 from gclkern.validation import Vector, check_labels, check_matrix, check_number, check_target, resolve_seed
 
 
@@ -48,7 +49,13 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
     """
 
     def __init__(
-        self, class_counts: Vector, *, group: dist.ProcessGroup | None = None, sample_rate: float = 1.0, averaged_gradients: bool = False, **options: Any
+        self,
+        class_counts: Vector,
+        *,
+        group: dist.ProcessGroup | None = None,
+        sample_rate: float = 1.0,
+        averaged_gradients: bool = False,
+        **options: Unpack[LinearGCLOptions],
     ) -> None:
         super().__init__(class_counts, **options)
         self.ranks = Ranks(group)

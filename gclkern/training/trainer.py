@@ -80,6 +80,7 @@ class TrainingStep(nn.Module):
         else:
             loss = self.loss(self.network.classify(features), target, **mixed)
         if self.robust is not None:
+            assert centroids is not None
             loss = loss + self.robust_weight * self.robust(features, target, centroids, counts)
         return loss
 

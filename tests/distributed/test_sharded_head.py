@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from gclkern.distributed import sharded_linear_gcl_cross_entropy
+from gclkern.distributed.ranks import Ranks
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.conftest import GPU, TRITON
 from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector
@@ -121,3 +122,22 @@ def test_one_rank_on_a_gpu() -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_equals_one_process(world: int) -> None:
     run_ranks(world, every_option)
+
+
+def test_torch_compile_leaves_the_sharded_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that agree on a call read each other's numbers, which no graph can hold."""
+    traced: list[bool] = []
+
+    class SeenRanks(Ranks):
+        def __init__(self, group: Any) -> None:
+            traced.append(torch.compiler.is_compiling())
+            super().__init__(group)
+
+    def step(features: Tensor) -> Tensor:
+        return 2 * sharded_linear_gcl_cross_entropy(features.sin(), weight, target, seed=1)
+
+    features, weight, target = torch.randn(4, 5), torch.randn(3, 5), torch.tensor([0, 1, 2, 0])
+    monkeypatch.setattr("gclkern.distributed.head.Ranks", SeenRanks)
+    torch.compiler.reset()
+    assert torch.compile(step, backend="eager")(features).equal(step(features))
+    assert traced == [False, False]

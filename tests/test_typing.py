@@ -1,0 +1,35 @@
+"""What a type checker finds in a user's program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import gclkern
+from gclkern.distributed import ShardedLinearGCLLoss
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_wrong_uses_are_type_errors_and_right_ones_are_not(tmp_path: Path) -> None:
+    options = ["--strict", "--config-file=", "--follow-imports=silent", "--ignore-missing-imports", f"--cache-dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "mypy", *options, "tests/typing/uses.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.GCLLoss, gclkern.LinearGCLLoss, ShardedLinearGCLLoss)),
+        *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.DROLTLoss)),
+        *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.CosFaceLoss, gclkern.FocalLoss)),
+    ],
+)
+def test_a_misspelt_keyword_is_named(build: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match="'noize_mul'"):
+        build()
