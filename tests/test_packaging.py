@@ -52,7 +52,7 @@ def shared_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clone(folder: Path) -> Path:
     """A second checkout: the files that the first one holds, the link to the kernels kept as a link."""
-    everywhere = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", ".*_cache", ".venv")
+    everywhere = shutil.ignore_patterns(".git", ".hypothesis", "*.egg-info", "__pycache__", ".*_cache", ".venv")
     top = shutil.ignore_patterns("build", "dist", "runs", "data")  # at the top alone: gclkern/training/data is part of the library
 
     def ignored(path: str, names: list[str]) -> set[str]:
