@@ -24,6 +24,7 @@ import torch
 from gclkern.distributed import ShardError
 from gclkern.training.arguments import number
 from gclkern.training.batches import PhaseBatches
+from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, check_same_data, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
@@ -100,8 +101,9 @@ def main(arguments: Arguments) -> None:
                     retrain_without_gradients(phase.trains, network, data, processes, config.tau)
                 else:
                     train_phase(phase, network, data, run, processes, timer, checkpoint)
-                run.reports[phase.name] = evaluate(network, data.test, data, processes, AMP[config.amp]).as_dict()
-                run.save(f"{phase.name}.pt", network_checkpoint(network, phase, data, config))
+                temperature = held_out_temperature(network, data, processes, AMP[config.amp])
+                run.reports[phase.name] = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=temperature).as_dict()
+                run.save(f"{phase.name}.pt", network_checkpoint(network, phase, data, config, temperature))
                 checkpoint = None
     except Stopped:
         if processes.rank == 0:
@@ -133,7 +135,8 @@ def report_notes(data: DataSplits) -> None:
 def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunConfig, processes: Processes) -> None:
     """Print the report of a checkpoint's network on the test images."""
     check_same_classes(checkpoint, data)
-    report = evaluate(load_network(checkpoint, processes.device, averaged=True), data.test, data, processes, AMP[config.amp])
+    network = load_network(checkpoint, processes.device, averaged=True)
+    report = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=checkpoint["temperature"])
     if processes.rank == 0:
         print(format_table([(checkpoint["name"], report)]))
     processes.close()
@@ -178,7 +181,8 @@ def train_phase(
                     row["holdout"] = sum(held_out.values()) / len(held_out)
                     if row["holdout"] > progress.best:
                         progress.best = row["holdout"]
-                        run.save("best.pt", network_checkpoint(trainer.eval_network, phase, data, config))
+                        temperature = held_out_temperature(trainer.eval_network, data, processes, AMP[config.amp])
+                        run.save("best.pt", network_checkpoint(trainer.eval_network, phase, data, config, temperature))
             run.log(row)
             bar.set_postfix(loss=f"{loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
             progress.next_epoch()
@@ -228,7 +232,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch CIFAR into --data-dir if it is not there")
     add("--imbalance", type=number(float, 1), metavar="RATIO", help="images of the largest class over the smallest's (default 20 for digits, 100 for CIFAR)")
     add("--profile", choices=("exp", "step"), help=f"how class counts fall on digits and CIFAR: all along, or half way (default {default.profile})")
-    add("--holdout", type=number(float, 0, 0.9), metavar="SHARE", help=f"share of training images to choose the best epoch by (default {default.holdout:g})")
+    add(
+        "--holdout",
+        type=number(float, 0, 0.9),
+        metavar="SHARE",
+        help=f"share of training images to fit the temperature and choose the best epoch by (default {default.holdout:g})",
+    )
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
     add("--test-list", metavar="FILE", help="the same for test images")
     add("--image-size", type=number(int, 1), metavar="PIXELS", help=f"pixels of a side, for image files (default {default.image_size})")

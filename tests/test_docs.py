@@ -19,6 +19,7 @@ import torch
 import gclkern
 import gclkern.distributed
 import train
+from gclkern.training import export, predict
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["gclkern", *(m.name for m in pkgutil.walk_packages(gclkern.__path__, "gclkern.") if not m.name.startswith("gclkern.kernels"))]
@@ -60,9 +61,10 @@ def test_files_and_modules_of_pages_exist(page: Path) -> None:
 
 
 def test_commands_of_pages_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every flag that README and the page on training give to train.py exists, with the value that they give it."""
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
+    """Every flag that README and the page on training name exists, and train.py takes the values that they give it."""
+    for main in (train.parse_arguments, predict.main, export.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
     known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
     commands = [shlex.split(line, comments=True) for line in f"{readme}\n{page}".splitlines() if re.match(r"(python|torchrun .*) train\.py", line)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ _ROWS = 4096
 _WIDTH = 9  # of a column of the table
 
 
+class Calibrated(NamedTuple):
+    """The calibration of logits that are divided by a temperature; accuracies stay as they are."""
+
+    temperature: float
+    ece: float
+    nll: float
+
+
 @dataclass(frozen=True)
 class Report:
     """How a model does on a test set; shares in [0, 1]."""
@@ -30,6 +38,7 @@ class Report:
     per_class: list[float]  # NaN for a class without test samples
     ece: float  # expected calibration error
     nll: float  # mean negative log-likelihood, in nats
+    calibrated: Calibrated | None = None  # where a temperature was fitted
 
     @property
     def balanced(self) -> float:
@@ -39,7 +48,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the balanced accuracy; what is not finite, which JSON lacks, becomes None."""
-        values: dict[str, Any] = _without_nan({**asdict(self), "balanced": self.balanced})
+        calibrated = None if self.calibrated is None else self.calibrated._asdict()
+        values: dict[str, Any] = _without_nan({**asdict(self), "calibrated": calibrated, "balanced": self.balanced})
         return values
 
     @classmethod
@@ -47,7 +57,9 @@ class Report:
         """The inverse of :meth:`as_dict`."""
         known = {name: values[name] for name in cls.__dataclass_fields__}
         numbers = {name: math.nan if known[name] is None else known[name] for name in ("ece", "nll")}
-        return cls(**{**known, **numbers, "per_class": [math.nan if share is None else share for share in known["per_class"]]})
+        per_class = [math.nan if share is None else share for share in known["per_class"]]
+        calibrated = None if known["calibrated"] is None else Calibrated(**known["calibrated"])
+        return cls(**{**known, **numbers, "per_class": per_class, "calibrated": calibrated})
 
 
 def _without_nan(value: Any) -> Any:
@@ -58,8 +70,10 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], num_classes: int) -> Report:
-    """The report on logits (M, C) for labels (M,), for the class indices of each group.
+def evaluate_logits(
+    logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], num_classes: int, *, temperature: float | None = None
+) -> Report:  # fmt: skip
+    """The report on logits (M, C) for labels (M,), for the class indices of each group; with a `temperature`, also on the calibration of logits / temperature.
 
     The calibration error has 15 bins of equal width of the confidence: sum over bins of |accuracy - mean confidence| * share of samples (Guo et al., "On
     calibration of modern neural networks", ICML 2017, Eq. 3).
@@ -81,10 +95,7 @@ def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequenc
     labels = labels.to(logits.device)
     if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
-    parts = [_judge(rows, targets) for rows, targets in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
-    confidence, right, nll = (torch.cat(column).double() for column in zip(*parts, strict=True))
-    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).nan_to_num(0).long()  # the sum over the bins is NaN all the same
-    gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
+    right, ece, nll = _judge(logits, labels)
     hits = torch.zeros(num_classes, dtype=torch.float64, device=logits.device).index_add_(0, labels, right)
     per_class = hits / labels.bincount(minlength=num_classes)  # 0 / 0 is NaN: a class without test samples
     shares = {name: float(per_class[list(classes)].nanmean()) for name, classes in groups.items()}
@@ -92,12 +103,22 @@ def evaluate_logits(logits: Tensor, labels: Tensor, groups: Mapping[str, Sequenc
         top1=float(right.mean()),
         groups={name: share for name, share in shares.items() if not math.isnan(share)},
         per_class=per_class.tolist(),
-        ece=float(gaps.abs().sum() / labels.numel()),
-        nll=float(nll.mean()),
+        ece=ece,
+        nll=nll,
+        calibrated=None if temperature is None else Calibrated(temperature, *_judge(logits / temperature, labels)[1:]),
     )
 
 
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
+    """Whether the prediction of each row is right (M,) float64, the expected calibration error and the mean negative log-likelihood."""
+    parts = [_judge_rows(rows, targets) for rows, targets in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
+    confidence, right, nll = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).nan_to_num(0).long()  # the sum over the bins is NaN all the same
+    gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
+    return right, float(gaps.abs().sum() / labels.numel()), float(nll.mean())
+
+
+def _judge_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence, whether the prediction is right, and the negative log-likelihood of each row."""
     log_shares = logits.float().log_softmax(1)
     best, predicted = log_shares.max(1)
@@ -107,19 +128,30 @@ def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def format_table(rows: Sequence[tuple[str, Report]]) -> str:
     """A table of reports in percent, one row each; a dash where a group is empty or a value is not a number.
 
+    Two columns more show the calibration after division by a temperature, where a report has one.
+
     Example:
         >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
                          top-1 balanced     many   medium      few      ECE      NLL
         cross-entropy    80.00    77.50    95.00        -    60.00    10.00    0.700
     """
     width = max((len(name) for name, _ in rows), default=0)
-    titles = ("top-1", "balanced", *GROUPS, "ECE", "NLL")
+    calibrated = any(report.calibrated is not None for _, report in rows)
+    titles = ("top-1", "balanced", *GROUPS, "ECE", "NLL", *(("ECE/T", "NLL/T") if calibrated else ()))
     lines = [" " * width + "".join(f"{title:>{_WIDTH}}" for title in titles)]
     for name, report in rows:
         shares = [report.top1, report.balanced, *(report.groups.get(group) for group in GROUPS), report.ece]
-        cells = ["-" if share is None or math.isnan(share) else f"{100 * share:.2f}" for share in shares] + [f"{report.nll:.3f}"]
+        cells = [*map(_percent, shares), f"{report.nll:.3f}"]
+        if calibrated:
+            cells += ["-", "-"] if report.calibrated is None else [_percent(report.calibrated.ece), f"{report.calibrated.nll:.3f}"]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
+    if calibrated:
+        lines.append("ECE/T, NLL/T: after division of the logits by the temperature that fits the held-out images best; the checkpoint has it.")
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f}"
 
 
 @torch.no_grad()
@@ -150,6 +182,9 @@ def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], n
     return dict(zip(("centroids", "counts"), means.compute(), strict=True))
 
 
-def evaluate(network: Network, images: ImageSet, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> Report:
+def evaluate(
+    network: Network, images: ImageSet, data: DataSplits, processes: Processes, amp: torch.dtype | None = None, *, temperature: float | None = None
+) -> Report:  # fmt: skip
     """The report of a network on a part of the data."""
-    return evaluate_logits(predict(network, images, processes, amp=amp)[0], images.labels, data.groups, data.num_classes)
+    logits, _ = predict(network, images, processes, amp=amp)
+    return evaluate_logits(logits, images.labels, data.groups, data.num_classes, temperature=temperature)

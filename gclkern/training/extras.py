@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# What to install for a package that the extra `train` does not bring.
+_INSTALL = {"timm": "timm", "onnx": "'gclkern[export]'", "onnxscript": "'gclkern[export]'"}
+
 
 def need(module: str, purpose: str) -> Any:
     """The module, or an error that says how to install it.
@@ -25,5 +28,5 @@ def need(module: str, purpose: str) -> Any:
         package = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != package:
             raise  # it is there, but something that it needs is not
-        extra = "'gclkern[train]'" if package != "timm" else "timm"
-        raise ImportError(f"{purpose} needs {package}, which is not installed; run: pip install {extra}", name=module) from None
+        install = _INSTALL.get(package, "'gclkern[train]'")
+        raise ImportError(f"{purpose} needs {package}, which is not installed; run: pip install {install}", name=module) from None

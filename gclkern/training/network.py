@@ -130,11 +130,11 @@ def whole_state(network: Network) -> dict[str, Tensor]:
     return state
 
 
-def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig) -> Checkpoint:
+def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig, temperature: float | None = None) -> Checkpoint:
     """What a checkpoint of a network holds; a collective call."""
     return {
         "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config), "head": phase.head,
-        "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(), "temperature": None,
+        "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(), "temperature": temperature,
         "groups": data.groups, "data": data.identity,
     }  # fmt: skip
 

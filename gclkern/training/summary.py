@@ -53,7 +53,9 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
     """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there."""
     alone = Processes.alone(device)
     if data.holdout is not None and (run.path / "best.pt").exists():
-        run.reports["best on held-out"] = evaluate(load_network(load_checkpoint(run.path / "best.pt"), device), data.test, data, alone, amp).as_dict()
+        best = load_checkpoint(run.path / "best.pt")
+        report = evaluate(load_network(best, device), data.test, data, alone, amp, temperature=best["temperature"])
+        run.reports["best on held-out"] = report.as_dict()
     reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
     print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
     summary = {

@@ -1,0 +1,69 @@
+"""Calibration: one temperature for all logits, fitted on images that the network was not trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gclkern.training.data import DataSplits
+from gclkern.training.evaluation import predict
+from gclkern.training.network import Network
+from gclkern.training.processes import Processes
+
+# The inverse temperature is searched in [e^-7, e^7], about 1/1100 to 1100: beyond it the probabilities are one-hot or uniform to float32.
+_LIMIT = 7.0
+
+
+@torch.no_grad()
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    r"""The temperature T that fits softmax(logits / T) to labels best (Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2).
+
+    It minimises the cross entropy with targets that stop short of certainty (Platt, "Probabilistic outputs for support vector machines", 1999, section 2.2):
+
+        loss(b) = mean_i [ logsumexp_j(b z_ij) - b sum_j t_ij z_ij ],    b = 1 / T,    t_iy = (M + 1) / (M + 2), the rest spread over the other classes
+
+    Without that, a network that is right on all M images would get T = 0. The loss is convex in b, so the root of its derivative is
+    found by bisection. Dividing by T changes no prediction.
+
+    Args:
+        logits: (M, C), finite, of images that were not in the training set; C of at least 2.
+        labels: (M,) int64 in [0, C).
+
+    Returns:
+        T, from e^-7 to e^7: the upper end for logits that carry no information on the labels.
+
+    Raises:
+        ValueError: shapes that do not match, no rows, one class, or logits that are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]]).expand(400, 2)  # right 3 times of 4: the probability 0.75 is the logit ln 3
+        >>> round(2.0 / fit_temperature(logits, torch.tensor([0, 0, 0, 1]).repeat(100)), 1) == round(math.log(3), 1)
+        True
+    """
+    if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.numel() == 0:
+        raise ValueError(f"logits must be (M, C) and labels (M,) with M >= 1 and C >= 2, got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits must be finite to fit a temperature")
+    count, num_classes = logits.shape
+    z = logits.double() - logits.double().amax(1, keepdim=True)
+    own = z.gather(1, labels.to(z.device)[:, None]).squeeze(1)
+    aim = ((count + 1) * own + (z.sum(1) - own) / (num_classes - 1)) / (count + 2)
+
+    def slope(log_b: float) -> float:
+        return float(((math.exp(log_b) * z).softmax(1).mul(z).sum(1) - aim).mean())
+
+    low, high = -_LIMIT, _LIMIT
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def held_out_temperature(network: Network, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> float | None:
+    """The temperature of a network by the held-out images; None where there are none, or where the network diverged; a collective call."""
+    if data.holdout is None:
+        return None
+    logits, _ = predict(network, data.holdout, processes, amp=amp)
+    return fit_temperature(logits, data.holdout.labels) if bool(logits.isfinite().all()) else None

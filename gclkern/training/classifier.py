@@ -1,0 +1,161 @@
+"""A trained classifier from its checkpoint alone: :func:`load_classifier`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gclkern.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from gclkern.training.data import EvaluationTransform
+from gclkern.training.data.decode import open_image
+from gclkern.training.extras import need
+from gclkern.training.network import Network, load_network
+
+
+class Prediction(NamedTuple):
+    """One class that an image may belong to."""
+
+    label: int
+    name: str
+    probability: float
+
+
+class Classifier(nn.Module):
+    """A network with all that it takes to use it: class names, the transform of its images, and the temperature of its probabilities.
+
+    It is in eval mode and stays there; its parameters do not require gradients.
+
+    Attributes:
+        class_names: (C,) names in the order of the logits; the numbers of the classes as text where the data set names none.
+        class_counts: (C,) training images of each class.
+        image_size: pixels of a side of the images that it takes.
+        in_channels: their channels.
+        architecture: name of the backbone.
+        temperature: what the logits are divided by; 1 where none was fitted (train.py fits one on `--holdout`).
+
+    Shapes: images (N, in_channels, H, W) as `transform` makes them -> logits (N, C), float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.network: Network = load_network(checkpoint, torch.device(device), averaged=True)
+        self.class_counts = checkpoint["data"]["class_counts"]
+        self.class_names = checkpoint["data"]["class_names"] or [str(label) for label in range(len(self.class_counts))]
+        self.architecture, self.in_channels, self.image_size = checkpoint["model"], checkpoint["in_channels"], checkpoint["image_size"]
+        self.temperature = checkpoint["temperature"] or 1.0
+        self.transform = ImageTransform(checkpoint["transform"], self.in_channels)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Stays in eval mode: batch normalisation in training mode would make the prediction of an image depend on the images beside it."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.scale.device
+
+    def forward(
+        self,
+        images: Tensor,  # (N, in_channels, H, W)
+    ) -> Tensor:  # (N, C)
+        """Logits: scale * cosine / temperature for a cosine classifier. Their softmax is :meth:`predict_proba`."""
+        logits: Tensor = self.network(images) / self.temperature
+        return logits
+
+    @torch.no_grad()
+    def predict_proba(
+        self,
+        images: Tensor,  # (N, in_channels, H, W)
+    ) -> Tensor:  # (N, C)
+        """The probability of each class, calibrated where a temperature was fitted. `images` may be on another device than the network."""
+        return self(images.to(self.device)).softmax(1)
+
+    def predict(self, images: Sequence[Any], top: int = 5, *, batch_size: int = 64) -> list[list[Prediction]]:
+        """The `top` most probable classes of each image, the best first.
+
+        Args:
+            images: paths of image files, PIL images, or both.
+            top: classes of each image; at most all of them.
+            batch_size: images that the network sees at once; it does not change the predictions beyond rounding.
+
+        Raises:
+            CorruptImageError: a file is missing or cannot be read; the message begins with its path.
+            ValueError: `top` or `batch_size` below 1.
+        """
+        if isinstance(images, str | Path):
+            raise TypeError(f"images must be a list of paths or images, got {images!r}; put it into a list")
+        if top < 1 or batch_size < 1:
+            raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+        return [predictions for batch in _batches(images, batch_size) for predictions in self._best(batch, top)]
+
+    def _best(self, images: Sequence[Any], top: int) -> list[list[Prediction]]:
+        probabilities = self.predict_proba(torch.stack([self.transform(image) for image in images]))
+        best, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
+        rows = zip(best.tolist(), labels.tolist(), strict=True)
+        return [[Prediction(label, self.class_names[label], share) for share, label in zip(*row, strict=True)] for row in rows]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.class_names)} classes, {self.image_size} pixels, temperature={self.temperature:.3g}"
+
+
+class ImageTransform:
+    """From an image file or a PIL image to the input of a network: resize, centre crop, normalise, as its evaluation did.
+
+    Example:
+        >>> from PIL import Image
+        >>> transform = ImageTransform({"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}, in_channels=1)
+        >>> transform(Image.new("L", (16, 12), 255)).shape
+        torch.Size([1, 8, 8])
+    """
+
+    def __init__(self, transform: EvaluationTransform, in_channels: int) -> None:
+        if in_channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, the network takes {in_channels}")
+        transforms = need("torchvision.transforms", "preparing images")
+        self.settings, self.mode = transform, "L" if in_channels == 1 else "RGB"
+        self._crop = transforms.Compose([transforms.Resize(transform["resize"]), transforms.CenterCrop(transform["crop"]), transforms.PILToTensor()])
+        self._mean, self._std = (torch.tensor(transform[name]).view(-1, 1, 1) for name in ("mean", "std"))
+
+    def __call__(self, image: Any) -> Tensor:
+        """The input (channels, crop, crop), float32, of a PIL image or of the image file at a path."""
+        if isinstance(image, str | Path):
+            image = open_image(str(image))
+        pixels: Tensor = self._crop(image.convert(self.mode))
+        return pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Classifier:
+    """The classifier of a checkpoint that train.py wrote; the training data is not needed.
+
+    Args:
+        path: a checkpoint such as ``runs/digits-lt-gcl/stage-2.pt``, or ``best.pt`` or ``last.pt``.
+        device: where the network runs.
+
+    Raises:
+        FileNotFoundError: there is no such file; for a folder the message names the checkpoints in it.
+        CheckpointError: the file is damaged, of another program or of another version of the format.
+
+    Example (not run, since it needs a checkpoint)::
+
+        classifier = load_classifier("runs/folder-gcl/stage-2.pt")
+        for path, predictions in zip(paths, classifier.predict(paths, top=3)):
+            print(path, predictions[0].name, predictions[0].probability)
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(entry.name for entry in path.glob("*.pt"))) or "none"
+        raise FileNotFoundError(f"{path} is a folder; give a checkpoint in it (here: {inside})")
+    checkpoint = load_checkpoint(path)
+    if "network" not in checkpoint:
+        raise CheckpointError(f"{path} holds no network; give a checkpoint that train.py wrote, such as stage-2.pt in the folder of a run")
+    return Classifier(checkpoint, device)

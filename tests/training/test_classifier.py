@@ -1,0 +1,138 @@
+"""A classifier from its checkpoint alone: its predictions are those of the evaluation, on the command line and in exported form, too."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gclkern.training import export, predict
+from gclkern.training.checkpoint import CheckpointError, save_checkpoint
+from gclkern.training.classifier import Classifier, load_classifier
+from gclkern.training.config import RunConfig
+from gclkern.training.data import CorruptImageError, DataSplits, load_data
+from gclkern.training.evaluation import predict as predict_logits
+from gclkern.training.network import build_network, network_checkpoint
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSplits:
+    return load_data("digits-lt")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an untrained cosine classifier whose batch statistics are not the initial ones, so that eval mode matters."""
+    torch.manual_seed(0)
+    phase = plan("gcl", None, "digits-lt", digits.class_counts)[0]
+    network = build_network("small-cnn", phase.head, 10, in_channels=1, image_size=8)
+    network.scale.fill_(30.0)
+    network.train()(torch.randn(64, 1, 8, 8))
+    state = network_checkpoint(network, phase, digits, RunConfig())
+    state["temperature"] = 2.5
+    path = tmp_path_factory.mktemp("run") / "stage-1.pt"
+    save_checkpoint(path, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(checkpoint: Path) -> Classifier:
+    return load_classifier(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def photos(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first test images as files, three folders deep and of names that need care, with one file that is damaged."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for index, name in enumerate(("0.png", "a, b.png", "more/two\nlines.png")):
+        Image.fromarray(digits.test.images[index, 0].numpy()).save(folder / name)  # type: ignore[attr-defined]
+    (folder / "damaged.png").write_bytes(b"not a picture")
+    return folder
+
+
+def test_predictions_are_those_of_the_evaluation(classifier: Classifier, digits: DataSplits) -> None:
+    evaluated = predict_logits(classifier.network, digits.test, Processes.alone(CPU))[0][:20]
+    images = [Image.fromarray(np.asarray(image[0])) for image in digits.test.images[:20]]  # type: ignore[attr-defined]
+    logits = classifier(torch.stack([classifier.transform(image) for image in images]))
+    torch.testing.assert_close(logits, evaluated / 2.5, rtol=1e-5, atol=1e-5)
+    found = classifier.predict(images, top=3, batch_size=7)
+    share, label = (evaluated / 2.5).softmax(1).topk(3, dim=1)
+    assert [[one.label for one in row] for row in found] == label.tolist()
+    torch.testing.assert_close(torch.tensor([[one.probability for one in row] for row in found]), share, rtol=1e-5, atol=1e-6)
+    assert found[0][0].name == digits.class_names[found[0][0].label]  # type: ignore[index]
+
+
+def test_a_classifier_stays_in_eval_mode(classifier: Classifier) -> None:
+    images = torch.randn(4, 1, 8, 8)
+    assert not classifier.train().training
+    torch.testing.assert_close(classifier(images)[:1], classifier(images[:1]))
+    assert not any(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_files_as_the_command_line_has_them(checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, lines = tmp_path / "found.csv", tmp_path / "found.jsonl"
+    assert predict.main([str(checkpoint), str(photos), "--top", "2", "--csv", str(table)]) == 1
+    errors = capsys.readouterr().err
+    assert "damaged.png cannot be read as an image" in errors and "1 of 4 files could not be read" in errors
+    assert predict.main([str(checkpoint), str(photos), "--top", "2", "--json-lines", str(lines)]) == 1
+    with table.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["path", "class 1", "probability 1", "class 2", "probability 2"]
+    objects = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row[0] for row in rows] == [item["path"] for item in objects] == sorted(str(path) for path in photos.rglob("*.png") if path.name != "damaged.png")
+    assert [row[1] for row in rows] == [item["predictions"][0]["name"] for item in objects]
+    assert predict.main([str(checkpoint), str(photos / "more")]) == 0
+    assert "two\\nlines.png  " in capsys.readouterr().out
+
+
+def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path: Path, classifier: Classifier) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is a folder; give a checkpoint in it .here: stage-1.pt."):
+        load_classifier(checkpoint.parent)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        load_classifier(tmp_path / "none.pt")
+    save_checkpoint(tmp_path / "other.pt", {"epoch": 1})
+    with pytest.raises(CheckpointError, match="holds no network"):
+        load_classifier(tmp_path / "other.pt")
+    with pytest.raises(CorruptImageError, match=r"damaged\.png"):
+        classifier.predict([photos / "damaged.png"])
+    with pytest.raises(TypeError, match="put it into a list"):
+        classifier.predict("0.png")
+    with pytest.raises(ValueError, match="top and batch_size must be at least 1"):
+        classifier.predict([], top=0)
+    with pytest.raises(SystemExit, match=r"predict: error: .*nowhere does not exist"):
+        predict.main([str(checkpoint), str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"export: error: .*must end in .onnx or .pt2"):
+        export.main([str(checkpoint), str(tmp_path / "model.txt")])
+
+
+def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+    export.main([str(checkpoint), str(tmp_path / "model.pt2")])
+    extra = {export.METADATA: ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    for count in (1, 5):
+        images = torch.randn(count, 1, 8, 8)
+        torch.testing.assert_close(program.module()(images), classifier(images))
+    assert json.loads(json.loads(extra[export.METADATA])["class_names"]) == classifier.class_names
+
+
+@pytest.mark.slow  # the exporter and the runtime take ten seconds to import
+def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    export.main([str(checkpoint), str(tmp_path / "model.onnx")])
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    for count in (1, 5):
+        images = torch.randn(count, 1, 8, 8)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), classifier(images), rtol=1e-4, atol=1e-4)  # other convolutions, logits up to 12
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == classifier.class_names
