@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gclkern.kernels.terms import SMALLEST_NORM
 from gclkern.validation import check_int
-
-SHORTEST = 1e-12  # a row of at most this norm has no direction
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -16,8 +15,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     if rows.dtype.itemsize < 4:
         rows = rows.float()  # squares of float16 overflow from 256 on
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    short = norms <= SHORTEST
-    return torch.where(short, 0.0, rows / norms.masked_fill(short, 1.0))
+    zero = norms <= SMALLEST_NORM
+    return torch.where(zero, 0.0, rows / norms.masked_fill(zero, 1.0))
 
 
 class CosineLinear(nn.Module):

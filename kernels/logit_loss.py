@@ -66,7 +66,7 @@ def load_seed(seed_ptr):
 
 
 @triton.jit
-def disturb(
+def add_noise_and_bias(
     cosine, rows, first_group, seed, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
 ):  # fmt: skip
     """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`."""
@@ -307,7 +307,7 @@ def _stats_tile(
         cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
     )  # fmt: skip
     cosine = _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED)
-    v = disturb(
+    v = add_noise_and_bias(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
@@ -386,7 +386,7 @@ def _gradient_tile(
             stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, slope, target_b_ptr is not None, SMOOTH, PER_ROW
         )
         cosine = tl.where(kept[:, None], _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED), 0.0)  # 0 whatever a row without a gradient holds
-        v = disturb(
+        v = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .logit_loss import (
     accumulate_tile,
-    disturb,
+    add_noise_and_bias,
     empty_lanes,
     finish_gradient_tile,
     load_class_term,
@@ -36,9 +36,7 @@ from .logit_loss import (
 )
 from .row_loss import LOG2E
 from .runtime import INTERPRETED, NVIDIA, batch_kernel
-from .terms import LossTerms
-
-ZERO_NORM = 1e-12  # a row of this norm or less has no direction: cosine 0, gradient 0
+from .terms import SMALLEST_NORM, LossTerms
 
 
 class Tile(NamedTuple):
@@ -123,14 +121,14 @@ def _target_cosine_kernel(
     num_classes, dim, zero_norm, NORMALIZE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    klass = tl.load(target_ptr + row)
-    if (klass >= 0) & (klass < num_classes):
+    label = tl.load(target_ptr + row)
+    if (label >= 0) & (label < num_classes):
         product = tl.zeros((DEPTH,), tl.float32)
         squares = tl.zeros((DEPTH,), tl.float32)
         for start in range(0, dim, DEPTH):
             at = (start + tl.arange(0, DEPTH)).to(tl.int64)
             x = tl.load(x_ptr + row * stride_n + at * stride_d, mask=at < dim, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + klass * weight_stride_c + at * weight_stride_d, mask=at < dim, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + label * weight_stride_c + at * weight_stride_d, mask=at < dim, other=0.0).to(tl.float32)
             product += x * weight
             squares += weight * weight
         cosine = tl.sum(product)
@@ -226,7 +224,7 @@ def _fused_stats_kernel(
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
-        v = disturb(
+        v = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
@@ -262,7 +260,7 @@ def _fused_gradient_kernel(
     _, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
         stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, scale / tl.load(denominator_ptr), target_b_ptr is not None, SMOOTH, PER_ROW
     )
-    v = disturb(
+    v = add_noise_and_bias(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), load_seed(seed_ptr), cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
@@ -393,7 +391,7 @@ def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_
     rows = min(max(4096 // depth, 1), 16)
     _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
         x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm, row_scale,
-        terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, ZERO_NORM,
+        terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, SMALLEST_NORM,
         ROWS=rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -439,7 +437,7 @@ def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inver
     cosine = torch.empty(num_rows, dtype=torch.float32, device=features.device)
     _target_cosine_kernel[(num_rows,)](
         features, features.stride(0), features.stride(1), linear_weight, linear_weight.stride(0), linear_weight.stride(1), target, inverse_norm, cosine,
-        linear_weight.shape[0], dim, ZERO_NORM, NORMALIZE=inverse_norm is not None, DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4,
+        linear_weight.shape[0], dim, SMALLEST_NORM, NORMALIZE=inverse_norm is not None, DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
     return cosine

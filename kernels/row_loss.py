@@ -51,7 +51,7 @@ def _target_logit(
     cosine_ptr, stride_n, stride_c, class_ptr, rows, in_batch, num_classes,
     cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The target's class, whether it is one, and its disturbed cosine before the margin."""
+    """The target's class, whether it is one, and its cosine with noise and bias, before the margin."""
     classes = tl.load(class_ptr + rows, mask=in_batch, other=0)
     present = in_batch & (classes >= 0) & (classes < num_classes)
     if GATHER:

@@ -40,6 +40,9 @@ class LossTerms(NamedTuple):
     reduction: str  # "mean", "sum" or "none"
 
 
+SMALLEST_NORM = 1e-12  # a row of this norm or less has no direction: its cosines and its gradient are 0
+
+
 def statistics_dtype(matrix: Tensor) -> torch.dtype:
     """The dtype of reductions, softmax statistics and losses: float32, or float64 for a float64 matrix."""
     return torch.float64 if matrix.dtype == torch.float64 else torch.float32

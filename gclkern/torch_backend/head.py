@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import ClassShards, LossTerms, implements, shapes_of, statistics_dtype
+from gclkern.kernels.terms import SMALLEST_NORM, ClassShards, LossTerms, implements, shapes_of, statistics_dtype
 from gclkern.torch_backend.rows import (
     RowGradients,
     RowSums,
-    disturb_,
+    add_noise_and_bias_,
     finish_rows,
     finite_peak,
     gradient_,
@@ -49,7 +49,6 @@ _PANEL_BYTES = 2 * 2**20  # of cosines, twice in backward: stays in the cache an
 _MIN_CLASSES = 64  # thinner products waste the machine
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
 
-_MIN_NORM = 1e-12
 # Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
 _NO_DIRECTION = 1e-20
 
@@ -74,7 +73,7 @@ def _product_classes(linear_weight: Tensor, dtype: torch.dtype) -> int:
 def _inverse_norms(matrix: Tensor, no_direction: float) -> Tensor:
     """1 / |row|; `no_direction` where the norm counts as 0, NaN where it is not finite."""
     norm = torch.linalg.vector_norm(matrix, dim=1)
-    return norm.reciprocal().masked_fill_(norm.isposinf(), math.nan).masked_fill_(norm <= _MIN_NORM, no_direction)
+    return norm.reciprocal().masked_fill_(norm.isposinf(), math.nan).masked_fill_(norm <= SMALLEST_NORM, no_direction)
 
 
 def _feature_inverse(features: Tensor, ignored: Tensor | None, normalize: bool) -> Tensor:
@@ -139,7 +138,7 @@ class _Head:
                 raw[rows] = block
             if isinstance(scale, Tensor) or scale != 1.0:
                 block.mul_(scale)
-            disturb_(block, self.terms, rows, chunk, self.noise)
+            add_noise_and_bias_(block, self.terms, rows, chunk, self.noise)
             yield rows, block
 
 

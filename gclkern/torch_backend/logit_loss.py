@@ -15,8 +15,8 @@ from gclkern.kernels.terms import LossTerms, implements, shapes_of, statistics_d
 from gclkern.torch_backend.rows import (
     RowGradients,
     RowSums,
+    add_noise_and_bias_,
     block_scratch,
-    disturb_,
     finish_rows,
     gradient_,
     gradient_shapes,
@@ -56,7 +56,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     for rows in row_blocks(num_rows, num_classes, device):
         block = kept[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
         _load_scaled_(block, cosine[rows], terms.scale)
-        disturb_(block, terms, rows, classes, noise)
+        add_noise_and_bias_(block, terms, rows, classes, noise)
         sums.add_(block, rows, classes)
     ignored = ignored_rows(terms)
     losses, stats = finish_rows(sums, num_classes, ignored)
@@ -86,7 +86,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
             exponentials = kept[rows]
         else:
             _load_scaled_(block, cosine[rows], terms.scale)
-            disturb_(block, terms, rows, classes, noise)
+            add_noise_and_bias_(block, terms, rows, classes, noise)
             block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
         gradient_(exponentials, terms, stats, rows, classes, out=block)
         if ignored is not None:

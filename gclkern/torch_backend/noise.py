@@ -150,15 +150,15 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
     # One piece of memory for everything, which an allocator is likely to hand to the next call again. Of its twelve parts, of eight bytes a group, Philox takes
     # six; when its state is spent, the radii and the directions take eight.
     size = row_step * group_step
-    room = torch.empty(12 * size, dtype=torch.int64, device=device)
+    workspace = torch.empty(12 * size, dtype=torch.int64, device=device)
     for row in range(0, rows, row_step):
         row_end = min(row + row_step, rows)
         for group in range(0, num_groups, group_step):
             group_end = min(group + group_step, num_groups)
             count = (row_end - row) * (group_end - group)
-            words, index = room[8 * size : 8 * size + 2 * count].view(torch.int32), room[10 * size : 10 * size + 2 * count].view(torch.int32)
-            _last_rounds(first_rounds.span(slice(row, row_end), slice(group, group_end)), room[: 6 * count], words)
-            radius, direction = room[: 4 * count].view(torch.float64), room[4 * count : 8 * count].view(torch.float64)
+            words, index = workspace[8 * size : 8 * size + 2 * count].view(torch.int32), workspace[10 * size : 10 * size + 2 * count].view(torch.int32)
+            _last_rounds(first_rounds.span(slice(row, row_end), slice(group, group_end)), workspace[: 6 * count], words)
+            radius, direction = workspace[: 4 * count].view(torch.float64), workspace[4 * count : 8 * count].view(torch.float64)
             torch.bitwise_and(words, _FIELD, out=index)
             torch.index_select(radii, 0, index, out=radius)
             torch.bitwise_right_shift(words, _FIELD_BITS, out=index).bitwise_and_(_FIELD)

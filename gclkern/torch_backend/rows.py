@@ -92,7 +92,7 @@ def row_targets(terms: LossTerms) -> list[Tensor]:
     return [terms.target] if terms.target_b is None else [terms.target, terms.target_b]
 
 
-def disturb_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None) -> None:
+def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None) -> None:
     """scale * cos becomes u, in place."""
     if terms.cloud is not None and terms.seed is not None and scratch is not None:
         noise = scratch[: block.numel()].view(block.shape)
