@@ -1,7 +1,7 @@
 """The autograd Functions between the functional API and the operators.
 
-They contain no arithmetic: they save tensors, call the operator and return its gradients. That there is no second derivative is said by the backward
-operators themselves.
+They contain no arithmetic: they save tensors, call the operator and return its gradients. The backward operators raise an error when a second derivative is
+asked for.
 """
 
 from __future__ import annotations

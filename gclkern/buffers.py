@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class PreciseBuffers(nn.Module):
-    """A module whose buffers follow ``.to(device)`` but stay as precise as they are under ``.half()`` and ``.to(dtype)``, which a model that holds it is given.
+    """A module whose buffers follow ``.to(device)`` but keep their dtype under ``.half()`` and ``.to(dtype)``, also when a model that contains it is converted.
 
-    Losses and sums compute in float32 or better, and a vector once rounded to 16 bits would not come back with ``.float()``.
+    Losses and sums compute in float32 or better, and a vector that was rounded to 16 bits would stay rounded after ``.float()``.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

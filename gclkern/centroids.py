@@ -11,7 +11,7 @@ from gclkern.validation import check_int, check_matrix, check_target
 
 
 def class_means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Sums over counts, in float32, in the place of the sums; 0 for a class without samples."""
+    """Sums over counts, in float32; 0 for a class without samples. Overwrites the sums."""
     return sums.div_(counts.clamp(min=1)[:, None]).to(torch.float32)
 
 
@@ -52,7 +52,7 @@ class ClassCentroids(PreciseBuffers):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Take in a batch: features (N, D), whose gradient is left alone, and target (N,) int64."""
+        """Add a batch: features (N, D), through which no gradient flows, and target (N,) int64."""
         self._check_features(features)
         self._add(features, check_target("target", target, features.shape[0], self.sums.shape[0], None, "features", features))
 
@@ -65,7 +65,7 @@ class ClassCentroids(PreciseBuffers):
             raise ValueError(f"features are on {features.device} but these centroids are on {self.sums.device}; move one of them")
 
     def _add(self, features: Tensor, target: Tensor) -> None:
-        """Samples whose label is none of these classes stay out."""
+        """Samples whose label is out of range are left out."""
         features = features.detach()
         sums, counts = operator("segment_sums", resolve_backend("auto", features))(features, target, self.sums.shape[0])
         self.sums += sums
@@ -81,7 +81,7 @@ class ClassCentroids(PreciseBuffers):
         return class_means(sums, counts), counts
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all sums and counts to 0."""
         self.sums.zero_()
         self.counts.zero_()
 

@@ -29,17 +29,17 @@ def set_debug(enabled: bool) -> None:
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced or where there are none."""
+    """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced or for tensors without values."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     return _debug or tensor.device.type == "cpu"
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Whether operators on such a device are autocast; the meta device has no autocast, and torch refuses the question."""
+    """Whether autocast is on for a type of device. The meta device has none, and torch raises an error when asked about it."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """For operators, which compute in the dtypes that they are given. To ask whether autocast is on costs less than to turn it off where it is not."""
+    """Turns autocast off, for operators, which compute in the dtypes of their arguments. Asking first is cheaper than always turning it off."""
     return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()

@@ -1,4 +1,4 @@
-"""The one place of choice: which backend serves a call, which plan a classifier head follows, and which operator that comes to."""
+"""The one place of choice: the backend that serves a call, the plan of a classifier head, and the operator to call."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from gclkern.validation import check_choice
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PLANS: tuple[Plan, ...] = get_args(Plan)
 
-# Found out without importing Triton, and once: a traced function may not look for packages.
+# Looked up once, and without importing Triton: a traced function may not search for packages.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
-# A buffer of logits up to this size saves the fourth product; beyond it memory decides.
+# A buffer of logits saves the fourth matrix product; above this size it takes too much memory.
 _MATERIALISED_BYTES = 2**30
 _MATERIALISED_BYTES_CPU = 2**27
 
 
 def _too_old(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU that cannot run the kernels. One that only fake tensors are on, before CUDA has started, is taken for new enough."""
+    """Whether this is an NVIDIA GPU that cannot run the kernels. Before CUDA is initialised, where only fake tensors are, every GPU counts as new."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_initialized():
         return False
     return torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY

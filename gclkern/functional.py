@@ -1,9 +1,9 @@
-"""The losses as functions: argument checks, the choice of a backend and of a plan, then one autograd Function.
+"""The functions of the library. Each checks its arguments, lets dispatch.py choose a backend and a plan, and calls one autograd Function.
 
 gcl_cross_entropy          from cosines or logits (N, C)
 linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D): normalisation, product, noise and softmax in one
 dro_lt_loss                the DRO-LT bound of features around their class centroids
-class_centroids            the class means that the bound pulls to
+class_centroids            the mean feature of each class
 """
 
 from __future__ import annotations

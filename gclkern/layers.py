@@ -59,7 +59,7 @@ class CosineLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Initialise the weight again."""
         with torch.no_grad():
             self.weight.copy_(unit_rows(self.weight.uniform_(-1.0, 1.0)))
 

@@ -1,7 +1,7 @@
 """The losses as modules: each holds its per-class vectors and options, and calls one function of gclkern.functional.
 
 Per-class vectors (`cloud`, `margin`, `bias`, `weight`) are buffers, so they follow ``.to(device)``, but they stay float32 whatever dtype the module is given.
-They are not in the state_dict: they follow from the arguments, and a checkpoint that held them would quietly undo the arguments of the stage that loads it.
+They are not in the state_dict: they follow from the arguments, and a checkpoint with them would silently override the arguments of the stage that loads it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _ClassLoss(PreciseBuffers):
 
     def __init__(
         self,
-        num_classes: int | None,  # None where nothing but `weight` tells it
+        num_classes: int | None,  # None: any number, or that of `weight`
         *,
         cloud: Tensor | None = None,
         margin: Tensor | float | None = None,
@@ -78,13 +78,13 @@ class _ClassLoss(PreciseBuffers):
             if value is None:
                 self.register_buffer(name, None)
             elif isinstance(value, Tensor):
-                # a copy: whoever writes the next epoch's weights into the buffer means this loss alone
+                # a copy, so that weights written into the buffer for a new epoch change this loss alone
                 self.register_buffer(name, value.detach().to(torch.float32, copy=True), persistent=False)
             else:
                 setattr(self, name, value)
 
     def _check(self, num_classes: int | None, vectors: dict[str, Any]) -> None:
-        """Refuse at once what the first batch would refuse, by the same checks."""
+        """Raise now, by the same checks, the errors that the first batch would raise."""
         check_choice("backend", self.backend, BACKENDS)
         vectors = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vectors.items()}
         if num_classes is None:
@@ -98,7 +98,7 @@ class _ClassLoss(PreciseBuffers):
         return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "label_smoothing", "ignore_index", "reduction")}
 
     def _arguments(self) -> dict[str, Any]:
-        """What this loss fixes of a call of the functional layer."""
+        """The keywords that this loss passes to the functional layer."""
         cloud = self.cloud if self.training else None
         return {"cloud": cloud, "margin": self.margin, "bias": self.bias, "weight": self.weight, "backend": self.backend, **self._options()}
 
@@ -150,7 +150,7 @@ class _CloudedLoss(_ClassLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
-        some = cloud if bool(cloud.any()) else None  # no cloud, no noise to draw
+        some = cloud if bool(cloud.any()) else None  # a cloud of zeros needs no noise
         super().__init__(cloud.numel(), cloud=some, margin=margin, scale=scale, gamma=gamma, focal_detach=focal_detach, **options)
 
 

@@ -25,12 +25,12 @@ MAX_CLASSES = 2**35  # the noise stream counts groups of 8 classes in 32 bits
 
 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> float:
-    """A finite number within [low, high], or (low, high] with `open_low`; anything else is refused by name."""
+    """A finite number within [low, high], or (low, high] with `open_low`; anything else raises an error that names the argument."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor; call .item() on it (no gradient is defined for {name})")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    # comparisons alone, which a traced graph of symbolic numbers can take; NaN fails them all
+    # only comparisons, which also work on the symbolic numbers of a traced graph; NaN fails all of them
     if not (-math.inf < value < math.inf and low <= value <= high) or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise ValueError(f"{name} must be a finite number in {bounds}, got {value}")
@@ -38,7 +38,7 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """An int in [low, high], without an upper end for None; anything else is refused by name."""
+    """An int in [low, high], or at least `low` where `high` is None; anything else raises an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low or (high is not None and value > high):
@@ -114,7 +114,7 @@ def check_same_device(name: str, value: Tensor, reference_name: str, reference: 
 
 
 def check_labels(name: str, target: object, rows: int, reference_name: str, reference: Tensor) -> Tensor:
-    """Labels (N,) int64, of whatever values."""
+    """Labels (N,) int64; their values are not checked."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor of class labels, got {type(target).__name__}")
     if target.dtype != torch.int64:
@@ -171,7 +171,7 @@ def _margin_vector(margin: object, num_classes: int, reference_name: str, refere
 
 def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(lam, Tensor):
-        # A number that changes with every batch: a traced graph takes it into a product as it comes, but torch.full would be traced again for each.
+        # The number changes with every batch: a traced product takes any number, torch.full would be traced again for each.
         return torch.ones(rows, dtype=dtype, device=reference.device) * check_number("lam", lam, 0.0, 1.0)
     if not lam.dtype.is_floating_point:
         raise TypeError(f"lam must be a number or a floating-point tensor, got {lam.dtype}")
@@ -190,7 +190,7 @@ def check_offset(name: str, value: object, extent: int, limit: int) -> int:
     # while a graph is traced an int may be symbolic, which `check_int` would refuse
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    # while a graph is traced the upper end would bound its extent, which torch.export refuses
+    # while a graph is traced, a check of the upper end would limit the sizes that the graph takes, which torch.export refuses
     if value < 0 or not (torch.compiler.is_compiling() or value <= limit - extent):
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")
     return value  # type: ignore[return-value]
@@ -231,7 +231,7 @@ def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> Tensor:
-    """The features (N, D) of a head with weights (C, D), in autocast's dtype where that is on."""
+    """The features (N, D) of a head with weights (C, D), cast to autocast's dtype where autocast is on."""
     check_matrix("features", features)
     check_matrix("linear_weight", linear_weight)
     check_same_device("linear_weight", linear_weight, "features", features)

@@ -3,7 +3,7 @@
     l_cj = -(|mu_c - z_j| + 2 eps_c [y_j == c]) / T          term_i = w_c / n_c * (logsumexp_j l_cj - l_ci),   c = y_i,   n_c samples of c in the batch
 
 This is attention with queries mu and keys z. Samples of one class share their query, so the rows are the batch's classes, found on the device
-without a sort and without the host knowing how many there are: buffers have room for min(N, C) of them and programs beyond the last return.
+without a sort and without the host knowing how many there are: buffers hold min(N, C) of them and programs beyond the last return at once.
 
     _leaders_kernel     which samples are the first of their class
     _anchors_kernel     their classes, packed, and the mean's denominator

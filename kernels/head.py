@@ -141,7 +141,7 @@ def run_backward(
     grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
     features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
+    """Gradients of the features, the weights and the bias; those that are not asked for are empty."""
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
     stats, denominator, unit, inverse_norm, inverse_norm_weight, row_scale, cosine = saved
     with on_device(features):

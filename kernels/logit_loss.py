@@ -187,7 +187,7 @@ def finish_gradient_tile(
 ):  # fmt: skip
     """The gradient that enters the products, rounded, and what the backward of the norms and of the bias sums over samples.
 
-    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. A term that is not asked for is anything.
+    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. Terms that are not asked for are undefined.
     """
     if MASKED:
         dz = tl.where(present[None, :], dz, 0.0)
@@ -508,7 +508,7 @@ def row_stats(
 
 
 def sums_over_rows(splits: int, num_classes: int, device: torch.device, *, norms: bool, bias_grad: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Room (splits, C) for parts of the sums over samples that the backward of the norms and of the bias needs."""
+    """Buffers (splits, C) for parts of the sums over samples that the backward of the norms and of the bias needs."""
     return tuple(torch.empty((splits, num_classes), dtype=torch.float32, device=device) if wanted else None for wanted in (norms, bias_grad))  # type: ignore[return-value]
 
 
@@ -564,7 +564,7 @@ def cosine_gradient(
 
 
 def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Room for peak, rest and, with label smoothing, blend."""
+    """Buffers for peak, rest and, with label smoothing, blend."""
     parts = torch.empty((3 if smoothed else 2, splits, num_rows), dtype=torch.float32, device=device)
     return parts[0], parts[1], parts[2] if smoothed else None
 

@@ -5,7 +5,7 @@
 
 Each entry of `SCHEMAS` is one operation and defines two operators: `gclkern::<name>`, of the Triton kernels, and `gclkern::torch_<name>`, of plain torch.
 The modules of each backend register their functions with `implements` and `shapes_of`. `torch.library.custom_op` would do the same, but its first call
-imports torch's compiler (about 900 modules, 160 MB), and each call costs twice as much.
+imports torch's compiler (about 900 modules, 160 MB), and each of its calls costs more.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class LossTerms(NamedTuple):
 
     target: Tensor  # (N,) int64
     target_b: Tensor | None  # (N,) int64, the second target of mixup
-    lam: Tensor | None  # (N,) float32, the share of `target`; there exactly when target_b is
+    lam: Tensor | None  # (N,) float32, the share of `target`; None exactly when target_b is
     cloud: Tensor | None  # (C,) float32
     margin: Tensor | None  # (C,) float32
     bias: Tensor | None  # (C,) float32
     weight: Tensor | None  # (C,) float32
-    seed: Tensor | None  # () int64; there exactly when cloud is
+    seed: Tensor | None  # () int64; None exactly when cloud is
     scale: float
     gamma: float
     focal_detach: bool
@@ -117,9 +117,9 @@ _define_operators()
 
 
 class ClassShards(Protocol):
-    """The classes of other ranks, for a head that holds only some: what a walk over its own classes needs of theirs."""
+    """What an operator of a head that holds only some of the classes asks of the ranks that hold the others."""
 
-    terms: LossTerms  # of all classes; the walk's own have the labels and the class vectors of the classes it holds
+    terms: LossTerms  # of all classes; the operator itself is given the terms of the classes that it holds
     num_classes: int  # of all ranks
 
     def merge(
@@ -127,10 +127,10 @@ class ClassShards(Protocol):
         peak: Tensor,  # (splits, N)
         rest: Tensor,  # (splits, N), sums of exp(factor * (logit - peak))
         blend: Tensor | None,  # (splits, N)
-        own: list[Tensor],  # (N,) of each target: what its owner found, anything elsewhere
+        own: list[Tensor],  # (N,) of each target: its value on the rank that holds its class, undefined on the others
         factor: float,
     ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        """The statistics (1, N) of all ranks' classes, and the targets' values from their owners."""
+        """The statistics (1, N) of all ranks' classes, and the targets' values on every rank."""
         ...
 
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:

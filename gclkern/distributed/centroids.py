@@ -44,7 +44,7 @@ class ShardedClassCentroids(ShardedModule, ClassCentroids):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Take in a batch: features (n, D) of this rank, whose gradient is left alone, and target (n,) int64 in [0, C)."""
+        """Add a batch: features (n, D) of this rank, through which no gradient flows, and target (n,) int64 in [0, C)."""
         problem: Exception | None = None
         try:
             self._check_features(features)

@@ -95,7 +95,7 @@ def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
 
 
 class ShardedHeadLoss(torch.autograd.Function):
-    """The collective twin of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
+    """The collective counterpart of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, call: _Call) -> Tensor:

@@ -64,7 +64,7 @@ class ShardedCosineLinear(ShardedModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weight anew: every rank draws all rows, a block at a time, and keeps its own."""
+        """Initialise the weight again: every rank draws all rows, a block at a time, and keeps its own."""
         mine = self.shards.mine
         step = max(1, _BLOCK // self.in_features)
         for first in range(0, self.num_classes, step):

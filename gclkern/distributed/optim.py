@@ -1,4 +1,4 @@
-"""SGD that leaves alone what a step did not sample, and the state of an optimizer as tensors of all ranks."""
+"""SGD that updates only the rows that a step has sampled, and the state of an optimizer as tensors of all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collective calls of the sharded head, in one place: every byte that crosses between ranks passes here, and every failure gets a name.
+"""The collective calls of the sharded head, in one place. A failure says which call failed.
 
 Nothing is retried and nothing waits beyond the timeout that the process group was made with (``init_process_group(timeout=...)``).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class ShardError(RuntimeError):
-    """Ranks that hold a classifier together do not agree, or one of them is gone."""
+    """Ranks that share a classifier do not agree on a call, or one of them has died."""
 
 
 class Ranks:

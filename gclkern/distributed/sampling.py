@@ -17,11 +17,11 @@ from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import Shards
 from gclkern.torch_backend.noise import philox_words
 
-_NO_SAMPLE = -1  # the row of the noise stream that gives classes their lots; no sample has it
+_NO_SAMPLE = -1  # the row of the noise stream that the draw of classes uses; no sample has this row
 
 
 def draw_sizes(shards: Shards, rate: float, num_labels: int) -> tuple[int, ...]:
-    """Classes that each rank draws: its share, or room for every label of the step where that is more."""
+    """Classes that each rank draws: its share, or as many as the step has labels where that is more."""
     return tuple(max(math.ceil(rate * size), min(num_labels, size)) for size in shards.sizes)
 
 
@@ -38,7 +38,7 @@ def draw_classes(ranks: Ranks, shards: Shards, labels: list[Tensor], rate: float
     words = philox_words(seed, torch.full((1,), _NO_SAMPLE, device=seed.device), groups).flatten()[mine.start % 4 :][:held]
     # the class itself in the lower bits: no two lots are equal
     lots = (words.to(torch.int64) << 30) + torch.arange(held, device=seed.device)
-    wanted = torch.zeros(held + 1, dtype=torch.bool, device=seed.device)  # the last place takes the labels of other ranks
+    wanted = torch.zeros(held + 1, dtype=torch.bool, device=seed.device)  # the last entry takes the labels of other ranks
     for target in labels:
         here = (target >= mine.start) & (target < mine.stop)
         wanted[torch.where(here, target - mine.start, held)] = True

@@ -1,6 +1,6 @@
 """The losses' operators in plain torch, for any device. Importing this package registers `gclkern::torch_*`, of the kernels' signatures.
 
-It is the path of the CPU and of float64. Work goes by blocks that stay in cache and in place, backward is analytic, and nothing waits for a GPU.
+They serve the CPU and float64. Work is done in place, on blocks that fit the cache; gradients are analytic, and nothing waits for a GPU.
 """
 
 from __future__ import annotations

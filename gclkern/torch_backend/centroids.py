@@ -7,17 +7,17 @@ from torch import Tensor
 
 from gclkern.kernels.terms import implements, shapes_of, statistics_dtype
 
-# Elements that are held in the dtype of the sums at one time. On a CPU they always lie in the same 8 MB: fresh memory would cost more than the sums.
+# Elements that are converted to the dtype of the sums at a time. On a CPU all blocks use one buffer of 8 MB: new memory would cost more than the sums.
 _CPU_BLOCK = 2**20
 _DEVICE_BLOCK = 2**22
 
 
 @implements("segment_sums", "torch")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The twin of gclkern.kernels.centroids.segment_sums; sums are float64 for float64 features."""
+    """The same as gclkern.kernels.centroids.segment_sums; sums are float64 for float64 features."""
     dim = features.shape[1]
     dtype = statistics_dtype(features)
-    # one more class, in the end dropped, takes the rows whose label is none
+    # an extra class, dropped at the end, takes the rows whose label is out of range
     label = target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
     sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
     on_cpu = features.device.type == "cpu"
@@ -28,7 +28,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
         if on_cpu:
             sums.index_add_(0, labels, block)
         else:
-            # index_add_ adds in no fixed order there; this sorts
+            # on a GPU index_add_ adds in no fixed order; this sorts first
             sums.index_put_((labels,), block, accumulate=True)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device).scatter_add_(0, label, torch.ones_like(label))
     return sums[:num_classes].to(dtype, copy=True), counts[:num_classes].clone()

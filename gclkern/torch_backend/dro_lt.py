@@ -11,7 +11,10 @@ from gclkern.kernels.terms import implements, shapes_of
 
 
 def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The classes with a term, ascending, in min(N, C) places, found without asking a GPU how many they are; each sample's class. "None" is num_classes."""
+    """The classes that have a term, ascending, (min(N, C),), and each sample's class (N,).
+
+    The size does not depend on how many classes there are, which a GPU would have to be asked for: unused places, and samples without a term, hold num_classes.
+    """
     inside = target.clamp(0, num_classes - 1)
     absent = inside != target
     if class_weight is not None:
@@ -35,7 +38,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, saved: list[Tensor], centroids: Tensor) -> _Rows:
-        """On a CPU as many as the batch has classes, elsewhere as many as it could have: that costs nothing but work."""
+        """On a CPU one row for each class of the batch; on a GPU, where reading their number would synchronise, one for each that the batch could have."""
         distance, stats, classes, label = saved
         unused = (classes == centroids.shape[0])[:, None]
         if classes.device.type == "cpu":
@@ -47,7 +50,7 @@ class _Rows(NamedTuple):
         return cls(classes, unused, own, centroids.index_select(0, classes).masked_fill_(unused, 0.0), distance, stats)
 
     def used(self, values: Tensor) -> Tensor:
-        """The values (R, ...), which become 0 where the row is unused."""
+        """The values (R, ...), set to 0 in place where the row is unused."""
         return values if self.unused is None else values.masked_fill_(self.unused if values.dim() == 2 else self.unused[:, 0], 0.0)
 
     def logits(self, epsilon: Tensor, temperature: float) -> Tensor:
@@ -56,7 +59,7 @@ class _Rows(NamedTuple):
 
 
 def _saved(features: Tensor, target: Tensor, centroids: Tensor) -> list[Tensor]:
-    """Room for distances (R, N), statistics (4, R), classes (R,) and labels (N,); what is not needed stays untouched."""
+    """Buffers for distances (R, N), statistics (4, R), classes (R,) and labels (N,); rows that are not used are never written."""
     samples = features.shape[0]
     rows = torch.sym_min(samples, centroids.shape[0])
     return [centroids.new_empty((rows, samples)), centroids.new_empty((4, rows)), target.new_empty(rows), target.new_empty(samples)]
@@ -66,12 +69,12 @@ def _saved(features: Tensor, target: Tensor, centroids: Tensor) -> list[Tensor]:
 def dro_lt_forward(
     features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, temperature: float, reduction: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """The twin of gclkern.kernels.dro_lt.dro_lt_forward."""
+    """The same as gclkern.kernels.dro_lt.dro_lt_forward."""
     num_classes = centroids.shape[0]
     distance, stats, *_ = _saved(features, target, centroids)
     saved = [distance, stats, *_anchors(target, class_weight, num_classes)]
     rows = _Rows.of(saved, centroids)
-    # this mode takes differences; the other expands the square, which loses digits
+    # this mode subtracts; the other one expands the square and loses digits
     rows.distance.copy_(torch.cdist(rows.centroids, features.to(centroids.dtype), compute_mode="donot_use_mm_for_euclid_dist"))
     logits = rows.logits(epsilon, temperature)
     peak = logits.amax(1, keepdim=True)
@@ -100,7 +103,7 @@ def dro_lt_backward(
     grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The twin of gclkern.kernels.dro_lt.dro_lt_backward."""
+    """The same as gclkern.kernels.dro_lt.dro_lt_backward."""
     num_classes = centroids.shape[0]
     rows = _Rows.of(saved, centroids)
     peak, around, rest, share = rows.stats[:, :, None]
@@ -113,7 +116,7 @@ def dro_lt_backward(
     if features_grad:
         label = target.clamp(0, num_classes - 1)
         missed = torch.where(logits == peak, around / total, 1.0 - probability)
-        # of a lone member nothing is left of mass - upstream: its gradient is -missed with all its digits
+        # for the only sample of its class mass - upstream is exactly 0, and its gradient -missed keeps all digits
         grad_logits = (mass - upstream).mul_(probability).sub_(upstream * missed)
         pull = rows.used(grad_logits.div_(rows.distance).div_(-temperature).masked_fill_(rows.distance == 0.0, 0.0))
         grad_features = _features_gradient(features.to(centroids.dtype), rows, pull, centroids.index_select(0, label))
@@ -128,8 +131,8 @@ def dro_lt_backward(
 def _features_gradient(features: Tensor, rows: _Rows, pull: Tensor, own_centroids: Tensor) -> Tensor:
     """sum over rows r of pull_rj * (z_j - mu_r).
 
-    A sample may be arbitrarily close to its own centroid, so that difference is taken as it stands. The other rows are one matrix product, after
-    the origin has moved to where the data are: what is left to cancel there is the spread of the centroids over the distance to a foreign one.
+    A sample may be arbitrarily close to its own centroid, so that difference is computed as it stands. The other rows are one matrix product, relative to the
+    mean of the centroids: the digits that cancel there are only those of the centroids' spread over the distance to another class's centroid.
     """
     own_pull = torch.where(rows.own, pull, 0.0).sum(0)
     pull = pull.masked_fill(rows.own, 0.0)

@@ -6,9 +6,9 @@ With unit vectors f_hat and w_hat and G = dL/dcos, normalisation and its backwar
     df_i = (p_i - <p_i, f_hat_i> f_hat_i) / |f_i|,          p_i = sum_j (G_ij / |w_j|) w_j
     dw_j = p_j - <p_j, w_j> w_j / |w_j|^2,                  p_j = sum_i (G_ij / |w_j|) f_hat_i
 
-so one matrix, G over the norms of the classes, enters both gradient products. <p_j, w_j> = sum_i G_ij cos_ij is a pass over (N, C) instead of two over (C, D):
-it needs the products once more after they became G, so a second matrix holds them until then. The upstream gradient, scalar or one for each row, scales the
-rows of f_hat and of df.
+so both gradient products take the same matrix, G over the norms of the classes. <p_j, w_j> = sum_i G_ij cos_ij takes one pass over (N, C) instead of two over
+(C, D). It needs the cosines after G has overwritten them, so a second matrix keeps them. The upstream gradient, scalar or one for each row, scales the rows of
+f_hat and of df.
 
 A plan is the choice of the chunk whose cosines exist at a time:
     materialised   all classes; forward turns the (N, C) matrix into G over the norms in place and keeps it, so that backward is two products
@@ -45,11 +45,11 @@ from gclkern.torch_backend.rows import (
 )
 
 _CHUNK_BYTES = 16 * 2**20  # of cosines, twice in backward: far above what a product needs to run at full speed
-_PANEL_BYTES = 2 * 2**20  # of cosines, twice in backward: stays in the cache and in the shadow of every other tensor
-_MIN_CLASSES = 64  # thinner products waste the machine
+_PANEL_BYTES = 2 * 2**20  # of cosines, twice in backward: fits the cache, and is small beside the other tensors
+_MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
 
-# Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
+# Used for 1 / |w_j| where the norm counts as 0: it makes cosines below 1e-32, and the bias gradient can divide by it.
 _NO_DIRECTION = 1e-20
 
 
@@ -178,7 +178,7 @@ def _along(kept: Tensor, grad_loss: Tensor, upstream: Tensor) -> Tensor:
     """<p, w> of all classes, from G times the products: summed over the samples, or of each sample where they have upstream gradients of their own."""
     if kept.dim() == 2:
         return torch.mv(kept.t(), upstream)
-    return torch.where(kept == 0, 0.0, kept * grad_loss)  # without a kept sample the mean's gradient is NaN, and nobody's
+    return torch.where(kept == 0, 0.0, kept * grad_loss)  # if all samples are ignored the mean's gradient is NaN, and belongs to none of them
 
 
 def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients, upstream: Tensor) -> Tensor | None:
@@ -220,7 +220,7 @@ def run_forward(
     if plan != "materialised":
         return loss, [feature_inverse, class_inverse, denominator, *stats]
     stats = stats.times(terms.scale)
-    if shards is not None:  # the panel holds exponentials over the peaks of the classes that are here
+    if shards is not None:  # the panel holds exponentials relative to the peaks of this rank's classes
         stats.parts[0] *= torch.exp(finite_peak(local_peak) - finite_peak(sums.peak))
     gradient = panel.view(head.num_rows, head.num_classes)
     everything = slice(0, head.num_classes)
@@ -239,9 +239,9 @@ def run_backward(
     grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
     features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the features, the weights and the bias; one that is not asked for is empty."""
+    """Gradients of the features, the weights and the bias; those that are not asked for are empty."""
     head = _Head(features, linear_weight, terms, normalize, plan)
-    # kept are the gradient and `along`, or what makes them again: the fields of RowGradients
+    # `kept` is the gradient and `along`, or the fields of RowGradients, from which they are computed again
     feature_inverse, class_inverse, denominator, *kept = saved
     upstream = row_upstream(grad_loss, denominator, ignored_rows(terms), terms, head.dtype)
     materialised = plan == "materialised"
@@ -272,7 +272,7 @@ def run_backward(
     if bias_grad:
         grad_bias.div_(class_inverse * terms.scale if normalize else terms.scale)
     if features_grad:
-        del weights, unit  # their room serves what follows
+        del weights, unit  # frees memory for what follows
         _project_rows_(products, head.features, feature_inverse, upstream, normalize)
         if shards is not None:
             products = shards.scatter(products)()

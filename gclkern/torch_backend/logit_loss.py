@@ -1,7 +1,7 @@
 """The loss of cosines or logits (N, C) in torch.
 
-Forward keeps a few numbers a row and, because the noise takes longer than all the rest, the exponentials of disturbed logits. Backward passes over these or,
-without noise or where such a matrix would be too large, over the cosines again, with the same noise.
+Forward saves a few numbers for each row and, because the noise takes longer than everything else, the exponentials of the logits with noise. Backward reads
+these. Without noise, or where that matrix would be too large, it computes them again, from the cosines and the same noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gclkern.torch_backend.rows import (
     row_upstream,
 )
 
-_KEPT_BYTES = 2**30  # the exponentials of a larger matrix are made again
+_KEPT_BYTES = 2**30  # the exponentials of a larger matrix are computed again
 
 
 def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) -> bool:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from gclkern.kernels.terms import implements, shapes_of
 
-# 0-dim tensors on the CPU serve every device, and save each operator that takes one what it costs to make one of a number.
+# 0-dim tensors on the CPU work beside tensors on every device, and are faster than Python numbers, which each operation has to convert.
 _MULTIPLIER_0, _MULTIPLIER_1, _LOW, _HALF = (torch.tensor(value, device="cpu") for value in (0xD2511F53, 0xCD9E8D57, 0xFFFFFFFF, 32))
 _FIELD, _FIELD_BITS = (torch.tensor(value, dtype=torch.int32, device="cpu") for value in (0xFFFF, 16))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 7
 _GROUP = 8  # classes that share a counter
-# Groups computed at a time. On a CPU twice torch's grain of 32768 elements, the least that keeps two threads busy: more would leave the cache. On another
-# device many, because there a small operation costs its launch.
+# Groups computed at a time. On a CPU twice torch's grain size of 32768 elements, the least that keeps two threads busy: more would leave the cache. On another
+# device many, because each operation costs a launch.
 _CPU_CHUNK = 1 << 16
 _DEVICE_CHUNK = 1 << 22
 
@@ -36,7 +36,7 @@ _DEVICE_CHUNK = 1 << 22
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """For every 16-bit field, two float32 values packed into one float64 element: (r, r) by u's field, (cos t, sin t) by t's.
 
-    Tables are the fastest way here, and they make a value independent of its place: torch's vectorised log and cos need not round alike in a loop's tail.
+    Tables are the fastest way in torch, and make a value independent of its position: torch's vectorised log and cos may round otherwise at the end of a loop.
     """
     middle = torch.arange(65536, dtype=torch.float64, device="cpu").add_(0.5).div_(65536)
     radius = middle.log().mul_(-2.0).sqrt_().div_(3.0).float()
@@ -53,7 +53,7 @@ def _weyl(device: torch.device) -> Tensor:
 
 
 class _FirstRounds(NamedTuple):
-    """The part of Philox that sees only one of row and group, so costs next to nothing: what rounds 1 and 2 leave, and the keys of the later rounds.
+    """The part of Philox that depends on the row alone or on the group alone, so is cheap: the state after rounds 1 and 2, and the keys of the later rounds.
 
     After round 2 the state of (row i, group j) is c0 = row0[i] ^ group0[j], c1 = group1[j], c2 = row2[i] ^ group2[j], c3 = row3[i]. The key of round 3 is
     already in group1 and row3, which that round only takes into exclusive ors.
@@ -74,7 +74,7 @@ class _FirstRounds(NamedTuple):
 def _first_rounds(seed: Tensor, rows: Tensor, groups: Tensor) -> _FirstRounds:
     keys = torch.stack((seed, seed >> _HALF)) + _weyl(seed.device)
     key0, key1 = keys.unbind(1)
-    # what the high halves of keys and products bring along is removed where a word must stand alone
+    # keys and products keep their high halves until a single word is needed, which the mask _LOW cuts out
     row_product = ((rows >> _HALF) & _LOW) * _MULTIPLIER_1
     group_product = groups * _MULTIPLIER_0
     row1, group3 = row_product, group_product
@@ -174,7 +174,7 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
 
 @implements("cloud_noise", "torch")
 def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
-    """The twin of gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32 on the device of `seed` (0-dim int64)."""
+    """The same as gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32 on the device of `seed` (0-dim int64)."""
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device=seed.device)
     fill_noise(noise, seed, row_offset, class_offset)
     return noise

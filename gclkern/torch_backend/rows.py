@@ -1,6 +1,6 @@
 """What the logit and the head operators share: logits in place, sums over a row's classes, and the formula of a row's loss and gradient.
 
-A walk over the undisturbed logits u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j leaves for each row (`RowSums`), over the classes that are NOT its targets,
+One pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j, leaves for each row (`RowSums`), over the classes that are no target,
 
     peak = max_j u_ij,   rest = sum_j exp(u_ij - peak),   and, with label smoothing, blend = sum over ALL classes of weight_j u_ij.
 
@@ -45,7 +45,7 @@ class RowGradients(NamedTuple):
 
 
 def gradient_shapes(num_rows: int, terms: LossTerms) -> tuple[tuple[int, ...], ...]:
-    """Of the fields of `RowGradients`."""
+    """The shapes of the fields of `RowGradients`."""
     return (num_rows,), (2 + len(row_targets(terms)), num_rows)
 
 
@@ -62,7 +62,7 @@ def row_blocks(num_rows: int, num_classes: int, device: torch.device) -> Iterato
 
 
 def block_scratch(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a block."""
+    """A workspace for one block."""
     return torch.empty(block_rows(num_rows, num_classes, device) * num_classes, dtype=dtype, device=device)
 
 
@@ -71,7 +71,7 @@ def noise_scratch(num_rows: int, num_classes: int, terms: LossTerms, device: tor
 
 
 def some_zero(values: Tensor) -> bool:
-    """Whether any element is 0 or False: exact on a CPU, else the careful answer, because the exact one would synchronise."""
+    """Whether any element is 0 or False: exact on a CPU; always True on a GPU, where reading the answer would synchronise."""
     return values.device.type != "cpu" or not bool(values.all())
 
 
@@ -93,7 +93,7 @@ def row_targets(terms: LossTerms) -> list[Tensor]:
 
 
 def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None) -> None:
-    """scale * cos becomes u, in place."""
+    """Turns scale * cosine into u, in place."""
     if terms.cloud is not None and terms.seed is not None and scratch is not None:
         noise = scratch[: block.numel()].view(block.shape)
         fill_noise(noise, terms.seed, terms.row_offset + rows.start, terms.class_offset + classes.start)
@@ -103,7 +103,7 @@ def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: s
 
 
 def _places(labels: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
-    """The labels' columns in a block of `classes`, (rows, 1), and whether they are there."""
+    """The labels' columns in a block of `classes`, (rows, 1), and whether the label is in the block."""
     columns = labels.unsqueeze(1) - classes.start
     places = columns.clamp(0, classes.stop - classes.start - 1)
     return places, places == columns
@@ -117,7 +117,7 @@ class RowSums:
         self.peak, self.rest, self.blend, *self.values = torch.empty((3 + len(row_targets(terms)), num_rows), dtype=dtype, device=device).unbind()
 
     def add_(self, block: Tensor, rows: slice, classes: slice) -> None:
-        """Take in the u of a block, which is left as exp(u - peak), and 0 at the targets. `peak` is the row's so far."""
+        """Add the u of a block, and overwrite it with exp(u - peak), 0 at the targets; `peak` is the row's peak so far."""
         first = classes.start == 0
         if self.terms.label_smoothing > 0:
             weight = self.terms.weight
@@ -125,7 +125,7 @@ class RowSums:
             self.blend[rows] = blend if first else self.blend[rows] + blend
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
         for (columns, inside), value in zip(places, self.values, strict=True):
-            found = block.gather(1, columns)  # anything where the label is in none of the chunks
+            found = block.gather(1, columns)  # undefined where the label is in none of the chunks
             value[rows] = (found if first else torch.where(inside, found, value[rows].unsqueeze(1)))[:, 0]
         for columns, inside in places:
             block.scatter_(1, columns, block.gather(1, columns).masked_fill_(inside, -math.inf))
