@@ -15,6 +15,8 @@ import argparse
 import math
 import re
 import sys
+import tempfile
+import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +30,11 @@ from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, check_same_data, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
 from gclkern.training.network import Network, gather_classifier, load_network, load_stage1, network_checkpoint, prepare
+from gclkern.training.output import finish_output, say
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
 from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, plan_run
@@ -39,7 +43,11 @@ from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
 from gclkern.training.trainer import AMP, Trainer, build_trainer
+from gclkern.training.writing import WriteError
 from gclkern.weights import drw_weights
+
+# Errors whose messages are for the user.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
 
 
 class Arguments(NamedTuple):
@@ -85,12 +93,13 @@ def main(arguments: Arguments) -> None:
         first, network = len(phases) - 1, prepare(phases[-1], load_stage1(config, data, processes.device), data, config, processes.device)
     else:
         first, network = 0, prepare(phases[0], None, data, config, processes.device)
-    folder = Path(arguments.out) if arguments.out else new_folder(Path("runs"), f"{config.data}-{config.method}")
-    if checkpoint is None and (folder / "last.pt").exists():
-        raise ValueError(f"--out: {folder} already holds a run; go on with it by --resume {folder}, or choose another folder")
+    if arguments.out or processes.rank > 0:  # only the first process writes
+        folder = Path(arguments.out or "runs")
+    else:
+        folder = new_folder(Path("runs"), f"{config.data}-{config.method}")
     run = RunFolder(folder, config, write=processes.rank == 0, checkpoint=checkpoint)
     if processes.rank == 0:
-        print(describe(run, data, phases[first:], processes.device), flush=True)
+        say(describe(run, data, phases[first:], processes.device))
     try:
         with stop_requests() as requests:
             timer = CheckpointTimer(processes, requests, config.checkpoint_seconds)
@@ -105,9 +114,13 @@ def main(arguments: Arguments) -> None:
                 run.reports[phase.name] = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=temperature).as_dict()
                 run.save(f"{phase.name}.pt", network_checkpoint(network, phase, data, config, temperature))
                 checkpoint = None
+    except (CorruptImageError, KeyboardInterrupt, RuntimeError, WriteError) as error:
+        if (folder / "last.pt").exists():
+            error.add_note(f"then go on with: python train.py --resume {folder}")
+        raise
     except Stopped:
         if processes.rank == 0:
-            print(f"stopped; go on with: python train.py --resume {folder}")
+            say(f"stopped; go on with: python train.py --resume {folder}")
     else:
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
@@ -126,10 +139,10 @@ def set_up_torch(config: RunConfig) -> None:
 def report_notes(data: DataSplits) -> None:
     """Say what is odd about the files, and which images were left out."""
     for note in data.notes:
-        print(note)
+        say(note)
     for images, part in ((data.train, "training"), (data.test, "test")):
         if skipped := getattr(images, "skipped", None):
-            print(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
+            say(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunConfig, processes: Processes) -> None:
@@ -138,7 +151,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunCon
     network = load_network(checkpoint, processes.device, averaged=True)
     report = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=checkpoint["temperature"])
     if processes.rank == 0:
-        print(format_table([(checkpoint["name"], report)]))
+        say(format_table([(checkpoint["name"], report)]))
     processes.close()
 
 
@@ -252,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     add("--augment", choices=("none", "standard", "autoaugment"), help="of small sets (default standard, for DRO-LT on CIFAR autoaugment)")
-    add("--baseline", action=argparse.BooleanOptionalAction, help="train by cross entropy for as many epochs, too (default: on digits-lt)")
+    add("--baseline", action=argparse.BooleanOptionalAction, help="first train by cross entropy, all else alike and for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet's weights (default: for places-lt)")
     add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
@@ -303,10 +316,26 @@ def as_flags(message: str) -> str:
     return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, message)
 
 
+def explain(error: BaseException) -> str:
+    """What a user is told of an error: no traceback, which goes into a file if it may be needed."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{notes}"
+    if isinstance(error, EXPECTED):
+        return f"error: {as_flags(str(error))}{notes}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"error: the memory of the GPU is full; run a step in parts by --accumulate, or take a smaller --batch-size{notes}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # a signal's handler raises it, wherever the run is
+        return f"error: {as_flags(worker_problem(error))}{notes}"
+    with tempfile.NamedTemporaryFile("w", prefix="train-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return f"error: {type(error).__name__}: {error}; this is a fault of the program, please report it with {file.name}{notes}"
+
+
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError) as error:
-        sys.exit(f"train.py: error: {as_flags(str(error))}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted")
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(f"train.py: {explain(error)}")
+    finally:
+        finish_output()

@@ -36,7 +36,7 @@ from gclkern.training.arguments import number
 from gclkern.training.data.groups import GROUPS
 from gclkern.training.processes import stop_requests
 from gclkern.training.recipes import plan
-from gclkern.training.run_folder import write_text
+from gclkern.training.writing import replace_text
 
 ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop
@@ -214,7 +214,7 @@ class Bench:
         }
         self.results.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-        write_text(self.result(run), "{\n" + lines + "\n}\n")
+        replace_text(self.result(run), "{\n" + lines + "\n}\n")
         (folder / "last.pt").unlink(missing_ok=True)  # nothing goes on from it; hundreds of runs fill a disk
         return result
 

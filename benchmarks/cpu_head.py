@@ -26,7 +26,7 @@ from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
-from gclkern.training.run_folder import write_text
+from gclkern.training.writing import replace_text
 
 CPU = torch.device("cpu")
 # without the one that takes the plan that "auto" chooses, which is here among the others
@@ -95,7 +95,7 @@ def main() -> None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads", "rounds")}
         machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
         results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in CONTESTANTS}
-        write_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
+        replace_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

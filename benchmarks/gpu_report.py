@@ -36,7 +36,7 @@ import torch
 
 from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, installed
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash
-from gclkern.training.run_folder import write_text
+from gclkern.training.writing import replace_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
@@ -88,7 +88,7 @@ class Report:
             text = json.dumps(self.data, indent=1) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.path, *([Path(os.environ["OUT"], self.path.name)] if "OUT" in os.environ else [])):
-                write_text(path, text)
+                replace_text(path, text)
 
     @property
     def test_files(self) -> list[str]:

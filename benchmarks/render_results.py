@@ -28,7 +28,7 @@ from benchmarks.accuracy import results_of, tables
 from benchmarks.common import BOTH, RESULTS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
-from gclkern.training.run_folder import write_text
+from gclkern.training.writing import replace_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md")
 IMAGES = ROOT / "docs" / "images"
@@ -318,9 +318,9 @@ def line_chart(title: str, x_name: str, y_name: str, series: dict[str, list[tupl
 
 def main() -> None:
     for name, svg in _charts(RESULTS).items():
-        write_text(IMAGES / name, svg)
+        replace_text(IMAGES / name, svg)
     for page in PAGES:
-        write_text(page, wanted(page.read_text()))
+        replace_text(page, wanted(page.read_text()))
     wrong = disagreements()
     if wrong:
         sys.exit("\n".join(wrong))

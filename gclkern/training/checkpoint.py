@@ -8,16 +8,17 @@ damaged files from whole ones.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gclkern.training.data import DataIdentity, DataSplits, EvaluationTransform, class_difference, data_difference
+from gclkern.training.writing import replace_file
 
 _FORMAT = "gclkern.training.checkpoint"
 _VERSION = 2  # of the keys of Checkpoint
@@ -50,7 +51,29 @@ class CheckpointError(RuntimeError):
     """A file that cannot be read as a checkpoint of this version; the message says why and what to do."""
 
 
-def _update(digest: Any, value: object) -> None:
+def _plain(value: object, place: str) -> Any:
+    """`value` of types that a checkpoint can be read with: subclasses of Python's own become those, tensors keep their memory."""
+    if isinstance(value, dict):
+        items = {_plain(key, f"a key of {place}"): _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+        if not isinstance(value, OrderedDict):
+            return items
+        ordered = OrderedDict(items)
+        ordered.__dict__.update(_plain(vars(value), place))  # the versions of modules, which a state_dict holds
+        return ordered
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(_plain(item, f"{place}[{index}]") for index, item in enumerate(value))
+    if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta:  # type: ignore[attr-defined]
+        return value.detach().resolve_conj().resolve_neg()  # type: ignore[attr-defined]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TypeError(f"a checkpoint holds dicts, lists, tuples, numbers, strings, None and dense tensors, but {place} is a {type(value).__name__}")
+
+
+def _update(digest: Any, value: Any) -> None:
     """Every value with its type and its place, so that different states have different digests."""
     if isinstance(value, dict):
         digest.update(f"dict {len(value)}".encode())
@@ -64,13 +87,11 @@ def _update(digest: Any, value: object) -> None:
     elif isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        digest.update(f"{type(value).__name__} {value!r};".encode())
     else:
-        raise TypeError(f"a checkpoint holds containers, numbers, strings and tensors, got {type(value).__name__}")
+        digest.update(f"{type(value).__name__} {value!r};".encode())
 
 
-def _digest(state: Mapping[str, Any]) -> str:
+def _digest(state: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     _update(digest, state)
     return digest.hexdigest()
@@ -80,12 +101,12 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> None:
     """Write `state` so that `path` is always a whole checkpoint, this one or the one before.
 
     Args:
-        path: the file; its folder must exist. A run that is killed may leave ``<name>.partial`` beside it, which the next write replaces.
-        state: dicts, lists, tuples, numbers, strings, None and tensors.
+        path: the file; its folder must exist.
+        state: dicts, lists, tuples, numbers, strings, None and tensors. Of their subclasses, such as numpy's float64 or a named tuple, the plain value is kept.
 
     Raises:
-        TypeError: something else is in `state`.
-        OSError: the disk refuses.
+        TypeError: something else is in `state`; the message says where.
+        WriteError: the disk refuses.
 
     Example:
         >>> import tempfile
@@ -94,19 +115,18 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> None:
         >>> load_checkpoint(path)["epoch"]
         3
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save({"format": _FORMAT, "version": _VERSION, "digest": _digest(state), "state": state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name == "posix":  # the new name is on the disk when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
+    plain = _plain(state, "it")
+    content = {"format": _FORMAT, "version": _VERSION, "digest": _digest(plain), "state": plain}
+
+    def write(file: BinaryIO) -> None:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's writer stumbles over a write that failed
+                raise error.__context__ from None
+            raise
+
+    replace_file(Path(path), write)
 
 
 def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu") -> Checkpoint:

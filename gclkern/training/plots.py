@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gclkern.training.evaluation import Report
 from gclkern.training.extras import need
+from gclkern.training.writing import replace_file
 
 # Colours that people with colour blindness tell apart (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -37,7 +38,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    replace_file(Path(path), lambda file: figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or "png"))
 
 
 def _number(text: str | None) -> float:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_ALARM = getattr(signal, "SIGALRM", None)  # Windows has none
+
 
 class Processes:
     """This process among those that ``torchrun`` started; alone without it."""
@@ -78,22 +80,45 @@ class Processes:
             dist.destroy_process_group()
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[float]]:
-    """A list that is empty until Ctrl-C or SIGTERM: the run then ends its step, writes a checkpoint and leaves. A second Ctrl-C interrupts at once.
+class StopRequests:
+    """Whether Ctrl-C or SIGTERM has asked the run to stop: it then ends its step, writes a checkpoint and leaves.
 
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what comes within a second counts once.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what comes within a second counts once. A later signal interrupts at once, and
+    so does an alarm if the step does not end within `patience` seconds, since it may be waiting for something that never comes.
     """
-    requests: list[float] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        requests.append(time.monotonic())
-        if requests[-1] - requests[0] > 1.0:
+    def __init__(self, patience: float = 10.0) -> None:
+        self.patience = patience
+        self.times: list[float] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.times)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        self.times.append(time.monotonic())
+        if number == _ALARM or self.times[-1] - self.times[0] > 1.0:
             raise KeyboardInterrupt
+        self._set_alarm(self.patience)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def accept(self) -> None:
+        """The step has ended, and the checkpoint may take its time."""
+        self._set_alarm(0.0)
+
+    def _set_alarm(self, seconds: float) -> None:
+        if _ALARM is not None:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@contextmanager
+def stop_requests(patience: float = 10.0) -> Iterator[StopRequests]:
+    """Handle the signals that ask to stop, see :class:`StopRequests`."""
+    requests = StopRequests(patience)
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if _ALARM is None else [_ALARM])]
+    before = {number: signal.signal(number, requests.note) for number in numbers}
     try:
         yield requests
     finally:
+        requests.accept()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.training.processes import Processes
+from gclkern.training.processes import Processes, StopRequests
 
 
 @dataclass
@@ -42,12 +42,9 @@ class Progress:
 
 
 class CheckpointTimer:
-    """Decides for all processes together when a checkpoint is due: `seconds` after the last one, or when a signal has asked any of them to stop.
+    """Decides for all processes together when a checkpoint is due: `seconds` after the last one, or when a signal has asked any of them to stop."""
 
-    `requests` is the list that :func:`gclkern.training.processes.stop_requests` fills.
-    """
-
-    def __init__(self, processes: Processes, requests: list[float], seconds: float) -> None:
+    def __init__(self, processes: Processes, requests: StopRequests, seconds: float) -> None:
         self.processes, self.requests, self.seconds = processes, requests, seconds
         self.stopping = False
         self._last = time.monotonic()
@@ -55,6 +52,8 @@ class CheckpointTimer:
     def due(self, *, phase_ends: bool = False) -> bool:
         """Whether to write a checkpoint now; afterwards `stopping` says whether to stop. A collective call."""
         self.stopping = self.processes.any(bool(self.requests))
+        if self.stopping:
+            self.requests.accept()
         due = self.stopping or self.processes.any(phase_ends or time.monotonic() - self._last >= self.seconds)
         if due:
             self._last = time.monotonic()

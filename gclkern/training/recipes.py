@@ -177,7 +177,7 @@ def plan(
         retrain: one of RETRAINS; None is the method's own, "gcl" for the clouded ones.
         dataset: decides the published settings.
         class_counts: training images of each class.
-        baseline: whether a network trained by cross entropy for as many epochs as all other phases together comes first.
+        baseline: whether a network comes first that differs from stage 1 in the loss alone: cross entropy, for as many epochs as all other phases together.
         epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch.
         cloud: one of CLOUDS; None is "log", the paper's choice.
         stage1, stage2: fields of :class:`Phase` that replace the published ones.
@@ -206,9 +206,8 @@ def plan(
         if not any(phase.loss == "gcl" for phase in phases):
             raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or choose gcl")
     if baseline:
-        plain = _first_stage("ce", settings, class_counts)[0]
         epochs = sum(phase.epochs for phase in phases)
-        phases.insert(0, replace(plain, name="baseline", batch_size=phases[0].batch_size, epochs=epochs, trains=phases[0].trains))
+        phases.insert(0, replace(phases[0], name="baseline", epochs=epochs, loss="ce", options={}, head="linear", drw=None))
     return phases
 
 

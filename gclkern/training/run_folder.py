@@ -6,33 +6,37 @@ import csv
 import io
 import json
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gclkern.training.checkpoint import Checkpoint, save_checkpoint
 from gclkern.training.config import RunConfig
+from gclkern.training.names import printable
+from gclkern.training.writing import replace_text, write_errors
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
 
+_LOCK_SECONDS = 10.0  # workers look whether the process that started them lives every five
+
 
 def new_folder(parent: Path, name: str) -> Path:
-    """A folder that is not there yet: `name`, or with the first free number behind it."""
-    folder, number = parent / name, 1
-    while folder.exists():
-        number += 1
-        folder = parent / f"{name}-{number}"
-    return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: a reader sees the old text or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Make a folder: `name`, or that with the first free number behind it. Runs that start at the same time get one each."""
+    with write_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    raise AssertionError("unreachable")
 
 
 class RunFolder:
-    """Writes what a run leaves behind; on ranks but the first it writes nothing.
+    """Writes what a run leaves behind; on ranks but the first it writes nothing. The folder is the run's own as long as its process lives.
 
     `history`, one row for each epoch, `reports`, one for each finished phase, and `seconds` are part of the checkpoint: files are written anew from them, so
     that a resumed run leaves the same files as one that was left alone.
@@ -46,16 +50,25 @@ class RunFolder:
         self.board: Any = None
         if not write:
             return
-        try:
+        with write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        except OSError as error:
-            raise OSError(f"the folder of the run, {path}, cannot be written ({error.strerror}); choose another one") from error
+            self._own(resumed=checkpoint is not None)
+            replace_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            try:
+                from torch.utils.tensorboard.writer import SummaryWriter
+            except ImportError:
+                return
+            self.board = SummaryWriter(str(path), purge_step=len(self.history))
+
+    def _own(self, *, resumed: bool) -> None:
+        """Lock the folder. The system releases the lock when this process ends and, at most some seconds later, the workers that it has started."""
+        self._lock = FileLock(self.path / ".lock")
         try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(str(path), purge_step=len(self.history))
+            self._lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            raise ValueError(f"another run is writing to {printable(str(self.path))}; wait until it ends, or choose another folder") from None
+        if not resumed and (self.path / "last.pt").exists():
+            raise ValueError(f"{printable(str(self.path))} already holds a run; resume it, or choose another folder")
 
     @property
     def seconds(self) -> float:
@@ -71,11 +84,12 @@ class RunFolder:
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self.history)
-        write_text(self.path / "metrics.csv", text.getvalue())
+        replace_text(self.path / "metrics.csv", text.getvalue())
         if self.board is not None:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{row['phase']}/{name}", value, len(self.history) - 1)
+            with write_errors(self.path):
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(f"{row['phase']}/{name}", value, len(self.history) - 1)
 
     def save(self, name: str, checkpoint: Checkpoint) -> None:
         if self.write:

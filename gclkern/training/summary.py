@@ -17,9 +17,11 @@ from gclkern.training.data import DataSplits
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
 from gclkern.training.extras import need
 from gclkern.training.network import load_network, model_name
+from gclkern.training.output import say
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase
-from gclkern.training.run_folder import RunFolder, write_text
+from gclkern.training.run_folder import RunFolder
+from gclkern.training.writing import replace_text, write_errors
 
 
 def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
@@ -57,20 +59,21 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
         report = evaluate(load_network(best, device), data.test, data, alone, amp, temperature=best["temperature"])
         run.reports["best on held-out"] = report.as_dict()
     reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
-    print(format_table(list(reports.items())))  # noqa: T201 (what the run is for)
+    say(format_table(list(reports.items())))
     summary = {
         "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
         "groups": data.groups, "config": run.config.to_dict(), "seconds": round(run.seconds, 1),
     }  # fmt: skip
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if run.board is not None:
-        run.board.close()
+        with write_errors(run.path):
+            run.board.close()
     if pictures:
         done = [phase for phase in phases if phase.name in reports]
         found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), device), data.test, alone, amp=amp)
                  for phase in (*compared(done), done[-1])}  # fmt: skip
         draw_pictures(run.path, reports, done, found, data)
-    print(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))  # noqa: T201
+    say(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
 
 
 def compared(phases: Sequence[Phase]) -> list[Phase]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict, defaultdict
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,10 +88,50 @@ def test_no_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+class Point(NamedTuple):
+    x: int
+    y: float
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+@pytest.mark.parametrize(("value", "plain"), [
+    (np.float64(0.5), 0.5),
+    (np.str_("cat"), "cat"),
+    (Point(1, 2.5), (1, 2.5)),
+    (defaultdict(list, {"a": [Level.LOW]}), {"a": [1]}),
+    (OrderedDict(a=1), OrderedDict(a=1)),
+    ({Level.LOW: True}, {1: True}),
+])  # fmt: skip
+def test_subclasses_are_stored_as_plain_values(tmp_path: Path, value: object, plain: object) -> None:
+    save_checkpoint(tmp_path / "last.pt", {"value": value})
+    found = load(tmp_path / "last.pt")["value"]
+    assert found == plain
+    assert type(found) is type(plain)
+
+
+def test_state_dicts_keep_the_versions_of_modules(tmp_path: Path) -> None:
+    """By which some modules tell old weights from new ones."""
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    save_checkpoint(tmp_path / "last.pt", {"network": state, "parameter": torch.nn.Parameter(torch.ones(2))})
+    found = load(tmp_path / "last.pt")
+    assert found["network"]._metadata == {"": {"version": 2}}
+    assert torch.equal(found["parameter"], torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [np.int64(1), np.float32(1), np.ones(2), {1}, b"bytes", torch.ones(2).to_sparse(), torch.ones(2, device="meta"), 1j])
+def test_what_could_not_be_read_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(TypeError, match=r"but it\['rows'\]\[1\] is a"):
+        save_checkpoint(tmp_path / "last.pt", {"rows": [0, value]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_objects_are_refused_before_anything_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, STATE)
-    with pytest.raises(TypeError, match="got Evil"):
+    with pytest.raises(TypeError, match="is a Evil"):
         save_checkpoint(path, {"object": Evil()})
     assert load(path)["epoch"] == 3
 

@@ -20,7 +20,8 @@ def test_one_interrupt_that_arrives_twice_counts_once(monkeypatch: pytest.Monkey
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert len(stop) == 2
+        assert stop
+        assert len(stop.times) == 2
         monkeypatch.setattr(time, "monotonic", lambda: now + 60)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

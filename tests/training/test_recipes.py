@@ -108,6 +108,15 @@ def test_given_settings_replace_published_ones() -> None:
     assert (first.epochs, first.mixup, second.mixup, second.sampler) == (7, 0.0, 0.0, "class-balanced")
 
 
+@pytest.mark.parametrize(("method", "dataset"), [("gcl", "digits-lt"), ("gcl", "cifar100-lt"), ("ldam-drw", "cifar10-lt"), ("gcl+dro-lt", "places-lt")])
+def test_a_baseline_differs_in_the_loss_alone(method: str, dataset: str) -> None:
+    """A rival that lacks what the method is given would say nothing of the method."""
+    given = {"lr": 0.3, "weight_decay": 0.01, "mixup": 0.7, "sampler": "class-balanced"}
+    baseline, first, *rest = plan(method, None, dataset, COUNTS, baseline=True, stage1=given)
+    epochs = first.epochs + sum(phase.epochs for phase in rest)
+    assert baseline == replace(first, name="baseline", epochs=epochs, loss="ce", options={}, head="linear", drw=None)
+
+
 def test_every_phase_is_shortened_by_one_factor() -> None:
     phases = plan("dro-lt", "gcl", "cifar10-lt", COUNTS, epochs_scale=0.1)
     assert [phase.epochs for phase in phases] == [20, 8, 2, 3]

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
+from gclkern.training import run_folder
+from gclkern.training.config import RunConfig
 from gclkern.training.recipes import plan
+from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.summary import compared
+from tests.support.processes import ROOT
 
 COUNTS = [50, 20, 5]
 
@@ -24,3 +33,36 @@ def test_embeddings_are_those_of_phases_that_train_them(method: str, retrain: st
 def test_embeddings_of_a_run_that_only_retrains() -> None:
     second = plan("gcl", "gcl", "cifar10-lt", COUNTS)[1:]
     assert compared(second) == second
+
+
+def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_folder(tmp_path / "runs", "digits-lt-gcl"), range(8)))
+    assert {folder.name for folder in folders} == {"digits-lt-gcl", *(f"digits-lt-gcl-{number}" for number in range(2, 9))}
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_belongs_to_one_run_as_long_as_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
+    script = f"""
+import time
+from pathlib import Path
+from gclkern.training.config import RunConfig
+from gclkern.training.run_folder import RunFolder
+run = RunFolder(Path({str(tmp_path)!r}), RunConfig(), write=True)
+print("here", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(ValueError, match="another run is writing to"):
+            RunFolder(tmp_path, RunConfig(), write=True)
+        other.kill()
+    RunFolder(tmp_path, RunConfig(), write=True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(OSError, match="runs cannot be written"):
+        new_folder(tmp_path / "runs", "digits-lt-gcl")

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from gclkern.training.checkpoint import CheckpointError
+from gclkern.training.data import CorruptImageError
+from gclkern.training.data.files import WorkerError
 from gclkern.training.processes import Processes
 from tests.support.processes import ROOT, finish, start_train
 
@@ -60,7 +63,7 @@ def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
     lines = run[1].splitlines()
     assert lines[0] == "digits-lt: 472 training images, 359 test images"
     assert lines[3:6] == [
-        "baseline: ce, 4 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler",
+        "baseline: ce, 4 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
         "stage-1: gcl, 2 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
         "stage-2: gcl, 2 epochs, batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
     ]
@@ -104,7 +107,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--accumulate", "5"], "does not divide"),
     (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
-    (["--out", "README.md"], "the folder of the run, README.md, cannot be written (File exists); choose another one"),
+    (["--out", "README.md"], "README.md cannot be written (File exists)"),
     (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
     (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
     (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
@@ -120,6 +123,40 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
 ])  # fmt: skip
 def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (ValueError("`lr` is odd"), "train.py: error: --lr is odd"),
+    (OSError("no disk"), "train.py: error: no disk"),
+    (ImportError("no torchvision"), "train.py: error: no torchvision"),
+    (CheckpointError("damaged"), "train.py: error: damaged"),
+    (CorruptImageError("a.png"), "train.py: error: a.png"),
+    (WorkerError("take `workers=0`"), "train.py: error: take --workers 0"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "Bus error.); take --workers 0"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "take a smaller --batch-size"),
+    (KeyboardInterrupt(), "train.py: interrupted"),
+    (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero; this is a fault of the program, please report it with "),
+])  # fmt: skip
+def test_no_error_is_a_traceback(error: BaseException, message: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gclkern.training.data.load_data", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said = refused()
+    assert message in said
+    assert "Traceback" not in said
+    reports = list(tmp_path.iterdir())
+    assert [("Traceback" in file.read_text(), str(file) in said) for file in reports] == [(True, True)] * isinstance(error, ZeroDivisionError)
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """As in `python train.py --help | head -1`: neither an error nor the interpreter's complaint at its end."""
+    process = start_train("--help")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

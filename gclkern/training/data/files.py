@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gclkern.training.data.decode import CorruptImageError, open_image
 from gclkern.training.data.duplicates import duplicate_notes
@@ -32,6 +32,10 @@ class ImageFiles(NamedTuple):
     def take(self, indices: Tensor) -> ImageFiles:
         """Those at `indices`."""
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices])
+
+
+class WorkerError(RuntimeError):
+    """A process that reads images has failed."""
 
 
 class _Request(NamedTuple):
@@ -90,7 +94,35 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
     if failure is not None:
         return failure
     pixels, labels = zip(*samples, strict=True)
-    return torch.stack(pixels), torch.tensor(labels)
+    batch = torch.stack(pixels), torch.tensor(labels)
+    if get_worker_info() is not None:
+        # A queue would do this in a thread of the worker, whose failure nobody hears of: the main process would wait for the batch for ever.
+        for tensor in batch:
+            tensor.share_memory_()
+    return batch
+
+
+def _answers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches.
+
+    Raises:
+        WorkerError: a worker process has died, or has no shared memory for a batch.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise WorkerError(worker_problem(error)) from error
+        yield batch
+
+
+def worker_problem(error: RuntimeError) -> str:
+    """What to say of a worker process that has failed."""
+    cause = str(error).strip().splitlines()[-1]
+    return f"a process that reads images has failed ({cause}); take `workers=0`, or make /dev/shm larger"
 
 
 class _Check(Dataset[str]):
@@ -113,7 +145,7 @@ class _Check(Dataset[str]):
 def _leave_out_corrupt(images: ImageFiles, workers: int) -> tuple[ImageFiles, list[str]]:
     """The images that can be read, and what is wrong with the others. Every file is read once."""
     checks: DataLoader[str] = DataLoader(_Check(images.paths), batch_size=64, collate_fn=list, generator=torch.Generator(), **_worker_processes(workers))
-    failures = [failure for batch in checks for failure in batch]
+    failures = [failure for batch in _answers(checks) for failure in batch]
     kept = torch.tensor([place for place, failure in enumerate(failures) if not failure], dtype=torch.int64)
     return images.take(kept), [failure for failure in failures if failure]
 
@@ -179,7 +211,7 @@ class ListImages:
             **_worker_processes(self.workers),
         )
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
-        for answer in loader:
+        for answer in _answers(loader):
             if isinstance(answer, str):
                 raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
             pixels, labels = (column.to(device, non_blocking=True) for column in answer)

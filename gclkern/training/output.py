@@ -1,0 +1,29 @@
+"""Text for the terminal, a file or a pipe whose reader may be gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def say(text: str) -> None:
+    """Print a text. A reader that has seen enough, as in ``python train.py | head -1``, does not end the run."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        _silence()
+
+
+def finish_output() -> None:
+    """Flush the output, as the interpreter does at its end, where it would complain of a reader that is gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence()
+
+
+def _silence() -> None:
+    """Send what is still to come nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
