@@ -116,7 +116,7 @@ def main(arguments: Arguments) -> None:
                 checkpoint = None
     except (CorruptImageError, KeyboardInterrupt, RuntimeError, WriteError) as error:
         if (folder / "last.pt").exists():
-            error.add_note(f"then go on with: python train.py --resume {folder}")
+            error.add_note(f"go on with: python train.py --resume {folder}")
         raise
     except Stopped:
         if processes.rank == 0:

@@ -34,3 +34,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own, torch sees 2; start torchrun with --nproc-per-node 2"):
         Processes("auto")
+
+
+def test_a_step_that_does_not_end_is_interrupted() -> None:
+    """It may wait for a batch that never comes: a signal that were only noted would not end the run."""
+    with stop_requests(patience=0.2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(30)
+
+
+def test_a_checkpoint_may_take_its_time() -> None:
+    with stop_requests(patience=0.2) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.accept()
+        time.sleep(0.4)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
