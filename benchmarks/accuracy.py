@@ -240,6 +240,7 @@ def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> 
             now = time.monotonic()
             if asked is None and (stop or now - began >= seconds):
                 asked = now
+                stop.accept()
                 for process in running.values():
                     process.terminate()
             for run, process in list(running.items()):
