@@ -221,7 +221,7 @@ def dro_lt_loss(
             negative: it is 2 / temperature times a sum of probabilities, so descent only ever shrinks epsilon.
         temperature: T; 1 in the paper.
         class_weight: w_c (C,), >= 0; None weighs all classes alike. A class of weight 0 stays out: its samples have no term and do not count in the
-            mean, whatever its row of `centroids` holds, but they remain among the samples that other classes tell apart. Give weight 0 to a
+            mean, whatever its row of `centroids` holds, but they remain in the softmax of the other classes. Give weight 0 to a
             class whose centroid was never seen: ``class_weight=(counts > 0).float()`` with the counts that :func:`gclkern.functional.class_centroids` returns.
         reduction: "mean" is the formula above; "sum" leaves out its division, so it is sum_c w_c loss_c; "none" returns each sample's part of that sum,
             w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.

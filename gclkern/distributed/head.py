@@ -8,8 +8,8 @@ Rank r holds the weights of a range of classes and the features of its own sampl
     every rank: the same losses (N,); then the gradient of its logits, its weights and, partly, of all features
     feature gradients summed over the ranks, each of which keeps its own rows
 
-so between ranks travel 2 N D numbers and a few for each sample, whatever the number of classes. Noise is keyed on the global sample and class: the loss and all
-gradients are those of one process that holds everything.
+so ranks exchange 2 N D numbers and a few for each sample, for any number of classes. The noise depends on the global sample and class: the loss and
+all gradients are those of one process that holds everything.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _IGNORED, _ELSEWHERE = -1, -(2**30)
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call of the sharded loss is, beside its tensors."""
+    """What describes a call of the sharded loss, apart from its tensors."""
 
     ranks: Ranks
     shards: Shards
@@ -77,7 +77,7 @@ class _OtherClasses:
 
 
 def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
-    """The terms as the walk over this rank's classes sees them."""
+    """The terms of this rank's classes alone, with labels that count from the first of them."""
 
     def local(target: Tensor | None) -> Tensor | None:
         if target is None:
@@ -151,7 +151,7 @@ def sharded_linear_gcl_cross_entropy(
     r""":func:`gclkern.functional.linear_gcl_cross_entropy` with the classes spread over the ranks of a process group; a collective call.
 
     Each rank passes its own samples and the weights of its own classes: ranges that follow each other in the order of the ranks, of any sizes. Everything that
-    belongs to a class or counts classes is that of ALL classes, the same on every rank: `cloud`, `margin`, `bias` and `weight` are (C,), labels are in [0, C).
+    has one value for each class is given for ALL classes, the same on every rank: `cloud`, `margin`, `bias` and `weight` are (C,), labels are in [0, C).
     With every rank's samples in the order of the ranks, loss and gradients are those of one process, to rounding.
 
     Args:
@@ -163,7 +163,7 @@ def sharded_linear_gcl_cross_entropy(
         averaged_gradients: False returns the gradient of the loss. True multiplies that of `features` by the number of ranks, for a backbone whose wrapper
             averages gradients over these ranks where they should be added up: DistributedDataParallel and FSDP do. The gradients of `linear_weight` and
             `bias` are complete on every rank either way and need no averaging.
-        seed: as in the functional API; the ranks share the first one's.
+        seed: as in the functional API; all ranks use that of the first one.
         row_offset: index of the first rank's first sample, the same on every rank.
         class_offset: index of the first rank's first class.
         target_b, lam: this rank's, as `target`; lam is a number, () or (n,).
@@ -209,7 +209,7 @@ def _sharded_loss(
     features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None, group: dist.ProcessGroup | None, averaged_gradients: bool,
     terms_options: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """`terms_options` holds every option of the loss, and is used up."""
+    """`terms_options` holds a value for every option of the loss; entries are removed as they are used."""
     normalize, plan, backend = (terms_options.pop(name) for name in ("normalize", "plan", "backend"))
     target_b, lam, seed, row_offset = (terms_options.pop(name) for name in ("target_b", "lam", "seed", "row_offset"))
     linear_weight, group = local_shard(linear_weight, group)

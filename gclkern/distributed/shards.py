@@ -2,7 +2,7 @@
 
 Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before anything
 else travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
-message, instead of waiting for each other or adding up numbers that do not belong together. On a GPU reading those numbers would make the host wait for the
+message, instead of waiting for each other or adding up unrelated numbers. On a GPU reading those numbers would make the host wait for the
 device in every step, so there a rank reads them when it meets a call of another shape or with other options; after that the device compares them, and a loss of
 ranks that do not agree is NaN.
 """
@@ -24,7 +24,7 @@ from gclkern.validation import DTYPES, check_int
 
 _FIELDS = ("rows of features", "columns of features", "classes", "columns of the weight", "dtype of features", "dtype of the weight", "options", "row_offset")
 _SHARED = tuple(name for name in _FIELDS if name != "classes")
-# Of each group, the calls that its ranks have agreed on before: the classes and, on the device, what every rank then said of its call.
+# For each group, the calls that its ranks have agreed on before: the classes and, on the device, the numbers by which every rank described its call.
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[Shards, Tensor]]] = WeakKeyDictionary()
 
 
@@ -77,7 +77,7 @@ def host_waits(device: torch.device) -> bool:
 def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem: Exception | None, *, row_offset: int = 0) -> tuple[Shards, Tensor | None]:
     """The classes of all ranks, after a check that they make the same call; a collective call.
 
-    Where only the device knows how the check came out, the second value is 1, or NaN for ranks that do not agree; else it is None.
+    Where only the device knows the result of the check, the second value is a tensor of 1, or of NaN for ranks that do not agree; otherwise it is None.
 
     `rows` are those of this rank's classes. `problem` is what this rank found wrong with its own arguments: it is raised here, and the other ranks stop, too.
     """
