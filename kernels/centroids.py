@@ -81,7 +81,7 @@ def _piece_rows(num_rows: int, column_tiles: int) -> int:
 
 @implements("segment_sums", "triton")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sums (C, D) float32 and counts (C,) int64 of the rows of each class. Rows whose label is no class belong to none and are left out."""
+    """Sums (C, D) float32 and counts (C,) int64 of the rows of each class. Rows whose label is out of range are left out."""
     num_rows, dim = features.shape
     device = features.device
     columns = min(_COLUMNS, max(16, triton.next_power_of_2(dim)))

@@ -12,7 +12,7 @@ without a sort and without the host knowing how many there are: buffers hold min
     _pull_kernel        backward: dL/d|mu_c - z_j| / |mu_c - z_j|, and the gradient of epsilon
     _features_kernel    backward: dL/dz_j = sum over c of pull_cj * (z_j - mu_c), again by differences
 
-Nothing is subtracted from 1. With peak the row's largest logit and around = sum of exp(l - peak) over all but one sample that attains it, logsumexp - l_j
+No number is subtracted from 1. With peak the row's largest logit and around = sum of exp(l - peak) over all but one sample that attains it, logsumexp - l_j
 is log1p(around) + (peak - l_j), two terms of one sign; 1 - p_j is around / (1 + around) at the peak, and p_j <= 1/2 elsewhere. Every sum has a fixed order.
 """
 
@@ -40,7 +40,7 @@ def padded(extent: int, alignment: int) -> int:
 
 @triton.jit
 def _kept(target_ptr, class_weight_ptr, rows, num_rows, num_classes):
-    """Labels; whether each is a class; its weight, 0 for labels that are none."""
+    """Labels, whether each is in range, and the weight of its class, 0 for labels out of range."""
     label = tl.load(target_ptr + rows, mask=rows < num_rows, other=-1)
     valid = (label >= 0) & (label < num_classes)
     weight = tl.where(valid, 1.0, 0.0)
@@ -60,7 +60,7 @@ def _leaders_kernel(target_ptr, class_weight_ptr, leader_ptr, term_ptr, num_rows
         same = (label[:, None] == other[None, :]) & (columns[None, :] < rows[:, None])
         earlier += tl.sum(same.to(tl.int32), axis=1)
     tl.store(leader_ptr + rows, ((earlier == 0) & (weight != 0.0)).to(tl.int32), mask=rows < num_rows)
-    # the terms of samples that no row will write: a label that is no class has none, a class of weight 0 stays out
+    # the terms of samples that no row writes: NaN for a label out of range, 0 for a class of weight 0
     tl.store(term_ptr + rows, tl.where(valid, 0.0, float("nan")), mask=(rows < num_rows) & (weight == 0.0))
 
 
@@ -101,7 +101,7 @@ def _distance_kernel(
     anchors = first + tl.arange(0, ANCHORS)
     samples = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     columns = tl.arange(0, DIM)
-    # rows beyond the last repeat it: their loads need no mask, their distances are not stored
+    # rows beyond the last one repeat it: their loads need no mask, and their distances are not stored
     classes = tl.load(class_ptr + tl.minimum(anchors, num_anchors - 1))
     rows = tl.minimum(samples, num_rows - 1).to(tl.int64)
     mu_ptr = centroids_ptr + (classes * centroids_stride_c)[:, None, None] + (columns.to(tl.int64) * centroids_stride_d)[None, None, :]
@@ -109,7 +109,7 @@ def _distance_kernel(
     within = (columns < dim)[None, None, :]
     mu = tl.load(mu_ptr, mask=within, other=0.0)
     z = tl.load(z_ptr, mask=within, other=0.0)
-    # the dimension stays spread over threads until the end: no reduction in the loop, and the next tile is on its way while this one is used
+    # partial sums stay in the threads until the end: the loop has no reduction, and the next tile loads while this one is used
     total = tl.zeros((ANCHORS, SAMPLES, DIM), tl.float32)
     for start in range(DIM, dim + DIM, DIM):
         within = (start + columns < dim)[None, None, :]
@@ -136,7 +136,7 @@ def _logits(distance_ptr, target_ptr, samples, num_rows, label, radius, inverse_
 
 @triton.jit
 def _load_radius(epsilon_ptr, label, PER_CLASS: tl.constexpr):
-    """What samples of the class have added to their distance."""
+    """The number that is added to the distance of the class's own samples, 2 epsilon."""
     if PER_CLASS:
         epsilon = tl.load(epsilon_ptr + label)
     else:
@@ -201,7 +201,7 @@ def _reduce_kernel(term_ptr, denominator_ptr, loss_ptr, num_rows, ROWS: tl.const
 
 @triton.jit
 def _upstream(grad_loss_ptr, samples, own, share, PER_SAMPLE: tl.constexpr):
-    """What arrives at each member's logsumexp - logit."""
+    """The upstream gradient of logsumexp - logit of each sample of the class."""
     if PER_SAMPLE:
         grad = tl.load(grad_loss_ptr + samples, mask=own, other=0.0)
     else:
@@ -246,10 +246,10 @@ def _pull_kernel(
         upstream = _upstream(grad_loss_ptr, samples, own, share, PER_SAMPLE)
         probability = tl.exp(logit - peak) * inverse_total
         missed = tl.where(logit == peak, around * inverse_total, 1.0 - probability)
-        # of a lone member nothing is left of mass - upstream: its gradient is -missed with all its digits
+        # for the only sample of its class mass - upstream is exactly 0, and its gradient -missed keeps all digits
         grad_logit = (mass - upstream) * probability - upstream * missed
         pull = tl.where((samples < num_rows) & (distance > 0.0), -grad_logit * inverse_temperature / distance, 0.0)
-        # a NaN must not be lost to the comparison above
+        # the comparison above would drop a NaN
         pull = tl.where(distance != distance, distance, pull)
         tl.store(pull_ptr + samples, pull, mask=samples < distance_stride)
     if grad_epsilon_ptr is not None:
@@ -330,7 +330,7 @@ def dro_lt_forward(
             features, *features.stride(), centroids, *centroids.stride(), classes, num_anchors, distance, distance.stride(0), num_rows, dim,
             ANCHORS=tile_anchors, SAMPLES=tile_samples, DIM=tile_dim, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        # without contraction to fused multiply-adds: the logit at the peak less the peak must be 0
+        # without contraction to fused multiply-adds: the largest logit minus the peak must be exactly 0
         _softmax_kernel[(anchors,)](
             distance, distance.stride(0), target, epsilon, class_weight, classes, num_anchors, denominator, terms, stats, stats.stride(0),
             num_rows, 1.0 / temperature, PER_CLASS=epsilon.dim() == 1, SAMPLES=_row_block(num_rows), num_warps=4, enable_fp_fusion=False,
@@ -383,7 +383,7 @@ def dro_lt_backward(
     grad_epsilon = features.new_zeros(num_classes if per_class else stats.shape[1], dtype=torch.float32) if epsilon_grad else None
     grad_features = torch.empty((num_rows, dim) if features_grad else (0,), dtype=features.dtype, device=features.device)
     with on_device(features):
-        # without contraction to fused multiply-adds: what is left of a lone member's mass - upstream must be 0
+        # without contraction to fused multiply-adds: mass - upstream of the only sample of a class must be exactly 0
         _pull_kernel[(pull.shape[0],)](
             grad_loss.contiguous(), distance, distance.stride(0), target, epsilon, classes, num_anchors, stats, stats.stride(0),
             pull, grad_epsilon, num_rows, 1.0 / temperature,

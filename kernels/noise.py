@@ -1,4 +1,4 @@
-"""The noise stream as a matrix: what a loss draws inside its kernels, written out.
+"""The noise stream as a matrix: the draws that a loss makes inside its kernels, stored.
 
 Bytes: writes 4 for each draw and reads nothing, so the card's store bandwidth is the bound; about 10 instructions for each draw stay below it.
 """

@@ -1,4 +1,4 @@
-"""From softmax statistics to losses: the formula of a sample's loss and of its gradient, once for every way of reaching the logits.
+"""From softmax statistics to losses: the formula of a sample's loss and of its gradient, shared by all kernels that compute logits.
 
 Whoever walks over the logits z_ij = s * v_ij leaves, for each row, over the classes that are NOT one of its targets,
 
@@ -28,7 +28,7 @@ _ROWS = 128
 
 @triton.jit
 def log1p(x):
-    # log(1 + x) times x over the x that survived in 1 + x: the rounding of the sum cancels (Kahan)
+    # log(1 + x) times x / ((1 + x) - 1): the rounding error of 1 + x cancels (Kahan)
     grown = 1.0 + x
     return tl.where(grown == 1.0, x, tl.log(grown) * (x / (grown - 1.0)))
 
@@ -51,7 +51,7 @@ def _target_logit(
     cosine_ptr, stride_n, stride_c, class_ptr, rows, in_batch, num_classes,
     cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The target's class, whether it is one, and its cosine with noise and bias, before the margin."""
+    """The target's class, whether it is in range, and its cosine with noise and bias, before the margin."""
     classes = tl.load(class_ptr + rows, mask=in_batch, other=0)
     present = in_batch & (classes >= 0) & (classes < num_classes)
     if GATHER:
@@ -178,7 +178,7 @@ def _finish_rows_kernel(
         known &= present_b
         kept_weight = share * weight_a + (1.0 - share) * weight_b
 
-    # a label that is no class poisons its own row; an ignored row has an infinite offset, by which backward also knows not to read it
+    # a label out of range makes its own row NaN; an ignored row has an infinite offset, which also tells backward not to read it
     nan = float("nan")
     loss = tl.where(ignored, 0.0, tl.where(known, loss, nan))
     tl.store(loss_ptr + rows, loss, mask=in_batch)

@@ -14,11 +14,11 @@ NVIDIA: bool = not INTERPRETED and torch.version.cuda is not None
 # Grids are cut for a GPU of this many multiprocessors, an H100's or H200's; on another one their last wave may be emptier.
 MULTIPROCESSORS = 132
 
-# Triton compiles anew for integers that are 1 or multiples of 16, and for pointers of other alignment, unless they are named. Here are those that change with
-# the number of rows, with the place of a batch or a shard, or with where in a larger tensor an argument lies. No address whose alignment counts needs them.
+# Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers of other alignment, unless these are named. Here are the arguments
+# that change with the number of rows, with the offset of a batch or a shard, or with an address; none of them is in an address whose alignment matters.
 PLACES = ("row_offset", "class_offset", "first_group", "target_shift", "splits", "tiles_per_split", "row_tiles_per_split", "row_blocks")
 LOOSE_POINTERS = ("target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_loss_ptr", "peak_ptr", "rest_ptr", "blend_ptr")
-# `triton.jit` for a kernel that every batch launches: a last batch that is smaller, or micro-batches at other offsets, compile nothing.
+# `triton.jit` for a kernel that every batch launches: smaller last batches, and micro-batches at other offsets, compile nothing.
 batch_kernel = triton.jit(do_not_specialize=("num_rows", *PLACES), do_not_specialize_on_alignment=LOOSE_POINTERS)
 
 
@@ -28,5 +28,5 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches inside go to the tensor's GPU, whichever is current."""
+    """A context whose launches go to the tensor's GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
