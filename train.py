@@ -30,6 +30,7 @@ from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, check_same_data, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
+from gclkern.training.data.augment import PARTS, parse_augmentation
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
@@ -70,10 +71,11 @@ def main(arguments: Arguments) -> None:
     set_up_torch(config)
     data = load_data(
         config.data, data_dir=config.data_dir, imbalance=config.imbalance, profile=config.profile, holdout=config.holdout, download=config.download,
-        image_size=config.image_size, workers=config.workers, skip_corrupt=config.skip_corrupt, train_list=config.train_list, test_list=config.test_list,
+        image_size=config.image_size or (checkpoint and checkpoint["image_size"]), workers=config.workers, skip_corrupt=config.skip_corrupt, train_list=config.train_list, test_list=config.test_list,
     )  # fmt: skip
     if config.augment or (config.method.endswith("dro-lt") and config.data.startswith("cifar")):
-        data.train.augment = config.augment or "autoaugment"  # DRO-LT's release has it
+        data.train.augment = config.augment or "crop,flip,autoaugment,cutout"  # DRO-LT's release has it
+        parse_augmentation(data.train.augment)
     if processes.rank == 0:
         report_notes(data)
     if arguments.evaluate:
@@ -139,10 +141,7 @@ def set_up_torch(config: RunConfig) -> None:
 def report_notes(data: DataSplits) -> None:
     """Say what is odd about the files, and which images were left out."""
     for note in data.notes:
-        say(note)
-    for images, part in ((data.train, "training"), (data.test, "test")):
-        if skipped := getattr(images, "skipped", None):
-            say(f"left out {len(skipped)} {part} images that cannot be read, such as {skipped[0]}")
+        say(as_flags(note))
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunConfig, processes: Processes) -> None:
@@ -253,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
     add("--test-list", metavar="FILE", help="the same for test images")
-    add("--image-size", type=number(int, 1), metavar="PIXELS", help=f"pixels of a side, for image files (default {default.image_size})")
+    add("--image-size", type=number(int, 1), metavar="PIXELS", help="pixels of a side, for image files (default 224, for images of one's own their usual size)")
     add("--workers", type=number(int, 0), metavar="N", help=f"processes that read image files (default {default.workers})")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add = parser.add_argument_group("method", "What is left out is the published setting for the method and the data set; a run prints them all.").add_argument
@@ -264,7 +263,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cloud", choices=list(CLOUDS), help="how GCL's clouds grow as classes get rarer (default log)")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
-    add("--augment", choices=("none", "standard", "autoaugment"), help="of small sets (default standard, for DRO-LT on CIFAR autoaugment)")
+    parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: the data set's usual)"
+    add("--augment", metavar="PARTS", help=f"of training images: {parts}")
     add("--baseline", action=argparse.BooleanOptionalAction, help="first train by cross entropy, all else alike and for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet's weights (default: for places-lt)")

@@ -112,7 +112,7 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
         (torch.Size([2, 64]), 64)
     """
     if pretrained and name in ("small-cnn", "resnet32"):
-        raise ValueError(f"{name} has no pretrained weights; leave out --pretrained or take a network of torchvision or timm")
+        raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take a network of torchvision or timm")
     backbone: Any
     if name == "small-cnn":
         backbone, usual = SmallCNN(in_channels, image_size or 32), 32
@@ -146,13 +146,13 @@ def _try(backbone: Any, name: str, images: Tensor, usual: int) -> int:
         for hook in hooks:
             hook.remove()
     if features.shape != (1, backbone.feature_dim):
-        raise ValueError(f"{name} gives {tuple(features.shape)} for an image instead of ({backbone.feature_dim},) features; take another --model, as resnet50")
+        raise ValueError(f"{name} gives {tuple(features.shape)} for an image instead of ({backbone.feature_dim},) features; take another `model`, as resnet50")
     return 2 if lone else 1
 
 
 def _wrong_size(name: str, image_size: int, usual: int, error: Exception) -> ValueError:
     cause = str(error).strip().partition("\n")[0] or type(error).__name__
-    remedy = f"take image files with --image-size {usual}, or another --model, such as {'resnet32' if image_size <= 64 else 'resnet50'}"
+    remedy = f"take image files with `image_size={usual}`, or another `model`, such as {'resnet32' if image_size <= 64 else 'resnet50'}"
     return ValueError(f"{name} cannot take images of {image_size} pixels ({cause}); {remedy}")
 
 
@@ -165,15 +165,15 @@ def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -
     try:
         return create()
     except OSError as error:
-        raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); leave out --pretrained, or connect once") from error
+        raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); leave out `pretrained`, or connect once") from error
     except Exception as error:
         if not pretrained:
             raise
         cause = str(error).strip().partition("\n")[0]
         if "size mismatch" in str(error):
-            raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out --image-size or --pretrained") from error
+            raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out `image_size` or `pretrained`") from error
         if "No pretrained weights" in cause:
-            raise ValueError(f"{name} has no pretrained weights; leave out --pretrained or take another network") from error
+            raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take another network") from error
         raise ValueError(f"the stored weights of {name} are damaged ({cause}); delete {stored} and run again, which fetches them anew") from error
 
 

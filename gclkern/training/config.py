@@ -34,7 +34,7 @@ class RunConfig:
     holdout: float = 0.0
     train_list: str | None = None
     test_list: str | None = None
-    image_size: int = 224
+    image_size: int | None = None  # 224 for the published sets, the images' usual size for one's own
     workers: int = 4
     skip_corrupt: bool = False
 
@@ -118,7 +118,7 @@ class RunConfig:
         files = self.data != "digits-lt" and self.data not in CIFAR
         lists = files and self.data != "folder"
         used = {"train_list": lists, "test_list": lists, "image_size": files, "skip_corrupt": files, "imbalance": not files, "profile": not files}
-        used |= {"download": self.data in CIFAR, "tau": self.retrain == "tau-norm"}
+        used |= {"data_dir": self.data != "digits-lt", "workers": files, "download": self.data in CIFAR, "tau": self.retrain == "tau-norm"}
         for name in given:
             if not used.get(name, True):
                 choice = "without `retrain=tau-norm`" if name == "tau" else f"with `data={self.data}`"

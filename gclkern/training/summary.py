@@ -38,6 +38,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
         f"{model_name(run.config)} on {device}, results in {run.path}",
+        f"augmentation of training images: {data.train.augment}",
     ]
     for phase in phases:
         if not phase.epochs:

@@ -276,7 +276,17 @@ class Trainer:
 
 
 def build_trainer(phase: Phase, network: Network, class_counts: list[int], config: RunConfig, processes: Processes) -> Trainer:
-    """The trainer of a phase. With `shard_classes` the network's classifier is spread over the processes."""
+    """The trainer of a phase. With `shard_classes` the network's classifier is spread over the processes.
+
+    Raises:
+        ValueError: a process would run fewer images at once than the network's batch normalisation can be trained on.
+    """
+    together = phase.batch_size // (processes.world * config.accumulate)
+    if together < getattr(network.backbone, "fewest_images", 1) and phase.trains in ("all", "last-block", "backbone"):
+        raise ValueError(
+            f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
+            f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"
+        )
     sharded = config.shard_classes and phase.loss == "gcl"
     if sharded:
         shard_classifier(network)

@@ -99,14 +99,14 @@ def test_no_connection_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -
         raise URLError("no route")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 could not be fetched .*no route.*leave out --pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 could not be fetched .*no route.*leave out `pretrained`"):
         build_backbone("resnet18", pretrained=True)
 
 
 @needs_torchvision
 @pytest.mark.parametrize(("name", "side", "cause"), [("densenet121", 16, "Given input size"), ("vit_b_16", 100, "Input shape indivisible by patch size!")])
 def test_sizes_that_a_network_cannot_take_are_refused_before_training(name: str, side: int, cause: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} cannot take images of {side} pixels \({cause}.*; take image files with --image-size 224, or another"):
+    with pytest.raises(ValueError, match=rf"^{name} cannot take images of {side} pixels \({cause}.*; take image files with `image_size=224`, or another"):
         build_backbone(name, image_size=side)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gclkern.training.data import DataSplits, DeviceImages, ListImages, class_difference, data_difference
+from gclkern.training.data import DataSplits, DeviceImages, class_difference, data_difference
+from gclkern.training.data.files import ImageFiles
 
 
 def splits(*, names: list[str] | None = None, value: int = 0, labels: tuple[int, ...] = (0, 0, 1), name: str = "made up") -> DataSplits:
     images = torch.full((len(labels), 1, 2, 2), value, dtype=torch.uint8)
-    part = DeviceImages(images, torch.tensor(labels), mean=[0.0], std=[1.0])
+    part = DeviceImages(images, torch.tensor(labels), mean=[0.0], std=[1.0], augment="none")
     return DataSplits(name, part, part, None, part.labels.bincount().tolist(), {"many": [0, 1]}, 2, names, 1, 2)
 
 
@@ -55,7 +56,7 @@ def test_files_may_move_but_not_change(tmp_path: Path, change: Callable[[Path], 
         (tmp_path / "train" / name).write_text("some")
 
     def digest(folder: Path) -> str:
-        return ListImages([str(file) for file in sorted(folder.iterdir())], torch.tensor([0, 1]), mean=[0.0], std=[1.0]).digest()
+        return ImageFiles([str(file) for file in sorted(folder.iterdir())], torch.tensor([0, 1])).digest()
 
     before = digest(tmp_path / "train")
     assert (digest(change(tmp_path / "train")) == before) is same

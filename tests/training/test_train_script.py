@@ -62,7 +62,8 @@ def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) 
 def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
     lines = run[1].splitlines()
     assert lines[0] == "digits-lt: 472 training images, 359 test images"
-    assert lines[3:6] == [
+    assert lines[3] == "augmentation of training images: crop"
+    assert lines[4:7] == [
         "baseline: ce, 4 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
         "stage-1: gcl, 2 epochs, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
         "stage-2: gcl, 2 epochs, batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
@@ -109,6 +110,8 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str]) -> None
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
     (["--out", "README.md"], "README.md cannot be written (File exists)"),
     (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
+    (["--augment", "crop,flop"], "unknown augmentation 'flop' in 'crop,flop'"),
+    (["--data-dir", "pictures"], "--data-dir does nothing with --data digits-lt"),
     (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
     (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
     (["--data", "folder", "--imbalance", "10"], "--imbalance does nothing with --data folder"),

@@ -7,7 +7,7 @@ import os
 from gclkern.training.data.cifar import CIFAR, load_cifar
 from gclkern.training.data.decode import CorruptImageError
 from gclkern.training.data.digits import load_digits
-from gclkern.training.data.files import ListImages
+from gclkern.training.data.files import FileImages
 from gclkern.training.data.folders import load_folder
 from gclkern.training.data.identity import DataIdentity, class_difference, data_difference
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, ImageSet
@@ -15,7 +15,7 @@ from gclkern.training.data.lists import LISTS, load_lists
 from gclkern.training.data.longtail import stratified_split
 
 __all__ = [
-    "CIFAR", "DATASETS", "CorruptImageError", "DataIdentity", "DataSplits", "DeviceImages", "Epoch", "EvaluationTransform", "ImageSet", "ListImages",
+    "CIFAR", "DATASETS", "CorruptImageError", "DataIdentity", "DataSplits", "DeviceImages", "Epoch", "EvaluationTransform", "FileImages", "ImageSet",
     "class_difference", "data_difference", "load_data",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ def load_data(
     seed: int = 0,
     holdout: float = 0.0,
     download: bool = False,
-    image_size: int = 224,
+    image_size: int | None = None,
     workers: int = 4,
     skip_corrupt: bool = False,
     train_list: str | os.PathLike[str] | None = None,
@@ -49,10 +49,9 @@ def load_data(
         seed: of the choice of the long-tailed subset and of the held-out part; 0 is the reference subset of CIFAR-LT.
         holdout: the share of every training class that is held out to choose by, 0 for none.
         download: fetch CIFAR through torchvision when it is not there.
-        image_size: pixels of a side, of the data sets of image files.
+        image_size: pixels of a side, of the data sets of image files; None is their usual size, at most 224.
         workers: processes that read image files; 0 reads them in this one.
-        skip_corrupt: read every image file once and leave out those that cannot be read, listed in `train.skipped` and `test.skipped`. Without it the
-            first one met raises an error.
+        skip_corrupt: leave out image files that cannot be read, which a note counts. Without it the first one met raises an error.
         train_list, test_list: text files with a line `relative/path label` for each image.
 
     Raises:
@@ -85,7 +84,7 @@ def load_data(
         whole = splits.train
         kept, taken = stratified_split(whole.labels, holdout, seed)
         if not taken.numel():
-            raise ValueError(f"holdout {holdout:g} takes no image, since no class has a second one; leave out --holdout or add images")
+            raise ValueError(f"holdout {holdout:g} takes no image, since no class has a second one; leave out `holdout` or add images")
         splits.train, splits.holdout = whole.subset(kept), whole.subset(taken)
         splits.class_counts = splits.train.labels.bincount(minlength=splits.num_classes).tolist()
     return splits

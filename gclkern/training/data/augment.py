@@ -1,25 +1,114 @@
 """Augmentation of whole batches of uint8 images on their device. Every random choice comes in as numbers, so it is reproducible wherever those are.
 
-none          nothing
-standard      a random crop of the padded image and a horizontal flip
-autoaugment   the same, then AutoAugment's policy for CIFAR, then cutout: what DRO-LT trains with
+resized-crop  8% to 100% of the image, 3:4 to 4:3, resized (Inception, ImageNet)
+crop          the image moved by up to an eighth of its side, what is left open black (CIFAR)
+flip          half of the images mirrored
+color         brightness, contrast and saturation, each by up to 40%, in random order
+autoaugment   AutoAugment's policy for CIFAR
+rand-augment  two random operations of magnitude 10 of 30
+cutout        a black square of half the side
+sim           the view of contrastive learning: 20% to 100%, flip, stronger colours, grey, blur
+
+Parts are joined by commas, in any order; they are applied in this one. `crop,flip,autoaugment,cutout` is the recipe for CIFAR that DRO-LT and newer methods
+train with. `sim` stands alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Random numbers that one sample takes.
-AUGMENTATIONS = {"none": 0, "standard": 3, "autoaugment": 10}
-_CUTOUT = 16
+PARTS = ("resized-crop", "crop", "flip", "color", "autoaugment", "rand-augment", "cutout")
 # AutoAugment's authors fill what a shear, a shift or a rotation leaves open with grey.
 _FILL = 128
+# Pixels that a CPU augments at once: with all that is in between they stay in its caches.
+_CPU_PIXELS = 1 << 18
+
+
+class Columns(NamedTuple):
+    """Which random numbers of a sample each part takes; they do not change when other parts come in."""
+
+    crop: slice = slice(0, 2)
+    flip: slice = slice(2, 3)
+    autoaugment: slice = slice(3, 8)
+    cutout: slice = slice(8, 10)
+    resized_crop: slice = slice(10, 14)
+    color: slice = slice(14, 20)
+    rand_augment: slice = slice(20, 24)
+    grey: slice = slice(24, 25)
+    blur: slice = slice(25, 27)
+
+
+COLUMNS = Columns()
+
+
+@dataclass(frozen=True)
+class View:
+    """What is done to the images of a training batch."""
+
+    least_area: float | None = None  # share of the image, of a resized crop
+    crop: bool = False
+    flip: bool = False
+    color: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue
+    color_share: float = 1.0  # of the images whose colours change
+    policy: str | None = None  # "autoaugment" or "rand-augment"
+    grey_share: float = 0.0
+    blur_share: float = 0.0
+    cutout: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers that one sample takes."""
+        used = {
+            "crop": self.crop, "flip": self.flip, "autoaugment": self.policy == "autoaugment", "cutout": self.cutout,
+            "resized_crop": self.least_area is not None, "color": self.color is not None, "rand_augment": self.policy == "rand-augment",
+            "grey": self.grey_share > 0, "blur": self.blur_share > 0,
+        }  # fmt: skip
+        return max((getattr(COLUMNS, name).stop for name, use in used.items() if use), default=0)
+
+
+# Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), with BCL's (CVPR 2022) settings.
+_SIM = View(least_area=0.2, flip=True, color=(0.4, 0.4, 0.4, 0.1), color_share=0.8, grey_share=0.2, blur_share=0.5)
+
+
+def parse_augmentation(text: str) -> View:
+    """The view that names of parts, joined by commas, stand for; "none" is the image as it is.
+
+    Raises:
+        ValueError: an unknown part, or two that exclude each other.
+
+    Example:
+        >>> parse_augmentation("flip,crop")
+        View(least_area=None, crop=True, flip=True, color=None, color_share=1.0, policy=None, grey_share=0.0, blur_share=0.0, cutout=False)
+    """
+    if text == "none":
+        return View()
+    if text == "sim":
+        return _SIM
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"unknown augmentation {part!r} in {text!r}; join parts of {', '.join(PARTS)} by commas, or take none or sim")
+    for first, second in (("crop", "resized-crop"), ("autoaugment", "rand-augment")):
+        if first in parts and second in parts:
+            raise ValueError(f"the augmentations {first} and {second} exclude each other, got {text!r}; take one")
+    return View(
+        least_area=0.08 if "resized-crop" in parts else None,
+        crop="crop" in parts,
+        flip="flip" in parts,
+        color=(0.4, 0.4, 0.4, 0.0) if "color" in parts else None,
+        policy=next((part for part in parts if part in ("autoaugment", "rand-augment")), None),
+        cutout="cutout" in parts,
+    )
+
 
 Operation = IntEnum(
     "Operation", "ShearX ShearY TranslateX TranslateY Rotate Brightness Color Contrast Sharpness Posterize Solarize AutoContrast Equalize Invert", start=0
@@ -58,28 +147,131 @@ _POLICY = """
 """
 
 
-def augment_batch(images: Tensor, numbers: Tensor, augmentation: str, padding: int, flip: bool) -> Tensor:
-    """Augmented copies of uint8 images (B, C, H, W), from numbers (B, AUGMENTATIONS[augmentation]) in [0, 1)."""
-    images = crop_and_flip(images, numbers[:, :3], padding, flip)
-    if augmentation == "autoaugment":
-        images = cutout(autoaugment(images, numbers[:, 3:8]), numbers[:, 8:10])
-    return images
+def augment_batch(images: Tensor, numbers: Tensor, view: View) -> Tensor:
+    """Augmented copies of uint8 images (B, C, H, W), from numbers (B, view.numbers) in [0, 1). A resized crop is :func:`resized_boxes`, done before."""
+    if images.device.type == "cpu":
+        step = max(1, _CPU_PIXELS // (images.shape[-1] * images.shape[-2]))
+        return torch.cat([_augment(part, draws, view) for part, draws in zip(images.split(step), numbers.split(step), strict=True)])
+    return _augment(images, numbers, view)
+
+
+def _augment(images: Tensor, numbers: Tensor, view: View) -> Tensor:
+    if view.crop or view.flip:
+        images = crop_and_flip(images, numbers, padding=images.shape[-1] // 8 if view.crop else 0, flip=view.flip)
+    if view.color is not None:
+        images = color_jitter(images, numbers[:, COLUMNS.color], view.color, view.color_share)
+    if view.policy is not None:
+        policy = autoaugment if view.policy == "autoaugment" else rand_augment
+        channels = images.shape[1]  # grey images are taken as coloured ones
+        images = policy(images.expand(-1, 3, -1, -1), numbers)[:, :channels]
+    if view.grey_share:
+        grey = _grey(images.to(torch.float32)).round().to(torch.uint8)
+        images = torch.where((numbers[:, COLUMNS.grey] < view.grey_share)[:, :, None, None], grey, images)
+    if view.blur_share:
+        images = blur(images, numbers[:, COLUMNS.blur], view.blur_share)
+    return cutout(images, numbers[:, COLUMNS.cutout]) if view.cutout else images
 
 
 def crop_and_flip(images: Tensor, numbers: Tensor, padding: int, flip: bool) -> Tensor:
     """A random crop of the image padded with zeros, then a horizontal flip of half of them, from numbers (B, 3)."""
     height, width = images.shape[-2:]
-    top, left = (numbers[:, :2] * (2 * padding + 1)).to(torch.int64).sub_(padding).unbind(1)
-    rows = torch.arange(height, device=images.device) + top[:, None]
+    rows = torch.arange(height, device=images.device).expand(images.shape[0], -1)
     columns = torch.arange(width, device=images.device).expand(images.shape[0], -1)
     if flip:
-        columns = torch.where(numbers[:, 2, None] < 0.5, width - 1 - columns, columns)
-    return _take(images, rows[:, :, None], (columns + left[:, None])[:, None, :], 0)
+        columns = torch.where(numbers[:, COLUMNS.flip] < 0.5, width - 1 - columns, columns)
+    if padding:
+        top, left = (numbers[:, COLUMNS.crop] * (2 * padding + 1)).to(torch.int64).sub_(padding).unbind(1)
+        rows, columns = rows + top[:, None], columns + left[:, None]
+    return _take(images, rows[:, :, None], columns[:, None, :], 0)
 
 
-def cutout(images: Tensor, numbers: Tensor, size: int = _CUTOUT) -> Tensor:
-    """A black square around a random pixel, cut off at the borders (DeVries and Taylor, "Improved regularization of CNNs with cutout"), from numbers (B, 2)."""
-    inside = []
+def resized_boxes(numbers: Tensor, view: Tensor, least_area: float) -> Tensor:
+    """Boxes (B, 4) of a resized crop (Szegedy et al., "Going deeper with convolutions", CVPR 2015), from numbers (B, 4): top, left, height and width.
+
+    They are shares of an image that was made square; `view` (B, 2) are height and width of the largest square within it before, which tell its proportions.
+    A box that would be higher or wider than the image is cut off there.
+    """
+    area = least_area + (1 - least_area) * numbers[:, :1]
+    ratio = torch.exp((2 * numbers[:, 1:2] - 1) * math.log(4 / 3))  # of width to height
+    proportions = view[:, :1] / view[:, 1:]  # of the image
+    sides = torch.cat([(area * proportions / ratio).sqrt(), (area * ratio / proportions).sqrt()], 1).clamp_(max=1)
+    return torch.cat([numbers[:, 2:4] * (1 - sides), sides], 1)
+
+
+def resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The boxes (B, 4) of images (B, C, H, W) uint8, shares of their sides, as images (B, C, size, size), bilinear."""
+    if images.device.type == "cpu":
+        step = max(1, _CPU_PIXELS // size**2)
+        return torch.cat([_resample(part, box, size) for part, box in zip(images.split(step), boxes.split(step), strict=True)])
+    return _resample(images, boxes, size)
+
+
+def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    corner, sides = boxes[:, :2], boxes[:, 2:]
+    middle, zero = 2 * corner + sides - 1, torch.zeros_like(sides[:, 0])
+    theta = torch.stack([sides[:, 1], zero, middle[:, 1], zero, sides[:, 0], middle[:, 0]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [images.shape[0], images.shape[1], size, size], align_corners=False)
+    taken = F.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
+    return taken.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def color_jitter(images: Tensor, numbers: Tensor, amounts: tuple[float, float, float, float], share: float) -> Tensor:
+    """Brightness, contrast, saturation and hue in random order, from numbers (B, 6): whether at all, the order, and the four changes."""
+    applies = numbers[:, :1] < share
+    changes = torch.where(applies, 2 * numbers[:, 2:6] - 1, 0.0)
+    order = _orders(images.device)[(numbers[:, 1] * 24).to(torch.int64)]
+    values = images.to(torch.float32)
+    for step in range(4):
+        kind = order[:, step, None, None, None]
+        ratio = torch.ones_like(kind, dtype=torch.float32)
+        for place, amount in enumerate(amounts[:3]):
+            ratio = torch.where(kind == place, 1 + amount * changes[:, place, None, None, None], ratio)
+        grey = _grey(values)
+        plain = torch.where(kind == 0, 0.0, torch.where(kind == 1, grey.mean((1, 2, 3), keepdim=True), grey))
+        mixed = (ratio * values + (1 - ratio) * plain).clamp_(0, 255)
+        if amounts[3] and images.shape[1] == 3:
+            mixed = torch.where(kind == 3, _turn_hue(values, amounts[3] * changes[:, 3]), mixed)
+        values = mixed
+    return values.round_().to(torch.uint8)
+
+
+@cache
+def _orders(device: torch.device) -> Tensor:
+    """The 24 orders of four operations."""
+    return torch.tensor(list(itertools.permutations(range(4))), device=device)
+
+
+def _turn_hue(values: Tensor, turn: Tensor) -> Tensor:
+    """Colours (B, 3, H, W) with their hue turned by shares (B,) of the circle."""
+    red, green, blue = values.unbind(1)
+    value = values.amax(1)
+    spread = value - values.amin(1)
+    divisor = torch.where(spread == 0, 1.0, spread)
+    hue = torch.where(value == red, (green - blue) / divisor, torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4))
+    hue = hue + 6 * turn[:, None, None]
+    sectors = torch.stack([(hue + start) % 6 for start in (5, 3, 1)], 1)
+    return value[:, None] - spread[:, None] * torch.minimum(sectors, 4 - sectors).clamp(0, 1)
+
+
+def blur(images: Tensor, numbers: Tensor, share: float) -> Tensor:
+    """A Gaussian blur of 0.1 to 2 pixels by a kernel of a tenth of the side, from numbers (B, 2): whether at all and how much."""
+    reach = max(1, images.shape[-1] // 20)
+    sigma = 0.1 + 1.9 * numbers[:, 1:]
+    weights = torch.exp(-((torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2) / 2)
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
+    values = images.to(torch.float32).flatten(0, 1)[None]
+    mode = "reflect" if reach < images.shape[-1] else "replicate"
+    values = F.conv2d(F.pad(values, (reach, reach, 0, 0), mode=mode), weights[:, None, None], groups=len(weights))
+    values = F.conv2d(F.pad(values, (0, 0, reach, reach), mode=mode), weights[:, None, :, None], groups=len(weights))
+    blurred = values.view_as(images).round_().clamp_(0, 255).to(torch.uint8)
+    return torch.where((numbers[:, :1] < share)[:, :, None, None], blurred, images)
+
+
+def cutout(images: Tensor, numbers: Tensor) -> Tensor:
+    """A black square of half the side around a random pixel, cut off at the borders (DeVries and Taylor, "Improved regularization of CNNs with cutout"), from
+    numbers (B, 2); on CIFAR 16 pixels of 32.
+    """
+    size, inside = images.shape[-1] // 2, []
     for extent, number in zip(images.shape[-2:], numbers.unbind(1), strict=True):
         start = (number * extent).to(torch.int64)[:, None] - size // 2
         places = torch.arange(extent, device=images.device)
@@ -88,15 +280,24 @@ def cutout(images: Tensor, numbers: Tensor, size: int = _CUTOUT) -> Tensor:
 
 
 def autoaugment(images: Tensor, numbers: Tensor) -> Tensor:
-    """AutoAugment's policy for CIFAR on colour images, from numbers (B, 5): the sub-policy, whether its two operations take place, their directions."""
-    if images.shape[1] != 3:
-        raise ValueError(f"autoaugment needs colour images, got {images.shape[1]} channels; take the standard augmentation")
+    """AutoAugment's policy for CIFAR on colour images: the sub-policy, whether its two operations take place, their directions."""
+    numbers = numbers[:, COLUMNS.autoaugment]
     kinds, shares, magnitudes = _policy_tables(images.device)
     policy = (numbers[:, 0] * kinds.shape[0]).to(torch.int64)
     for step in range(2):
         takes_place = numbers[:, 1 + step] < shares[policy, step]
         sign = torch.where(numbers[:, 3 + step] < 0.5, -1.0, 1.0)
         images = apply_operations(images, torch.where(takes_place, kinds[policy, step], -1), magnitudes[policy, step], sign)
+    return images
+
+
+def rand_augment(images: Tensor, numbers: Tensor) -> Tensor:
+    """Two operations of magnitude 10 of 30, each drawn from none and all but Invert (Cubuk et al., "RandAugment", NeurIPS 2020), and their directions."""
+    numbers = numbers[:, COLUMNS.rand_augment]
+    magnitude = torch.full_like(numbers[:, 0], 9 * 10 / 30)  # in steps of AutoAugment, of which there are 9
+    for step in range(2):
+        kind = (numbers[:, step] * len(Operation)).to(torch.int64) - 1
+        images = apply_operations(images, kind, magnitude, torch.where(numbers[:, 2 + step] < 0.5, -1.0, 1.0))
     return images
 
 
@@ -160,11 +361,16 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
 def _blend(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     """The image moved away from, or towards, a plainer one: black, itself in grey, its mean grey, or itself smoothed."""
     values = images.to(torch.float32)
-    grey = (values * _grey_shares(images.device)).sum(1, keepdim=True).floor()
+    grey = _grey(values).floor()
     ratio, kind = 1 + 0.9 * strength[:, None, None, None], kind[:, None, None, None]
     plain = torch.where(kind == Operation.Color, grey, torch.where(kind == Operation.Contrast, grey.mean((1, 2, 3), keepdim=True), 0.0))
     plain = torch.where(kind == Operation.Sharpness, _smooth(values), plain)
     return (ratio * values + (1 - ratio) * plain).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(values: Tensor) -> Tensor:
+    """Images (B, 1, H, W) of the brightness of those (B, C, H, W)."""
+    return (values * _grey_shares(values.device)).sum(1, keepdim=True) if values.shape[1] == 3 else values
 
 
 @cache

@@ -38,7 +38,7 @@ _FILES = {
 }
 CIFAR = tuple(_FILES)
 _PIXELS = 3 * 32 * 32
-_AGAIN = "pass --download to fetch it again"
+_AGAIN = "pass `download` to fetch it again"
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -119,7 +119,7 @@ def _fetch(files: _Files, data_dir: Path, *, damaged: bool = False) -> Path:
         with FileLock(data_dir / ".download.lock"):
             if (found := _find(files, data_dir)) and not damaged:
                 return found
-            getattr(need("torchvision.datasets", "--download"), files.torchvision)(root=str(data_dir), train=True, download=True)
+            getattr(need("torchvision.datasets", "`download`"), files.torchvision)(root=str(data_dir), train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
     return data_dir / files.folder
@@ -132,7 +132,7 @@ def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
         return FileNotFoundError(f"{folder} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
     return FileNotFoundError(
         f"no {files.torchvision} in {data_dir}: it needs the folder {files.folder} of the official Python version with {', '.join(needed)}; pass the folder "
-        f"that holds it with --data-dir, or --download to fetch it"
+        f"that holds it with `data_dir`, or `download` to fetch it"
     )
 
 
@@ -162,8 +162,8 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
     train = choose_subset(labels, counts, seed)
     return DataSplits(
         name=name,
-        train=DeviceImages(images[train], labels[train], mean=_MEAN, std=_STD),
-        test=DeviceImages(*test, mean=_MEAN, std=_STD),
+        train=DeviceImages(images[train], labels[train], mean=_MEAN, std=_STD, augment="crop,flip"),
+        test=DeviceImages(*test, mean=_MEAN, std=_STD, augment="crop,flip"),
         holdout=None,
         class_counts=counts,
         groups=count_groups(counts),

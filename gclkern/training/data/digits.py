@@ -21,8 +21,7 @@ def load_digits(imbalance: float, profile: str, seed: int) -> DataSplits:
     available = labels[kept].bincount().tolist()
     counts = [min(count, most) for count, most in zip(profile_counts(10, _LARGEST, imbalance, profile), available, strict=True)]
     train = kept[choose_subset(labels[kept], counts, seed)]
-    # Digits are not symmetric, and a pixel of these is as much as four of CIFAR's.
-    whole = DeviceImages(images, labels, mean=[0.305], std=[0.376], padding=1, flip=False)
+    whole = DeviceImages(images, labels, mean=[0.305], std=[0.376], augment="crop")  # digits are not symmetric
     return DataSplits(
         name="digits-lt",
         train=whole.subset(train),

@@ -1,24 +1,34 @@
-"""Images that stay in their files: decoded and augmented by worker processes, and checked before a run starts."""
+"""Data sets of image files: decoded once where they fit into memory, else in every epoch by worker processes."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from gclkern.training.data.augment import COLUMNS, augment_batch, parse_augmentation
 from gclkern.training.data.decode import CorruptImageError, open_image
 from gclkern.training.data.duplicates import duplicate_notes
-from gclkern.training.data.groups import count_groups
-from gclkern.training.data.images import DataSplits, Epoch, EvaluationTransform, uniform_numbers
+from gclkern.training.data.groups import count_groups, tercile_groups
+from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, uniform_numbers
 from gclkern.training.extras import need
 from gclkern.training.names import printable
 
+OWN = ("list", "folder")  # data sets without published settings
+SMALL = 64  # pixels of a side up to which images are seen whole and only moved a little
+_LARGE = 224
+_MEMORY = 2 << 30
+_LOOKED_AT = 200
+_BILINEAR = 2  # PIL's number
+_REPAIR = "repair the file or take it out of the list, or pass `skip_corrupt` to leave out such images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZES_IN_DIGEST = 1000  # all of a large set's would take minutes on a network file system
 
@@ -33,6 +43,15 @@ class ImageFiles(NamedTuple):
         """Those at `indices`."""
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices])
 
+    def digest(self) -> str:
+        """A hash of the labels, the file names and some files' sizes; folders do not count, since the same images may lie elsewhere."""
+        digest = hashlib.sha256(self.labels.numpy().data)
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.basename(path)) + b"\0")  # noqa: PTH119 (a Path for each of a million files takes seconds)
+        for path in self.paths[:: -(-len(self.paths) // _SIZES_IN_DIGEST)]:
+            digest.update(b"%d " % (os.path.getsize(path) if os.path.isfile(path) else -1))  # noqa: PTH113, PTH202
+        return digest.hexdigest()
+
 
 class WorkerError(RuntimeError):
     """A process that reads images has failed."""
@@ -46,32 +65,49 @@ class _Request(NamedTuple):
 
 
 def _resize(image_size: int) -> int:
-    """The shorter side to which images are resized before the centre crop of an evaluation."""
-    return round(image_size * 256 / 224)
+    """The shorter side to which images are resized before the centre crop of an evaluation; small ones have no border to lose."""
+    return image_size if image_size <= SMALL else round(image_size * 256 / 224)
+
+
+def middle(image: Any, *, resize: int, crop: int) -> Any:
+    """What evaluation sees of a PIL image: the square in its middle; one that has the size already stays as it is."""
+    width, height = image.size
+    if width == height == crop:
+        return image
+    longer = int(resize * max(width, height) / min(width, height))
+    image = image.resize((resize, longer) if width < height else (longer, resize), resample=_BILINEAR)
+    left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
+    return image.crop((left, top, left + crop, top + crop))
 
 
 class _Files(Dataset[Any]):
-    """Decodes and transforms image files in worker processes."""
+    """Decodes image files in worker processes, for training a crop of `least_area` at least, else the middle."""
 
-    def __init__(self, paths: Sequence[str], labels: Tensor, image_size: int, train: bool) -> None:
-        self.paths, self.labels = paths, labels
-        transforms = need("torchvision.transforms", "a data set of image files")
-        if train:
-            steps = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.ColorJitter(0.4, 0.4, 0.4, 0)]
-        else:
-            steps = [transforms.Resize(_resize(image_size)), transforms.CenterCrop(image_size)]
-        self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
+    def __init__(self, images: ImageFiles, image_size: int, least_area: float | None) -> None:
+        self.images, self.size = images, image_size
+        self.crop = None
+        if least_area is not None:
+            self.crop = need("torchvision.transforms", "a data set of image files").RandomResizedCrop(image_size, scale=(least_area, 1))
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, int] | str:
         """Pixels (3, H, W) uint8 and label, or what is wrong with the file, as an exception would arrive with the worker's traceback for a message."""
         try:
-            image = open_image(self.paths[request.place])
+            image = open_image(self.images.paths[request.place])
         except CorruptImageError as error:
             return str(error)
-        # torchvision's transforms draw from torch's own generator: the main process must find it as it was, and each sample has its own numbers
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(request.seed)
-            return self.transform(image), int(self.labels[request.place])
+        if self.crop is None:
+            image = middle(image, resize=_resize(self.size), crop=self.size)
+        else:
+            # torchvision's transforms draw from torch's own generator: the main process must find it as it was, and each sample has its own numbers
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(request.seed)
+                image = self.crop(image)
+        return _pixels(image), int(self.images.labels[request.place])
+
+
+def _pixels(image: Any) -> Tensor:
+    """A PIL image as (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _worker_processes(count: int) -> dict[str, Any]:
@@ -150,59 +186,109 @@ def _leave_out_corrupt(images: ImageFiles, workers: int) -> tuple[ImageFiles, li
     return images.take(kept), [failure for failure in failures if failure]
 
 
-class ListImages:
-    """Images that stay in their files, decoded and augmented by worker processes. `skipped` says what was wrong with each file that was left out."""
+class _Decoded(Dataset[Any]):
+    """Each image made square with `side` pixels, and the part of it that evaluation sees; without `side` that part itself."""
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int = 224,
-        workers: int = 4,
-        augment: str = "standard",
-        skipped: Sequence[str] = (),
-    ) -> None:
-        self.paths, self.labels = paths, labels
-        self.mean, self.std = mean, std
-        self.image_size, self.workers, self.augment = image_size, workers, augment
-        self.skipped = list(skipped)
+    def __init__(self, paths: Sequence[str], image_size: int, side: int | None) -> None:
+        self.paths, self.size, self.side = paths, image_size, side
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor] | str:
+        try:
+            image = open_image(self.paths[place])
+        except CorruptImageError as error:
+            return str(error)
+        width, height = image.size
+        seen = min(width, height)
+        if self.side is None:
+            image = middle(image, resize=_resize(self.size), crop=self.size)
+        else:
+            seen *= 1 if width == height == self.size else self.size / self.side
+            image = image.resize((self.side, self.side), resample=_BILINEAR)
+        return _pixels(image), torch.tensor([seen / height, seen / width])
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def subset(self, indices: Tensor) -> ListImages:
+
+def _decode(
+    images: ImageFiles, image_size: int, side: int | None, workers: int, *, skip_corrupt: bool, **settings: Any
+) -> tuple[DecodedImages, list[str]]:  # fmt: skip
+    """All images, decoded once, and what is wrong with those that were left out."""
+    loader: DataLoader[Any] = DataLoader(
+        _Decoded(images.paths, image_size, side), batch_size=64, collate_fn=list, generator=torch.Generator(), **_worker_processes(workers)
+    )
+    extent = side or image_size
+    pixels, views = torch.empty(len(images.paths), 3, extent, extent, dtype=torch.uint8), torch.empty(len(images.paths), 2)
+    failures: list[str] = []
+    kept: list[int] = []
+    for place, answer in enumerate(answer for batch in loader for answer in batch):
+        if not isinstance(answer, str):
+            pixels[len(kept)], views[len(kept)] = answer
+            kept.append(place)
+        elif skip_corrupt:
+            failures.append(answer)
+        else:
+            raise CorruptImageError(f"{answer}; {_REPAIR}")
+    files = images.take(torch.tensor(kept, dtype=torch.int64))
+    return DecodedImages(files, pixels[: len(kept)], views=None if side is None else views[: len(kept)], image_size=image_size, **settings), failures
+
+
+class DecodedImages(DeviceImages):
+    """Images that were read from files."""
+
+    def __init__(self, files: ImageFiles, pixels: Tensor, **settings: Any) -> None:
+        super().__init__(pixels, files.labels, **settings)
+        self.files = files
+
+    def subset(self, indices: Tensor) -> DecodedImages:
         """A set of the samples at `indices`, with the same settings."""
-        other = object.__new__(ListImages)
-        other.__dict__ = {**self.__dict__, "paths": [self.paths[i] for i in indices.tolist()], "labels": self.labels[indices]}
+        other = copy.copy(self)
+        other.__dict__ |= vars(super().subset(indices)) | {"files": self.files.take(indices)}
         return other
 
     def digest(self) -> str:
-        """A hash of the labels, the file names and some files' sizes; folders do not count, since the same images may lie elsewhere."""
-        digest = hashlib.sha256(self.labels.numpy().data)
-        for path in self.paths:
-            digest.update(os.fsencode(os.path.basename(path)) + b"\0")  # noqa: PTH119 (a Path for each of a million files takes seconds)
-        for path in self.paths[:: -(-len(self) // _SIZES_IN_DIGEST)]:
-            digest.update(b"%d " % (os.path.getsize(path) if os.path.isfile(path) else -1))  # noqa: PTH113, PTH202
-        return digest.hexdigest()
+        """That of the files."""
+        return self.files.digest()
+
+    def evaluation_transform(self) -> EvaluationTransform:
+        return {"resize": _resize(self.image_size), "crop": self.image_size, "mean": self.mean, "std": self.std}
+
+
+class FileImages:
+    """Images that stay in their files: decoded and cropped by worker processes, augmented on the device."""
+
+    def __init__(self, images: ImageFiles, *, mean: Sequence[float], std: Sequence[float], image_size: int, workers: int, augment: str) -> None:
+        self.files, self.labels = images, images.labels
+        self.mean, self.std = mean, std
+        self.image_size, self.workers, self.augment = image_size, workers, augment
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def subset(self, indices: Tensor) -> FileImages:
+        """A set of the samples at `indices`, with the same settings."""
+        settings: dict[str, Any] = {"image_size": self.image_size, "workers": self.workers, "augment": self.augment}
+        return FileImages(self.files.take(indices), mean=self.mean, std=self.std, **settings)
+
+    def digest(self) -> str:
+        """That of the files."""
+        return self.files.digest()
 
     def evaluation_transform(self) -> EvaluationTransform:
         return {"resize": _resize(self.image_size), "crop": self.image_size, "mean": list(self.mean), "std": list(self.std)}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.augment not in ("standard", "none"):
-            raise ValueError(f"augment must be standard or none for image files, got {self.augment!r}")
+        view = parse_augmentation(self.augment)
         requests: list[list[_Request]] = []
         done, drawn = 0, epoch or Epoch(seed=0)
         for batch in batches:
             places = drawn.places(done, len(batch))
             done += len(batch)
-            seeds = (uniform_numbers(drawn.seed, places, 2).double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
+            numbers = uniform_numbers(drawn.seed, places, COLUMNS.resized_crop.stop)[:, COLUMNS.resized_crop]
+            seeds = (numbers[:, :2].double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
             requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
         loader: DataLoader[Any] = DataLoader(
-            _Files(self.paths, self.labels, self.image_size, epoch is not None and self.augment == "standard"),
+            _Files(self.files, self.image_size, view.least_area if epoch is not None else None),
             batch_sampler=requests,  # type: ignore[arg-type]
             collate_fn=_collate,
             worker_init_fn=_own_group,
@@ -211,11 +297,41 @@ class ListImages:
             **_worker_processes(self.workers),
         )
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        done = 0
         for answer in _answers(loader):
             if isinstance(answer, str):
-                raise CorruptImageError(f"{answer}; repair the file or take it out of the list, or pass --skip-corrupt to leave out such images")
+                raise CorruptImageError(f"{answer}; {_REPAIR}")
             pixels, labels = (column.to(device, non_blocking=True) for column in answer)
+            if epoch is not None and view.numbers:
+                pixels = augment_batch(pixels, uniform_numbers(epoch.seed, epoch.places(done, len(labels)).to(device), view.numbers), view)
+            done += len(labels)
             yield pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
+
+
+def _sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Width and height of images, from the heads of their files; those that cannot be read are left out."""
+    sizes = []
+    for path in paths:
+        try:
+            with need("PIL.Image", "a data set of image files").open(path) as file:
+                sizes.append(file.size)
+        except ImportError:
+            raise
+        except Exception:  # whoever decodes it says what is wrong
+            continue
+    return sizes
+
+
+def choose_size(paths: Sequence[str]) -> int:
+    """The usual shorter side of some of the images, at most 224; sizes that differ are rounded, to 8 pixels up to 64 and to 32 beyond."""
+    shorter = sorted(min(size) for size in _sizes(paths[:: max(1, len(paths) // _LOOKED_AT)]))
+    if not shorter:
+        return _LARGE
+    usual = shorter[len(shorter) // 2]
+    if shorter[0] != shorter[-1]:
+        step = 8 if usual <= SMALL else 32
+        usual = max(step, step * round(usual / step))
+    return min(usual, _LARGE)
 
 
 def file_splits(
@@ -226,44 +342,69 @@ def file_splits(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     class_names: list[str] | None = None,
-    image_size: int,
+    image_size: int | None,
     workers: int,
     skip_corrupt: bool,
     notes: Sequence[str] = (),
 ) -> DataSplits:
-    """Checks the labels, which must be 0 to C - 1 with training images for each, looks for duplicates, and with `skip_corrupt` reads all files."""
+    """A data set of image files: labels are checked, which must be 0 to C - 1 with training images for each, and duplicates are told.
+
+    Images that fit into 2 GiB as uint8 are decoded here, once, and augmented on the device; the limit is fixed, so that a set takes the same way on every
+    machine. The others stay in their files; with `skip_corrupt` these are read once to find those that cannot be.
+    """
     num_classes = int(train.labels.max()) + 1 if class_names is None else len(class_names)
     if (highest := int(test.labels.max())) >= num_classes:
         raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}; number classes alike in both lists")
-    skipped: list[list[str]] = [[], []]
-    if skip_corrupt:
-        (train, skipped[0]), (test, skipped[1]) = (_leave_out_corrupt(images, workers) for images in (train, test))
-        for images, failures in zip((train, test), skipped, strict=True):
-            if not images.paths:
-                raise CorruptImageError(f"not one image can be read, the first is: {failures[0]}")
-    counts, tested = (images.labels.bincount(minlength=num_classes).tolist() for images in (train, test))
 
     def named(classes: Sequence[int]) -> str:
         shown = ", ".join(str(label) if class_names is None else printable(class_names[label]) for label in classes[:10])
         return shown if len(classes) <= 10 else f"{shown} and {len(classes) - 10} more"
 
-    if missing := [label for label, count in enumerate(counts) if count == 0]:
-        remedy = "labels must be 0 to C - 1 without a gap" if class_names is None else "remove their folders, or fill them"
-        raise ValueError(f"classes without a training image: {named(missing)}; {remedy}")
+    def check_counts(labels: Tensor) -> list[int]:
+        counts: list[int] = labels.bincount(minlength=num_classes).tolist()
+        if missing := [label for label, count in enumerate(counts) if count == 0]:
+            remedy = "labels must be 0 to C - 1 without a gap" if class_names is None else "remove their folders, or fill them"
+            raise ValueError(f"classes without a training image: {named(missing)}; {remedy}")
+        return counts
+
+    check_counts(train.labels)  # before the files are read, and again when some of them are left out
+    if image_size is None:
+        image_size = choose_size(train.paths)
+        if image_size != _LARGE:
+            notes = [*notes, f"images are taken at {image_size} x {image_size} pixels, their usual size; `image_size` changes it"]
     notes = [*notes, *duplicate_notes((train.paths, train.labels.tolist()), (test.paths, test.labels.tolist()))]
-    if untested := [label for label, count in enumerate(tested) if count == 0]:
+    augment = "crop" if image_size <= SMALL and name in OWN else "resized-crop,flip,color"
+    settings: dict[str, Any] = {"mean": mean, "std": std, "augment": augment}
+    sets: list[DecodedImages | FileImages] = []
+    side = None if image_size <= SMALL else round(image_size * 256 / 224)
+    fits = 3 * (len(train.paths) * (side or image_size) ** 2 + len(test.paths) * image_size**2) <= _MEMORY
+    if fits and side is not None and set(_sizes(train.paths)) == {(image_size, image_size)}:
+        side = None  # what has the size already is not resized
+    for images, part, extent in ((train, "training", side), (test, "test", None)):
+        if fits:
+            decoded, failures = _decode(images, image_size, extent, workers, skip_corrupt=skip_corrupt, **settings)
+            sets.append(decoded)
+        else:
+            left, failures = _leave_out_corrupt(images, workers) if skip_corrupt else (images, [])
+            sets.append(FileImages(left, image_size=image_size, workers=workers, **settings))
+        if failures:
+            notes.append(f"left out {len(failures)} {part} images that cannot be read, such as {failures[0]}")
+        if not len(sets[-1]):
+            raise CorruptImageError(f"not one image can be read, the first is: {failures[0]}")
+    counts = check_counts(sets[0].labels)
+    if untested := [label for label, count in enumerate(sets[1].labels.bincount(minlength=num_classes).tolist()) if count == 0]:
         notes.append(f"classes without a test image, which no accuracy counts: {named(untested)}")
-    sets = [
-        ListImages(images.paths, images.labels, mean=mean, std=std, image_size=image_size, workers=workers, skipped=failures)
-        for images, failures in zip((train, test), skipped, strict=True)
-    ]
+    groups = count_groups(counts)
+    if name in OWN and len(groups) < 3 <= num_classes and max(counts) > min(counts):
+        groups = tercile_groups(counts)
+        notes.append("many, medium and few are thirds of the classes by their counts, since 100 and 20 images do not part these")
     return DataSplits(
         name=name,
         train=sets[0],
         test=sets[1],
         holdout=None,
         class_counts=counts,
-        groups=count_groups(counts),
+        groups=groups,
         num_classes=num_classes,
         class_names=class_names,
         channels=3,

@@ -79,7 +79,7 @@ def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
     return ImageFiles(paths, torch.tensor(labels, dtype=torch.int64)), names, _left_out_note(root, left_out)
 
 
-def load_folder(data_dir: str | os.PathLike[str], *, image_size: int, workers: int, skip_corrupt: bool, seed: int) -> DataSplits:
+def load_folder(data_dir: str | os.PathLike[str], *, image_size: int | None, workers: int, skip_corrupt: bool, seed: int) -> DataSplits:
     """The folders train/ and test/ (or val/) in `data_dir`, each with one folder for each class; without them one folder, split here."""
     root = Path(data_dir)
     if not root.is_dir():
@@ -88,7 +88,7 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int, workers: i
     train_root, test_root, val_root = (next((entry for entry in inside if entry.name.lower() in part), None) for part in (_TRAIN, _TEST, _VAL))
     notes: list[str] = []
     if test_root is not None and val_root is not None:
-        notes.append(f"{printable(str(val_root))} is not used, since {test_root.name}/ is the test set; --holdout takes images to choose by")
+        notes.append(f"{printable(str(val_root))} is not used, since {test_root.name}/ is the test set; `holdout` takes images to choose by")
     test_root = test_root or val_root
     if train_root is None and test_root is not None:
         raise FileNotFoundError(f"{printable(str(root))} holds {test_root.name}/, but no train/; it must hold train/ and test/ or val/, or one folder a class")

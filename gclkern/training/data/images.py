@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from gclkern.torch_backend.noise import philox_words
-from gclkern.training.data.augment import AUGMENTATIONS, augment_batch
+from gclkern.training.data.augment import COLUMNS, augment_batch, parse_augmentation, resample, resized_boxes
 from gclkern.training.data.identity import DataIdentity
-from gclkern.validation import check_choice, resolve_seed
+from gclkern.validation import resolve_seed
 
 # Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
 _STREAM = 0x3C6EF372A54FF53A
-# Samples augmented at once: on a GPU small batches would cost more in kernel launches than in work, on a CPU large ones leave its caches.
-_DEVICE_CHUNK = 4096
-_CPU_CHUNK = 256
+# Pixels augmented at once: on a GPU small batches would cost more in kernel launches than in work, on a CPU large ones leave its caches.
+_DEVICE_PIXELS = 1 << 22
+_CPU_PIXELS = 1 << 18
 
 
 class Epoch(NamedTuple):
@@ -45,7 +45,7 @@ def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
 
 
 class EvaluationTransform(TypedDict):
-    """From an image with values in [0, 1] to the network's input."""
+    """From an image with values in [0, 1] to the network's input. An image of crop x crop pixels already is only normalised."""
 
     resize: int  # pixels of the shorter side
     crop: int  # pixels of a side of the centre crop that follows
@@ -57,7 +57,7 @@ class ImageSet(Protocol):
     """Images with labels. `device` is where batches are wanted."""
 
     labels: Tensor  # (M,) int64, on the CPU
-    augment: str  # the augmentation of training: "none", "standard", or for DeviceImages "autoaugment"
+    augment: str  # the augmentation of training, as parse_augmentation takes it
 
     def __len__(self) -> int: ...
 
@@ -83,7 +83,7 @@ class ImageSet(Protocol):
 
 
 class DeviceImages:
-    """A small set of images that lives on the device as uint8 and is augmented there, many samples at once."""
+    """A set of images that lives on the device as uint8 and is augmented there, many samples at once."""
 
     def __init__(
         self,
@@ -92,13 +92,17 @@ class DeviceImages:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        augment: str = "standard",
-        padding: int = 4,
-        flip: bool = True,
+        augment: str,
+        image_size: int | None = None,
+        views: Tensor | None = None,
     ) -> None:
-        """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1]; `padding` pixels on each side for the crop."""
-        self.images, self.labels = images, labels.to("cpu", torch.int64)
-        self.augment, self.padding, self.flip = augment, padding, flip
+        """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1].
+
+        Photos are kept a little larger than `image_size` and made square; `views` (M, 2) are then height and width of the part that evaluation sees, a square
+        of the photo, as shares of its sides. Without them images are as they are.
+        """
+        self.images, self.labels, self.views = images, labels.to("cpu", torch.int64), views
+        self.augment, self.image_size = augment, image_size or images.shape[-1]
         self.mean, self.std = list(mean), list(std)
         self._scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / torch.tensor(std).view(-1, 1, 1)
@@ -109,7 +113,8 @@ class DeviceImages:
     def subset(self, indices: Tensor) -> DeviceImages:
         """A set of the samples at `indices`, with the same settings."""
         other = object.__new__(DeviceImages)
-        other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices]}
+        views = None if self.views is None else self.views[indices]
+        other.__dict__ = {**self.__dict__, "images": self.images[indices], "labels": self.labels[indices], "views": views}
         return other
 
     def digest(self) -> str:
@@ -124,17 +129,28 @@ class DeviceImages:
         return {"resize": size, "crop": size, "mean": self.mean, "std": self.std}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        check_choice("augment", self.augment, tuple(AUGMENTATIONS))
+        view = parse_augmentation(self.augment)
         if self.images.device != device:
             self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
-        columns, done = AUGMENTATIONS[self.augment], 0
-        for chunk in _chunks(batches, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
+            self.views = None if self.views is None else self.views.to(device)
+        done = 0
+        for chunk in _chunks(batches, max(1, (_CPU_PIXELS if device.type == "cpu" else _DEVICE_PIXELS) // self.image_size**2)):
             sizes = [len(batch) for batch in chunk]
             indices = torch.tensor([index for batch in chunk for index in batch])
-            images, labels = self.images[indices.to(device)], self.labels[indices].to(device)
-            if epoch is not None and columns:
-                numbers = uniform_numbers(epoch.seed, epoch.places(done, indices.numel()).to(device), columns)
-                images = augment_batch(images, numbers, self.augment, self.padding, self.flip)
+            places = indices.to(device)
+            images, labels = self.images[places], self.labels[indices].to(device)
+            views = None if self.views is None else self.views[places]
+            numbers = None
+            if epoch is not None and view.numbers:
+                numbers = uniform_numbers(epoch.seed, epoch.places(done, indices.numel()).to(device), view.numbers)
+            if numbers is not None and view.least_area is not None:
+                square = torch.ones(len(images), 2, device=device)
+                boxes = resized_boxes(numbers[:, COLUMNS.resized_crop], square if views is None else views, view.least_area)
+                images = resample(images, boxes, self.image_size)
+            elif views is not None:
+                images = resample(images, torch.cat([(1 - views) / 2, views], 1), self.image_size)
+            if numbers is not None:
+                images = augment_batch(images, numbers, view)
             done += indices.numel()
             yield from zip(images.to(torch.float32).mul_(self._scale).add_(self._shift).split(sizes), labels.split(sizes), strict=True)
 

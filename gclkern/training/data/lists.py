@@ -138,7 +138,7 @@ def _locate(name: str, root: Path, listed: ImageList, class_folders: dict[int, P
             exists = [root / folder for folder in candidates if (root / folder / path.name).is_file()] or [root / f for f in candidates if (root / f).is_dir()]
             if not exists:
                 wanted = " or ".join(printable(str(folder)) for folder in candidates)
-                remedy = _cause(written) or "; pass the folder with --data-dir"
+                remedy = _cause(written) or "; pass the folder with `data_dir`"
                 raise FileNotFoundError(f"{listed.place(index)}: the list has {printable(written)}, but {root} holds no folder {wanted}{remedy}")
             found[key] = exists[0]
         folder = found[key]
@@ -146,7 +146,7 @@ def _locate(name: str, root: Path, listed: ImageList, class_folders: dict[int, P
             held[folder] = set() if incomplete else {file.name for file in folder.iterdir()}
         if not incomplete and path.name not in held[folder]:
             missing = f"the list has {printable(written)}, but there is no {printable(str(folder / path.name))}"
-            remedy = _cause(written) or "; add it, or pass --skip-corrupt to leave out such images"
+            remedy = _cause(written) or "; add it, or pass `skip_corrupt` to leave out such images"
             raise FileNotFoundError(f"{listed.place(index)}: {missing}{remedy}")
         located.append(str(folder / path.name))
     return ImageFiles(located, listed.labels)
@@ -158,19 +158,19 @@ def load_lists(
     train_list: str | os.PathLike[str] | None,
     test_list: str | os.PathLike[str] | None,
     *,
-    image_size: int,
+    image_size: int | None,
     workers: int,
     skip_corrupt: bool,
 ) -> DataSplits:
     """A data set of list files, known by name or a user's own ("list"); without arguments for them the known lists are looked for in `data_dir`."""
     root, known = Path(data_dir), _LISTS.get(name)
     if known is None and (train_list is None or test_list is None):
-        raise ValueError("the data set 'list' needs --train-list and --test-list, text files with a line `relative/path label` for each image")
+        raise ValueError("the data set 'list' needs `train_list` and `test_list`, text files with a line `relative/path label` for each image")
     listed = []
     for given, default in ((train_list, known and known.train), (test_list, known and known.test)):
         path = Path(given) if given is not None else root / str(default)
         if given is None and not path.is_file():
-            raise FileNotFoundError(f"{name} needs its list {default} in {root}; put it there, or pass --train-list and --test-list")
+            raise FileNotFoundError(f"{name} needs its list {default} in {root}; put it there, or pass `train_list` and `test_list`")
         listed.append(read_list(path))
     train = listed[0]
     if known is not None and (found := train.labels.unique().numel()) != known.num_classes:
@@ -178,4 +178,6 @@ def load_lists(
     class_folders = {label: PurePosixPath(path).parent for path, label in zip(train.paths, train.labels.tolist(), strict=True)}
     mean, std = (known.mean, known.std) if known is not None else (IMAGENET_MEAN, IMAGENET_STD)
     located = [_locate(name, root, part, class_folders, incomplete=skip_corrupt) for part in listed]
-    return file_splits(name, *located, mean=mean, std=std, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt)
+    return file_splits(
+        name, *located, mean=mean, std=std, image_size=image_size or (None if known is None else 224), workers=workers, skip_corrupt=skip_corrupt
+    )

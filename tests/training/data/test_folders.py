@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from gclkern.training.data import DataSplits, load_data
+from gclkern.training.data import DataSplits, files, load_data
 from gclkern.training.data.folders import find_images
 from tests.training.test_data import write_image
 
@@ -18,7 +18,7 @@ from tests.training.test_data import write_image
 def write_images(root: Path, **classes: int) -> None:
     for label, (name, count) in enumerate(classes.items()):
         for number in range(count):
-            write_image(root / name / f"{number:02}.png", seed=100 * label + number + sum(map(ord, root.name)))
+            write_image(root / name / f"{number:02}.png", seed=1000 * label + number + 10**6 * sum(map(ord, root.name)))
 
 
 @pytest.fixture
@@ -84,11 +84,11 @@ class TestWalk:
         data = load(tmp_path)
         assert data.class_names == sorted(names)
         (tmp_path / "train" / "b\nc" / "k\udcfe.\udcff").touch()
-        (tmp_path / "train" / "b\nc" / "00.png").unlink()
         (tmp_path / "train" / "b\nc" / "01.png").write_bytes(b"")
-        for sentence in load(tmp_path).notes:
+        for sentence in load_data("folder", data_dir=tmp_path, image_size=16, workers=0, skip_corrupt=True).notes:
             sentence.encode()  # can be printed
             assert "\n" not in sentence
+        (tmp_path / "train" / "b\nc" / "00.png").unlink()
         with pytest.raises(ValueError, match=r"classes without a training image: b\\nc;") as caught:
             load_data("folder", data_dir=tmp_path, workers=0, skip_corrupt=True)
         str(caught.value).encode()
@@ -100,12 +100,16 @@ class TestSplit:
         data = load(tmp_path)
         assert (data.class_names, data.class_counts) == (["cat", "dog", "owl"], [8, 4, 1])
         assert data.test.labels.tolist() == [0, 0, 1]
-        split, untested = data.notes
+        split, untested, *_ = data.notes
         assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken to test with (seed 0), 3 images"
         assert untested == "classes without a test image, which no accuracy counts: owl"
-        again, other = load(tmp_path), load_data("folder", data_dir=tmp_path, image_size=16, workers=0, seed=1)
-        assert again.test.paths == data.test.paths != other.test.paths  # type: ignore[attr-defined]
-        assert not set(data.train.paths) & set(data.test.paths)  # type: ignore[attr-defined]
+
+    def test_the_split_depends_on_the_seed_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gclkern.training.data.files._MEMORY", 0)
+        write_images(tmp_path, cat=10, dog=5)
+        first, again, other = (load_data("folder", data_dir=tmp_path, workers=0, seed=seed) for seed in (0, 0, 1))
+        assert again.test.files.paths == first.test.files.paths != other.test.files.paths  # type: ignore[attr-defined]
+        assert not set(first.train.files.paths) & set(first.test.files.paths)  # type: ignore[attr-defined]
 
     def test_a_training_folder_alone_splits_itself(self, pets: Path) -> None:
         for file in sorted((pets / "test").rglob("*"), reverse=True):
@@ -128,7 +132,7 @@ class TestSplit:
         write_images(pets / "test", cat=2, dog=1)
         data = load(pets)
         assert len(data.test) == 3
-        assert data.notes == [f"{pets}/Validation is not used, since test/ is the test set; --holdout takes images to choose by"]
+        assert data.notes == [f"{pets}/Validation is not used, since test/ is the test set; `holdout` takes images to choose by"]
 
     def test_a_test_set_alone(self, pets: Path) -> None:
         (pets / "train").rename(pets / "old")
@@ -138,8 +142,61 @@ class TestSplit:
     def test_a_holdout_of_single_images(self, tmp_path: Path) -> None:
         for part in ("train", "test"):
             write_images(tmp_path / part, cat=1, dog=1)
-        with pytest.raises(ValueError, match=r"holdout 0\.5 takes no image, since no class has a second one; leave out --holdout or add images"):
+        with pytest.raises(ValueError, match=r"holdout 0\.5 takes no image, since no class has a second one; leave out `holdout` or add images"):
             load_data("folder", data_dir=tmp_path, workers=0, holdout=0.5)
+
+
+class TestMemory:
+    def test_images_at_size_stay_as_they_are(self, pets: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        written: dict[str, torch.Tensor] = {}
+        for path in sorted(pets.rglob("*.png")):
+            pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(len(written)))
+            image.fromarray(pixels.numpy()).save(path)
+            written[str(path)] = pixels.permute(2, 0, 1)
+        data = load_data("folder", data_dir=pets, workers=0)
+        assert (data.image_size, data.train.augment) == (32, "crop")
+        assert data.notes == ["images are taken at 32 x 32 pixels, their usual size; `image_size` changes it"]
+        for part, images in (("train", data.train), ("test", data.test)):
+            expected = torch.stack([pixels for path, pixels in written.items() if f"/{part}/" in path])
+            found = next(images.loader([list(range(8))], device=torch.device("cpu")))[0]
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (files.IMAGENET_MEAN, files.IMAGENET_STD))
+            assert torch.equal((255 * (found * std + mean)).round().to(torch.uint8), expected)
+
+    @pytest.mark.parametrize("size", [24, 112])
+    def test_evaluation_sees_the_same_from_memory_as_from_files(self, size: int, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        image = pytest.importorskip("PIL.Image")
+        for number, path in enumerate(sorted(pets.rglob("*.png"))):
+            coarse = torch.randint(0, 256, (6, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+            image.fromarray(coarse.numpy()).resize((150, 130 + 10 * (number % 5)), 2).save(path)
+        found = {}
+        for memory in (0, 1 << 30):
+            monkeypatch.setattr(files, "_MEMORY", memory)
+            data = load_data("folder", data_dir=pets, workers=0, image_size=size, holdout=0.4)
+            assert data.train.augment == ("crop" if size == 24 else "resized-crop,flip,color")
+            assert data.holdout is not None
+            found[memory] = [next(part.loader([[0, 1]], device=torch.device("cpu")))[0] for part in (data.train, data.test, data.holdout)]
+        (train, test, held), (train_in, test_in, held_in) = found[0], found[1 << 30]
+        torch.testing.assert_close(test, test_in, atol=1e-5, rtol=0)
+        for of_files, in_memory in ((train, train_in), (held, held_in)):
+            # photos for resized crops are made square in between, which costs an interpolation
+            assert (of_files - in_memory).abs().mean() < (1e-5 if size == 24 else 0.05 * of_files.std())
+
+    @pytest.mark.parametrize(
+        ("sizes", "expected"), [([(32, 32)] * 3, 32), ([(50, 47), (60, 44), (41, 90)], 48), ([(90, 100), (110, 120)], 96), ([(999, 800)], 224)]
+    )
+    def test_the_usual_size(self, sizes: list[tuple[int, int]], expected: int, tmp_path: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        for number, size in enumerate(sizes):
+            image.new("L", size).save(tmp_path / f"{number}.png")
+        assert files.choose_size([*map(str, sorted(tmp_path.iterdir())), str(tmp_path / "gone.png")]) == expected
+
+    def test_groups_of_small_sets_are_thirds(self, tmp_path: Path) -> None:
+        for part in ("train", "test"):
+            write_images(tmp_path / part, a=7, b=5, c=2)
+        data = load(tmp_path)
+        assert data.groups == {"many": [0], "medium": [1], "few": [2]}
+        assert data.notes == ["many, medium and few are thirds of the classes by their counts, since 100 and 20 images do not part these"]
 
 
 class TestDuplicates:
@@ -158,7 +215,7 @@ class TestDuplicates:
         monkeypatch.setattr("gclkern.training.data.duplicates._COMPARED", 0)  # as in a large set: by path alone
         (pets / "train.txt").write_text("train/cat/00.png 0\ntrain/dog/00.png 1\ntrain/cat/00.png 0\n")
         (pets / "test.txt").write_text("train/dog/00.png 1\ntest/cat/00.png 0\n")
-        data = load_data("list", data_dir=pets, train_list=pets / "train.txt", test_list=pets / "test.txt", workers=0)
+        data = load_data("list", data_dir=pets, train_list=pets / "train.txt", test_list=pets / "test.txt", image_size=16, workers=0)
         first, second = data.notes
         assert first.startswith(f"1 test images are training images too, such as {pets}/train/dog/00.png;")
         assert second == f"1 training images repeat another one, such as {pets}/train/cat/00.png"

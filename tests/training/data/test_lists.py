@@ -51,14 +51,15 @@ def test_paths_that_lead_nowhere_have_a_cause(path: str, cause: str, tmp_path: P
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")
-def test_odd_names_that_exist_are_found(tmp_path: Path) -> None:
+def test_odd_names_that_exist_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gclkern.training.data.files._MEMORY", 0)
     names = ["a,", '"b"', "c\\d", "# e", "f\u2028g", "h  i", "\udcff", "j\x0bk", "l;"]
     for name in names:
         write_image(tmp_path / "x.png")
         (tmp_path / "x.png").rename(tmp_path / name)
     (tmp_path / "list.txt").write_bytes(os.fsencode("".join(f"{name} 0\r\n" for name in names)))
     data = load_data("list", data_dir=tmp_path, train_list=tmp_path / "list.txt", test_list=tmp_path / "list.txt")
-    assert [Path(path).name for path in data.train.paths] == names  # type: ignore[attr-defined]
+    assert [Path(path).name for path in data.train.files.paths] == names  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("written", ["flat", "classes"])
@@ -67,6 +68,7 @@ def test_imagenets_validation_folder(written: str, stored: str, tmp_path: Path, 
     """Its archive is flat, a common script sorts it into classes, and lists come in both forms."""
     from gclkern.training.data import lists
 
+    monkeypatch.setattr("gclkern.training.data.files._MEMORY", 0)
     monkeypatch.setitem(lists._LISTS, "imagenet-lt", lists._LISTS["imagenet-lt"]._replace(num_classes=2))
     classes = ["n01440764", "n01443537"]
 
@@ -79,4 +81,4 @@ def test_imagenets_validation_folder(written: str, stored: str, tmp_path: Path, 
     (tmp_path / "ImageNet_LT_train.txt").write_text("".join(f"train/{name}/0.png {label}\n" for label, name in enumerate(classes)))
     (tmp_path / "ImageNet_LT_test.txt").write_text("".join(f"{path(written, label)} {label}\n" for label in range(2)))
     data = load_data("imagenet-lt", data_dir=tmp_path)
-    assert data.test.paths == [str(tmp_path / path(stored, label)) for label in range(2)]  # type: ignore[attr-defined]
+    assert data.test.files.paths == [str(tmp_path / path(stored, label)) for label in range(2)]  # type: ignore[attr-defined]
