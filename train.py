@@ -71,7 +71,8 @@ def main(arguments: Arguments) -> None:
     set_up_torch(config)
     data = load_data(
         config.data, data_dir=config.data_dir, imbalance=config.imbalance, profile=config.profile, holdout=config.holdout, download=config.download,
-        image_size=config.image_size or (checkpoint and checkpoint["image_size"]), workers=config.workers, skip_corrupt=config.skip_corrupt, train_list=config.train_list, test_list=config.test_list,
+        image_size=config.image_size or (checkpoint and checkpoint["image_size"]), workers=config.workers, skip_corrupt=config.skip_corrupt,
+        train_list=config.train_list, test_list=config.test_list,
     )  # fmt: skip
     if config.augment or (config.method.endswith("dro-lt") and config.data.startswith("cifar")):
         data.train.augment = config.augment or "crop,flip,autoaugment,cutout"  # DRO-LT's release has it

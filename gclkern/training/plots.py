@@ -1,36 +1,55 @@
-"""The pictures of a run: curves, accuracy by class, confusion between groups, and embeddings in the plane."""
+"""The pictures of a run: curves, accuracy by class, confusion between groups and classes, the worst errors, and embeddings in the plane."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gclkern.training.evaluation import Report
 from gclkern.training.extras import need
+from gclkern.training.names import printable
 from gclkern.training.writing import replace_file
 
-# Colours that people with colour blindness tell apart (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-_GREY = "#888888"
-_TITLES = {"top1": "top-1", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "ece": "ECE", "holdout": "held-out"}
+# Colours that people with colour blindness tell apart (Okabe and Ito), but for the yellow one, which is hardly seen on white; a marker goes with each.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.5)))
+_GREY = "#777777"
+_TITLES = {
+    "top1": "top-1", "balanced": "mean of classes", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "holdout": "held-out", "ece": "ECE",
+    "loss": "training loss", "nll": "test NLL",
+}  # fmt: skip
+# The panels of the curves, and the words by which a column belongs to one. Accuracies and calibration errors are shares in [0, 1], shown in percent.
+_PANELS = {
+    "loss": ("loss", "nll"),
+    "accuracy, %": ("top1", "acc", "balanced", "many", "medium", "few", "holdout"),
+    "calibration error, %": ("ece",),
+    "learning rate": ("lr", "learning_rate"),
+}
+_BASELINE = "baseline"  # the phase that is drawn over the others
+_MOST_CLASSES = 30  # of a confusion matrix; beyond it only the most confused pairs are shown
+_MOST_PAIRS = 20
+_MOST_ERRORS = 24
 # t-SNE takes minutes beyond this many points, and more of them hide each other.
 _MOST_POINTS = 2000
 FEWEST_POINTS = 5  # below it scikit-learn's t-SNE has no perplexity to take
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its row of axes, drawn without a display."""
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, row after row, drawn without a display."""
     figure = need("matplotlib.figure", "a picture").Figure(figsize=(width, height), layout="constrained")
     need("matplotlib.backends.backend_agg", "a picture").FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -41,6 +60,27 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     replace_file(Path(path), lambda file: figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or "png"))
 
 
+@cache
+def _font() -> Any:
+    """The font that names are drawn with."""
+    manager = need("matplotlib.font_manager", "a picture")
+    return manager.get_font(manager.findfont(manager.FontProperties()))
+
+
+def shown_name(label: int, names: Sequence[str] | None, *, length: int = 24) -> str:
+    """A class name as matplotlib draws it: shortened, a dollar sign no formula, an underscore in front no order to hide it.
+
+    A name with letters that the font lacks, which would be drawn as boxes, is shown by the number of the class.
+    """
+    if names is None:
+        return str(label)
+    name = printable(names[label])
+    if not all(_font().get_char_index(ord(letter)) for letter in name):
+        return f"class {label}"
+    name = name if len(name) <= length else name[: length - 1] + "…"
+    return f" {name}" if name.startswith("_") else name.replace("$", r"\$")
+
+
 def _number(text: str | None) -> float:
     try:
         return float(text or "nan")
@@ -48,95 +88,126 @@ def _number(text: str | None) -> float:
         return float("nan")
 
 
-def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Every numeric column of a metrics file over its epochs: losses, accuracies and calibration (shares in [0, 1], shown in percent), and learning rates.
+def _panel(column: str) -> str | None:
+    """The panel of a column of the metrics; None for one that is not drawn."""
+    lower = column.lower()
+    if lower in _PANELS["learning rate"]:
+        return "learning rate"
+    return next((panel for panel, words in list(_PANELS.items())[:3] if any(word in lower for word in words)), None)
 
-    The phases that the column `phase` names follow each other, with a line between them, and epochs are counted on over all of them.
+
+def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Every numeric column of a metrics file over its epochs: losses, accuracies, calibration and learning rates, each in a panel of its own.
+
+    The phases that the column `phase` names follow each other, with a line between them, and epochs are counted on over all of them. The baseline, which
+    trains beside the method for as many epochs, lies over them in dashes.
 
     Raises:
-        ValueError: the file has no rows.
+        ValueError: the file has no rows, or no column that belongs to a panel.
     """
     with Path(history_csv).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{history_csv} has no rows yet")
-    phases = [row.get("phase") or "" for row in rows]
-    starts = [0, *(place for place in range(1, len(rows)) if phases[place] != phases[place - 1]), len(rows)]
-    numbers = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name and name not in ("epoch", "phase", "step")}
-    numbers = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
-    panels: dict[str, list[str]] = {}
-    for name in numbers:
-        lower = name.lower()
-        if "loss" in lower or "nll" in lower:
-            panels.setdefault("loss", []).append(name)
-        elif lower in ("lr", "learning_rate"):
-            panels.setdefault("learning rate", []).append(name)
-        elif any(part in lower for part in ("top1", "acc", "many", "medium", "few", "ece", "holdout")):
-            panels.setdefault("accuracy and calibration error, %", []).append(name)
+    runs = {
+        "method": [row for row in rows if row.get("phase") != _BASELINE],
+        _BASELINE: [row for row in rows if row.get("phase") == _BASELINE],
+    }
+    if not runs["method"]:
+        runs = {"method": rows, _BASELINE: []}
+    columns = {name: [_number(row.get(name)) for row in rows] for name in rows[0] if name and _panel(name)}
+    columns = {
+        name: values for name, values in columns.items() if np.isfinite(values).any() and not (name == "balanced" and _same(values, columns.get("top1")))
+    }
+    panels = [(panel, names) for panel in _PANELS if (names := [name for name in columns if _panel(name) == panel])]
     if not panels:
         raise ValueError(f"{history_csv} has no column of a loss, an accuracy or a learning rate")
-    crowded = min(end - start for start, end in pairwise(starts)) < len(rows) / 5  # names of short phases would overlap: two rows of them
-    figure, axes = _figure(5 * len(panels), 3.6, len(panels))
-    epochs = np.arange(1, len(rows) + 1)
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
-        for colour, name in zip(_COLOURS * len(names), names, strict=False):
-            marker = "o" if np.isfinite(numbers[name]).sum() < 40 else None
-            for start, end in pairwise(starts):
-                known = start + np.flatnonzero(np.isfinite(numbers[name][start:end]))
-                values = numbers[name][known] * (100 if title.endswith("%") else 1)
-                axis.plot(epochs[known], values, color=colour, label=None if start else _TITLES.get(name, name), marker=marker, markersize=3, linewidth=1.4)
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(runs["method"])) if a.get("phase") != b.get("phase")), len(runs["method"])]
+    crowded = min(end - start for start, end in pairwise(starts)) < len(runs["method"]) / 5  # names of short phases would overlap: two rows of them
+    figure, axes = _figure(12, 3.9 * -(-len(panels) // 2), 2 if len(panels) > 1 else 1, -(-len(panels) // 2))
+    for axis, (panel, names) in zip(axes, panels, strict=False):
+        for place, name in enumerate(names):
+            for run, run_rows in runs.items():
+                values = np.array([_number(row.get(name)) for row in run_rows]) * (100 if panel.endswith("%") else 1)
+                for start, end in pairwise(starts if run == "method" else [0, len(run_rows)]):
+                    known = start + np.flatnonzero(np.isfinite(values[start:end]))
+                    axis.plot(
+                        known + 1, values[known], color=_COLOURS[place % len(_COLOURS)], linewidth=1.5, markersize=4, marker=_MARKERS[place],
+                        markevery=max(1, len(known) // 8), linestyle="-" if run == "method" else _DASHES[1], alpha=1 if run == "method" else 0.65,
+                        label=_TITLES.get(name, name) if run == "method" and start == 0 else None,
+                    )  # fmt: skip
         for place, (start, end) in enumerate(pairwise(starts)):
             if start:
                 axis.axvline(start + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
-            height = 1.01 + 0.05 * (place % 2) * crowded
-            axis.text((start + end + 1) / 2, height, phases[start], transform=axis.get_xaxis_transform(), ha="center", va="bottom", color=_GREY, fontsize=8)
-        axis.set(xlabel="epoch" if len(starts) == 2 else "epoch, over all phases", ylabel=title)
+            height = 1.01 + 0.06 * (place % 2) * crowded
+            name = runs["method"][start].get("phase") or ""
+            axis.text((start + end + 1) / 2, height, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", color=_GREY, fontsize=8)
+        if runs[_BASELINE] and panel != "learning rate":
+            axis.plot([], [], color=_GREY, linestyle=_DASHES[1], label=_BASELINE)
+        axis.set(xlabel="epoch" if len(starts) == 2 else "epoch, over all phases", ylabel=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if len(names) > 1:  # beside the axes, since lines may run anywhere
+        if panel == "learning rate":
+            axis.set_yscale("log")
+        else:  # beside the axes, since lines may run anywhere
             axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     _save(figure, path)
+
+
+def _same(values: Sequence[float], others: Sequence[float] | None) -> bool:
+    """Whether two columns hold the same numbers, so that one of them is enough."""
+    return others is not None and np.allclose(values, others, atol=1e-9, equal_nan=True)
 
 
 def plot_class_accuracy(
     reports: Mapping[str, Report], class_counts: Sequence[int], path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None
 ) -> None:
-    """The accuracy of every class, from the most frequent to the rarest, above its number of training samples; up to 20 classes by number or name.
+    """The accuracy of every class, from the most frequent to the rarest, above its number of training images; up to 20 classes by number or name.
 
     Raises:
         ValueError: a report of another number of classes.
     """
     order = sorted(range(len(class_counts)), key=lambda c: -class_counts[c])
-    figure, (axis,) = _figure(8, 4)
-    counts = axis.twinx()
+    figure, (axis, counts) = _figure(9, 5.4, rows=2, sharex=True, height_ratios=(3, 1.2))
     places = np.arange(len(order))
-    counts.bar(places, [class_counts[c] for c in order], width=1, color=_GREY, alpha=0.25, linewidth=0)
-    counts.set(yscale="log", ylabel="training samples (grey)")
-    counts.spines[["top"]].set_visible(False)
+    sorted_counts = [class_counts[c] for c in order]
+    counts.fill_between(places, sorted_counts, 0.7 * min(sorted_counts), step="mid", color=_GREY, alpha=0.3, linewidth=0)
+    counts.step(places, sorted_counts, where="mid", color=_GREY, linewidth=1.2)
+    counts.set(yscale="log", ylabel="training images")
+    locator = need("matplotlib.ticker", "a picture")
+    counts.yaxis.set_major_locator(locator.LogLocator(subs=(1, 2, 5), numticks=8))
+    counts.yaxis.set_major_formatter(locator.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    counts.yaxis.set_minor_locator(locator.NullLocator())
+    counts.grid(axis="y", linewidth=0.4, alpha=0.5)
     reach = len(order) // 20
     for place, (name, report) in enumerate(reports.items()):
         # a later line that covers an earlier one lets it show through
-        colour, dashes = _COLOURS[place % len(_COLOURS)], ("-", (0, (4, 1.5)), (0, (1, 1.5)))[place % 3]
+        style: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _DASHES[place % 3], "marker": _MARKERS[place % len(_MARKERS)]}
         if len(report.per_class) != len(order):
             raise ValueError(f"the report of {name} has {len(report.per_class)} classes, but there are {len(order)} class counts")
         shares = 100 * np.array([report.per_class[c] for c in order], dtype=float)  # None, of a report out of a file, becomes NaN
         if len(order) <= 50:
-            axis.plot(places, shares, color=colour, marker="o", markersize=4, linewidth=1.4, linestyle=dashes, label=name)
+            axis.plot(places, shares, markersize=5, linewidth=1.4, label=name, **style)
         else:
             # one point a class would be a cloud: the line is the mean over neighbours, the points stay faint
-            axis.plot(places, shares, color=colour, marker=".", markersize=3, linestyle="none", alpha=0.35)
-            axis.plot(places, _running_mean(shares, reach), color=colour, linewidth=1.8, linestyle=dashes, label=name)
+            axis.plot(places, shares, color=style["color"], marker=".", markersize=3, linestyle="none", alpha=0.25)
+            axis.plot(places, _running_mean(shares, reach), markersize=5, markevery=max(1, len(order) // 10), linewidth=1.8, label=name, **style)
     shown = "" if len(order) <= 50 else f" (dots: classes, lines: means of {2 * reach + 1} neighbours)"
-    axis.set(xlabel=f"class, from the most frequent to the rarest{shown}", ylabel="accuracy, %", ylim=(-3, 103), zorder=counts.get_zorder() + 1)
-    axis.patch.set_visible(False)
+    axis.set(ylabel="accuracy, %", ylim=(-3, 103))
+    axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+    counts.set(xlabel=f"class, from the most frequent to the rarest{shown}", xlim=(-0.5, len(order) - 0.5))
     if len(order) <= 20:
-        axis.set_xticks(places, [_class_title(c, class_names, None) for c in order])
+        counts.set_xticks(places, [shown_name(c, class_names, length=16) for c in order])
         if class_names is not None:
-            axis.tick_params("x", rotation=30)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+            counts.tick_params("x", rotation=40)
+            for tick in counts.get_xticklabels():
+                tick.set_horizontalalignment("right")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
-def _running_mean(values: np.ndarray[Any, Any], reach: int) -> np.ndarray[Any, Any]:
+def _running_mean(values: npt.NDArray[Any], reach: int) -> npt.NDArray[Any]:
     """The mean of the values at most `reach` places away, NaN left out."""
     known = np.isfinite(values)
     window = np.ones(2 * reach + 1)
@@ -160,14 +231,92 @@ def plot_group_confusion(predictions: Tensor, labels: Tensor, groups: Mapping[st
             guessed = group_of[predictions[of_group]][~right]
             table[row] = [100 * float(right.sum()) / total, *(100 * float((guessed == column).sum()) / total for column in range(len(names)))]
     figure, (axis,) = _figure(1.6 + 1.3 * (len(names) + 1), 1.2 + 0.9 * len(names))
-    axis.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    _draw_table(axis, table, "{:.1f}")
     axis.set_xticks(range(len(names) + 1), ["the right\nclass", *(f"a wrong one\nof {group}" for group in names)])
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="prediction", ylabel="true group")
+    axis.set_title(f"{name}: % of the samples of each group".removeprefix(": "), fontsize=10)
+    _save(figure, path)
+
+
+def _draw_table(axis: Any, table: npt.NDArray[Any], form: str | None, *, zeros: bool = True, fontsize: float = 10) -> None:
+    """Percentages as shades of blue, and as numbers where there is a format for them; with or without those that are 0."""
+    axis.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for row, column in np.ndindex(table.shape):
         share = table[row, column]
-        axis.text(column, row, "-" if np.isnan(share) else f"{share:.1f}", ha="center", va="center", color="white" if share > 55 else "black")
-    axis.set_title(f"{name}: % of the samples of each group".removeprefix(": "), fontsize=10)
+        if form is not None and (zeros or share != 0):
+            text = "-" if np.isnan(share) else form.format(share)
+            axis.text(column, row, text, ha="center", va="center", color="white" if share > 55 else "black", fontsize=fontsize)
+
+
+def plot_class_confusion(
+    predictions: Tensor, labels: Tensor, class_counts: Sequence[int], path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, name: str = ""
+) -> None:
+    """Which classes are taken for which: the most confused pairs, beside the whole matrix in percent of the true class of up to 30 classes.
+
+    Classes stand from the most frequent to the rarest, with their numbers of training images. A pair counts by the share of its true class, since by numbers
+    of errors frequent classes would hide the rare ones; of equal shares the one with more errors comes first. Single errors
+    are left out where there are others.
+    """
+    classes = len(class_counts)
+    predictions, labels = predictions.cpu(), labels.cpu()
+    totals = labels.bincount(minlength=classes)
+    keys, errors = (labels * classes + predictions)[predictions != labels].unique(return_counts=True)
+    if (errors > 1).any():
+        keys, errors = keys[errors > 1], errors[errors > 1]
+    true, said = keys // classes, keys % classes
+    shares = 100 * errors / totals[true]
+    worst = sorted(range(keys.numel()), key=lambda i: (-float(shares[i]), -int(errors[i])))[:_MOST_PAIRS]
+    whole = classes <= _MOST_CLASSES
+    side = min(9.0, 2.5 + 0.38 * classes)
+    figure, axes = _figure(side + 6 if whole else 8, max(side, 1.5 + 0.27 * len(worst)) if whole else 6.5, 2 if whole else 1)
+    if whole:
+        order = sorted(range(classes), key=lambda c: -class_counts[c])
+        matrix = torch.zeros(classes, classes, dtype=torch.float64).index_put_((labels, predictions), torch.ones(len(labels), dtype=torch.float64), True)
+        table = (100 * matrix / totals[:, None])[order][:, order].numpy()
+        _draw_table(axes[0], table, "{:.0f}" if classes <= 20 else None, zeros=False, fontsize=min(10, 120 / classes))
+        ticks = [shown_name(c, class_names, length=16) for c in order]
+        axes[0].set_xticks(range(classes), ticks, rotation=0 if class_names is None else 90, fontsize=8)
+        axes[0].set_yticks(range(classes), [f"{title} ({class_counts[c]})" for title, c in zip(ticks, order, strict=True)], fontsize=8)
+        axes[0].set(xlabel="prediction", ylabel="true class (training images)")
+        axes[0].set_title("% of the images of each class", fontsize=10)
+    bars = axes[-1]
+    bars.barh(range(len(worst)), [float(shares[i]) for i in worst], color=_COLOURS[0], alpha=0.75, height=0.75)
+    pairs = [f"{shown_name(int(true[i]), class_names)} ({class_counts[int(true[i])]})  →  {shown_name(int(said[i]), class_names)}" for i in worst]
+    bars.set_yticks(range(len(worst)), pairs, fontsize=8)
+    for place, i in enumerate(worst):
+        bars.text(float(shares[i]), place, f" {int(errors[i])} of {int(totals[true[i]])}", va="center", fontsize=8, color=_GREY)
+    bars.invert_yaxis()
+    bars.set(xlabel="% of the images of the true class", xlim=(0, 1.15 * max((float(shares[i]) for i in worst), default=1)))
+    bars.set_title("most confused: true class (training images) → prediction" if worst else "no errors", fontsize=10)
+    if name:
+        figure.suptitle(name, fontsize=11)
+    _save(figure, path)
+
+
+def worst_errors(logits: Tensor, labels: Tensor) -> list[int]:
+    """The wrong samples of the most confident predictions, at most 24, the most confident one first."""
+    confidence, predicted = logits.float().softmax(1).max(1)
+    wrong = (predicted.cpu() != labels.cpu()).nonzero().flatten()
+    return wrong[confidence.cpu()[wrong].nan_to_num(0).argsort(descending=True, stable=True)][:_MOST_ERRORS].tolist()
+
+
+def plot_worst_errors(
+    images: Tensor, logits: Tensor, labels: Tensor, path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, name: str = ""
+) -> None:
+    """A sheet of images (K, C, H, W) with values in [0, 1] that were taken for the wrong class: what each was taken for, how surely, and what it is."""
+    confidence, predicted = logits.float().softmax(1).max(1)
+    columns = min(6, max(1, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = _figure(1.9 * columns, 2.3 * rows + 0.5, columns, rows)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, sure, guess, label in zip(axes, images, confidence.tolist(), predicted.tolist(), labels.tolist(), strict=False):
+        pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        axis.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"{shown_name(guess, class_names, length=20)} {100 * sure:.0f}%\nis {shown_name(label, class_names, length=20)}", fontsize=8)
+    what = "the most confident errors: prediction, confidence, truth" if len(images) else "no errors"
+    figure.suptitle(f"{name}: {what}".removeprefix(": "), fontsize=10)
     _save(figure, path)
 
 
@@ -178,7 +327,8 @@ def plot_tsne(
     """Embeddings (M, D) of the same samples by several methods, side by side in the plane by t-SNE, coloured by class (GCL, CVPR 2022, Figure 3).
 
     Directions are compared, as a cosine classifier does. At most 2,000 samples and, of many classes, ten from the most frequent to the rarest are shown.
-    `class_counts` are training samples; without them classes stand in the order of their numbers.
+    `class_counts` are training samples; without them classes stand in the order of their numbers. Embeddings that are not finite, or nearly all the same, are
+    named and not drawn: scikit-learn's t-SNE can end the process on them.
 
     Raises:
         ValueError: embeddings of another number of samples, or fewer samples than FEWEST_POINTS.
@@ -200,24 +350,31 @@ def plot_tsne(
     # more samples a cluster than neighbours: scikit-learn's default of 30, less for few samples
     perplexity = min(30.0, (kept.numel() - 1) / 3)
     figure, axes = _figure(4.8 * len(embeddings) + 0.8, 4.6, len(embeddings))
-    colours = need("matplotlib", "a picture").colormaps["tab10"].colors
     for axis, (name, features) in zip(axes, embeddings.items(), strict=True):
         if features.shape[0] != labels.numel():
             raise ValueError(f"the embeddings of {name} are of {features.shape[0]} samples, but there are {labels.numel()} labels")
-        directions = torch.nn.functional.normalize(features.detach().float().cpu()[kept])
-        with one_thread(1):
-            points = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(directions.numpy())
-        for place, label in enumerate(classes.tolist()):
-            chosen = (labels[kept] == label).numpy()
-            axis.scatter(*points[chosen].T, s=7, color=colours[place], linewidth=0, label=_class_title(label, class_names, class_counts))
         axis.set(title=name, xticks=[], yticks=[])
         axis.spines[:].set(visible=True, color="#cccccc")
-    title = "class" if class_counts is None else "class (training samples)"
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title, markerscale=2.5)
+        directions = torch.nn.functional.normalize(features.detach().float().cpu()[kept])
+        flaw = _flaw(directions)
+        points = np.full((kept.numel(), 2), np.nan)
+        if flaw:
+            axis.text(0.5, 0.5, flaw, transform=axis.transAxes, ha="center", va="center", color=_GREY)
+        else:
+            with one_thread(1):
+                points = tsne(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(directions.numpy())
+        for place, label in enumerate(classes.tolist()):
+            chosen = (labels[kept] == label).numpy()
+            axis.scatter(*points[chosen].T, s=11, color=_COLOURS[place % len(_COLOURS)], marker=_MARKERS[place], linewidth=0, alpha=0.8)
+    titles = [shown_name(c, class_names) + ("" if class_counts is None else f" ({class_counts[c]})") for c in classes.tolist()]
+    title = "class" if class_counts is None else "class (training images)"
+    figure.legend(axes[0].collections, titles, loc="outside right center", frameon=False, title=title, markerscale=2)
     _save(figure, path)
 
 
-def _class_title(label: int, names: Sequence[str] | None, counts: Sequence[int] | None) -> str:
-    name = str(label) if names is None else names[label]
-    short = name if len(name) <= 24 else name[:23] + "…"
-    return short if counts is None else f"{short} ({counts[label]})"
+def _flaw(directions: Tensor) -> str:
+    """Why directions (M, D) have no picture; empty for those that have one."""
+    if not directions.isfinite().all():
+        return "features that are not finite"
+    distinct = directions.mul(1e4).round().unique(dim=0).shape[0]
+    return "features that are all the same" if distinct < FEWEST_POINTS else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gclkern.training.checkpoint import load_checkpoint
-from gclkern.training.data import DataSplits
+from gclkern.training.data import DataSplits, ImageSet
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
 from gclkern.training.extras import need
 from gclkern.training.network import load_network, model_name
@@ -91,10 +91,24 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
     if (folder / "metrics.csv").exists():  # a re-training without gradients leaves none
         plots.plot_curves(folder / "metrics.csv", folder / "curves.png")
     plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png", class_names=data.class_names)
-    plots.plot_group_confusion(found[last][0].argmax(1).cpu(), data.test.labels, data.groups, folder / "group-confusion.png", name=last)
+    logits, labels, names = found[last][0].cpu(), data.test.labels, data.class_names
+    plots.plot_group_confusion(logits.argmax(1), labels, data.groups, folder / "group-confusion.png", name=last)
+    plots.plot_class_confusion(logits.argmax(1), labels, data.class_counts, folder / "class-confusion.png", class_names=names, name=last)
+    worst = plots.worst_errors(logits, labels)
+    plots.plot_worst_errors(shown_images(data.test, worst), logits[worst], labels[worst], folder / "worst-errors.png", class_names=names, name=last)
     embeddings = {phase.title: found[phase.name][1].cpu() for phase in compared(phases)}
     if data.test.labels.numel() >= plots.FEWEST_POINTS:
         plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)
+
+
+def shown_images(images: ImageSet, places: Sequence[int]) -> Tensor:
+    """The images at `places` as evaluation sees them, but with values in [0, 1]: (K, C, H, W)."""
+    if not places:
+        return torch.empty(0, 1, 1, 1)
+    transform = images.evaluation_transform()
+    mean, std = (torch.tensor(transform[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    (batch,) = (batch for batch, _ in images.loader([places], device=torch.device("cpu")))
+    return batch * std + mean
 
 
 def report_columns(report: Report) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from gclkern.training.backbones import build_backbone
 from gclkern.training.batches import step_batches
+from gclkern.training.config import RunConfig
 from gclkern.training.network import Network, build_head
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
-from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, mixup
+from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, build_trainer, mixup
 
 COUNTS = [50, 20, 5]
 
@@ -297,3 +299,11 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     step = plain_step(Backbone())
     Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
     assert parts == ["kept:", "part", "kept:", "part", "part"]
+
+
+def test_single_images_are_refused_where_batch_normalisation_cannot_take_them() -> None:
+    network = Network(build_backbone("small-cnn", image_size=2), build_head("linear", 64, 3))
+    phase = replace(plan("ce", None, "cifar10-lt", COUNTS)[0], batch_size=4)
+    build_trainer(phase, network, COUNTS, RunConfig(accumulate=2), Processes("cpu"))
+    with pytest.raises(ValueError, match=r"stage-1: batch normalisation cannot be trained on 1 image.*take a larger `batch_size`, a smaller `accumulate`"):
+        build_trainer(phase, network, COUNTS, RunConfig(accumulate=4), Processes("cpu"))
