@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from gclkern.training.data import EvaluationTransform
-from gclkern.training.data.decode import open_image
-from gclkern.training.extras import need
+from gclkern.training.data.decode import middle, open_image, to_rgb
 from gclkern.training.network import Network, load_network
 
 
@@ -116,16 +116,14 @@ class ImageTransform:
     def __init__(self, transform: EvaluationTransform, in_channels: int) -> None:
         if in_channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, the network takes {in_channels}")
-        transforms = need("torchvision.transforms", "preparing images")
         self.settings, self.mode = transform, "L" if in_channels == 1 else "RGB"
-        self._crop = transforms.Compose([transforms.Resize(transform["resize"]), transforms.CenterCrop(transform["crop"]), transforms.PILToTensor()])
         self._mean, self._std = (torch.tensor(transform[name]).view(-1, 1, 1) for name in ("mean", "std"))
 
     def __call__(self, image: Any) -> Tensor:
         """The input (channels, crop, crop), float32, of a PIL image or of the image file at a path."""
-        if isinstance(image, str | Path):
-            image = open_image(str(image))
-        pixels: Tensor = self._crop(image.convert(self.mode))
+        image = open_image(str(image)) if isinstance(image, str | Path) else to_rgb(image)
+        image = middle(image.convert(self.mode), resize=self.settings["resize"], crop=self.settings["crop"])
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
         return pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 
 

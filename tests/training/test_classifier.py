@@ -136,3 +136,10 @@ def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), classifier(images), rtol=1e-4, atol=1e-4)  # other convolutions, logits up to 12
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == classifier.class_names
+
+
+def test_images_in_memory_may_have_any_mode(classifier: Classifier) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    plain = classifier.transform(Image.fromarray(values))
+    for image in (Image.fromarray(values.astype(np.uint16) * 257), Image.fromarray(values.astype(np.float32) / 255), Image.fromarray(values).convert("RGBA")):
+        assert torch.equal(classifier.transform(image), plain), image.mode

@@ -1,4 +1,4 @@
-"""One image file to 8-bit RGB, whatever its mode, and which files count as images at all."""
+"""One image file to 8-bit RGB, whatever its mode, and to the square that evaluation sees; and which files count as images at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gclkern.training.names import printable
 # Formats that PIL only recognises and cannot decode by itself, and a container of pages that no one means by an image.
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"))
 _SIXTEEN_BITS = 65535
+BILINEAR = 2  # PIL's number
 
 
 class CorruptImageError(RuntimeError):
@@ -47,7 +48,7 @@ def open_image(path: str, *, draft: bool = False) -> Any:
             if draft:
                 file.draft("RGB", (1, 1))
             upright = need("PIL.ImageOps", "a data set of image files").exif_transpose(file)
-            return _to_rgb(upright)
+            return to_rgb(upright)
     except ImportError:
         raise
     except FileNotFoundError as error:
@@ -56,8 +57,8 @@ def open_image(path: str, *, draft: bool = False) -> Any:
         raise CorruptImageError(f"{shown} cannot be read as an image ({printable(str(error))})") from error
 
 
-def _to_rgb(image: Any) -> Any:
-    """The image in mode RGB."""
+def to_rgb(image: Any) -> Any:
+    """A PIL image of any mode in mode RGB, as :func:`open_image` says."""
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(image).convert("RGB")
     if image.has_transparency_data:
@@ -81,3 +82,14 @@ def _grey(image: Any) -> Any:
             raise ValueError(f"its pixels are 32-bit integers from {low:g} to {high:g}, of which only 0 to 65535 has a known white; save it with 8 or 16 bits")
         values /= _SIXTEEN_BITS // 255
     return need("PIL.Image", "a data set of image files").fromarray(np.round(values).astype(np.uint8))
+
+
+def middle(image: Any, *, resize: int, crop: int) -> Any:
+    """What evaluation sees of a PIL image: the square in its middle; one that has the size already stays as it is."""
+    width, height = image.size
+    if width == height == crop:
+        return image
+    longer = int(resize * max(width, height) / min(width, height))
+    image = image.resize((resize, longer) if width < height else (longer, resize), resample=BILINEAR)
+    left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
+    return image.crop((left, top, left + crop, top + crop))

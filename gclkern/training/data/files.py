@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gclkern.training.data.augment import COLUMNS, augment_batch, parse_augmentation
-from gclkern.training.data.decode import CorruptImageError, open_image
+from gclkern.training.data.decode import BILINEAR, CorruptImageError, middle, open_image
 from gclkern.training.data.duplicates import duplicate_notes
 from gclkern.training.data.groups import count_groups, tercile_groups
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, uniform_numbers
@@ -27,7 +27,6 @@ SMALL = 64  # pixels of a side up to which images are seen whole and only moved 
 _LARGE = 224
 _MEMORY = 2 << 30
 _LOOKED_AT = 200
-_BILINEAR = 2  # PIL's number
 _REPAIR = "repair the file or take it out of the list, or pass `skip_corrupt` to leave out such images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZES_IN_DIGEST = 1000  # all of a large set's would take minutes on a network file system
@@ -67,17 +66,6 @@ class _Request(NamedTuple):
 def _resize(image_size: int) -> int:
     """The shorter side to which images are resized before the centre crop of an evaluation; small ones have no border to lose."""
     return image_size if image_size <= SMALL else round(image_size * 256 / 224)
-
-
-def middle(image: Any, *, resize: int, crop: int) -> Any:
-    """What evaluation sees of a PIL image: the square in its middle; one that has the size already stays as it is."""
-    width, height = image.size
-    if width == height == crop:
-        return image
-    longer = int(resize * max(width, height) / min(width, height))
-    image = image.resize((resize, longer) if width < height else (longer, resize), resample=_BILINEAR)
-    left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
-    return image.crop((left, top, left + crop, top + crop))
 
 
 class _Files(Dataset[Any]):
@@ -203,7 +191,7 @@ class _Decoded(Dataset[Any]):
             image = middle(image, resize=_resize(self.size), crop=self.size)
         else:
             seen *= 1 if width == height == self.size else self.size / self.side
-            image = image.resize((self.side, self.side), resample=_BILINEAR)
+            image = image.resize((self.side, self.side), resample=BILINEAR)
         return _pixels(image), torch.tensor([seen / height, seen / width])
 
     def __len__(self) -> int:
