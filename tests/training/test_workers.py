@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from gclkern.training.data import ListImages, files
-from gclkern.training.data.files import WorkerError
+from gclkern.training.data import FileImages, files
+from gclkern.training.data.files import ImageFiles, WorkerError
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ListImages:
+def images(tmp_path: Path) -> FileImages:
     from PIL import Image
 
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    return ListImages([str(tmp_path / "a.png")], torch.tensor([0]), mean=[0.0] * 3, std=[1.0] * 3, image_size=8, workers=1)
+    return FileImages(ImageFiles([str(tmp_path / "a.png")], torch.tensor([0])), mean=[0.0] * 3, std=[1.0] * 3, image_size=8, workers=1, augment="none")
 
 
 def killed(*_: object) -> None:
@@ -36,7 +36,7 @@ def without_memory(*_: object) -> None:
     ((torch.Tensor, "share_memory_"), without_memory, "No space left on device"),
 ])  # fmt: skip
 def test_a_failed_worker_is_an_error_and_no_hang(
-    where: tuple[object, str], fail: Callable[..., None], cause: str, images: ListImages, monkeypatch: pytest.MonkeyPatch
+    where: tuple[object, str], fail: Callable[..., None], cause: str, images: FileImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*where, fail)
     with pytest.raises(WorkerError, match=f"a process that reads images has failed .*({cause}).*; take `workers=0`"):

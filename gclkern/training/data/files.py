@@ -209,7 +209,7 @@ def _decode(
     pixels, views = torch.empty(len(images.paths), 3, extent, extent, dtype=torch.uint8), torch.empty(len(images.paths), 2)
     failures: list[str] = []
     kept: list[int] = []
-    for place, answer in enumerate(answer for batch in loader for answer in batch):
+    for place, answer in enumerate(answer for batch in _answers(loader) for answer in batch):
         if not isinstance(answer, str):
             pixels[len(kept)], views[len(kept)] = answer
             kept.append(place)
