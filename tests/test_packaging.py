@@ -113,12 +113,18 @@ def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) 
     assert locate(environment, tmp_path, target) == (target / "gclkern", target / "gclkern" / "kernels")
 
 
-SDIST = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
+def run_build(python: Path, step: str, folder: Path, cwd: Path) -> None:
+    """A step of the build backend, into `folder`, without the current folder on the path.
+
+    The package `kernels` of PyPI has a hook for setuptools, which would find the folder kernels/ in its place.
+    """
+    code = f"import setuptools.build_meta, sys; setuptools.build_meta.{step}(sys.argv[1])"
+    run(python, "-P", "-c", code, str(folder), cwd=cwd)
 
 
 @pytest.mark.slow
 def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path: Path) -> None:
-    run(environment, "-c", SDIST, str(tmp_path), cwd=checkout)
+    run_build(environment, "build_sdist", tmp_path, cwd=checkout)
     (archive,) = tmp_path.glob("gclkern-*.tar.gz")
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")
@@ -140,14 +146,9 @@ def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path
     run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *few, cwd=sdist)
 
 
-METADATA = "import setuptools.build_meta, sys; setuptools.build_meta.prepare_metadata_for_build_wheel(sys.argv[1])"
-
-
 def test_a_package_index_gets_absolute_links(environment: Path, checkout: Path, tmp_path: Path) -> None:
     """It shows README without the files beside it."""
-    run(
-        environment, "-c", "import setuptools.build_meta, sys; setuptools.build_meta.prepare_metadata_for_build_wheel(sys.argv[1])", str(tmp_path), cwd=checkout
-    )
+    run_build(environment, "prepare_metadata_for_build_wheel", tmp_path, cwd=checkout)
     (file,) = tmp_path.glob("*.dist-info/METADATA")
     metadata = email.message_from_string(file.read_text())
     readme, description = (ROOT / "README.md").read_text(), metadata.get_payload()
