@@ -13,11 +13,13 @@ from gclkern.devices import autocast_is_on, values_may_be_read
 from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.options import Reduction
 
+# One number for each class (C,), or one label for each sample (N,).
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# One number for each class (C,), or one label for each sample (N,).
-Vector: TypeAlias = "Sequence[float] | npt.NDArray[Any] | Tensor"
+    Vector: TypeAlias = Sequence[float] | npt.NDArray[Any] | Tensor
+else:
+    Vector = Sequence[float] | Tensor  # or a numpy array: numpy is not imported for the sake of an annotation
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

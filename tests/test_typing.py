@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gclkern
-from gclkern.distributed import ShardedLinearGCLLoss
+from gclkern.distributed import ShardedLinearGCLLoss, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,3 +35,13 @@ def test_wrong_uses_are_type_errors_and_right_ones_are_not(tmp_path: Path) -> No
 def test_a_misspelt_keyword_is_named(build: Callable[[], object]) -> None:
     with pytest.raises(TypeError, match="'noize_mul'"):
         build()
+
+
+FUNCTIONS = [gclkern.cloud_sizes, gclkern.cloud_noise, *(getattr(gclkern.functional, name) for name in gclkern.functional.__all__), sharded_dro_lt_loss]
+LOSSES: list[type] = [gclkern.GCLLoss, gclkern.LinearGCLLoss, gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.CosFaceLoss, gclkern.FocalLoss]
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, sharded_linear_gcl_cross_entropy, *LOSSES, gclkern.DROLTLoss, ShardedLinearGCLLoss])
+def test_annotations_have_values(function: Any) -> None:
+    """Programs that build objects from configuration files evaluate them."""
+    assert "return" in typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
