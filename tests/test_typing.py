@@ -44,4 +44,4 @@ LOSSES: list[type] = [gclkern.GCLLoss, gclkern.LinearGCLLoss, gclkern.LDAMLoss, 
 @pytest.mark.parametrize("function", [*FUNCTIONS, sharded_linear_gcl_cross_entropy, *LOSSES, gclkern.DROLTLoss, ShardedLinearGCLLoss])
 def test_annotations_have_values(function: Any) -> None:
     """Programs that build objects from configuration files evaluate them."""
-    assert "return" in typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+    assert "return" in typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
