@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SCALE, Shape
+from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SCALE, SMOKE, Shape
 from benchmarks.machine_code import aot
 from benchmarks.machine_code.aot import CompiledKernel
 from benchmarks.machine_code.launches import Launch, capture_launches
@@ -304,7 +304,8 @@ def _feature_gradient_work(launch: Compiled) -> Work:
 
 
 def _weight_gradient_work(launch: Compiled) -> Work:
-    rows, columns, depth, dim, num_rows = (launch[name] for name in ("ROWS", "COLUMNS", "DEPTH", "dim", "num_rows"))
+    rows, columns, depth, num_rows = (launch[name] for name in ("ROWS", "COLUMNS", "DEPTH", "num_rows"))
+    dim = launch["dim_units"] * launch["UNIT"]
     column_tiles = _tiles(dim, columns)
     cached = _uncached(2.0 * num_rows * launch["num_classes"]) == 0.0
 
@@ -410,7 +411,7 @@ def _plain(launch: Launch) -> dict[str, Any]:
 
 def launches_of(shape: Shape, what: str) -> list[tuple[Compiled, int]]:
     """The launches of a plan, or of the "loss" of ready logits, in order, and how often each runs; in a worker of benchmarks.machine_code.aot."""
-    with capture_launches(execute=False) as launches:
+    with aot.as_on("sm_90"), capture_launches(execute=False) as launches:
         if what in PLANS:
             _head(shape, what)
         else:
@@ -457,9 +458,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = {shape.name: shape for shape in SHAPES}
     parser.add_argument("--shapes", nargs="+", choices=list(names), default=list(names), metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--json", type=Path, help="write the predictions there too")
+    parser.add_argument("--tiny", action="store_true", help="one small loss alone: that the command works")
     args = parser.parse_args(argv)
     found = []
-    for shape, what, rows in predictions([names[name] for name in args.shapes]):
+    for shape, what, rows in predictions([SMOKE], ["loss"]) if args.tiny else predictions([names[name] for name in args.shapes]):
         print(table(shape, what, rows), flush=True)
         found += [{"shape": shape.name, "what": what, **asdict(row)} for row in rows] if args.json else []
     if args.json:

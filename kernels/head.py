@@ -20,8 +20,9 @@ from torch import Tensor
 from .logit_loss import ROW_ALIGNMENT, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
 from .products import (
     add_feature_gradient,
+    aligned_rows,
     cosine_product,
-    feature_gradient_splits,
+    feature_gradient_parts,
     finish_feature_gradient,
     fused_gradient,
     fused_stats,
@@ -129,7 +130,7 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     return empty(*((num_rows,) if terms.reduction == "none" else ())), [
         empty(ROW_STATS, num_rows),
         empty(),
-        features.new_empty((num_rows, dim)),
+        aligned_rows(num_rows, dim, features.dtype, features.device),
         empty(num_rows if normalize else 0),
         empty(num_classes if normalize else 0),
         empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0),
@@ -152,8 +153,7 @@ def run_backward(
             cosine = empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         grad_weight = torch.empty((num_classes, dim) if weight_grad else 0, dtype=linear_weight.dtype, device=features.device)
         grad_bias = features.new_empty(num_classes if bias_grad else 0, dtype=torch.float32)
-        splits = feature_gradient_splits(num_rows, dim, gradient.dtype)
-        partial = features.new_empty((splits, num_rows, dim) if features_grad else 0, dtype=torch.float32)
+        partial = feature_gradient_parts(num_rows if features_grad else 0, dim, gradient.dtype, features.dtype, features.device)
         summed: Callable[[], Tensor] | None = None
         for part, chunk in _chunks(terms, num_classes, size):
             scale = row_scale[part] if row_scale.numel() > 0 else None

@@ -12,6 +12,7 @@ so the backward of both normalisations is an epilogue, and no normalised copy of
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import runtime
 from .logit_loss import (
     accumulate_tile,
     add_noise_and_bias,
@@ -35,8 +37,10 @@ from .logit_loss import (
     tile_gradient,
 )
 from .row_loss import LOG2E
-from .runtime import INTERPRETED, NVIDIA, batch_kernel
+from .runtime import INTERPRETED, MULTIPROCESSORS, NVIDIA, VECTOR_BYTES, batch_kernel
 from .terms import SMALLEST_NORM, LossTerms
+
+WIDE_COLUMNS = 256  # of a product from which on a wide tile is filled
 
 
 class Tile(NamedTuple):
@@ -49,9 +53,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(dtype: torch.dtype) -> Tile:
-    """128 x 128 keeps the tensor cores fed with 64 accumulators a thread; 128 bytes of depth is one swizzled row of shared memory."""
-    return Tile(128, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 64, 32, 8, 3)
+def tile_of(dtype: torch.dtype, columns: int, device: torch.device) -> Tile:
+    """Of a product with so many columns. 128 bytes of depth is one swizzled row of shared memory.
+
+    A tile of 128 x 128 asks more of the L2 cache than it gives: 32 KiB a step in 512 clocks of the tensor cores. One of 128 x 256 asks 25% less for each
+    operation; its 128 accumulators a thread and 144 KiB of shared memory are Hopper's.
+    """
+    if dtype.itemsize != 2:
+        return Tile(64, 64, 32, 8, 3)
+    return Tile(128, 256, 64, 8, 3) if columns >= WIDE_COLUMNS and runtime.is_hopper(device) else Tile(128, 128, 64, 8, 3)
 
 
 def fused_tile_of(dtype: torch.dtype) -> Tile:
@@ -104,7 +114,7 @@ def _unit_rows_kernel(
     if inverse_norm_ptr is not None:
         tl.store(inverse_norm_ptr + rows, factor, mask=in_batch)
     if copy_ptr is not None:
-        for start in range(0, dim, DEPTH):
+        for start in range(0, copy_stride, DEPTH):
             at = start + tl.arange(0, DEPTH)
             inside = in_batch[:, None] & (at < dim)[None, :]
             x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +122,8 @@ def _unit_rows_kernel(
                 x *= tl.load(row_scale_ptr + rows, mask=in_batch, other=0.0)[:, None]
             if target_ptr is not None:
                 x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 whatever the row holds
-            tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=inside)
+            wanted = in_batch[:, None] & (at < copy_stride)[None, :]  # what fills the last vector is 0
+            tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=wanted)
 
 
 @batch_kernel
@@ -142,13 +153,14 @@ def _target_cosine_kernel(
 
 @triton.jit
 def _product_tile(
-    x_ptr, x_stride, rows, weight_ptr, weight_stride, classes, dim,
+    x_ptr, x_vectors, rows, weight_ptr, weight_vectors, classes, dim, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x[rows] @ weight[classes].T in float32; rows and classes must exist. WHOLE: dim is a multiple of DEPTH."""
     at = tl.arange(0, DEPTH)
-    x_tile = x_ptr + (rows * x_stride)[:, None] + at[None, :]
-    weight_tile = weight_ptr + (classes * weight_stride)[None, :] + at[:, None]
+    x_tile = x_ptr + (rows * x_vectors * VECTOR)[:, None] + at[None, :]
+    weight_tile = weight_ptr + (classes * weight_vectors * VECTOR)[None, :] + at[:, None]
+    dim = tl.cdiv(dim, VECTOR) * VECTOR  # what fills a row's last vector is 0
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, dim, DEPTH):
         if WHOLE:
@@ -168,13 +180,13 @@ def _product_tile(
 
 @triton.jit
 def _cosine_tile(
-    x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
+    x_ptr, x_vectors, rows, num_rows, weight_ptr, weight_vectors, inverse_norm_ptr, classes, num_classes, present, dim, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cosines of a tile (plain products without norms); places outside the matrix repeat its last row or class, so that no load is masked."""
     product = _product_tile(
-        x_ptr, x_stride, tl.minimum(rows, num_rows - 1), weight_ptr, weight_stride, tl.minimum(tl.maximum(classes, 0), num_classes - 1).to(tl.int64), dim,
-        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+        x_ptr, x_vectors, tl.minimum(rows, num_rows - 1), weight_ptr, weight_vectors, tl.minimum(tl.maximum(classes, 0), num_classes - 1).to(tl.int64), dim,
+        VECTOR, ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
     inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
     if inverse_norm_ptr is not None:
@@ -184,15 +196,15 @@ def _cosine_tile(
 
 @batch_kernel
 def _cosine_kernel(
-    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, x_vectors, weight_ptr, weight_vectors, inverse_norm_ptr, out_ptr, out_stride, writable, num_rows, num_classes, dim,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     class_tile, row_tile = tile_of_program(tl.program_id(0), tl.cdiv(num_rows, ROWS))
     rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     classes = class_tile * COLUMNS + tl.arange(0, COLUMNS)
     cosine, _ = _cosine_tile(
-        x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, classes < num_classes, dim,
-        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+        x_ptr, x_vectors, rows, num_rows, weight_ptr, weight_vectors, inverse_norm_ptr, classes, num_classes, classes < num_classes, dim,
+        VECTOR, ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
     out = out_ptr + (rows * out_stride)[:, None] + classes[None, :]
     tl.store(out, cosine.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (classes < writable)[None, :])
@@ -200,10 +212,10 @@ def _cosine_kernel(
 
 @batch_kernel
 def _fused_stats_kernel(
-    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr,
+    x_ptr, x_vectors, weight_ptr, weight_vectors, inverse_norm_ptr,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, peak_ptr, rest_ptr, blend_ptr,
     num_rows, num_classes, dim, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
-    RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    RESUME: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of logits that never leave the registers."""
@@ -220,7 +232,7 @@ def _fused_stats_kernel(
         classes = columns - shift
         present = (classes >= 0) & (classes < num_classes)
         cosine, _ = _cosine_tile(
-            x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
+            x_ptr, x_vectors, rows, num_rows, weight_ptr, weight_vectors, inverse_norm_ptr, classes, num_classes, present, dim, VECTOR,
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
@@ -236,11 +248,11 @@ def _fused_stats_kernel(
 
 @batch_kernel
 def _fused_gradient_kernel(
-    x_ptr, x_stride, weight_ptr, weight_stride, inverse_norm_ptr, out_ptr, out_stride, writable,
+    x_ptr, x_vectors, weight_ptr, weight_vectors, inverse_norm_ptr, out_ptr, out_stride, writable,
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
     class_sum_ptr, bias_sum_ptr,  # (row tiles, C)
     num_rows, num_classes, dim, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The gradient of logits that never leave the registers."""
@@ -252,8 +264,8 @@ def _fused_gradient_kernel(
     classes = columns - shift
     present = (classes >= 0) & (classes < num_classes)
     cosine, inverse_norm = _cosine_tile(
-        x_ptr, x_stride, rows, num_rows, weight_ptr, weight_stride, inverse_norm_ptr, classes, num_classes, present, dim,
-        ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
+        x_ptr, x_vectors, rows, num_rows, weight_ptr, weight_vectors, inverse_norm_ptr, classes, num_classes, present, dim,
+        VECTOR, ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
     )  # fmt: skip
     cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
@@ -280,17 +292,18 @@ def _fused_gradient_kernel(
 
 @batch_kernel
 def _feature_gradient_kernel(
-    gradient_ptr, gradient_stride, weight_ptr, weight_stride, partial_ptr,  # partial (splits, N, D)
+    gradient_ptr, gradient_stride, weight_ptr, weight_vectors, partial_ptr, partial_stride,  # partial (splits, N, D)
     num_rows, num_classes, dim, depth_per_split,
-    RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    RESUME: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of G @ w over a split of the classes, added to what earlier classes left. WHOLE: dim is a multiple of COLUMNS."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
-    inside = (rows < num_rows)[:, None] & (columns < dim)[None, :]
-    out = partial_ptr + (split.to(tl.int64) * num_rows + rows)[:, None] * dim + columns[None, :]
+    inside = (rows < num_rows)[:, None] & (columns < tl.cdiv(dim, 4) * 4)[None, :]  # up to the last vector of float32
+    out = partial_ptr + (split.to(tl.int64) * num_rows + rows)[:, None] * (partial_stride // 4 * 4) + columns[None, :]
+    dim = tl.cdiv(dim, VECTOR) * VECTOR
     if RESUME:
         total = tl.load(out, mask=inside, other=0.0)
     else:
@@ -301,7 +314,7 @@ def _feature_gradient_kernel(
     for start in range(first, tl.minimum(first + depth_per_split, num_classes), DEPTH):
         classes = start + tl.arange(0, DEPTH)
         gradient = tl.load(gradient_ptr + (readable_rows * gradient_stride)[:, None] + classes[None, :])
-        weight_tile = weight_ptr + (tl.minimum(classes, num_classes - 1).to(tl.int64) * weight_stride)[:, None] + columns[None, :]
+        weight_tile = weight_ptr + (tl.minimum(classes, num_classes - 1).to(tl.int64) * weight_vectors * VECTOR)[:, None] + columns[None, :]
         weight = tl.load(weight_tile) if WHOLE else tl.load(weight_tile, mask=(columns < dim)[None, :], other=0.0)
         if UPCAST:
             gradient = gradient.to(tl.float32)
@@ -322,10 +335,10 @@ def _sum_of_splits(partial_ptr, row_start, at, split_stride, dim, splits):
 
 @batch_kernel
 def _finish_features_kernel(
-    partial_ptr, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, num_rows, dim, splits, DEPTH: tl.constexpr
+    partial_ptr, partial_stride, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, num_rows, dim, splits, DEPTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    split_stride = num_rows.to(tl.int64) * dim
+    split_stride = num_rows.to(tl.int64) * partial_stride
     along = 0.0
     inverse_norm = 1.0
     if inverse_norm_ptr is not None:
@@ -333,12 +346,12 @@ def _finish_features_kernel(
         product = tl.zeros((DEPTH,), tl.float32)
         for start in range(0, dim, DEPTH):
             at = start + tl.arange(0, DEPTH)
-            total = _sum_of_splits(partial_ptr, row * dim, at, split_stride, dim, splits)
+            total = _sum_of_splits(partial_ptr, row * partial_stride, at, split_stride, dim, splits)
             product += total * tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
         along = tl.sum(product)
     for start in range(0, dim, DEPTH):
         at = start + tl.arange(0, DEPTH)
-        total = _sum_of_splits(partial_ptr, row * dim, at, split_stride, dim, splits)
+        total = _sum_of_splits(partial_ptr, row * partial_stride, at, split_stride, dim, splits)
         if inverse_norm_ptr is not None:
             unit = tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
             # a row without a direction has gradient 0
@@ -348,11 +361,14 @@ def _finish_features_kernel(
 
 @batch_kernel
 def _weight_gradient_kernel(
-    gradient_ptr, gradient_stride, x_ptr, x_stride, weight_ptr, weight_stride_c, weight_stride_d, class_sum_ptr, inverse_norm_ptr, row_scale_ptr, out_ptr,
-    num_rows, num_classes, dim, splits,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    gradient_ptr, gradient_stride, x_ptr, x_vectors, weight_ptr, weight_units, weight_stride_d, class_sum_ptr, inverse_norm_ptr, row_scale_ptr, out_ptr,
+    num_rows, num_classes, dim_units, splits,
+    SPLITS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, WEIGHT_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G.T @ x, less the part along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
+    dim = dim_units * UNIT  # so that the compiler sees how far rows are aligned
+    whole_dim = tl.cdiv(dim, VECTOR) * VECTOR
     column_tiles = tl.cdiv(dim, COLUMNS)
     class_tile, column_tile = tile_of_program(tl.program_id(0), column_tiles)  # so that a tile of the large gradient is read for all columns at once
     classes = class_tile * ROWS + tl.arange(0, ROWS)
@@ -363,7 +379,8 @@ def _weight_gradient_kernel(
         in_batch = (rows < num_rows)[:, None]
         # classes beyond the last are the gradient's padding
         gradient = tl.load(gradient_ptr + (rows * gradient_stride)[:, None] + classes[None, :], mask=in_batch, other=0.0)
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=in_batch if WHOLE else in_batch & (columns < dim)[None, :], other=0.0)
+        x_tile = x_ptr + (rows * x_vectors * VECTOR)[:, None] + columns[None, :]
+        x = tl.load(x_tile, mask=in_batch if WHOLE else in_batch & (columns < whole_dim)[None, :], other=0.0)
         if UPCAST:
             gradient = gradient.to(tl.float32)
             x = x.to(tl.float32)
@@ -378,7 +395,7 @@ def _weight_gradient_kernel(
             part = class_sum_ptr + (split.to(tl.int64) * num_classes)[:, None] + classes[None, :]
             parts += tl.load(part, mask=(split < splits)[:, None] & (classes < num_classes)[None, :], other=0.0)
         along = tl.sum(parts, axis=0) * inverse_norm
-        address = (place * weight_stride_c)[:, None] + (columns.to(tl.int64) * weight_stride_d)[None, :]
+        address = (place * weight_units * WEIGHT_UNIT)[:, None] + (columns.to(tl.int64) * weight_stride_d)[None, :]
         weight = tl.load(weight_ptr + address, mask=inside, other=0.0).to(tl.float32)
         row_scale = load_class_term(row_scale_ptr, classes, classes < num_classes, 1.0)[:, None]
         total = tl.where((inverse_norm == 0.0)[:, None], 0.0, (total - along[:, None] * (weight * row_scale)) * row_scale)
@@ -388,7 +405,8 @@ def _weight_gradient_kernel(
 def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None = None, terms: LossTerms | None = None) -> None:
     num_rows, dim = x.shape
     depth = min(triton.next_power_of_2(dim), 1024)
-    rows = min(max(4096 // depth, 1), 16)
+    elements = 4096 if _is_aligned(x) else 2048  # of a program: each of its narrow loads has an address of its own
+    rows = min(max(elements // depth, 1), 16)
     _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
         x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm, row_scale,
         terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, SMALLEST_NORM,
@@ -396,12 +414,31 @@ def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_
     )  # fmt: skip
 
 
+def vector_of(dtype: torch.dtype) -> int:
+    """Elements of the widest load."""
+    return VECTOR_BYTES // dtype.itemsize
+
+
+def aligned_rows(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer (N, D) whose rows are filled up to whole vectors."""
+    vector = vector_of(dtype)
+    return torch.empty((num_rows, triton.cdiv(dim, vector) * vector), dtype=dtype, device=device)[:, :dim]
+
+
+def _is_aligned(rows: Tensor) -> bool:
+    """Whether the products can read these rows as they are."""
+    size = rows.element_size()
+    return (
+        rows.stride(1) == 1 and rows.stride(0) * size % VECTOR_BYTES == 0 and rows.shape[1] * size % VECTOR_BYTES == 0 and rows.data_ptr() % VECTOR_BYTES == 0
+    )
+
+
 def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Features as the products take them: of unit length with `normalize`, and then with their inverse norms (N,); 0 for a row that takes no part.
 
     Such a row has no direction, or is ignored: whatever it holds, NaN too, stays out of every product.
     """
-    unit = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    unit = aligned_rows(features.shape[0], features.shape[1], features.dtype, features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
     _rows_pass(features, unit, inverse_norm, terms=terms)
     return unit, inverse_norm
@@ -413,9 +450,9 @@ def scales_rows(linear_weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def weight_rows(linear_weight: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, inverse_norm: Tensor | None = None) -> Tensor:
-    """Weights as the products take them, the tensor itself wherever that is possible. `inverse_norm` (C,) receives theirs in the same pass."""
-    copied = linear_weight.dtype != dtype or linear_weight.stride(1) != 1
-    rows = torch.empty(linear_weight.shape, dtype=dtype, device=linear_weight.device) if copied else linear_weight
+    """Weights as the products take them, with aligned rows: the tensor itself where possible. `inverse_norm` (C,) receives theirs in the same pass."""
+    copied = linear_weight.dtype != dtype or not _is_aligned(linear_weight)
+    rows = aligned_rows(linear_weight.shape[0], linear_weight.shape[1], dtype, linear_weight.device) if copied else linear_weight
     if copied or inverse_norm is not None:
         _rows_pass(linear_weight, rows if copied else None, inverse_norm, row_scale)
     return rows
@@ -446,10 +483,11 @@ def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inver
 def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: Tensor) -> None:
     """out = x @ weight.T, each column times its class's inverse norm; `out` has padded rows, and its padding is written."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile = tile_of(x.dtype)
+    tile = tile_of(x.dtype, num_classes, x.device)
+    vector = vector_of(x.dtype)
     _cosine_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(padded_columns(num_classes), tile.columns),)](
-        x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes), num_rows, num_classes, dim,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
+        x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm, out, out.stride(0), padded_columns(num_classes), num_rows, num_classes, dim,
+        VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -460,16 +498,16 @@ def fused_stats(
 ) -> None:  # fmt: skip
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile = fused_tile_of(x.dtype)
+    tile, vector = fused_tile_of(x.dtype), vector_of(x.dtype)
     peak, rest, blend = statistics
     splits = peak.shape[0]
     shift = terms.class_offset % 8
     _fused_stats_kernel[(triton.cdiv(num_rows, tile.rows), splits)](
-        x, x.stride(0), weight, weight.stride(0), inverse_norm,
+        x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm,
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
         num_rows, num_classes, dim, triton.cdiv(triton.cdiv(num_classes + shift, tile.columns), splits), terms.row_offset, terms.class_offset // 8, shift,
         shift - first_class, terms.scale * LOG2E, 1.0 / terms.scale,
-        RESUME=resume, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED,
+        RESUME=resume, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED,
         PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -480,38 +518,63 @@ def fused_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`cosine_gradient` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile = fused_tile_of(x.dtype)
+    tile, vector = fused_tile_of(x.dtype), vector_of(x.dtype)
     shift = terms.class_offset % 8
     row_tiles, class_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(padded_columns(num_classes) + shift, tile.columns)
     class_sum, bias_sum = sums_over_rows(row_tiles, num_classes, x.device, norms=inverse_norm is not None, bias_grad=bias_grad)
     _fused_gradient_kernel[(row_tiles, class_tiles)](
-        x, x.stride(0), weight, weight.stride(0), inverse_norm, out, out.stride(0), padded_columns(num_classes),
+        x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm, out, out.stride(0), padded_columns(num_classes),
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, class_sum, bias_sum,
         num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
     return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
-def feature_gradient_splits(num_rows: int, dim: int, dtype: torch.dtype) -> int:
-    """Splits of the classes that give every multiprocessor of a large GPU a tile."""
-    tile = tile_of(dtype)
-    return max(1, min(8, 132 // (triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns))))
+def library_serves(gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> bool:
+    """The one place of choice between the vendor's products and ours.
+
+    The features' gradient is a plain product of long depth, which cuBLAS does at its full rate: on an NVIDIA GPU that serves. The other two have an epilogue
+    that is worth more than the product loses: cosines scale their columns, where cuBLAS would need a scaled copy of the weights; the weights' gradient goes
+    through the backward of the norms, where cuBLAS would leave (C, D) in float32 to be read and written once more.
+    """
+    return NVIDIA and device.type == "cuda" and gradient == weight
+
+
+def feature_gradient_parts(num_rows: int, dim: int, gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> Tensor:
+    """Room (splits, N, D) for the parts of the features' gradient: as many splits of the classes as fill a large GPU's multiprocessors."""
+    tile = tile_of(gradient, dim, device)
+    resident = 1 if tile.columns >= WIDE_COLUMNS else 2
+    tiles = max(triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns), 1)
+    splits = 1 if library_serves(gradient, weight, device) else max(1, min(16, resident * MULTIPROCESSORS // tiles))
+    return aligned_rows(splits * num_rows, dim, torch.float32, device).unflatten(0, (splits, num_rows))
 
 
 def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, resume: bool) -> None:
     """partial (splits, N, D) (+)= gradient @ weight, each split over its share of the classes."""
     num_classes, dim = weight.shape
     splits, num_rows, _ = partial.shape
-    tile = tile_of(gradient.dtype)
+    if library_serves(gradient.dtype, weight.dtype, gradient.device):
+        product = library_product(gradient, weight)
+        if resume:
+            partial[0] += product
+        else:
+            partial[0] = product
+        return
+    tile, vector = tile_of(gradient.dtype, dim, gradient.device), vector_of(weight.dtype)
     depth = triton.cdiv(triton.cdiv(num_classes, tile.depth), splits) * tile.depth
     _feature_gradient_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(dim, tile.columns), splits)](
-        gradient, gradient.stride(0), weight, weight.stride(0), partial, num_rows, num_classes, dim, depth,
-        RESUME=resume, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        gradient, gradient.stride(0), weight, weight.stride(0) // vector, partial, partial.stride(1), num_rows, num_classes, dim, depth,
+        RESUME=resume, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED,
+        PRECISION=_precision(), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def library_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by the vendor's library, in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
 
 
 def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -519,7 +582,7 @@ def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor 
     splits, num_rows, dim = partial.shape
     out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
     _finish_features_kernel[(num_rows,)](
-        partial, unit, unit.stride(0), inverse_norm, out, num_rows, dim, splits,
+        partial, partial.stride(1), unit, unit.stride(0), inverse_norm, out, num_rows, dim, splits,
         DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -530,10 +593,13 @@ def weight_gradient(
 ) -> None:
     """out (C, D) = gradient.T @ x through the backward of the weights' normalisation, for which `class_sum` (splits, C) adds up to r."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
-    tile = tile_of(gradient.dtype)
+    # float32 weights leave no registers for a wide tile's accumulators, and the addresses of rows that are not aligned not even for a square one's
+    tile = tile_of(gradient.dtype, dim if out.dtype.itemsize == 2 else 0, x.device) if _is_aligned(out) else fused_tile_of(gradient.dtype)
+    vector = vector_of(x.dtype)
+    unit, weight_unit = math.gcd(dim, 16), math.gcd(linear_weight.stride(0), 16)
     _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows) * triton.cdiv(dim, tile.columns),)](
-        gradient, gradient.stride(0), x, x.stride(0), linear_weight, linear_weight.stride(0), linear_weight.stride(1), class_sum, inverse_norm, row_scale, out,
-        num_rows, num_classes, dim, 0 if class_sum is None else class_sum.shape[0],
-        SPLITS=16, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0, UPCAST=INTERPRETED, PRECISION=_precision(),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        gradient, gradient.stride(0), x, x.stride(0) // vector, linear_weight, linear_weight.stride(0) // weight_unit, linear_weight.stride(1), class_sum,
+        inverse_norm, row_scale, out, num_rows, num_classes, dim // unit, 0 if class_sum is None else class_sum.shape[0],
+        SPLITS=16, VECTOR=vector, UNIT=unit, WEIGHT_UNIT=weight_unit, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.columns == 0,
+        UPCAST=INTERPRETED, PRECISION=_precision(), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -21,6 +21,8 @@ LOOSE_POINTERS = ("target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_los
 # `triton.jit` for a kernel that every batch launches: smaller last batches, and micro-batches at other offsets, compile nothing.
 batch_kernel = triton.jit(do_not_specialize=("num_rows", *PLACES), do_not_specialize_on_alignment=LOOSE_POINTERS)
 
+VECTOR_BYTES = 16  # of the widest load; rows that start at multiples of it are read by such loads
+
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the device has the registers, shared memory and warp-group products of compute capability 9.0."""

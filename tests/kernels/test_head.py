@@ -67,6 +67,47 @@ def test_float32_products_follow_both_settings_of_their_precision(launches: Laun
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_the_librarys_product_gives_the_same_gradient(plan: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several panels of classes, where it adds to what is there; on a GPU it is torch.mm with a float32 result, of two 16-bit matrices."""
+    from gclkern.kernels import head, products
+
+    torch.manual_seed(0)
+    features, weight, target = torch.randn(6, 20, device=device).requires_grad_(), torch.randn(300, 20, device=device), torch.arange(6, device=device)
+    monkeypatch.setattr(head, "PANEL_ELEMENTS", 6 * 128)
+
+    def gradient() -> torch.Tensor:
+        loss = linear_gcl_cross_entropy(features, weight, target, plan=plan, backend="triton")
+        return torch.autograd.grad(loss, features)[0]
+
+    ours = gradient()
+    calls: list[tuple[int, int]] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append((a.shape[1], b.shape[0]))
+        return a @ b
+
+    monkeypatch.setattr(products, "library_serves", lambda *args: True)
+    monkeypatch.setattr(products, "library_product", product)
+    torch.testing.assert_close(gradient(), ours)
+    assert calls == ([(300, 300)] if plan == "materialised" else [(128, 128), (128, 128), (44, 44)])
+
+
+@pytest.mark.parametrize(("dim", "copied"), [(64, False), (40, False), (36, True), (37, True)])
+def test_products_read_aligned_rows(dim: int, copied: bool) -> None:
+    """Rows of 16-bit weights that are no multiple of 16 bytes are copied, filled up with zeros."""
+    from gclkern.kernels import products
+
+    weight = torch.ones(5, dim, dtype=torch.float16)
+    rows = products.weight_rows(weight, torch.float16)
+    assert (rows.data_ptr() != weight.data_ptr()) is copied
+    assert rows.stride(0) * 2 % 16 == 0
+    assert torch.equal(rows, weight)
+    whole = rows.as_strided((5, rows.stride(0)), rows.stride())
+    assert not whole[:, dim:].any()
+    assert products.weight_rows(weight[:, : dim - 1], torch.float16).data_ptr() != weight.data_ptr(), "a view that ends within a vector"
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_no_grid_outgrows_its_second_axis(device: torch.device, plan: str) -> None:
     classes = 4_400_000
     features, weight = torch.empty(1, 1, device=device), torch.empty(1, 1, device=device).expand(classes, 1)

@@ -25,6 +25,7 @@ def install(target: str) -> None:
     from gclkern.kernels import runtime
 
     runtime.INTERPRETED = True  # so that backend="triton" takes CPU tensors
+    aot.as_on(target).__enter__()  # for as long as the process lives
     built: dict[str, Any] = {}
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
