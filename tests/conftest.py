@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -23,6 +24,12 @@ if PTX_TARGET is not None:
     from tests.support.gpu_free import compiled
 
     compiled.install(PTX_TARGET)
+
+
+# Few examples, the same in every run: `python -m pytest -m hypothesis --hypothesis-profile thorough` has many.
+settings.register_profile("quick", max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=60)
+settings.load_profile("quick")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers

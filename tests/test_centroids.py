@@ -1,18 +1,16 @@
-"""Class centroids against the sums of each class's rows in float64, over many batches, and across processes."""
+"""Class centroids against the sums of each class's rows in float64, and over many batches. Across processes: test_sharded_classifier.py."""
 
 from __future__ import annotations
 
 import importlib
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.machine_code.launches import Launches
 from gclkern.centroids import ClassCentroids
@@ -46,7 +44,6 @@ def check(features: Tensor, target: Tensor, classes: int, backend: str, device: 
         assert ((sums[c].cpu().double() - own.sum(0)).abs() <= allowed).all(), c
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 200), classes=st.integers(1, 20), dim=st.integers(1, 70), seed=st.integers(0, 10**6))
 def test_any_shape(rows: int, classes: int, dim: int, seed: int, backend: str, device: torch.device) -> None:
     check(*problem(rows, classes, dim, seed), classes, backend, device)
@@ -168,26 +165,3 @@ def test_bad_updates() -> None:
     with pytest.raises(ValueError, match="dim must be at least 1"):
         ClassCentroids(3, 0)
     assert running.counts.eq(0).all()
-
-
-def _one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    features, target = problem(40, 4, 6)
-    running = ClassCentroids(4, 6)
-    running.update(features[rank::2], target[rank::2])
-    centroids, counts = running.compute()
-    torch.save((centroids, counts, running.counts), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_share_their_centroids(tmp_path: Path) -> None:
-    start_processes(_one_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
-    expected, expected_counts = class_centroids(*problem(40, 4, 6), 4)
-    own = 0
-    for rank in range(2):
-        centroids, counts, own_counts = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(centroids, expected)
-        assert torch.equal(counts, expected_counts)
-        own += int(own_counts.sum())
-    assert own == 40, "each rank keeps its own sums"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,7 +71,6 @@ def test_loss_and_gradients(classes: int, shared: bool, weighted: bool, reductio
     check(features, target, centroids, epsilon, backend, device, upstream=upstream, temperature=0.7, class_weight=weight, reduction=reduction)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 24), classes=st.integers(1, 32), dim=st.integers(1, 140), seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 4.0]), reduction=st.sampled_from(["mean", "sum"]), data=st.data(),

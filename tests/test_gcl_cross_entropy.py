@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -368,7 +368,6 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Options]:
     return (cosine.T.contiguous().T if draw(st.booleans()) else cosine), target, options
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     cosine, target, options = problem

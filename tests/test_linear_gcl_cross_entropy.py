@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -339,7 +339,6 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
     return matrix(rows, width, seed=seed), matrix(classes, width, seed=seed + 8), labels(rows, classes, seed + 5), options
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
 def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
     features, weight, target, options = problem

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -229,7 +229,6 @@ def test_neighbouring_seeds_are_uncorrelated(million: Tensor, seed: int) -> None
 # One matrix, however it is split
 
 
-@settings(deadline=None, max_examples=60)
 @given(data=st.data(), chunk=st.sampled_from([1, 3, 7, 20, 1000]), seed=int64s, row_offset=st.integers(0, 2**63 - 12), class_offset=st.integers(0, 2**35 - 61))
 def test_torch_parts_equal_the_whole(data: st.DataObject, chunk: int, seed: int, row_offset: int, class_offset: int) -> None:
     whole = torch_cloud_noise(torch.tensor(seed), 11, 60, row_offset, class_offset)
@@ -241,7 +240,6 @@ def test_torch_parts_equal_the_whole(data: st.DataObject, chunk: int, seed: int,
 
 
 @pytest.mark.triton
-@settings(deadline=None, max_examples=15)
 @given(data=st.data(), seed=int64s, row_offset=st.integers(0, 2**63 - 12), class_offset=st.integers(0, 2**35 - 701))
 def test_triton_parts_equal_the_whole(data: st.DataObject, device: torch.device, seed: int, row_offset: int, class_offset: int) -> None:
     whole = draw("triton", device, seed, 6, 700, row_offset, class_offset)

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,7 +198,6 @@ def test_ranks_share_one_process_draws(make: Callable[..., Any], num_replicas: i
         assert joined[541:] == whole[: len(joined) - 541]
 
 
-@settings(max_examples=15, deadline=None)
 @given(rows=st.integers(1, 9), num_samples=st.integers(1, 20), num_replicas=st.integers(1, 6), seed=st.integers(0, 2**64 - 1), position=st.integers(0, 20))
 def test_any_sizes(rows: int, num_samples: int, num_replicas: int, seed: int, position: int) -> None:
     labels = [row % 4 for row in range(rows)]

@@ -29,7 +29,7 @@ from gclkern.distributed import (
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
 from gclkern.distributed.shards import Shards, even_sizes
-from gclkern.functional import dro_lt_loss, linear_gcl_cross_entropy
+from gclkern.functional import class_centroids, dro_lt_loss, linear_gcl_cross_entropy
 from tests.support.cases import labels, vector
 from tests.support.processes import run_ranks
 
@@ -308,6 +308,10 @@ def check_centroids(rank: int, world: int) -> None:
     plain.update(features[mine_of(rank)], target[mine_of(rank)])
     sharded.update(features[mine_of(rank)], target[mine_of(rank)])
     (expected, expected_counts), (centroids, counts) = plain.compute(), sharded.compute()
+    whole, whole_counts = class_centroids(features, target, CLASSES)
+    torch.testing.assert_close(expected, whole)
+    assert torch.equal(expected_counts, whole_counts)
+    assert int(plain.counts.sum()) == ROWS, "each rank keeps its own sums"
     assert torch.equal(counts, expected_counts)
     torch.testing.assert_close(centroids, expected[sharded.shards.mine])
     seen = (counts > 0).float() * vector(CLASSES, 0.5, 1.0)

@@ -119,7 +119,7 @@ def test_one_rank_on_a_gpu() -> None:
     kernels(0, 1, "cuda")
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
 def test_equals_one_process(world: int) -> None:
     run_ranks(world, every_option)
 

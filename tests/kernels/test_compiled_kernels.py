@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -107,16 +108,21 @@ def test_what_a_gpu_need_not_notice_is_an_error(body: str, error: type[Exception
 # Of every kernel all options at once, the dtypes, odd sizes and strides, and rows that are not to be read. Any other test runs so, too: see compiled.py.
 SELECTED = {
     "noise": ("test_noise.py", "test_triton"),
-    "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or any_stride or nan-everything)"),
-    "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features or any_stride)"),
-    "bounds": ("test_dro_lt.py", "triton and (test_loss_and_gradients and True or test_sixteen_bit_features or any_strides or out_of_range or near_one)"),
-    "centroids": ("test_centroids.py", "triton and (test_sixteen_bit_features or column_tiles or any_strides or out_of_range)"),
+    "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or nan-everything)"),
+    "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features)"),
+    "bounds": ("test_dro_lt.py", "triton and (test_loss_and_gradients and True or test_sixteen_bit_features or out_of_range or near_one)"),
+    "centroids": ("test_centroids.py", "triton and (test_sixteen_bit_features or column_tiles or out_of_range)"),
+    "strides": ("test_operations.py", "triton and test_any_strides and (transposed or offset)"),
 }
 
 
+FAST = ("sm_90", "centroids")
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("part", SELECTED)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("target", "part"), [pytest.param(*run, marks=() if run == FAST else pytest.mark.slow) for run in itertools.product(("sm_80", "sm_90"), SELECTED)]
+)
 def test_kernels_as_compiled_for(target: str, part: str) -> None:
     file, selection = SELECTED[part]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}", "-k", selection]

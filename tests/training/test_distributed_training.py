@@ -23,11 +23,13 @@ def losses(folder: Path) -> list[float]:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """One process that accumulates two parts deals its draws out as two processes do: samples, augmentation, mixup and noise agree, and so do the losses."""
-    finish(start_train(*SHORT, "--retrain", "none", "--accumulate", "2", "--out", tmp_path / "one"))
-    finish(start_train(*SHORT, "--retrain", "none", "--out", tmp_path / "two", ranks=2))
+    settings = ["--epochs", "1", *SHORT[2:], "--retrain", "none"]
+    finish(start_train(*settings, "--accumulate", "2", "--out", tmp_path / "one"))
+    finish(start_train(*settings, "--out", tmp_path / "two", ranks=2))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sharded_classes_equal_whole_ones(tmp_path: Path) -> None:
     """Both stages, with the classes of the classifier spread over the processes or held by each, an average of the weights and checkpoints in between."""
     settings = [*SHORT, "--retrain-epochs", "2", "--ema", "0.9", "--checkpoint-seconds", "0.1"]
@@ -39,6 +41,7 @@ def test_sharded_classes_equal_whole_ones(tmp_path: Path) -> None:
     assert {name: report["top1"] for name, report in sharded.items()} == pytest.approx({name: report["top1"] for name, report in whole.items()}, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """In the middle of stage 1, with its optimizer's state: the rest of the run is bitwise that of a run left alone."""
     settings = [*SHORT, "--retrain", "none", "--shard-classes", "--checkpoint-seconds", "0"]

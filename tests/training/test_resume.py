@@ -28,12 +28,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object]:
     return outcome(folder)
 
 
-def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple[str, object]) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills: int, tmp_path: Path, undisturbed: tuple[str, object]) -> None:
     """SIGKILL at random moments; with a checkpoint after each step, many fall into the middle of a write."""
     folder = tmp_path / "run"
     dice = random.Random(0)
     process = start_train(*SHORT, "--out", folder)
-    for _ in range(3):
+    for _ in range(kills):
         while not (folder / "last.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         before = (folder / "last.pt").stat().st_mtime_ns

@@ -1,0 +1,237 @@
+"""Laws: changes of a problem whose effect on loss and gradients is known without computing either. They hold for every loss of the table of operations.
+
+The torch backend is held to them in float64, where rounding is far below any fault; the kernels in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support.cases import Options
+from tests.support.operations import CLASSES, OPERATIONS, Operation, Outcome, outcome
+
+LOSSES = [operation for operation in OPERATIONS if operation.leaves]
+FAMILY = [operation for operation in LOSSES if not operation.batch]
+BATCH = [operation for operation in LOSSES if operation.batch]
+HEADS = [operation for operation in LOSSES if "linear_weight" in operation.leaves]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.slow])])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def problem(data: st.DataObject, operation: Operation, backend: str, device: torch.device, *, noise: bool = False, without: tuple[str, ...] = ()) -> Options:
+    """A sample of the table with other numbers in its matrices, for a mean or a sum."""
+    rows = data.draw(st.integers(1, 6), "rows")
+    name = data.draw(st.sampled_from(sorted(operation.samples(rows))), "sample")
+    arguments = operation.sample(name, rows, device, torch.float64 if backend == "torch" else torch.float32)
+    random = generator(data.draw(seeds, "numbers"))
+    for matrix in operation.narrow:
+        arguments[matrix] = (2 * torch.rand(arguments[matrix].shape, generator=random, dtype=torch.float64) - 1).to(arguments[matrix])
+    dropped = (*without, *(() if noise else ("cloud", "seed", "row_offset", "class_offset")))
+    arguments = {name: value for name, value in arguments.items() if name not in dropped}
+    if operation.leaves:
+        arguments["reduction"] = data.draw(st.sampled_from(["mean", "sum"]), "reduction")
+    return arguments
+
+
+def run(operation: Operation, backend: str, arguments: Options) -> Outcome:
+    return outcome(functools.partial(operation.function, backend=backend), arguments, operation.differentiable(arguments))
+
+
+def losses(operation: Operation, backend: str, arguments: Options) -> Tensor:
+    return operation.function(**arguments | {"reduction": "none"}, backend=backend)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str, size: float = 1.0) -> None:
+    """Within a few roundings of numbers of `size`, which logits of up to 30 and sums over the batch multiply."""
+    error = size * (1e-11 if expected.dtype == torch.float64 else 2e-4)
+    torch.testing.assert_close(actual, expected, rtol=error, atol=error, equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
+    for name, part in expected.parts().items():
+        assert_same(actual.parts()[name], part, name)
+
+
+def reordered(operation: Operation, values: dict[str, Any], axis: str, order: Tensor) -> dict[str, Any]:
+    """The arguments, or gradients, with the elements of an axis taken in another order, or some of them twice."""
+
+    def take(name: str, value: Any) -> Any:
+        axes = operation.axes.get(name, "").split()
+        if not isinstance(value, Tensor) or axis not in axes or value.dim() != len(axes):
+            return value
+        return value.index_select(axes.index(axis), order.to(value.device))
+
+    return {name: take(name, value) for name, value in values.items()}
+
+
+def relabelled(arguments: Options, places: Tensor) -> Options:
+    """Class j is now class places[j]; a label that is ignored stays."""
+    changed = dict(arguments)
+    for name in ("target", "target_b"):
+        if name in arguments:
+            label = arguments[name]
+            changed[name] = torch.where(label >= 0, places.to(label.device)[label.clamp(min=0)], label)
+    return changed
+
+
+# ---- rows
+
+
+@every_backend
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+@given(data=st.data())
+def test_the_order_of_rows_does_not_matter(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    arguments = problem(data, operation, backend, device)
+    order = torch.randperm(len(arguments["target"]), generator=generator(data.draw(seeds, "order")))
+    before, moved = run(operation, backend, arguments), reordered(operation, arguments, "rows", order)
+    assert_same_outcome(run(operation, backend, moved), Outcome(before.value, reordered(operation, before.grads, "rows", order)))
+    if operation.leaves:
+        assert_same(losses(operation, backend, moved), losses(operation, backend, arguments)[order.to(device)], "losses")
+
+
+@every_backend
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+@given(data=st.data())
+def test_every_row_twice(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """A mean stays, and each copy has half of the gradient. A softmax over the batch has twice as many samples, which adds log 2 to each class's term."""
+    arguments = problem(data, operation, backend, device)
+    rows = len(arguments["target"])
+    twice = reordered(operation, arguments, "rows", torch.arange(rows).repeat(2))
+    if operation.leaves:
+        arguments["reduction"] = twice["reduction"] = "mean"
+    before, after = run(operation, backend, arguments), run(operation, backend, twice)
+    assert_same(after.value, before.value + (math.log(2) if operation in BATCH else 0.0), "value")
+    for name, grad in before.grads.items():
+        if operation.axes[name].split()[0] == "rows":
+            first, second = after.grads[name][:rows], after.grads[name][rows:]
+            assert_same(first, grad / 2, name)
+            assert_same(second, grad / 2, name)
+        else:
+            assert_same(after.grads[name], grad, name)
+
+
+@every_backend
+@pytest.mark.parametrize("operation", FAMILY, ids=str)
+@given(data=st.data())
+def test_parts_of_a_batch_add_up(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """Micro-batches, each at its place in the noise's grid: losses are those of the whole, and gradients of the sum add up to its gradient."""
+    arguments = problem(data, operation, backend, device, noise=True) | {"reduction": "sum"}
+    rows = len(arguments["target"])
+    cut, start = data.draw(st.integers(0, rows), "cut"), arguments.pop("row_offset", 0)
+    whole, whole_losses = run(operation, backend, arguments | {"row_offset": start}), losses(operation, backend, arguments | {"row_offset": start})
+    parts = [
+        reordered(operation, arguments, "rows", torch.arange(*ends)) | {"row_offset": start + ends[0]} for ends in ((0, cut), (cut, rows)) if ends[0] < ends[1]
+    ]
+    found = [run(operation, backend, part) for part in parts]
+    assert_same(torch.cat([losses(operation, backend, part) for part in parts]), whole_losses, "losses")
+    assert_same(torch.stack([part.value for part in found]).sum(), whole.value, "value")
+    for name, grad in whole.grads.items():
+        grads = [part.grads[name] for part in found]
+        assert_same(torch.cat(grads) if operation.axes[name].split()[0] == "rows" else torch.stack(grads).sum(0), grad, name)
+
+
+# ---- classes
+
+
+@every_backend
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+@given(data=st.data())
+def test_the_order_of_classes_does_not_matter(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    arguments = problem(data, operation, backend, device)
+    order = torch.randperm(CLASSES, generator=generator(data.draw(seeds, "order")))
+    before, moved = run(operation, backend, arguments), relabelled(reordered(operation, arguments, "classes", order), order.argsort())
+    assert_same_outcome(run(operation, backend, moved), Outcome(before.value, reordered(operation, before.grads, "classes", order)))
+
+
+@every_backend
+@pytest.mark.parametrize("operation", FAMILY, ids=str)
+@given(data=st.data())
+def test_a_class_in_two_halves(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """A class that is no target, twice, with half of its probability each: nothing changes, and the halves share its gradient."""
+    arguments = problem(data, operation, backend, device, without=("label_smoothing",))
+    bias = arguments.get("bias", torch.zeros(CLASSES).to(arguments[operation.narrow[0]]))
+    labels = {label for name in ("target", "target_b") if name in arguments for label in arguments[name].tolist()}
+    chosen = data.draw(st.sampled_from([j for j in range(CLASSES) if j not in labels]), "class")
+    arguments["bias"] = bias
+    halved = reordered(operation, arguments, "classes", torch.tensor([*range(CLASSES), chosen]))
+    halved["bias"][[chosen, CLASSES]] -= math.log(2)
+    before, after = run(operation, backend, arguments), run(operation, backend, halved)
+    assert_same(after.value, before.value, "value")
+    for name, grad in after.grads.items():
+        axes = operation.axes[name].split()
+        if "classes" in axes:
+            whole, half = grad.narrow(axes.index("classes"), 0, CLASSES).clone(), grad.select(axes.index("classes"), CLASSES)
+            whole.select(axes.index("classes"), chosen).add_(half)
+            grad = whole
+        assert_same(grad, before.grads[name], name)
+
+
+@every_backend
+@pytest.mark.parametrize("operation", BATCH, ids=str)
+@given(data=st.data())
+def test_a_class_without_samples_adds_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    arguments = problem(data, operation, backend, device)
+    more = reordered(operation, arguments, "classes", torch.tensor([*range(CLASSES), data.draw(st.integers(0, CLASSES - 1), "like")]))
+    before, after = run(operation, backend, arguments), run(operation, backend, more)
+    assert_same(after.value, before.value, "value")
+    for name, grad in before.grads.items():
+        if operation.axes[name] == "classes" and grad.dim() == 1:
+            assert after.grads[name][CLASSES] == 0
+            assert_same(after.grads[name][:CLASSES], grad, name)
+        else:
+            assert_same(after.grads[name], grad, name)
+
+
+# ---- numbers
+
+
+@every_backend
+@pytest.mark.parametrize("operation", FAMILY, ids=str)
+@given(data=st.data(), constant=st.sampled_from([-300.0, -1.0, 0.125, 64.0]))
+def test_a_constant_for_all_logits_changes_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject, constant: float) -> None:
+    arguments = problem(data, operation, backend, device, noise=True)
+    arguments["bias"] = arguments.get("bias", torch.zeros(CLASSES).to(arguments[operation.narrow[0]]))
+    before, after = run(operation, backend, arguments), run(operation, backend, arguments | {"bias": arguments["bias"] + constant})
+    for name, part in before.parts().items():
+        assert_same(after.parts()[name], part, name, max(1.0, abs(constant) / 8))  # logits of that size have larger roundings
+    assert_same(before.grads["bias"].sum(), before.grads["bias"].new_zeros(()), "the gradient of a constant")
+
+
+@every_backend
+@pytest.mark.parametrize("operation", HEADS, ids=str)
+@given(data=st.data())
+def test_the_length_of_a_row_does_not_matter_where_it_is_normalised(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """Its gradient shrinks as it grows."""
+    arguments = problem(data, operation, backend, device, noise=True, without=("normalize",))
+    random = generator(data.draw(seeds, "lengths"))
+    lengths = {name: torch.rand(len(arguments[name]), 1, generator=random, dtype=torch.float64).mul(4).exp().to(arguments[name]) for name in operation.narrow}
+    before, after = run(operation, backend, arguments), run(operation, backend, arguments | {name: arguments[name] * lengths[name] for name in lengths})
+    assert_same_outcome(Outcome(after.value, {name: grad * lengths.get(name, 1.0) for name, grad in after.grads.items()}), before)
+
+
+@every_backend
+@pytest.mark.parametrize("operation", BATCH, ids=str)
+@given(data=st.data(), size=st.sampled_from([0.25, 1.0, 8.0]), distance=st.sampled_from([0.0, 5.0]))
+def test_the_unit_and_the_origin_do_not_matter(
+    operation: Operation, backend: str, device: torch.device, data: st.DataObject, size: float, distance: float
+) -> None:
+    """Distances, radii and temperature in another unit, and all points moved together."""
+    arguments = problem(data, operation, backend, device)
+    moved = {name: size * (arguments[name] + distance) for name in ("features", "centroids")}
+    scaled = {"epsilon": size * arguments["epsilon"], "temperature": size * arguments.get("temperature", 1.0)}
+    before, after = run(operation, backend, arguments), run(operation, backend, arguments | moved | scaled)
+    assert_same_outcome(Outcome(after.value, {name: size * grad for name, grad in after.grads.items()}), before)
