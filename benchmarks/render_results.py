@@ -8,6 +8,7 @@ Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what thi
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
+    errors     of numerics/errors.json, by `python -m benchmarks.errors`
 
 Every section names the code that was measured, and calls its figures stale if the code has changed since. Charts are SVG files in docs/images/. A test fails
 where a page or a chart is not what the results say.
@@ -30,9 +31,9 @@ from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.writing import replace_text
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "numerics.md")
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("status", "summary", "cpu_head", "cpu", "gpu", "accuracy")
+SECTIONS = ("status", "summary", "cpu_head", "cpu", "gpu", "accuracy", "errors")
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
 SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
@@ -232,6 +233,40 @@ def accuracy(results: Path) -> str:
     return "\n".join([*explained, "", found, "", code, source])
 
 
+def _setting(name: str, value: Any) -> str:
+    """One number of a case in words."""
+    return str(value) if name == "dtype" else f"{name} {value:,.0f}" if value >= 10 else f"{name} {value:g}"
+
+
+def errors(path: Path) -> str:
+    """One table an operation: a case a row, an implementation a column."""
+    data = json.loads(path.read_text())
+    names = {"torch": "torch backend", "triton": "kernels, interpreted"}
+    head = [
+        f"The largest error of 8 rows against float64 on the same inputs, torch {data['torch']} on a CPU: of the loss in units in the last place of float32",
+        "(ULP), and of the gradient of the target's logit (of the features, where there are no logits), relative. Each case changes one number of the first.",
+    ]
+    parts = ["\n".join(head)]
+    for operation in dict.fromkeys(row["case"]["operation"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["case"]["operation"] == operation]
+        base = {name: value for name, value in rows[0]["case"].items() if name not in ("operation", "implementation")}
+        if operation == "DRO-LT bound":
+            base = {name: base[name] for name in ("dtype", "offset")}
+        cells: dict[str, dict[str, str]] = {}
+        for row in rows:
+            changed = {name: value for name, value in base.items() if row["case"][name] != value} or base
+            case = ", ".join(_setting(name, row["case"][name]) for name in changed)
+            found = row["errors"]
+            cells.setdefault(case, {})[row["case"]["implementation"]] = f"{found['loss_ulp']:.2g} ULP, {found['target_relative']:.1e}"
+        columns = list(dict.fromkeys(row["case"]["implementation"] for row in rows))
+        lines = ([case, *(row.get(name, "") for name in columns)] for case, row in cells.items())
+        table = _table(["", *(names.get(name, f"`{name}`") for name in columns)], lines)
+        parts.append(f"**{operation}**\n\n{table}")
+    code = measured_at("CPU code", [data["torch_hash"]], torch_hash())
+    parts.append(f"{code} By `python -m benchmarks.errors`; a test measures the cases of up to 1000 classes again.")
+    return "\n\n".join(parts)
+
+
 def render(name: str, results: Path = RESULTS) -> str:
     """What belongs between the markers of section `name`."""
     if name not in SECTIONS:
@@ -242,6 +277,9 @@ def render(name: str, results: Path = RESULTS) -> str:
         text = cpu_head(results) if (results / "cpu_head.json").exists() else "Not measured yet: `python -m benchmarks.cpu_head`."
     elif name == "accuracy":
         text = accuracy(results)
+    elif name == "errors":
+        path = results / "numerics" / "errors.json"
+        text = errors(path) if path.exists() else "Not measured yet: `python -m benchmarks.errors`."
     else:
         text = "\n\n".join(map(report, _reports(results, gpu=name == "gpu")))
         text = text or f"Not measured yet: `python -m benchmarks.gpu_report` on a machine {'with' if name == 'gpu' else 'without'} a GPU."
@@ -266,6 +304,7 @@ def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images
         ("cpu", _reports(results, gpu=False)),
         ("gpu", _reports(results, gpu=True)),
         ("accuracy", [*results.glob("accuracy/*.json")]),
+        ("errors", [*results.glob("numerics/errors.json")]),
     ):
         if files and name not in dict(sections):
             wrong.append(f"no section {name}")

@@ -26,7 +26,7 @@ LADDER: list[set[str]] = [
     {"gclkern.autograd"},
     {"gclkern.dispatch"},
     {"gclkern.validation", "gclkern.buffers"},
-    {"gclkern.devices"},
+    {"gclkern.devices", "gclkern.options"},
     {"gclkern.torch_backend"},
     {"gclkern.kernels"},
 ]
