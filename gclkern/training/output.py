@@ -7,9 +7,13 @@ import sys
 
 
 def say(text: str) -> None:
-    """Print a text. A reader that has seen enough, as in ``python train.py | head -1``, does not end the run."""
+    """Print a text. A reader that has seen enough, as in ``python train.py | head -1``, does not end the run.
+
+    Letters that the output's encoding lacks, as in names of folders, are written as escapes.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)  # noqa: T201
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
     except BrokenPipeError:
         _silence()
 

@@ -30,6 +30,7 @@ from gclkern.training.data.decode import open_image
 from gclkern.training.data.folders import find_images
 from gclkern.training.extras import need
 from gclkern.training.names import printable
+from gclkern.training.output import say
 
 _BATCH = 64
 
@@ -76,7 +77,7 @@ def classify(classifier: Classifier, paths: Sequence[str], top: int, write: Writ
 
 def _as_text(path: str, predictions: Sequence[Prediction]) -> None:
     """One line on the terminal."""
-    print(printable(path), *(f"{printable(one.name)} {one.probability:.3f}" for one in predictions), sep="  ")  # noqa: T201
+    say("  ".join([printable(path), *(f"{printable(one.name)} {one.probability:.3f}" for one in predictions)]))
 
 
 def _csv_writer(file: TextIO, top: int) -> Write:
