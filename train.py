@@ -262,6 +262,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1: retrain it, in place of training one")
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced)")
     add("--cloud", choices=list(CLOUDS), help="how GCL's clouds grow as classes get rarer (default log)")
+    add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
+    add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
+    add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in all stages with GCL's or LDAM's loss")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: the data set's usual)"

@@ -43,6 +43,9 @@ class RunConfig:
     stage1: str | None = None  # checkpoint of a finished stage 1; None trains one
     sampler: str | None = None
     cloud: str | None = None
+    noise_mul: float | None = None  # of all phases with clouds, as the next two of those with margins and scales
+    margin: float | None = None
+    scale: float | None = None
     stage1_sampler: str | None = None
     mixup: float | None = None
     augment: str | None = None

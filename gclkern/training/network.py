@@ -79,9 +79,9 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
     network.head = new
 
 
-def model_name(config: RunConfig) -> str:
+def model_name(config: RunConfig, data: DataSplits) -> str:
     """The backbone of a run: the given one, or the data set's usual."""
-    return config.model or default_model(config.data)
+    return config.model or default_model(config.data, data.image_size, len(data.train))
 
 
 def build_network(
@@ -99,7 +99,7 @@ def prepare(phase: Phase, network: Network | None, data: DataSplits, config: Run
         torch.manual_seed(derive_seed(config.seed, "weights"))
         pretrained = config.data == "places-lt" if config.pretrained is None else config.pretrained
         return build_network(
-            model_name(config), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size, channels_last=config.channels_last,
+            model_name(config, data), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size, channels_last=config.channels_last,
             pretrained=pretrained,
         ).to(device)  # fmt: skip
     torch.manual_seed(derive_seed(config.seed, "new head"))
@@ -133,8 +133,9 @@ def whole_state(network: Network) -> dict[str, Tensor]:
 def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig, temperature: float | None = None) -> Checkpoint:
     """What a checkpoint of a network holds; a collective call."""
     return {
-        "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config), "head": phase.head,
-        "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(), "temperature": temperature,
+        "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config, data),
+        "head": phase.head, "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(),
+        "temperature": temperature,
         "groups": data.groups, "data": data.identity,
     }  # fmt: skip
 

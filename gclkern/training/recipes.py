@@ -16,11 +16,12 @@ from torch import nn
 from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
+from gclkern.training import own_data
 from gclkern.training.config import RunConfig
 from gclkern.training.schedules import Schedule
-from gclkern.weights import drw_weights, effective_number_weights
+from gclkern.weights import drw_weights, effective_number_weights, ldam_margins
 
-METHODS = ("ce", "focal", "cb", "ldam-drw", "la", "balanced-softmax", "gcl", "dro-lt", "gcl+dro-lt")
+METHODS = ("ce", "focal", "cb", "ldam-drw", "la", "balanced-softmax", "gcl", "gcl-ldam-drw", "dro-lt", "gcl+dro-lt")
 RETRAINS = ("none", "crt", "lws", "tau-norm", "ncm", "gcl")
 SAMPLERS = {
     "instance": InstanceBalancedSampler,
@@ -95,19 +96,22 @@ _INAT_CRT_EPOCHS = 30
 
 
 def family(dataset: str) -> str:
-    """Whose settings a data set takes: ImageNet-LT's are for sets without published ones."""
-    known = {"digits-lt": "digits", "cifar10-lt": "cifar", "cifar100-lt": "cifar", "places-lt": "places", "inat18": "inat"}
-    return known.get(dataset, "imagenet")
+    """Whose settings a data set takes; "own" is for sets without published ones, whose settings follow from the set."""
+    known = {"digits-lt": "digits", "cifar10-lt": "cifar", "cifar100-lt": "cifar", "imagenet-lt": "imagenet", "places-lt": "places", "inat18": "inat"}
+    return known.get(dataset, "own")
 
 
-def default_model(dataset: str) -> str:
-    """The backbone that published numbers on a data set are for."""
-    return {"digits": "small-cnn", "cifar": "resnet32", "places": "resnet152"}.get(family(dataset), "resnet50")
+def default_model(dataset: str, image_size: int, images: int) -> str:
+    """The backbone that published numbers on a data set are for; for a set of one's own by the size of its images and their number."""
+    settings = family(dataset)
+    if settings == "own":
+        return own_data.default_model(image_size, images)
+    return {"digits": "small-cnn", "cifar": "resnet32", "places": "resnet152"}.get(settings, "resnet50")
 
 
 def _clouded(settings: str, stage: int) -> dict[str, Any]:
-    """Arguments of GCL's loss (released recipes); the large sets take those of Places-LT."""
-    large = settings not in ("cifar", "digits")
+    """Arguments of GCL's loss (released recipes): the large sets take those of Places-LT, sets of one's own those of CIFAR."""
+    large = settings in ("imagenet", "inat", "places")
     if stage == 1:
         return {"noise_mul": 1.0 if large else 0.5, "scale": COSINE_SCALE}
     if large:
@@ -115,13 +119,19 @@ def _clouded(settings: str, stage: int) -> dict[str, Any]:
     return {"noise_mul": 0.5, "margin": 0.1, "scale": 20.0, "gamma": 1.0}
 
 
-def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Phase]:
-    clouded = method in ("gcl", "gcl+dro-lt")
-    epochs, batch_size, lr, weight_decay, schedule, mixup = _STAGE1[settings]["gcl" if clouded else "plain"]
-    loss = {"ldam-drw": "ldam", "balanced-softmax": "la", "gcl+dro-lt": "gcl", "dro-lt": "ce"}.get(method, method)
+def _first_stage(method: str, settings: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:
+    clouded = method in ("gcl", "gcl+dro-lt", "gcl-ldam-drw")
+    if settings == "own":
+        published: tuple[int, int, float, float, Schedule, float] = own_data.stage1_settings(class_counts, pretrained=pretrained)
+    else:
+        published = _STAGE1[settings]["gcl" if clouded and method != "gcl-ldam-drw" else "plain"]
+    epochs, batch_size, lr, weight_decay, schedule, mixup = published
+    loss = {"ldam-drw": "ldam", "balanced-softmax": "la", "gcl+dro-lt": "gcl", "gcl-ldam-drw": "gcl", "dro-lt": "ce"}.get(method, method)
+    # LDAM-DRW with GCL's clouds on top, in one stage: LDAM's margins and schedule, no mixup
+    options = _clouded(settings, 1) | ({"margin": "ldam"} if method == "gcl-ldam-drw" else {}) if clouded else {}
     phase = Phase(
-        "stage-1", epochs, batch_size, lr, weight_decay, schedule, loss, mixup=mixup, options=_clouded(settings, 1) if clouded else {},
-        head="cosine" if loss in ("gcl", "ldam") else "linear", start="fresh", drw=0.8 if method == "ldam-drw" else None,
+        "stage-1", epochs, batch_size, lr, weight_decay, schedule, loss, mixup=mixup, options=options,
+        head="cosine" if loss in ("gcl", "ldam") else "linear", start="fresh", drw=0.8 if method.endswith("ldam-drw") else None,
         # a pretrained ResNet-152, in GCL's release as in its forerunners
         trains="last-block" if settings == "places" else "all",
     )  # fmt: skip
@@ -130,10 +140,11 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
     # The released recipe for CIFAR, taken for all sets: 80 epochs on the features with the classifier frozen, then 20 on the classifier alone, with the same
     # sampler. Combined with GCL, the stretch on the features has GCL's loss in place of the weighted cross entropy, since the classifier is of cosines, and
     # GCL's stage 2 takes the place of the 20 epochs.
-    long = max(class_counts) * len(class_counts)
+    long = max(class_counts) * len(class_counts) if settings != "own" else None
+    robust_epochs = {"digits": 10, "own": max(1, round(own_data.ROBUST_SHARE * epochs))}.get(settings, 80)
     weighted = {} if clouded else {"weight": "counts"}
     robust = replace(
-        phase, name="stage-1-robust", epochs=80 if settings != "digits" else 10, batch_size=128, lr=0.005, weight_decay=1e-4, schedule=Schedule(),
+        phase, name="stage-1-robust", epochs=robust_epochs, batch_size=128, lr=0.005, weight_decay=1e-4, schedule=Schedule(),
         mixup=0.0, options=phase.options | weighted, sampler="class-aware", sampler_options={"samples_per_class": 4}, trains="backbone", start="previous",
         robust=1.0, epoch_samples=long,
     )  # fmt: skip
@@ -141,17 +152,21 @@ def _first_stage(method: str, settings: str, class_counts: list[int]) -> list[Ph
     return [phase, robust] if clouded else [phase, robust, classifier]
 
 
-def _second_stage(retrain: str, settings: str, first: Phase) -> Phase:
+def _second_stage(retrain: str, settings: str, first: Phase, class_counts: list[int]) -> Phase:
+    new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
+    own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if settings == "own" else None
     if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
         # after a clouded stage 1, re-trainings differ in what learns and not in the loss: so GCL's paper compares them
-        epochs, batch_size, lr = _GCL_STAGE2[settings]
+        epochs, batch_size, lr = own or _GCL_STAGE2[settings]
         phase = replace(
             first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=_COSINE, loss="gcl", options=_clouded(settings, 2),
-            sampler="cben", head="cosine", trains="head", start="new head" if retrain == "crt" or first.head != "cosine" else "previous", drw=None,
+            sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
         )  # fmt: skip
         return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
     epochs = _INAT_CRT_EPOCHS if (retrain, settings) == ("crt", "inat") else _RETRAIN_EPOCHS.get(retrain, 0)
     options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
+    if own is not None and epochs:
+        epochs = own[0]
     plain = replace(first, name="stage-2", epochs=epochs, schedule=_COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
     if retrain == "crt":
         return replace(plain, trains="head", start="new head")
@@ -168,7 +183,7 @@ def _scaled(phase: Phase, factor: float) -> Phase:
 
 def plan(
     method: str, retrain: str | None, dataset: str, class_counts: list[int], *, baseline: bool = False, epochs_scale: float = 1.0, cloud: str | None = None,
-    stage1: dict[str, Any] | None = None, stage2: dict[str, Any] | None = None,
+    stage1: dict[str, Any] | None = None, stage2: dict[str, Any] | None = None, pretrained: bool = False,
 ) -> list[Phase]:  # fmt: skip
     """The phases of a run.
 
@@ -178,24 +193,29 @@ def plan(
         dataset: decides the published settings.
         class_counts: training images of each class.
         baseline: whether a network comes first that differs from stage 1 in the loss alone: cross entropy, for as many epochs as all other phases together.
-        epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch.
+        epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch. At 1, phases after the first
+            are shortened or lengthened as the `epochs` of `stage1` are.
         cloud: one of CLOUDS; None is "log", the paper's choice.
         stage1, stage2: fields of :class:`Phase` that replace the published ones.
+        pretrained: whether stage 1 starts from pretrained weights; it changes the settings of sets without published ones alone.
 
     Example:
         >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
         ['baseline', 'stage-1', 'stage-2']
     """
     settings = family(dataset)
-    phases = [_scaled(phase, epochs_scale) for phase in _first_stage(method, settings, class_counts)]
-    phases[0] = replace(phases[0], **(stage1 or {}))
+    published = _first_stage(method, settings, class_counts, pretrained=pretrained)
+    stage1 = stage1 or {}
+    later_scale = stage1["epochs"] / published[0].epochs if "epochs" in stage1 and epochs_scale == 1 else epochs_scale
+    phases = [replace(_scaled(published[0], epochs_scale), **stage1), *(_scaled(phase, later_scale) for phase in published[1:])]
     if settings == "cifar" and phases[0].mixup and method != "ldam-drw":  # published runs with mixup are MiSLAS's, whose steps are smaller
         phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=_MISLAS_STEPS.factors))
-    phases[1:] = [replace(phase, weight_decay=(stage1 or {}).get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
-    retrain = retrain or ("gcl" if method.startswith("gcl") else "none")
+    phases[1:] = [replace(phase, weight_decay=stage1.get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
+    retrain = retrain or ("gcl" if method in ("gcl", "gcl+dro-lt") else "none")
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
-        second = _scaled(_second_stage(retrain, settings, phases[0]), epochs_scale)
+        second = _second_stage(retrain, settings, phases[0], class_counts)
+        second = _scaled(second, 1.0 if settings == "own" else later_scale)  # own settings follow from what stage 1 has already
         if stage2 and not second.epochs:
             raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
         phases.append(replace(second, **(stage2 or {})))
@@ -211,6 +231,25 @@ def plan(
     return phases
 
 
+# Arguments of losses that a run may set, and what each loss calls them.
+_LOSS_OPTIONS = {"gcl": {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}, "ldam": {"margin": "max_margin", "scale": "scale"}}
+
+
+def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> list[Phase]:
+    """The phases with the given arguments of their losses; raises ValueError for one that no loss has."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not any(name in _LOSS_OPTIONS.get(phase.loss, {}) for phase in phases):
+            takers = " and ".join(loss for loss, names in _LOSS_OPTIONS.items() if name in names)
+            raise ValueError(f"`{name}` does nothing here: only the losses {takers} have it; leave it out, or choose another method")
+        phases = [
+            replace(phase, options=phase.options | {_LOSS_OPTIONS[phase.loss][name]: value}) if name in _LOSS_OPTIONS.get(phase.loss, {}) else phase
+            for phase in phases
+        ]
+    return phases
+
+
 def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list[Phase]:
     """The phases of a run on a number of processes.
 
@@ -222,10 +261,11 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
     stage2 = {"epochs": config.retrain_epochs, "batch_size": config.retrain_batch_size, "lr": config.retrain_lr, "sampler": config.sampler}
     phases = plan(
         config.method, config.retrain, config.data, class_counts, baseline=config.data == "digits-lt" if config.baseline is None else config.baseline,
-        epochs_scale=config.epochs_scale, cloud=config.cloud,
+        epochs_scale=config.epochs_scale, cloud=config.cloud, pretrained=bool(config.pretrained),
         stage1={name: value for name, value in stage1.items() if value is not None},
         stage2={name: value for name, value in stage2.items() if value is not None},
     )  # fmt: skip
+    phases = _with_loss_options(phases, {"noise_mul": config.noise_mul, "margin": config.margin, "scale": config.scale})
     whole = [phase.name for phase in phases if phase.name != "baseline" and (phase.loss, phase.head) != ("gcl", "cosine")]
     if config.shard_classes and config.amp == "fp16":
         raise ValueError("`shard_classes`: with `amp=fp16` each process would skip steps of its own; take `amp=bf16`")
@@ -243,7 +283,12 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
     """The loss of a phase: of logits, but GCL's takes features and a cosine classifier's weight, `sharded` over processes or whole, if that has no factors."""
-    options = dict(phase.options)  # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
+    options = dict(phase.options)
+    if options.get("margin") == "ldam":
+        options["margin"] = ldam_margins(class_counts)
+    if phase.drw is not None:
+        options["weight"] = drw_weights(class_counts, 0)  # ones, until the phase comes to it
+    # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
     if phase.loss == "gcl" and sharded:
         return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
     if phase.loss == "gcl":
@@ -251,7 +296,7 @@ def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) 
     if phase.loss == "la":
         return LogitAdjustedLoss(class_counts, **options)
     if phase.loss == "ldam":
-        return LDAMLoss(class_counts, weight=drw_weights(class_counts, 0), **options)
+        return LDAMLoss(class_counts, **options)
     if phase.loss == "cb":
         options["weight"] = effective_number_weights(class_counts)
     elif options.get("weight") == "counts":

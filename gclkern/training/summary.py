@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gclkern.training import own_data
 from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits, ImageSet
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
@@ -19,7 +20,7 @@ from gclkern.training.extras import need
 from gclkern.training.network import load_network, model_name
 from gclkern.training.output import say
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import Phase
+from gclkern.training.recipes import Phase, family
 from gclkern.training.run_folder import RunFolder
 from gclkern.training.writing import replace_text, write_errors
 
@@ -37,14 +38,20 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
     lines = [
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
-        f"{model_name(run.config)} on {device}, results in {run.path}",
+        f"{model_name(run.config, data)} on {device}, results in {run.path}",
         f"augmentation of training images: {data.train.augment}",
     ]
+    if family(run.config.data) == "own":
+        lines.append(own_data.reasons(data.class_counts, pretrained=bool(run.config.pretrained)))
     for phase in phases:
         if not phase.epochs:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")
             continue
-        parts = [phase.title, f"{phase.epochs} epochs", f"batch {phase.batch_size}"]
+        parts = [
+            phase.title,
+            f"{phase.epochs} epochs of {max(1, (phase.epoch_samples or len(data.train)) // phase.batch_size)} steps",
+            f"batch {phase.batch_size}",
+        ]
         parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
         parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]

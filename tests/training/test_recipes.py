@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from gclkern.clouds import cloud_sizes
 from gclkern.losses import LinearGCLLoss
+from gclkern.training.config import RunConfig
 from gclkern.training.network import build_head
-from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan
+from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan, plan_run
 from gclkern.training.schedules import Schedule
 from gclkern.training.seeds import derive_seed
-from gclkern.weights import effective_number_weights, log_prior
+from gclkern.weights import effective_number_weights, ldam_margins, log_prior
 
 COUNTS = [50, 20, 5]
 DATASETS = ["digits-lt", "cifar10-lt", "imagenet-lt", "places-lt", "inat18", "folder"]
@@ -173,4 +174,58 @@ def test_seeds_differ() -> None:
 
 
 def test_default_models() -> None:
-    assert [default_model(name) for name in DATASETS] == ["small-cnn", "resnet32", "resnet50", "resnet152", "resnet50", "resnet50"]
+    assert [default_model(name, 224, 10**6) for name in DATASETS] == ["small-cnn", "resnet32", "resnet50", "resnet152", "resnet50", "resnet50"]
+    assert [default_model("folder", 32, 10**6), default_model("list", 224, 1000)] == ["resnet32", "resnet18"]
+
+
+OWN_COUNTS = [1500, 1000, 260]
+
+
+@pytest.mark.parametrize("dataset", ["list", "folder"])
+def test_on_a_set_of_ones_own_every_method_has_the_same_budget(dataset: str) -> None:
+    first = {method: plan(method, None, dataset, OWN_COUNTS)[0] for method in METHODS}
+    assert {(p.epochs, p.batch_size, p.lr, p.weight_decay, p.mixup, p.schedule) for p in first.values()} == {
+        (145, 64, 0.05, 5e-4, 0.0, Schedule("cosine", warmup=5))
+    }
+    assert first["gcl"].options == {"noise_mul": 0.5, "scale": 30.0}
+    robust = plan("dro-lt", None, dataset, OWN_COUNTS)[1]
+    assert (robust.epochs, robust.epoch_samples) == (58, None)
+
+
+def test_stage_2_follows_from_stage_1_on_a_set_of_ones_own() -> None:
+    """30 epochs of 169 steps at 0.002 on CIFAR-100-LT: fewer steps have a higher rate, and a new classifier has that of stage 1."""
+    second = plan("gcl", None, "folder", OWN_COUNTS)[1]
+    assert (second.epochs, second.batch_size, second.lr) == (22, 64, 0.0107)
+    assert second.epochs * (2760 // 64) * second.lr == pytest.approx(30 * 169 * 0.002, rel=0.01)
+    shorter = plan("gcl", None, "folder", OWN_COUNTS, stage1={"epochs": 24, "batch_size": 32, "lr": 0.02})[1]
+    assert (shorter.epochs, shorter.batch_size, shorter.lr) == (10, 32, 0.0118)
+    assert plan("ce", "crt", "folder", OWN_COUNTS)[1].lr == plan("gcl", "crt", "folder", OWN_COUNTS)[1].lr == 0.05
+    pretrained = plan("gcl", None, "folder", OWN_COUNTS, pretrained=True)[0]
+    assert (pretrained.epochs, pretrained.lr) == (36, 0.01)
+
+
+def test_later_phases_follow_the_epochs_of_stage_1() -> None:
+    assert [phase.epochs for phase in plan("dro-lt", None, "cifar100-lt", COUNTS, stage1={"epochs": 50})] == [50, 20, 5]
+    assert [phase.epochs for phase in plan("gcl", None, "cifar100-lt", COUNTS, stage1={"epochs": 100})] == [100, 15]
+    assert [phase.epochs for phase in plan("gcl", None, "cifar100-lt", COUNTS, stage1={"epochs": 100}, stage2={"epochs": 7})] == [100, 7]
+
+
+def test_clouds_margins_and_reweighting_in_one_stage() -> None:
+    (phase,) = plan("gcl-ldam-drw", None, "cifar100-lt", COUNTS)
+    ldam = plan("ldam-drw", None, "cifar100-lt", COUNTS)[0]
+    same = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "mixup", "sampler", "head", "drw")
+    assert [getattr(phase, name) for name in same] == [getattr(ldam, name) for name in same]
+    loss = build_loss(phase, COUNTS)
+    assert isinstance(loss, LinearGCLLoss)
+    torch.testing.assert_close(loss.margin, build_loss(ldam, COUNTS).margin)
+    assert loss.weight is not None and loss.weight.tolist() == [1.0] * len(COUNTS)
+    torch.testing.assert_close(loss.cloud, 0.5 * cloud_sizes(COUNTS))
+
+
+def test_arguments_of_the_losses_reach_all_phases_that_have_them() -> None:
+    first, second = plan_run(RunConfig(data="cifar10-lt", noise_mul=0.3, scale=16.0), COUNTS, 1)
+    assert (first.options["noise_mul"], first.options["scale"], second.options["noise_mul"], second.options["scale"]) == (0.3, 16.0, 0.3, 16.0)
+    (phase,) = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", margin=0.2), COUNTS, 1)
+    torch.testing.assert_close(build_loss(phase, COUNTS).margin, ldam_margins(COUNTS, 0.2))
+    with pytest.raises(ValueError, match="`noise_mul` does nothing here: only the losses gcl have it"):
+        plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", noise_mul=0.3), COUNTS, 1)

@@ -1,0 +1,88 @@
+"""Settings for a data set without published ones: they follow from the number of images and classes, and are the same for every method.
+
+CIFAR's recipes are the starting point, since sets of one's own are closer to them in size than to ImageNet-LT. Where a number was chosen here, its reason
+stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gclkern.training.schedules import Schedule
+
+BATCH_SIZE = 64  # GCL's on CIFAR
+# Images seen in training: enough for a small network to learn a few thousand images from scratch, 145 epochs of 2,760. A network that starts from pretrained
+# weights needs a quarter.
+_IMAGES_SEEN = 400_000
+_EPOCHS = (60, 200)  # fewer leave the learning rate no time to fall; 200 is the number of the published recipes
+_PRETRAINED_SHARE = 0.25
+_LR, _PRETRAINED_LR = 0.05, 0.01  # CIFAR's 0.1 for batches of 128, halved with the batch; fine-tuning must not destroy what was learnt
+_WEIGHT_DECAY = 5e-4
+# A second stage: GCL's takes 30 epochs after 200 on CIFAR. Its classifier moves by up to the sum of the learning rates of its steps, which on CIFAR-100-LT is
+# 30 epochs of 169 steps at 0.002: fewer steps get a higher rate, up to that of stage 1.
+_RETRAIN_SHARE = 0.15
+_FEWEST_RETRAIN_EPOCHS = 10
+_SUM_OF_RATES = 30 * 169 * 0.002
+# DRO-LT's robust phase takes 80 epochs after 200 on CIFAR.
+ROBUST_SHARE = 0.4
+
+
+class Stage1(NamedTuple):
+    """Settings of stage 1, in the order of :class:`gclkern.training.recipes.Phase`."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    mixup: float
+
+
+def stage1_settings(class_counts: Sequence[int], *, pretrained: bool) -> Stage1:
+    """Settings of stage 1 for training sets of these counts.
+
+    Example:
+        >>> stage1_settings([1500, 1000, 260], pretrained=False)[:3]
+        (145, 64, 0.05)
+    """
+    low, high = _EPOCHS
+    epochs = min(high, max(low, round(_IMAGES_SEEN / sum(class_counts))))
+    if pretrained:
+        return Stage1(max(1, round(_PRETRAINED_SHARE * epochs)), BATCH_SIZE, _PRETRAINED_LR, _WEIGHT_DECAY, Schedule("cosine", warmup=5), 0.0)
+    return Stage1(epochs, BATCH_SIZE, _LR, _WEIGHT_DECAY, Schedule("cosine", warmup=5), 0.0)
+
+
+def stage2_settings(epochs: int, batch_size: int, lr: float, images: int, *, new_head: bool) -> tuple[int, int, float]:
+    """Epochs, batch size and learning rate of a second stage, from those of stage 1; a `new_head` has everything to learn, so it gets stage 1's rate.
+
+    Example:
+        >>> stage2_settings(145, 64, 0.05, 2760, new_head=False)
+        (22, 64, 0.0107)
+    """
+    epochs = max(_FEWEST_RETRAIN_EPOCHS, round(_RETRAIN_SHARE * epochs))
+    steps = epochs * max(1, images // batch_size)
+    return epochs, batch_size, lr if new_head else min(lr, round(_SUM_OF_RATES / steps, 4))
+
+
+def default_model(image_size: int, images: int) -> str:
+    """A backbone that sees images of this size and that so many images can train.
+
+    Example:
+        >>> default_model(32, 2_760), default_model(224, 2_760), default_model(224, 400_000)
+        ('resnet32', 'resnet18', 'resnet50')
+    """
+    if image_size <= 64:
+        return "resnet32"  # it begins without a stride, so that small images keep their pixels
+    return "resnet18" if images < 50_000 else "resnet50"
+
+
+def reasons(class_counts: Sequence[int], *, pretrained: bool) -> str:
+    """Why the settings are what they are, for the user to read before a run starts."""
+    images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
+    seen = settings.epochs * images
+    start = "from pretrained weights, so a quarter of the epochs and a low rate" if pretrained else "from scratch"
+    return (
+        f"by default for {images} images {start}: {settings.epochs} epochs, which see {seen:,} images; stage 2 takes {_RETRAIN_SHARE:.0%} of the epochs of "
+        "stage 1 at a rate that follows from its steps; the same for every method"
+    )
