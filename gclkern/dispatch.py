@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gclkern import torch_backend
+from gclkern import cpu_backend, torch_backend
 from gclkern.kernels.terms import NAMESPACE, PREFIXES
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
@@ -17,7 +17,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PLANS: tuple[Plan, ...] = get_args(Plan)
 
 # Looked up once, and without importing Triton: a traced function may not search for packages.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
 # A buffer of logits saves the fourth matrix product; above this size it takes too much memory.
@@ -33,25 +33,36 @@ def _too_old(device: torch.device) -> bool:
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
-    """The backend, "triton" or "torch", that serves `tensor` when the caller asks for `backend`.
+    """The backend, "triton", "cpu" or "torch", that serves `tensor` when the caller asks for `backend`.
 
-    "auto" takes the kernels for tensors on a GPU and torch elsewhere, also on NVIDIA GPUs older than compute capability 8.0; float64 always runs on torch,
-    because the kernels keep their statistics in float32.
+    "auto" takes the Triton kernels for tensors on a GPU, the compiled loops for tensors on a CPU where they were compiled, and torch elsewhere, also on NVIDIA
+    GPUs older than compute capability 8.0; float64 always runs on torch, because the others keep their statistics in float32.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
+    on_cpu = tensor.device.type == "cpu"
+    if backend == "cpu":
+        if not on_cpu:
+            raise ValueError(f'backend="cpu" needs tensors on a CPU, got device {tensor.device}; move them, or use backend="auto"')
+        if tensor.dtype == torch.float64:
+            raise TypeError('backend="cpu" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"')
+        if not cpu_backend.is_available:
+            raise ValueError(f'backend="cpu" cannot run: {cpu_backend.missing}; or use backend="torch"')
+        return "cpu"
     if backend == "auto":
-        usable = tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _HAS_TRITON and not _too_old(tensor.device)
+        if on_cpu and tensor.dtype != torch.float64 and cpu_backend.is_available:
+            return "cpu"
+        usable = tensor.device.type == "cuda" and tensor.dtype != torch.float64 and HAS_TRITON and not _too_old(tensor.device)
         return "triton" if usable else "torch"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError('backend="triton" cannot run: Triton is not installed; install it, or use backend="torch"')
     if tensor.dtype == torch.float64:
         raise TypeError('backend="triton" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"')
     if _too_old(tensor.device):
         found = ".".join(map(str, torch.cuda.get_device_capability(tensor.device)))
         raise ValueError(f'backend="triton" needs a GPU of compute capability 8.0 or more, got {found} of {tensor.device}; use backend="torch" or "auto"')
-    if tensor.device.type == "cpu":
+    if on_cpu:
         from gclkern.kernels.runtime import INTERPRETED
 
         if not INTERPRETED:

@@ -88,7 +88,8 @@ def gcl_cross_entropy(
         row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes data parallel noise equal to one
             process's.
         class_offset: index of the first class in the global class range, for a shard of the classes.
-        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; compiled loops on a CPU; torch elsewhere and for float64), "triton",
+            "cpu" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 input): () for "mean" and "sum", (N,) for "none". All samples ignored: 0 for "sum", NaN for "mean".
@@ -225,7 +226,8 @@ def dro_lt_loss(
             class whose centroid was never seen: ``class_weight=(counts > 0).float()`` with the counts that :func:`gclkern.functional.class_centroids` returns.
         reduction: "mean" is the formula above; "sum" leaves out its division, so it is sum_c w_c loss_c; "none" returns each sample's part of that sum,
             w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.
-        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; compiled loops on a CPU; torch elsewhere and for float64), "triton",
+            "cpu" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". When all samples stay out: 0 for "sum", NaN for "mean".

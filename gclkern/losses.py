@@ -428,7 +428,7 @@ class DROLTLoss(PreciseBuffers):
         base_epsilon: where "learned" starts, or the numerator of "sqrt"; None is 0.5, which equals the release's 1 subtracted once.
         class_weight: weight of each class (C,), >= 0; None weighs all alike.
         reduction: "mean", "sum" or "none", see :func:`gclkern.functional.dro_lt_loss`.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "cpu" or "torch".
 
     Shapes: features (N, D), target (N,) int64, centroids (C, D), counts (C,) or None -> loss () for "mean" and "sum", (N,) for "none".
 

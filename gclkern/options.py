@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "cpu", "torch"]
 Plan = Literal["auto", "materialised", "chunked", "recompute"]
 Reduction = Literal["mean", "sum", "none"]
 Strategy = Literal["log", "power", "cosine"]

@@ -3,7 +3,8 @@
 `LossTerms` is the argument list that the operators of the losses have in common. It is a named tuple, so that `operator(cosine, *terms)` passes it and
 `LossTerms(*args)` restores it.
 
-Each entry of `SCHEMAS` is one operation and defines two operators: `gclkern::<name>`, of the Triton kernels, and `gclkern::torch_<name>`, of plain torch.
+Each entry of `SCHEMAS` is one operation and defines three operators: `gclkern::<name>`, of the Triton kernels, `gclkern::torch_<name>`, of plain torch, and
+`gclkern::cpu_<name>`, of the compiled loops for a CPU.
 The modules of each backend register their functions with `implements` and `shapes_of`. `torch.library.custom_op` would do the same, but its first call
 imports torch's compiler (about 900 modules, 160 MB), and each of its calls costs more.
 """
@@ -70,7 +71,7 @@ SCHEMAS = {
         "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)"
     ),
 }
-PREFIXES = {"triton": "", "torch": "torch_"}  # of an operator's name, by backend
+PREFIXES = {"triton": "", "torch": "torch_", "cpu": "cpu_"}  # of an operator's name, by backend
 
 NAMESPACE = __name__.partition(".")[0]  # a second copy of the package under another name has operators of its own
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -19,6 +19,7 @@ if TRITON and not GPU and PTX_TARGET is None:
 
 # Triton reads the variable above when it is imported.
 from benchmarks.machine_code.launches import Launches, capture_launches  # noqa: E402
+from gclkern import cpu_backend  # noqa: E402
 
 if PTX_TARGET is not None:
     from tests.support.gpu_free import compiled
@@ -37,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs = {
         "gpu": (GPU, "needs a CUDA device"),
         "triton": (TRITON, "needs Triton"),
+        "compiled": (cpu_backend.is_available and not GPU, cpu_backend.missing or "runs where there is no GPU"),
         "interpreter": (TRITON and not GPU and PTX_TARGET is None, "needs Triton's interpreter, which runs where there is no GPU"),
     }
     for item in items:
@@ -80,7 +82,7 @@ def launches() -> Iterator[Launches]:
         yield recorded
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.fixture(params=["torch", pytest.param("cpu", marks=pytest.mark.compiled), pytest.param("triton", marks=pytest.mark.triton)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Both implementations, by the name that `backend=` takes; the kernels only where Triton is installed."""
+    """Every implementation, by the name that `backend=` takes: the compiled loops where there are some, the kernels where Triton is installed."""
     return str(request.param)

@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = str(sysconfig.get_config_var("CC") or "cc").split()[0]
 LOCATE = "import gclkern, gclkern.kernels.terms as t, os; print(os.path.realpath(gclkern.__file__)); print(os.path.realpath(t.__file__))"
 
 
-def run(python: Path | str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+def run(python: Path | str, *args: str, cwd: Path, compiler: str = "no-compiler") -> subprocess.CompletedProcess[str]:
+    """Runs Python. Without a compiler: each installation would wait for it, and has to do without it."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")} | {"CC": compiler}
     done = subprocess.run([str(python), *args], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -96,7 +98,7 @@ def test_an_editable_installation_follows_its_checkout_and_no_other(environment:
 
 
 def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) -> None:
-    run(environment, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), ".", cwd=checkout)
+    run(environment, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), ".", cwd=checkout, compiler=COMPILER)
     (wheel,) = tmp_path.glob("gclkern-*.whl")
     target = tmp_path / "target"
     install(environment, "--target", str(target), str(wheel), cwd=tmp_path)
@@ -110,6 +112,7 @@ def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) 
     assert (target / "gclkern" / "py.typed").is_file()
     assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"gclkern"}, "the wheel brings other top-level packages"
     assert list(target.glob("gclkern-*.dist-info/licenses/LICENSE"))
+    assert bool(list(target.glob("gclkern/cpu_backend/_native.*"))) == (shutil.which(COMPILER) is not None), "the compiled loops of the CPU"
     assert locate(environment, tmp_path, target) == (target / "gclkern", target / "gclkern" / "kernels")
 
 

@@ -245,7 +245,7 @@ def _sharded_loss(
             lam = ranks.gather_rows(lam.expand(features.shape[0]), "gathering the mixing shares")
     whole = features.new_empty((target.shape[0], 0))
     terms = loss_terms("features", whole, shards.num_classes, target, cloud, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **terms_options)
-    chosen = resolve_backend(backend, features)
+    chosen = "triton" if resolve_backend(backend, features) == "triton" else "torch"  # the compiled loops of the CPU know no shards
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
     call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)
     loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, terms.bias, terms, call)

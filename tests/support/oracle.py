@@ -138,6 +138,8 @@ def gcl_cross_entropy(
                 denominator += part[i] * (1.0 if gamma > 0 else weights[labels[i]])
     if reduction == "none":
         return losses
+    if reduction == "mean" and not kept.any():
+        return losses.sum() + math.nan  # as torch: the loss is NaN, all gradients are 0
     return losses.sum() / denominator if reduction == "mean" else losses.sum()
 
 

@@ -1,0 +1,123 @@
+"""The compiled library of this package: where it is, whether it can serve, and how its functions are called.
+
+setup.py compiles native/*.c into a shared library beside this file, which is loaded by ctypes: it knows neither Python nor torch. Rows are shared out to
+torch's own threads, by `torch_parallel_for` of torch's stable C interface, so there is one pool of threads in the process and torch.set_num_threads governs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.machinery
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def _structure(name: str, pointers_and_numbers: str) -> type[ctypes.Structure]:
+    """A structure of native.h: names of members, a pointer's with a star, a double's with a dot."""
+    types = {"*": ctypes.c_void_p, ".": ctypes.c_double}
+    fields = [(field.rstrip("*."), types.get(field[-1], ctypes.c_int64)) for field in pointers_and_numbers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Logits = _structure(
+    "Logits",
+    "num_rows num_classes target* target_b* lam* cloud* margin* bias* weight* seed* scale. gamma. label_smoothing. focal_detach ignore_index row_offset "
+    "class_offset reduction weight_sum. matrix* dtype row_stride class_stride class_factor* kept* block_peaks* sums* first_class num_columns statistics* "
+    "losses* loss* denominator* grad_loss* gradient* over_factor grad_bias* partial_sums* strips threads",
+)
+Rows = _structure("Rows", "num_rows dim matrix* dtype row_stride column_stride no_direction. inverse* products* factor* out* out_dtype threads")
+Noise = _structure("Noise", "num_rows num_classes seed* row_offset class_offset out* threads")
+Bound = _structure(
+    "Bound",
+    "num_samples num_classes dim max_rows features* target* centroids* epsilon* epsilon_stride class_weight* temperature. reduction distance* statistics* "
+    "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads",
+)
+Segments = _structure("Segments", "num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* sums* counts* threads")
+
+_FUNCTIONS = {
+    "logit_forward": Logits, "logit_finish": Logits, "logit_backward": Logits, "head_gradient": Logits, "inverse_norms": Rows, "project": Rows,
+    "noise": Noise, "bound_forward": Bound, "bound_backward": Bound, "segment_sums": Segments,
+}  # fmt: skip
+
+
+def source_hash(folder: Path = _FOLDER / "native") -> str:
+    """What the compiled library carries, so that one of other sources is not taken; empty where the sources are not there."""
+    sources = sorted(folder.glob("*.[ch]"))
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16] if sources else ""
+
+
+def _parallel_for() -> int | None:
+    """The address of torch's function; without it everything runs in the caller's thread."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`, set up for this process."""
+    library = ctypes.CDLL(str(path))
+    for name, structure in _FUNCTIONS.items():
+        function = getattr(library, f"gclkern_{name}")
+        function.argtypes, function.restype = [ctypes.POINTER(structure)], None
+    library.gclkern_instructions.restype = library.gclkern_sources.restype = ctypes.c_char_p
+    library.gclkern_setup.argtypes, library.gclkern_setup.restype = [ctypes.c_void_p], None
+    library.gclkern_setup(_parallel_for())
+    # a forked process has none of the threads that OpenMP believes to have: it would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: library.gclkern_setup(None))
+    return library
+
+
+def _find() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none. A checkout that has not compiled its sources takes the library of an installation from equal ones."""
+    sources = source_hash()
+    folders = [_FOLDER, *(Path(entry, *_FOLDER.parts[-2:]) for entry in sys.path if sources)]
+    candidates = [path for folder in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
+    if not candidates:
+        return None, "its loops are not compiled: install a C compiler, then `pip install .`, or `python setup.py build_ext --inplace` in a checkout"
+    reasons = []
+    for path in candidates:
+        try:
+            library = load(path)
+        except (OSError, AttributeError) as error:
+            reasons.append(f"{path} cannot be loaded: {error}")
+            continue
+        if sources in ("", library.gclkern_sources().decode()):
+            return library, ""
+        reasons.append(f"{path} was compiled from other sources: run `python setup.py build_ext --inplace` again")
+    return None, reasons[0]
+
+
+# Found out once, when this is imported: a traced function may not look for files. `missing` says why the library cannot serve, and the remedy.
+_library, missing = _find()
+is_available = _library is not None
+
+
+def summary() -> str:
+    """Which code serves tensors on a CPU, in a line."""
+    if _library is None:
+        return f"torch operators ({missing})"
+    return f"compiled loops ({_library.gclkern_instructions().decode()}) on {torch.get_num_threads()} threads"
+
+
+def call(name: str, arguments: ctypes.Structure) -> None:
+    """Runs the library's function `name`."""
+    if _library is None:
+        raise RuntimeError(missing)
+    getattr(_library, f"gclkern_{name}")(arguments)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of a contiguous tensor's first element, or of any tensor that is passed with its strides."""
+    return None if tensor is None else tensor.data_ptr()

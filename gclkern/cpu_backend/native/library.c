@@ -1,0 +1,235 @@
+/* The functions that the library exports: they choose the loops of the processor and share their rows out to torch's threads. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "native.h"
+
+enum {
+    GRAIN = 4096,      /* elements that a thread takes at a time */
+    BLOCK_COLUMNS = 512, /* BLOCK of vector.h */
+};
+
+extern const struct loops baseline;
+#if defined(__x86_64__)
+extern const struct loops avx2, avx512;
+#endif
+
+/* torch_parallel_for of torch's stable C interface: calls `body` on parts of begin...end, each in a thread of torch's pool. */
+typedef int32_t parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context);
+
+static parallel_for *share_out = NULL;
+static const struct loops *loops = &baseline;
+
+/* Takes the loops of the best instruction set that the processor has. Without `function`, everything runs in the caller's thread. */
+EXPORT void gclkern_setup(parallel_for *function) {
+    share_out = function;
+#if defined(__x86_64__) && !defined(GCLKERN_BASELINE)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        loops = &avx512;
+    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
+        loops = &avx2;
+    }
+#endif
+}
+
+/* "baseline", "avx2" or "avx512". */
+EXPORT const char *gclkern_instructions(void) { return loops->name; }
+
+/* What the library was compiled from; setup.py defines it. */
+EXPORT const char *gclkern_sources(void) { return GCLKERN_SOURCES; }
+
+struct job {
+    loop *body;
+    void *call;
+    int64_t count, step;
+    atomic_llong next;
+};
+
+/* Threads take a few parts at a time until none is left, so that one which the system has put aside holds up only what it took. */
+static void work(int64_t begin, int64_t end, void *context) {
+    struct job *job = context;
+    (void)begin;
+    (void)end;
+    for (;;) {
+        int64_t first = (int64_t)atomic_fetch_add(&job->next, job->step);
+        if (first >= job->count) return;
+        job->body(job->call, first, first + job->step < job->count ? first + job->step : job->count);
+    }
+}
+
+/* `count` parts of `cost` elements each. No result depends on who computes a part. */
+static void run(loop *body, void *call, int64_t count, int64_t cost, int64_t threads) {
+    int64_t step = cost >= GRAIN ? 1 : GRAIN / (cost > 0 ? cost : 1);
+    int64_t steps = (count + step - 1) / step;
+    if (threads > steps) threads = steps;
+    if (share_out == NULL || threads < 2) {
+        body(call, 0, count);
+        return;
+    }
+    struct job job = {.body = body, .call = call, .count = count, .step = step};
+    atomic_init(&job.next, 0);
+    if (share_out(0, threads, 1, work, &job) != 0) work(0, 1, &job); /* what an error has left undone */
+}
+
+static int is_ignored(const struct terms *terms, int64_t row) {
+    return terms->target[row] == terms->ignore_index || (terms->target_b != NULL && terms->target_b[row] == terms->ignore_index);
+}
+
+static double weight_of(const struct terms *terms, int64_t label) {
+    return label < 0 || label >= terms->num_classes ? 0.0 : (double)terms->weight[label];
+}
+
+/* The loss as the reduction wants it, and the number that it was divided by; torch's rule, mixed. */
+static void reduce(const struct logits *call) {
+    const struct terms *terms = &call->terms;
+    double total = 0.0, denominator = 0.0;
+    *call->denominator = 1.0f;
+    if (terms->reduction == NONE) return;
+    for (int64_t row = 0; row < terms->num_rows; row++) {
+        total += (double)call->losses[row];
+        if (is_ignored(terms, row)) continue;
+        if (terms->weight == NULL || terms->gamma > 0.0) {
+            denominator += 1.0;
+        } else if (terms->target_b == NULL) {
+            denominator += weight_of(terms, terms->target[row]);
+        } else {
+            double lam = (double)terms->lam[row];
+            denominator += lam * weight_of(terms, terms->target[row]) + (1.0 - lam) * weight_of(terms, terms->target_b[row]);
+        }
+    }
+    if (terms->reduction == MEAN) {
+        *call->denominator = (float)denominator;
+        total /= denominator;
+    }
+    *call->loss = (float)total;
+}
+
+static void sum_weights(struct terms *terms) {
+    terms->weight_sum = (double)terms->num_classes;
+    if (terms->weight == NULL || terms->label_smoothing == 0.0) return;
+    terms->weight_sum = 0.0;
+    for (int64_t k = 0; k < terms->num_classes; k++) terms->weight_sum += (double)terms->weight[k];
+}
+
+/* The loss of logits, from all classes or, with `sums`, what a chunk of classes adds to it. */
+EXPORT void gclkern_logit_forward(struct logits *call) {
+    sum_weights(&call->terms);
+    run(loops->logit_forward, call, call->terms.num_rows, call->num_columns, call->threads);
+    if (call->sums == NULL) reduce(call);
+}
+
+/* The loss from the sums over all chunks. */
+EXPORT void gclkern_logit_finish(struct logits *call) {
+    sum_weights(&call->terms);
+    run(loops->logit_finish, call, call->terms.num_rows, 64, call->threads);
+    reduce(call);
+}
+
+EXPORT void gclkern_logit_backward(struct logits *call) {
+    int64_t num_rows = call->terms.num_rows, columns = call->num_columns;
+    if (call->grad_bias == NULL) {
+        run(loops->logit_backward, call, num_rows, columns, call->threads);
+        return;
+    }
+    run(loops->logit_backward, call, call->strips, (num_rows + call->strips - 1) / call->strips * columns, call->threads);
+    for (int64_t k = 0; k < columns; k++) {
+        double sum = 0.0;
+        for (int64_t strip = 0; strip < call->strips; strip++) sum += (double)call->partial_sums[strip * columns + k];
+        call->grad_bias[k] = (float)(sum / call->terms.scale); /* the bias, unlike the cosines, is not scaled */
+    }
+}
+
+/* The loss, and in place of the products its gradient without the upstream one. */
+EXPORT void gclkern_head_gradient(struct logits *call) {
+    sum_weights(&call->terms);
+    run(loops->head_gradient, call, call->terms.num_rows, call->num_columns, call->threads);
+    reduce(call);
+}
+
+EXPORT void gclkern_inverse_norms(struct rows *call) { run(loops->inverse_norms, call, call->num_rows, call->dim, call->threads); }
+
+EXPORT void gclkern_project(struct rows *call) { run(loops->project, call, call->num_rows, call->dim, call->threads); }
+
+EXPORT void gclkern_noise(struct noise *call) { run(loops->noise, call, call->num_rows, call->num_classes, call->threads); }
+
+/* The classes with a term, ascending, and each sample's class; their number. */
+static int64_t find_classes(const struct bound *call) {
+    memset(call->members, 0, (size_t)call->num_classes * sizeof *call->members);
+    for (int64_t j = 0; j < call->num_samples; j++) {
+        int64_t label = call->target[j];
+        int has_term = label >= 0 && label < call->num_classes && (call->class_weight == NULL || call->class_weight[label] != 0.0f);
+        call->label[j] = has_term ? label : call->num_classes;
+        if (has_term) call->members[label]++;
+    }
+    int64_t rows = 0;
+    for (int64_t label = 0; label < call->num_classes; label++) {
+        if (call->members[label] > 0) call->classes[rows++] = label;
+    }
+    for (int64_t row = rows; row < call->max_rows; row++) call->classes[row] = call->num_classes;
+    return rows;
+}
+
+static int64_t used_rows(const struct bound *call) {
+    int64_t rows = 0;
+    while (rows < call->max_rows && call->classes[rows] < call->num_classes) rows++;
+    return rows;
+}
+
+EXPORT void gclkern_bound_forward(struct bound *call) {
+    int64_t rows = find_classes(call);
+    for (int64_t j = 0; j < call->num_samples; j++) {
+        int inside = call->target[j] >= 0 && call->target[j] < call->num_classes;
+        call->losses[j] = inside ? 0.0f : (float)NAN;
+    }
+    run(loops->bound_forward, call, rows, call->num_samples * call->dim, call->threads);
+    if (call->reduction == NONE) return;
+    double total = 0.0, denominator = 0.0;
+    for (int64_t j = 0; j < call->num_samples; j++) total += (double)call->losses[j];
+    for (int64_t row = 0; row < rows; row++) denominator += call->class_weight == NULL ? 1.0 : (double)call->class_weight[call->classes[row]];
+    if (call->reduction == MEAN) {
+        float *share = call->statistics + 3 * call->max_rows;
+        for (int64_t row = 0; row < rows; row++) share[row] = (float)((double)share[row] / denominator);
+        total /= denominator;
+    }
+    *call->loss = (float)total;
+}
+
+EXPORT void gclkern_bound_backward(struct bound *call) {
+    int64_t rows = used_rows(call);
+    run(loops->bound_pull, call, rows, call->num_samples, call->threads);
+    if (call->grad_features != NULL) run(loops->bound_features, call, call->num_samples, rows * call->dim, call->threads);
+    if (call->grad_epsilon == NULL) return;
+    if (call->epsilon_stride == 0) {
+        double sum = 0.0;
+        for (int64_t row = 0; row < rows; row++) sum += (double)call->row_epsilon[row];
+        *call->grad_epsilon = (float)sum;
+        return;
+    }
+    memset(call->grad_epsilon, 0, (size_t)call->num_classes * sizeof *call->grad_epsilon);
+    for (int64_t row = 0; row < rows; row++) call->grad_epsilon[call->classes[row]] = call->row_epsilon[row];
+}
+
+EXPORT void gclkern_segment_sums(struct segments *call) {
+    int64_t num_classes = call->num_classes;
+    memset(call->counts, 0, (size_t)num_classes * sizeof *call->counts);
+    for (int64_t row = 0; row < call->num_rows; row++) {
+        if (call->target[row] >= 0 && call->target[row] < num_classes) call->counts[call->target[row]]++;
+    }
+    /* first where the class before begins: placing its rows moves that to where the class itself begins */
+    call->starts[0] = 0;
+    int64_t start = 0;
+    for (int64_t label = 0; label < num_classes; label++) {
+        call->starts[label + 1] = start;
+        start += call->counts[label];
+    }
+    for (int64_t row = 0; row < call->num_rows; row++) {
+        if (call->target[row] >= 0 && call->target[row] < num_classes) call->order[call->starts[call->target[row] + 1]++] = row;
+    }
+    int64_t blocks = (call->dim + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    int64_t cost = call->num_rows / num_classes * (call->dim < BLOCK_COLUMNS ? call->dim : BLOCK_COLUMNS);
+    run(loops->segment_sums, call, num_classes * blocks, cost, call->threads);
+}

@@ -1,0 +1,180 @@
+/* The loops of one instruction set; a file for each set names it by GCLKERN_LOOPS and includes this. */
+#include "dro_lt.h"
+#include "native.h"
+#include "philox.h"
+#include "row_loss.h"
+#include "vector.h"
+
+#define STRINGIFY(name) #name
+#define NAME_OF(name) STRINGIFY(name)
+
+static void logit_forward(void *context, int64_t begin, int64_t end) {
+    const struct logits *call = context;
+    for (int64_t row = begin; row < end; row++) {
+        if (call->sums == NULL) {
+            struct sums sums = no_sums();
+            add_row(call, row, &sums);
+            finish_row(call, row, &sums);
+        } else {
+            if (call->first_class == 0) call->sums[row] = no_sums();
+            add_row(call, row, &call->sums[row]);
+        }
+    }
+}
+
+static void logit_finish(void *context, int64_t begin, int64_t end) {
+    const struct logits *call = context;
+    for (int64_t row = begin; row < end; row++) finish_row(call, row, &call->sums[row]);
+}
+
+static float upstream_of(const struct logits *call, int64_t row) {
+    if (call->grad_loss == NULL) return (float)call->terms.scale;
+    return call->grad_loss[call->terms.reduction == NONE ? row : 0] / *call->denominator * (float)call->terms.scale;
+}
+
+/* Rows, or with grad_bias strips of rows. */
+static void logit_backward(void *context, int64_t begin, int64_t end) {
+    const struct logits *call = context;
+    if (call->grad_bias == NULL) {
+        for (int64_t row = begin; row < end; row++) row_gradient(call, row, upstream_of(call, row), call->over_factor != 0, NULL);
+        return;
+    }
+    int64_t num_rows = call->terms.num_rows, columns = call->num_columns;
+    for (int64_t strip = begin; strip < end; strip++) {
+        float *sums = call->partial_sums + strip * columns;
+        memset(sums, 0, (size_t)columns * sizeof *sums);
+        for (int64_t row = num_rows * strip / call->strips; row < num_rows * (strip + 1) / call->strips; row++) {
+            row_gradient(call, row, upstream_of(call, row), call->over_factor != 0, sums);
+        }
+    }
+}
+
+/* Forward and backward of rows whose products stay in the cache between the two. */
+static void head_gradient(void *context, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+        logit_forward(context, row, row + 1);
+        logit_backward(context, row, row + 1);
+    }
+}
+
+static double squared_norm(const struct rows *call, int64_t row) {
+    const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
+    double sum = 0.0;
+    float block[BLOCK];
+    for (int64_t first = 0; first < call->dim; first += BLOCK) {
+        int64_t count = smaller(BLOCK, call->dim - first);
+        load(block, matrix, call->dtype, call->column_stride, first, count);
+        sum += (double)weighted_sum(block, block, count);
+    }
+    return sum;
+}
+
+static void inverse_norms(void *context, int64_t begin, int64_t end) {
+    const struct rows *call = context;
+    for (int64_t row = begin; row < end; row++) {
+        double sum = squared_norm(call, row);
+        if (!(sum > 1e-30 && sum < 1e30)) { /* squares of such elements leave the range of float */
+            const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
+            sum = 0.0;
+            for (int64_t k = 0; k < call->dim; k++) {
+                float element;
+                load(&element, matrix, call->dtype, call->column_stride, k, 1);
+                sum += (double)element * (double)element;
+            }
+        }
+        double norm = sqrt(sum);
+        call->inverse[row] = (float)(norm <= 1e-12 ? call->no_direction : norm == (double)INFINITY ? (double)NAN : 1.0 / norm);
+    }
+}
+
+/* out = factor * (p - <p, w> w / |w|^2) for the products p and the rows w; 0 where w has no direction, and where the factor is 0. */
+static void project(void *context, int64_t begin, int64_t end) {
+    const struct rows *call = context;
+    int64_t dim = call->dim;
+    for (int64_t row = begin; row < end; row++) {
+        const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
+        const float *products = call->products + row * dim;
+        char *out = (char *)call->out + row * dim * size_of(call->out_dtype);
+        float factor = call->factor == NULL ? 1.0f : call->factor[row], along = 0.0f;
+        float block[BLOCK], result[BLOCK];
+        int none = factor == 0.0f || (call->inverse != NULL && call->inverse[row] == (float)call->no_direction);
+        if (call->inverse != NULL && !none) {
+            double sum = 0.0;
+            for (int64_t first = 0; first < dim; first += BLOCK) {
+                int64_t count = smaller(BLOCK, dim - first);
+                load(block, matrix, call->dtype, call->column_stride, first, count);
+                sum += (double)weighted_sum(products + first, block, count);
+            }
+            along = (float)(sum * (double)call->inverse[row] * (double)call->inverse[row]);
+        }
+        for (int64_t first = 0; first < dim; first += BLOCK) {
+            int64_t count = smaller(BLOCK, dim - first);
+            if (none) {
+                fill(result, 0.0f, count);
+            } else if (call->inverse == NULL) {
+                for (int64_t k = 0; k < count; k++) result[k] = factor * products[first + k];
+            } else {
+                load(block, matrix, call->dtype, call->column_stride, first, count);
+                for (int64_t k = 0; k < count; k++) result[k] = factor * (products[first + k] - along * block[k]);
+            }
+            store(out, call->out_dtype, first, result, count);
+        }
+    }
+}
+
+static void noise(void *context, int64_t begin, int64_t end) {
+    const struct noise *call = context;
+    float room[NOISE_ROOM];
+    for (int64_t row = begin; row < end; row++) {
+        for (int64_t first = 0; first < call->num_classes; first += BLOCK) {
+            int64_t count = smaller(BLOCK, call->num_classes - first);
+            const float *values = noise_of(room, (uint64_t)*call->seed, (uint64_t)(call->row_offset + row), (uint64_t)(call->class_offset + first), count);
+            store(call->out + row * call->num_classes, FLOAT32, first, values, count);
+        }
+    }
+}
+
+static void bound_forward(void *context, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) bound_row(context, row);
+}
+
+static void bound_pull(void *context, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) pull_row(context, row);
+}
+
+static void bound_features(void *context, int64_t begin, int64_t end) {
+    const struct bound *call = context;
+    int64_t rows = used_rows(call);
+    for (int64_t first = 0; first < call->dim; first += STRIP) {
+        for (int64_t sample = begin; sample < end; sample++) sample_gradient(call, rows, sample, first, smaller(STRIP, call->dim - first));
+    }
+}
+
+/* Parts are a class and BLOCK dimensions each. */
+static void segment_sums(void *context, int64_t begin, int64_t end) {
+    const struct segments *call = context;
+    int64_t blocks = num_blocks(call->dim);
+    double sums[BLOCK];
+    float block[BLOCK];
+    for (int64_t part = begin; part < end; part++) {
+        int64_t label = part / blocks, first = part % blocks * BLOCK, count = smaller(BLOCK, call->dim - first);
+        for (int64_t k = 0; k < count; k++) sums[k] = 0.0;
+        for (int64_t place = call->starts[label]; place < call->starts[label + 1]; place++) {
+            const char *row = (const char *)call->features + call->order[place] * call->row_stride * size_of(call->dtype);
+            if (call->dtype == FLOAT32 && call->column_stride == 1) {
+                const float *values = (const float *)row + first;
+                for (int64_t k = 0; k < count; k++) sums[k] += (double)values[k];
+            } else {
+                load(block, row, call->dtype, call->column_stride, first, count);
+                for (int64_t k = 0; k < count; k++) sums[k] += (double)block[k];
+            }
+        }
+        float *out = call->sums + label * call->dim + first;
+        for (int64_t k = 0; k < count; k++) out[k] = (float)sums[k];
+    }
+}
+
+const struct loops GCLKERN_LOOPS = {
+    NAME_OF(GCLKERN_LOOPS), logit_forward, logit_finish, logit_backward, head_gradient, inverse_norms, project, noise, bound_forward, bound_pull,
+    bound_features, segment_sums,
+};

@@ -1,0 +1,134 @@
+/* What the library exports, the structures that gclkern.cpu_backend.library fills, and the table of loops that each instruction set has.
+ *
+ * Every member of a structure takes 8 bytes. A pointer is NULL where there is no such tensor; all tensors but `matrix` are contiguous.
+ */
+#ifndef GCLKERN_NATIVE_H
+#define GCLKERN_NATIVE_H
+
+#include <stdint.h>
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { MEAN = 0, SUM = 1, NONE = 2 }; /* reductions */
+
+/* gclkern.kernels.terms.LossTerms, over the classes of the call. */
+struct terms {
+    int64_t num_rows, num_classes;
+    const int64_t *target, *target_b; /* (N,) */
+    const float *lam;                 /* (N,) */
+    const float *cloud, *margin, *bias, *weight; /* (C,) */
+    const int64_t *seed;
+    double scale, gamma, label_smoothing;
+    int64_t focal_detach, ignore_index, row_offset, class_offset, reduction;
+    double weight_sum; /* of all classes, or their number without weights; the library sets it */
+};
+
+/* The sums over a row's classes so far. */
+struct sums {
+    double peak;     /* the largest logit of the classes that are no target */
+    double rest;     /* their sum of exp(logit - peak) */
+    double blend;    /* over all classes, weight times logit */
+    double value[2]; /* the logits of the targets, without margin */
+};
+
+/* What backward needs of a row, four bytes each. */
+enum { ANCHOR, SLOPE, SMOOTH, GRADIENT, GRADIENT_B, STATISTICS };
+
+struct logits {
+    struct terms terms;
+    const void *matrix; /* (N, columns) cosines, logits or products */
+    int64_t dtype, row_stride, class_stride;
+    const float *class_factor; /* (columns,) multiplies the matrix; NULL: 1 */
+    float *kept;         /* (N, columns) forward leaves exp(logit - peak of its block); NULL: backward computes the logits again */
+    float *block_peaks;  /* (N, blocks) */
+    struct sums *sums;   /* (N,) kept between calls for chunks of classes; NULL: one call sees all classes */
+    int64_t first_class, num_columns; /* the classes of this call; matrix, class_factor, kept and gradient have these alone */
+    float *statistics;   /* (STATISTICS, N) */
+    float *losses;       /* (N,) */
+    float *loss;         /* () the mean or the sum; NULL: for `losses` alone */
+    float *denominator;  /* () */
+    const float *grad_loss; /* () or (N,); NULL: 1 */
+    void *gradient;      /* (N, columns) in `dtype` */
+    int64_t over_factor;  /* whether gradient is multiplied by class_factor */
+    float *grad_bias;    /* (C,) */
+    float *partial_sums; /* (strips, C) for grad_bias */
+    int64_t strips;      /* into which the rows are cut where grad_bias is wanted */
+    int64_t threads;
+};
+
+/* Rows of features or weights and their norms. */
+struct rows {
+    int64_t num_rows, dim;
+    const void *matrix; /* (R, D) */
+    int64_t dtype, row_stride, column_stride;
+    double no_direction; /* stands for 1 / norm where the norm counts as 0 */
+    float *inverse;      /* (R,) 1 / norm; NULL: `project` leaves the products' direction */
+    const float *products; /* (R, D) */
+    const float *factor; /* (R,) multiplies the result; NULL: 1 */
+    void *out;           /* (R, D) in `out_dtype`; may be `products` */
+    int64_t out_dtype;
+    int64_t threads;
+};
+
+struct noise {
+    int64_t num_rows, num_classes;
+    const int64_t *seed;
+    int64_t row_offset, class_offset;
+    float *out; /* (N, C) */
+    int64_t threads;
+};
+
+/* The DRO-LT bound. Its softmax has a row for each class of the batch, over the batch's samples. */
+struct bound {
+    int64_t num_samples, num_classes, dim, max_rows; /* max_rows: min(N, C) */
+    const float *features;     /* (N, D) */
+    const int64_t *target;     /* (N,) */
+    const float *centroids;    /* (C, D) */
+    const float *epsilon;      /* (C,), or () with epsilon_stride 0 */
+    int64_t epsilon_stride;
+    const float *class_weight; /* (C,) */
+    double temperature;
+    int64_t reduction;
+    float *distance;           /* (max_rows, N) */
+    float *statistics;         /* (4, max_rows): peak, around, rest, share, as in gclkern.kernels.dro_lt */
+    int64_t *classes;          /* (max_rows,) of each row; num_classes where the row is unused */
+    int64_t *label;            /* (N,) each sample's class; num_classes where it has no term */
+    int64_t *members;          /* (C,) samples of each class with a term */
+    float *losses;             /* (N,) */
+    float *loss;               /* () unless the reduction is NONE */
+    const float *grad_loss;    /* () or (N,), grad_stride apart */
+    int64_t grad_stride;
+    float *pull;               /* (max_rows, N) */
+    float *grad_features;      /* (N, D) */
+    float *grad_epsilon;       /* as epsilon */
+    float *row_epsilon;        /* (max_rows,) */
+    int64_t threads;
+};
+
+/* Sums of the rows of each class. */
+struct segments {
+    int64_t num_rows, num_classes, dim;
+    const void *features; /* (M, D) */
+    int64_t dtype, row_stride, column_stride;
+    const int64_t *target; /* (M,) */
+    int64_t *order;        /* (M,) rows by class */
+    int64_t *starts;       /* (C + 1,) where each class begins in `order` */
+    float *sums;           /* (C, D) */
+    int64_t *counts;       /* (C,) */
+    int64_t threads;
+};
+
+/* The loops of one instruction set: each takes a range of rows, or of other parts that do not depend on each other. */
+typedef void loop(void *call, int64_t begin, int64_t end);
+
+struct loops {
+    const char *name;
+    loop *logit_forward, *logit_finish, *logit_backward, *head_gradient, *inverse_norms, *project, *noise, *bound_forward, *bound_pull,
+        *bound_features, *segment_sums;
+};
+
+#endif

@@ -1,0 +1,252 @@
+/* The loss of a row of logits and its gradient, in blocks that stay in the first-level cache. gclkern.torch_backend.rows has the formulas.
+ *
+ * The targets are kept out of the sums, so that loss and gradient keep their digits where a target's probability is close to 1. A row's sums are double, and
+ * so is the arithmetic of its loss; within a block sums are float, in LANES parts.
+ */
+#ifndef GCLKERN_ROW_LOSS_H
+#define GCLKERN_ROW_LOSS_H
+
+#include "native.h"
+#include "philox.h"
+#include "vector.h"
+
+/* The logits of a block: scale * (cosine - cloud * noise) + bias, padded with -infinity. Classes count from the chunk's first. */
+INLINE void load_logits(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out) {
+    const struct terms *terms = &call->terms;
+    const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
+    float scale = (float)terms->scale;
+    load(out, matrix, call->dtype, call->class_stride, first, count);
+    if (call->class_factor != NULL) {
+        const float *factor = call->class_factor + first;
+        for (int64_t k = 0; k < count; k++) out[k] *= factor[k];
+    }
+    int64_t column = call->first_class + first; /* in the vectors of classes */
+    if (terms->cloud != NULL) {
+        float room[NOISE_ROOM];
+        const float *cloud = terms->cloud + column;
+        const float *noise =
+            noise_of(room, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
+        for (int64_t k = 0; k < count; k++) out[k] = scale * (out[k] - cloud[k] * noise[k]);
+    } else {
+        for (int64_t k = 0; k < count; k++) out[k] *= scale;
+    }
+    if (terms->bias != NULL) {
+        const float *bias = terms->bias + column;
+        for (int64_t k = 0; k < count; k++) out[k] += bias[k];
+    }
+    fill(out + count, -INFINITY, round_up(count, LANES) - count);
+}
+
+INLINE int64_t num_blocks(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
+
+/* Of a block, whose weights, unless NULL, are as many as its values. */
+INLINE float weighted_sum(const float *values, const float *weight, int64_t count) {
+    float lanes[LANES];
+    fill(lanes, 0.0f, LANES);
+    for (int64_t k = 0; k < count; k += LANES) {
+        int64_t width = smaller(LANES, count - k);
+        for (int64_t l = 0; l < width; l++) lanes[l] += weight == NULL ? values[k + l] : weight[k + l] * values[k + l];
+    }
+    return sum_lanes(lanes);
+}
+
+/* Logits become exp(logit - anchor), padded; their sum. */
+INLINE float exponentials(float *block, int64_t padded, float anchor) {
+    float lanes[LANES];
+    fill(lanes, 0.0f, LANES);
+    for (int64_t k = 0; k < padded; k += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            block[k + l] = exponential(block[k + l] - anchor);
+            lanes[l] += block[k + l];
+        }
+    }
+    return sum_lanes(lanes);
+}
+
+/* The peak, or 0 for a row without a class beside its targets: -infinity minus -infinity is NaN. */
+INLINE double finite_peak(double peak) { return peak == (double)-INFINITY ? 0.0 : peak; }
+
+INLINE int is_ignored(const struct terms *terms, int64_t row) {
+    return terms->target[row] == terms->ignore_index || (terms->target_b != NULL && terms->target_b[row] == terms->ignore_index);
+}
+
+/* Where a target's class is in a block; -1 if it is elsewhere, or no class. */
+INLINE int64_t place_of(const int64_t *target, int64_t row, int64_t first, int64_t count) {
+    if (target == NULL) return -1;
+    int64_t label = target[row];
+    return label >= first && label < first + count ? label - first : -1;
+}
+
+INLINE struct sums no_sums(void) {
+    struct sums sums = {.peak = (double)-INFINITY, .rest = 0.0, .blend = 0.0, .value = {0.0, 0.0}};
+    return sums;
+}
+
+/* Takes in the chunk's classes of a row. */
+INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
+    const struct terms *terms = &call->terms;
+    float scratch[BLOCK];
+    int64_t columns = call->num_columns;
+    for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
+        int64_t count = smaller(BLOCK, columns - first), padded = round_up(count, LANES);
+        load_logits(call, row, first, count, scratch);
+        if (terms->label_smoothing > 0.0) {
+            sums->blend += (double)weighted_sum(scratch, terms->weight == NULL ? NULL : terms->weight + call->first_class + first, count);
+        }
+        int64_t place = place_of(terms->target, row, call->first_class + first, count);
+        int64_t place_b = place_of(terms->target_b, row, call->first_class + first, count);
+        if (place >= 0) sums->value[0] = (double)scratch[place];
+        if (place_b >= 0) sums->value[1] = (double)scratch[place_b];
+        if (place >= 0) scratch[place] = -INFINITY;
+        if (place_b >= 0) scratch[place_b] = -INFINITY;
+        double peak = (double)largest(scratch, padded);
+        if (peak > sums->peak) {
+            sums->rest *= exp(sums->peak - peak);
+            sums->peak = peak;
+        }
+        sums->rest += (double)exponentials(scratch, padded, (float)finite_peak(sums->peak));
+        if (call->kept != NULL) {
+            store(call->kept + row * columns, FLOAT32, first, scratch, count);
+            call->block_peaks[row * num_blocks(columns) + block] = (float)sums->peak;
+        }
+    }
+}
+
+/* log(exp(a) + exp(b)) */
+INLINE double log_add(double a, double b) {
+    double high = a > b ? a : b, low = a > b ? b : a;
+    return high == (double)-INFINITY && low == high ? high : high + log1p(exp(low - high));
+}
+
+/* One target's part of a row, with its share; gclkern.torch_backend.rows._Target. */
+struct target_part {
+    double loss, gradient, others, log_others, smooth;
+};
+
+/* `own` is the target's logit with its margin; `other` the second target's without, -infinity where that is the same class. All are over the anchor. */
+INLINE struct target_part one_target(const struct terms *terms, double own, double other, double log_rest, double blend, double share, double weight) {
+    double log_others = other == (double)-INFINITY ? log_rest : log_add(log_rest, other);
+    double odds = log_others - own, ratio = exp(-fabs(odds));
+    double loss = weight * ((odds > 0.0 ? odds : 0.0) + log1p(ratio));
+    double missed = (odds > 0.0 ? 1.0 : ratio) / (1.0 + ratio);
+    double others = weight * missed, gradient = -others, smooth = 0.0;
+    if (terms->label_smoothing > 0.0) {
+        double kept = 1.0 - terms->label_smoothing;
+        smooth = terms->label_smoothing / (double)terms->num_classes;
+        loss = kept * loss + smooth * (terms->weight_sum * log_add(log_others, own) - blend);
+        others = kept * others + smooth * terms->weight_sum * missed;
+        gradient = smooth * (terms->weight_sum - weight) - others;
+    }
+    double chain = share;
+    if (terms->gamma > 0.0) {
+        if (loss < 0.0) loss = 0.0; /* a smoothed loss may round below 0 */
+        missed = -expm1(-loss);
+        double factor = pow(missed, terms->gamma);
+        chain *= factor;
+        if (!terms->focal_detach) chain *= 1.0 + terms->gamma * (missed > 0.0 ? loss * exp(-loss) / missed : 1.0);
+        loss *= factor;
+    }
+    struct target_part part = {loss * share, chain * gradient, chain * others, log_others, chain * smooth};
+    return part;
+}
+
+/* dz over exp(logit - anchor) at the classes that are no target: their sum is at least 1, that of the largest, wherever there are any. */
+INLINE double slope_of(struct target_part part) {
+    double scale = exp(-part.log_others);
+    return part.others * (scale > 1.0 ? 1.0 : scale);
+}
+
+/* What the row's target is, with a label that is no class, and an infinite logit, made NaN. */
+struct row_target {
+    double value, weight, drop;
+    int64_t label;
+};
+
+INLINE struct row_target target_of(const struct terms *terms, int64_t label, double value, double anchor) {
+    int inside = label >= 0 && label < terms->num_classes;
+    int64_t safe = inside ? label : 0;
+    struct row_target target = {
+        .value = inside && value != (double)INFINITY ? value - anchor : (double)NAN,
+        .weight = terms->weight == NULL ? 1.0 : (double)terms->weight[safe],
+        .drop = terms->margin == NULL ? 0.0 : terms->scale * (double)terms->margin[safe],
+        .label = label,
+    };
+    return target;
+}
+
+/* The loss of a row, and its statistics for backward. */
+INLINE void finish_row(const struct logits *call, int64_t row, const struct sums *sums) {
+    const struct terms *terms = &call->terms;
+    double statistics[STATISTICS] = {0.0}, loss = 0.0;
+    if (!is_ignored(terms, row)) {
+        double anchor = finite_peak(sums->peak), log_rest = log(sums->rest), blend = sums->blend - terms->weight_sum * anchor;
+        struct row_target a = target_of(terms, terms->target[row], sums->value[0], anchor);
+        statistics[ANCHOR] = anchor;
+        if (terms->target_b == NULL) {
+            struct target_part part = one_target(terms, a.value - a.drop, (double)-INFINITY, log_rest, blend - a.weight * a.drop, 1.0, a.weight);
+            loss = part.loss;
+            statistics[SLOPE] = slope_of(part);
+            statistics[SMOOTH] = part.smooth;
+            statistics[GRADIENT] = part.gradient;
+        } else {
+            struct row_target b = target_of(terms, terms->target_b[row], sums->value[1], anchor);
+            double lam = (double)terms->lam[row];
+            int same = a.label == b.label;
+            struct target_part of_a = one_target(terms, a.value - a.drop, same ? (double)-INFINITY : b.value, log_rest, blend - a.weight * a.drop, lam, a.weight);
+            struct target_part of_b = one_target(terms, b.value - b.drop, same ? (double)-INFINITY : a.value, log_rest, blend - b.weight * b.drop, 1.0 - lam, b.weight);
+            loss = of_a.loss + of_b.loss;
+            statistics[SLOPE] = slope_of(of_a) + slope_of(of_b);
+            statistics[SMOOTH] = of_a.smooth + of_b.smooth;
+            statistics[GRADIENT] = of_a.gradient + (same ? of_b.gradient : of_b.others * exp(a.value - of_b.log_others) - of_b.smooth * a.weight);
+            statistics[GRADIENT_B] = same ? statistics[GRADIENT] : of_b.gradient + of_a.others * exp(b.value - of_a.log_others) - of_a.smooth * b.weight;
+        }
+    }
+    for (int k = 0; k < STATISTICS; k++) call->statistics[k * terms->num_rows + row] = (float)statistics[k];
+    call->losses[row] = (float)loss;
+}
+
+/* The gradient of a row's logits times `upstream`, and per class over class_factor where `factored`, into `gradient`; added to `column_sums` unless NULL. */
+INLINE void row_gradient(const struct logits *call, int64_t row, float upstream, int over_factor, float *column_sums) {
+    const struct terms *terms = &call->terms;
+    int64_t columns = call->num_columns;
+    char *out = (char *)call->gradient + row * columns * size_of(call->dtype);
+    float block[BLOCK];
+    float part[STATISTICS];
+    for (int k = 0; k < STATISTICS; k++) part[k] = call->statistics[k * terms->num_rows + row];
+    int ignored = is_ignored(terms, row);
+    for (int64_t first = 0, index = 0; first < columns; first += BLOCK, index++) {
+        int64_t count = smaller(BLOCK, columns - first);
+        if (ignored) {
+            fill(block, 0.0f, count);
+            store(out, call->dtype, first, block, count);
+            continue;
+        }
+        float factor = part[SLOPE] * upstream;
+        if (call->kept != NULL) {
+            const float *kept = call->kept + row * columns + first;
+            factor *= expf(call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR]);
+            for (int64_t k = 0; k < count; k++) block[k] = kept[k] * factor;
+        } else {
+            load_logits(call, row, first, count, block);
+            for (int64_t k = 0; k < count; k++) block[k] = exponential(block[k] - part[ANCHOR]) * factor;
+        }
+        int64_t column = call->first_class + first;
+        if (terms->label_smoothing > 0.0) {
+            float smooth = part[SMOOTH] * upstream;
+            const float *weight = terms->weight == NULL ? NULL : terms->weight + column;
+            for (int64_t k = 0; k < count; k++) block[k] -= weight == NULL ? smooth : smooth * weight[k];
+        }
+        int64_t place = place_of(terms->target, row, column, count), place_b = place_of(terms->target_b, row, column, count);
+        if (place >= 0) block[place] = part[GRADIENT] * upstream;
+        if (place_b >= 0) block[place_b] = part[GRADIENT_B] * upstream;
+        if (column_sums != NULL) {
+            for (int64_t k = 0; k < count; k++) column_sums[first + k] += block[k];
+        }
+        if (over_factor) {
+            for (int64_t k = 0; k < count; k++) block[k] *= call->class_factor[first + k];
+        }
+        store(out, call->dtype, first, block, count);
+    }
+}
+
+#endif

@@ -1,0 +1,22 @@
+"""The noise stream of gclkern.noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gclkern.cpu_backend.library import Noise, call
+from gclkern.kernels.terms import implements, shapes_of
+
+
+@implements("cloud_noise", "cpu")
+def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    """The twin of gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32."""
+    noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device="cpu")
+    call("noise", Noise(num_rows, num_classes, seed.data_ptr(), row_offset, class_offset, noise.data_ptr(), torch.get_num_threads()))
+    return noise
+
+
+@shapes_of("cloud_noise", "cpu")
+def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)

@@ -1,0 +1,157 @@
+"""The compiled loops of the CPU: what the tests of the losses, which run on them too, do not see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gclkern import cloud_noise, cpu_backend
+from gclkern.cpu_backend import library
+from gclkern.dispatch import resolve_backend
+from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy
+from tests.support.cases import labels, vector
+
+ROOT = Path(__file__).parent.parent
+NATIVE = ROOT / "gclkern" / "cpu_backend" / "native"
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything() -> list[Tensor]:
+    """Results of every operation but the head, whose products are torch's, at sizes that several threads share."""
+    torch.manual_seed(0)
+    rows, classes, dim = 37, 1300, 40
+    cosine, bias = torch.empty(rows, classes).uniform_(-1, 1).requires_grad_(), vector(classes).requires_grad_()
+    features, centroids = torch.randn(rows, dim, requires_grad=True), torch.randn(classes, dim)
+    target, cloud = labels(rows, classes), vector(classes, 0.0, 1.0)
+    loss = gcl_cross_entropy(cosine, target, cloud, bias=bias, seed=3, backend="cpu")
+    results = [loss, *torch.autograd.grad(loss, [cosine, bias])]
+    epsilon = torch.full((classes,), 0.3, requires_grad=True)
+    loss = dro_lt_loss(features, target % 10, centroids, epsilon, backend="cpu")
+    results += [loss, *torch.autograd.grad(loss, [features, epsilon])]
+    return [*results, cloud_noise(5, rows, classes), *class_centroids(features.detach(), target % 10, 10)]
+
+
+@pytest.mark.compiled
+def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+    threads(1)
+    alone = everything()
+    for number in (2, 3):
+        threads(number)
+        assert all(map(torch.equal, alone, everything()))
+
+
+@pytest.mark.compiled
+def test_logits_made_again_give_the_gradient_of_kept_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a matrix of over 1 GiB. The two differ by the rounding of a block's factor."""
+
+    def gradient() -> Tensor:
+        cosine = vector(9 * 1100, -1.0, 1.0).view(9, 1100).requires_grad_()
+        gcl_cross_entropy(cosine, labels(9, 1100), vector(1100, 0.0, 1.0, seed=1), seed=3, backend="cpu").backward()
+        assert cosine.grad is not None
+        return cosine.grad
+
+    kept = gradient()
+    monkeypatch.setattr("gclkern.cpu_backend.logit_loss._KEPT_BYTES", 0)
+    torch.testing.assert_close(gradient(), kept, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.compiled
+def test_a_forked_process_computes_alone(tmp_path: Path) -> None:
+    """It has none of its parent's threads. A test that hangs here waits for them."""
+    code = """
+        import os, torch
+        from gclkern import cloud_noise
+        torch.set_num_threads(2)
+        expected = cloud_noise(1, 64, 1000).numpy().tobytes()
+        child = os.fork()
+        if child == 0:  # torch's own operators may hang here
+            os._exit(0 if cloud_noise(1, 64, 1000).numpy().tobytes() == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert cloud_noise(1, 64, 1000).numpy().tobytes() == expected
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.compiled
+def test_the_cpu_takes_the_loops_and_float64_torch() -> None:
+    assert resolve_backend("auto", torch.zeros(1)) == resolve_backend("cpu", torch.zeros(1)) == "cpu"
+    assert resolve_backend("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert resolve_backend("torch", torch.zeros(1)) == "torch"
+    with pytest.raises(TypeError, match='backend="cpu" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"'):
+        resolve_backend("cpu", torch.zeros(1, dtype=torch.float64))
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match='backend="cpu" needs tensors on a CPU, got device meta; move them, or use backend="auto"'):
+        resolve_backend("cpu", torch.zeros(1, device="meta"))
+
+
+def test_without_the_library_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "is_available", False)
+    monkeypatch.setattr(cpu_backend, "missing", "its loops are not compiled")
+    assert resolve_backend("auto", torch.zeros(1)) == "torch"
+    with pytest.raises(ValueError, match='backend="cpu" cannot run: its loops are not compiled; or use backend="torch"'):
+        resolve_backend("cpu", torch.zeros(1))
+
+
+@pytest.mark.compiled
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "source_hash", lambda: "0123456789abcdef")
+    found, missing = library._find()
+    assert found is None and "was compiled from other sources: run `python setup.py build_ext --inplace` again" in missing
+
+
+def test_one_line_says_what_serves_the_cpu() -> None:
+    shown = subprocess.run([sys.executable, "-m", "gclkern"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ("CPU: compiled loops (" if cpu_backend.is_available else "CPU: torch operators (") in shown
+
+
+# ---- the loops built otherwise
+
+COMPILER = shutil.which(str(sysconfig.get_config_var("CC") or "cc").split()[0])
+VARIANTS = {"sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"], "baseline": ["-DGCLKERN_BASELINE"]}
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C compiler on Linux")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Path) -> None:
+    """With the sanitizers of addresses and of undefined behaviour, and without any instruction set beyond the compiler's own target."""
+    path = tmp_path / "variant.so"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", '-DGCLKERN_SOURCES="variant"']
+    sources = sorted(map(str, NATIVE.glob("*.c")))
+    subprocess.run([str(COMPILER), *flags, *VARIANTS[variant], "-shared", "-fPIC", "-o", str(path), *sources, "-lm"], check=True)
+    tests = [f"tests/test_{name}.py" for name in ("gcl_cross_entropy", "linear_gcl_cross_entropy", "dro_lt", "noise", "centroids")]
+    code = f"""
+        import sys, pytest
+        from pathlib import Path
+        from gclkern.cpu_backend import library
+        library._library = library.load(Path({str(path)!r}))
+        sys.exit(pytest.main([*{tests!r}, "-q", "-x", "-p", "no:cacheprovider", "-n", "0", "-k", "cpu and not triton and not compile and not process"]))
+    """
+    environment = dict(os.environ)
+    environment.pop("PYTEST_ADDOPTS", None)
+    if variant == "sanitized":
+        runtimes = [
+            subprocess.run([str(COMPILER), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout for name in ("asan", "ubsan")
+        ]
+        environment |= {"LD_PRELOAD": ":".join(map(str.strip, runtimes)), "ASAN_OPTIONS": "detect_leaks=0"}  # what Python keeps at its end is no leak of ours
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
