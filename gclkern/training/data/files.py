@@ -359,7 +359,7 @@ def file_splits(
     if image_size is None:
         image_size = choose_size(train.paths)
         if image_size != _LARGE:
-            notes = [*notes, f"images are taken at {image_size} x {image_size} pixels, their usual size; `image_size` changes it"]
+            notes = [*notes, f"images are taken at {image_size} x {image_size} pixels, by their usual shorter side; `image_size` changes it"]
     notes = [*notes, *duplicate_notes((train.paths, train.labels.tolist()), (test.paths, test.labels.tolist()))]
     augment = "crop" if image_size <= SMALL and name in OWN else "resized-crop,flip,color"
     settings: dict[str, Any] = {"mean": mean, "std": std, "augment": augment}

@@ -21,19 +21,19 @@ _TEST_SHARE = 0.2
 _SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX"))
 
 
-def find_images(folder: Path) -> tuple[list[str], Counter[str]]:
+def find_images(folder: Path, root: Path | None = None) -> tuple[list[str], Counter[str]]:
     """The image files below a folder in alphabetical order, and how many entries of which kind were left out.
 
-    Links are followed, but not back into a folder that is being walked. Hidden entries and those that file servers leave count as one each.
+    Links are followed, but not back into a folder that is being walked, nor into `root`, the folder of all classes. Hidden entries and those that file servers
+    leave count as one each.
     """
     found: list[str] = []
     left_out: Counter[str] = Counter()
     suffixes = image_suffixes()
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset())]
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset(() if root is None else (_identity(str(root)),)))]
     while waiting:
         path, above = waiting.pop()
-        status = os.stat(path)  # noqa: PTH116 (millions of files: plain strings)
-        here = status.st_dev, status.st_ino
+        here = _identity(path)
         if here in above:
             left_out["links to a folder above them"] += 1
             continue
@@ -53,6 +53,12 @@ def find_images(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(found), left_out
 
 
+def _identity(path: str) -> tuple[int, int]:
+    """What tells a folder from all others, whatever its path."""
+    status = os.stat(path)  # noqa: PTH116 (millions of files: plain strings)
+    return status.st_dev, status.st_ino
+
+
 def _left_out_note(root: Path, left_out: Mapping[str, int]) -> list[str]:
     if not left_out:
         return []
@@ -69,7 +75,7 @@ def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found, others = find_images(root / name)
+        found, others = find_images(root / name, root)
         left_out += others
         paths += found
         labels += [label] * len(found)

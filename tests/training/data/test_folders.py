@@ -39,10 +39,11 @@ class TestWalk:
         (pets / "train" / "bird").symlink_to(tmp_path / "elsewhere" / "bird", target_is_directory=True)
         (pets / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
         (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (pets / "train" / "dog" / "up").symlink_to(pets / "train", target_is_directory=True)
         (pets / "train" / "cat" / "linked.png").symlink_to(pets / "train" / "cat" / "00.png")
         data = load(pets)
         assert (data.class_names, data.class_counts) == (["bird", "cat", "dog"], [2, 5 + 2 + 1, 3])
-        assert any("1 links to a folder above them" in note for note in data.notes)
+        assert any("2 links to a folder above them" in note for note in data.notes)
 
     def test_only_files_are_images(self, tmp_path: Path) -> None:
         write_images(tmp_path, cat=1)
@@ -156,7 +157,7 @@ class TestMemory:
             written[str(path)] = pixels.permute(2, 0, 1)
         data = load_data("folder", data_dir=pets, workers=0)
         assert (data.image_size, data.train.augment) == (32, "crop")
-        assert data.notes == ["images are taken at 32 x 32 pixels, their usual size; `image_size` changes it"]
+        assert data.notes == ["images are taken at 32 x 32 pixels, by their usual shorter side; `image_size` changes it"]
         for part, images in (("train", data.train), ("test", data.test)):
             expected = torch.stack([pixels for path, pixels in written.items() if f"/{part}/" in path])
             found = next(images.loader([list(range(8))], device=torch.device("cpu")))[0]
