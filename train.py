@@ -25,7 +25,7 @@ import torch
 
 from gclkern.distributed import ShardError
 from gclkern.training.arguments import number
-from gclkern.training.batches import PhaseBatches
+from gclkern.training.batches import PhaseBatches, check_phases
 from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, check_same_data, load_checkpoint
 from gclkern.training.config import RunConfig
@@ -96,6 +96,7 @@ def main(arguments: Arguments) -> None:
         first, network = len(phases) - 1, prepare(phases[-1], load_stage1(config, data, processes.device), data, config, processes.device)
     else:
         first, network = 0, prepare(phases[0], None, data, config, processes.device)
+    check_phases(phases[first:], network, data, config, processes)
     if arguments.out or processes.rank > 0:  # only the first process writes
         folder = Path(arguments.out or "runs")
     else:
@@ -266,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
     add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in all stages with GCL's or LDAM's loss")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
-    add("--mixup", type=number(float, 0), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
+    add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: the data set's usual)"
     add("--augment", metavar="PARTS", help=f"of training images: {parts}")
     add("--baseline", action=argparse.BooleanOptionalAction, help="first train by cross entropy, all else alike and for as many epochs (default: on digits-lt)")
@@ -275,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (DRO-LT goes on after them; --epochs-scale shortens all)")
-    add("--epochs-scale", type=number(float, 0), metavar="FACTOR", help=f"times epochs that are not given and warm-up (default {default.epochs_scale:g})")
+    add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=f"times epochs that are not given and warm-up (default {default.epochs_scale:g})")
     add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")
     add("--lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 1")
     add("--weight-decay", type=number(float, 0), metavar="FACTOR", help="weight decay of all stages")
@@ -331,6 +332,8 @@ def explain(error: BaseException) -> str:
         return f"error: the memory of the GPU is full; run a step in parts by --accumulate, or take a smaller --batch-size{notes}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # a signal's handler raises it, wherever the run is
         return f"error: {as_flags(worker_problem(error))}{notes}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"error: --compile failed ({str(error).strip().splitlines()[0]}); leave it out{notes}"
     with tempfile.NamedTemporaryFile("w", prefix="train-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     return f"error: {type(error).__name__}: {error}; this is a fault of the program, please report it with {file.name}{notes}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from gclkern.training.data import Epoch, ImageSet
+from gclkern.training.config import RunConfig
+from gclkern.training.data import DataSplits, Epoch, ImageSet
+from gclkern.training.network import Network
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import SAMPLERS, Phase
+from gclkern.training.recipes import SAMPLERS, Phase, build_loss
 from gclkern.training.seeds import derive_seed
 
 
@@ -44,3 +46,20 @@ class PhaseBatches:
         self._sampler.set_epoch(epoch, position=done)
         place = Epoch(derive_seed(self.seed, self.phase.name, purpose, epoch), done, self.processes.world, self.processes.rank)
         return self.images.loader(step_batches(iter(self._sampler), self._local), device=self.processes.device, epoch=place)
+
+
+def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, config: RunConfig, processes: Processes) -> None:
+    """Find out before the first phase what the last one would stumble over.
+
+    Raises:
+        ValueError: settings that a phase's sampler, loss or network cannot work with.
+    """
+    for phase in phases:
+        if not phase.epochs:
+            continue
+        PhaseBatches(phase, data.train, config.seed, processes)
+        build_loss(phase, data.class_counts)
+        part, fewest = phase.batch_size // (processes.world * config.accumulate), getattr(network.backbone, "fewest_images", 1)
+        if part < fewest and phase.trains in ("all", "last-block", "backbone"):
+            remedy = "take a larger `batch_size` or a smaller `accumulate`"
+            raise ValueError(f"{phase.name}: the batch normalisation of this network needs {fewest} images at a time, but it is given {part}; {remedy}")
