@@ -45,7 +45,7 @@ from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
 from gclkern.training.trainer import AMP, Trainer, build_trainer
 from gclkern.training.writing import WriteError
-from gclkern.weights import drw_weights
+from gclkern.weights import DeferredReweighting
 
 # Errors whose messages are for the user.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
@@ -163,6 +163,7 @@ def train_phase(
     config = run.config
     batches = PhaseBatches(phase, data.train, config.seed, processes)
     trainer = build_trainer(phase, network, data.class_counts, config, processes)
+    reweighting = None if phase.drw is None else DeferredReweighting(trainer.module.loss, data.class_counts, round(phase.drw * phase.epochs))
     progress = Progress.start(processes.device)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint["trainer"])
@@ -172,8 +173,8 @@ def train_phase(
         while progress.epoch < phase.epochs:
             rate = phase.schedule.rate(phase.lr, progress.epoch, phase.epochs)
             trainer.set_rate(rate)
-            if phase.drw is not None:
-                trainer.module.loss.weight.copy_(drw_weights(data.class_counts, progress.epoch, round(phase.drw * phase.epochs)))
+            if reweighting is not None:
+                reweighting.set_epoch(progress.epoch)
             if phase.robust and progress.step == 0:
                 progress.centroids = epoch_centroids(network, batches.epoch("centroids", progress.epoch), data.num_classes, processes)
             trainer.module.train()
@@ -186,7 +187,8 @@ def train_phase(
                     save_progress(phase, network, trainer, progress, data, run, stop=timer.stopping)
             loss = float(processes.mean(progress.total)) / batches.steps
             if not math.isfinite(loss):
-                raise ValueError(f"{phase.name}: the loss of epoch {progress.epoch + 1} is {loss}; train with a lower --lr, or without --amp fp16")
+                remedy = f"a lower --{'retrain-' * (phase.name == 'stage-2')}lr" + ", or without --amp fp16" * (config.amp == "fp16")
+                raise ValueError(f"{phase.name}: the loss of epoch {progress.epoch + 1} is {loss}; train with {remedy}")
             row: dict[str, Any] = {"phase": phase.name, "epoch": progress.epoch + 1, "lr": rate, "loss": loss}
             if (progress.epoch + 1) % (config.eval_every or max(1, phase.epochs // 20)) == 0 or progress.epoch + 1 == phase.epochs:
                 row |= report_columns(evaluate(trainer.eval_network, data.test, data, processes, AMP[config.amp]))
@@ -279,11 +281,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=f"times epochs that are not given and warm-up (default {default.epochs_scale:g})")
     add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")
     add("--lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 1")
-    add("--weight-decay", type=number(float, 0), metavar="FACTOR", help="weight decay of all stages")
+    add("--weight-decay", type=number(float, 0, 1000), metavar="FACTOR", help="weight decay of all stages")
     add("--retrain-epochs", type=number(int, 1), metavar="N", help="epochs of stage 2")
     add("--retrain-batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 2")
     add("--retrain-lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 2")
-    add("--tau", type=number(float, 0), metavar="POWER", help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
+    add("--tau", type=number(float, 0, 100), metavar="POWER", help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
     add("--accumulate", type=number(int, 1), metavar="PARTS", help=f"parts in which a step's images are run, to save memory (default {default.accumulate})")
     add("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=f"evaluate an average of the weights, such as 0.999 (default {default.ema:g}: none)")
     add("--seed", type=number(int, 0), metavar="N", help=f"of everything random but the choice of the long-tailed subset (default {default.seed})")

@@ -12,7 +12,7 @@ from gclkern.devices import set_debug
 from gclkern.layers import CosineLinear
 from gclkern.losses import CosFaceLoss, DROLTLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.noise import cloud_noise
-from gclkern.weights import drw_weights, effective_number_weights
+from gclkern.weights import DeferredReweighting, effective_number_weights
 
 if TYPE_CHECKING:
     from gclkern import distributed, training
@@ -23,6 +23,7 @@ __all__ = [
     "CosFaceLoss",
     "CosineLinear",
     "DROLTLoss",
+    "DeferredReweighting",
     "FocalLoss",
     "GCLLoss",
     "LDAMLoss",
@@ -31,7 +32,6 @@ __all__ = [
     "cloud_noise",
     "cloud_sizes",
     "distributed",
-    "drw_weights",
     "effective_number_weights",
     "functional",
     "samplers",

@@ -271,7 +271,7 @@ class LDAMLoss(_CosineLoss):
 
         loss = cross_entropy(scale * (cosine - margin_j * [j == target]), target),    margin_j = max_margin * (n_min / n_j)^(1/4)
 
-    For LDAM-DRW write each epoch's weights into the buffer, see :func:`gclkern.weights.drw_weights`.
+    For LDAM-DRW see :class:`gclkern.DeferredReweighting`.
 
     Args:
         class_counts: training samples of each class (C,), all positive.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gclkern.clouds import cloud_sizes
 from gclkern.validation import Vector, check_class_counts, check_int, check_number, device_of
@@ -53,35 +53,58 @@ def effective_number_weights(class_counts: Vector, beta: float = 0.9999) -> Tens
     return (values * (values.numel() / values.sum())).to(device_of(class_counts), torch.float32)
 
 
-def drw_weights(class_counts: Vector, epoch: int, start_epoch: int = 160, beta: float = 0.9999) -> Tensor:
-    r"""Deferred re-weighting (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019, Algorithm 1).
+class DeferredReweighting:
+    r"""Class weights that a loss has from an epoch on (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019,
+    Algorithm 1).
 
-        w_j = 1 while epoch < start_epoch,    effective_number_weights(class_counts, beta)_j from start_epoch on
+        w_j = 1 while epoch < start,    effective_number_weights(class_counts, beta)_j from start on
 
-    Always a vector, so that a loss which holds it keeps its shapes, its compiled graph and its CUDA graph over the change: build the loss with
-    ``weight=drw_weights(class_counts, 0)`` and write ``loss.weight.copy_(drw_weights(class_counts, epoch))`` as each epoch begins.
+    The loss holds a vector of weights from the beginning, and :meth:`set_epoch` writes into it: shapes, a compiled graph and a CUDA graph stay as they are.
+    The weights follow from the epoch alone, so a resumed run needs no state of this object.
 
     Args:
+        criterion: a loss with class weights, such as :class:`gclkern.LDAMLoss`, built without any.
         class_counts: training samples of each class (C,), all positive.
-        epoch: the epoch that begins, from 0.
-        start_epoch: first epoch with weights. 160 of 200 is the paper's CIFAR schedule, where the learning rate first drops.
+        start: first epoch with weights, counted from 0; the paper has 160 of 200, where the learning rate first drops.
         beta: as in :func:`effective_number_weights`.
 
-    Returns:
-        (C,) float32 of sum C, on the device of `class_counts` if it is a tensor, else on the CPU.
-
     Raises:
-        TypeError, ValueError: as :func:`effective_number_weights`; an epoch that is not an int of at least 0.
+        TypeError, ValueError: a criterion that takes no class weights or has its own, counts as in :func:`effective_number_weights`, or a start below 0.
 
     Example:
-        >>> drw_weights([5000, 500, 50], epoch=159)
+        >>> from gclkern import LDAMLoss
+        >>> criterion = LDAMLoss([5000, 500, 50])
+        >>> reweighting = DeferredReweighting(criterion, [5000, 500, 50], start=160)
+        >>> criterion.weight
         tensor([1., 1., 1.])
-        >>> drw_weights([5000, 500, 50], epoch=160)
+        >>> reweighting.set_epoch(160)
+        >>> criterion.weight
         tensor([0.0341, 0.2752, 2.6907])
     """
-    weights = effective_number_weights(class_counts, beta)
-    deferred = check_int("epoch", epoch, 0) < check_int("start_epoch", start_epoch, 0)
-    return torch.ones_like(weights) if deferred else weights
+
+    def __init__(self, criterion: nn.Module, class_counts: Vector, start: int, beta: float = 0.9999) -> None:
+        buffers = dict(criterion.named_buffers(recurse=False)) | {name: None for name, value in criterion._buffers.items() if value is None}
+        if "weight" not in buffers:
+            raise TypeError(f"criterion must be a loss with class weights, such as LDAMLoss, got {type(criterion).__name__}")
+        if buffers["weight"] is not None:
+            raise ValueError(f"criterion already has class weights, which would be overwritten; build {type(criterion).__name__} without weight")
+        self.criterion = criterion
+        self.start = check_int("start", start, 0)
+        self._weights = effective_number_weights(class_counts, beta)
+        device = next((value.device for value in buffers.values() if value is not None), self._weights.device)
+        criterion.register_buffer("weight", torch.ones_like(self._weights, device=device), persistent=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Write the weights of the epoch that begins, counted from 0.
+
+        Raises:
+            TypeError, ValueError: an epoch that is not an int of at least 0.
+        """
+        weight = self.criterion.get_buffer("weight")
+        if check_int("epoch", epoch, 0) < self.start:
+            weight.fill_(1.0)
+        else:
+            weight.copy_(self._weights)
 
 
 def ldam_margins(class_counts: Vector, max_margin: float = 0.5) -> Tensor:

@@ -18,7 +18,7 @@ from gclkern.clouds import cloud_sizes
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.layers import CosineLinear
 from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
-from gclkern.weights import drw_weights
+from gclkern.weights import DeferredReweighting, effective_number_weights
 from tests.support.cases import PLANS, cosines, labels, vector
 
 COUNTS = [500, 120, 77, 20, 5]
@@ -151,17 +151,24 @@ def test_ignore_index() -> None:
         assert torch.allclose(make(COUNTS, ignore_index=-1)(cosine, target), make(COUNTS)(cosine[kept], target[kept]))
 
 
-def test_deferred_weights_are_written_into_the_buffer() -> None:
+def test_deferred_weights_reach_the_loss() -> None:
     cosine, target = batch()
-    ones = drw_weights(COUNTS, 0)
-    criterion = LDAMLoss(COUNTS, weight=ones)
-    plain = LDAMLoss(COUNTS)(cosine, target)
+    criterion = LDAMLoss(COUNTS)
+    plain = criterion(cosine, target)
+    reweighting = DeferredReweighting(criterion, COUNTS, start=160)
+    reweighting.set_epoch(159)
     assert torch.allclose(criterion(cosine, target), plain)
-    assert criterion.weight is not None
-    criterion.weight.copy_(drw_weights(COUNTS, 160))
-    expected = F.cross_entropy(30 * (cosine - one_hot(target) * 0.5 * (5 / N) ** 0.25), target, weight=drw_weights(COUNTS, 160).double())
+    reweighting.set_epoch(160)
+    expected = F.cross_entropy(30 * (cosine - one_hot(target) * 0.5 * (5 / N) ** 0.25), target, weight=effective_number_weights(COUNTS).double())
     assert torch.allclose(criterion(cosine, target), expected, rtol=2e-6)
-    assert torch.equal(ones, torch.ones(CLASSES)), "the caller's tensor is its own"
+
+
+def test_weights_are_copied() -> None:
+    weight = torch.ones(CLASSES)
+    criterion = LDAMLoss(COUNTS, weight=weight)
+    assert criterion.weight is not None
+    criterion.weight.fill_(2.0)
+    assert torch.equal(weight, torch.ones(CLASSES)), "the caller's tensor is its own"
 
 
 ALL = {
@@ -235,7 +242,7 @@ def test_repr() -> None:
 def test_the_default_device_does_not_matter(make: type[nn.Module]) -> None:
     with torch.device("meta"):
         criterion = make(COUNTS)
-        assert torch.equal(drw_weights(COUNTS, 0), torch.ones(CLASSES, device="cpu"))
+        DeferredReweighting(criterion, COUNTS, 0)
     assert all(buffer.device.type == "cpu" for buffer in criterion.buffers())
 
 

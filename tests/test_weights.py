@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gclkern.weights import cben_weights, drw_weights, effective_number_weights, ldam_margins, log_prior
+from gclkern.losses import GCLLoss, LDAMLoss
+from gclkern.weights import DeferredReweighting, cben_weights, effective_number_weights, ldam_margins, log_prior
 
 CIFAR = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
@@ -50,12 +51,17 @@ def test_cben_weights() -> None:
         assert weight == pytest.approx(float((1 - beta) / (1 - beta**count)), rel=1e-7)
 
 
-def test_drw_begins_at_its_epoch() -> None:
-    for epoch in (0, 159):
-        assert torch.equal(drw_weights(CIFAR, epoch), torch.ones(10))
-    for epoch in (160, 199):
-        assert torch.equal(drw_weights(CIFAR, epoch), effective_number_weights(CIFAR))
-    assert torch.equal(drw_weights(CIFAR, 3, start_epoch=3, beta=0.9), effective_number_weights(CIFAR, 0.9))
+@pytest.mark.parametrize("make", [lambda: LDAMLoss(CIFAR), lambda: GCLLoss(CIFAR), lambda: torch.nn.CrossEntropyLoss()])
+def test_weights_are_deferred(make: Any) -> None:
+    """And written in place: a captured step reads this memory. Epochs may come in any order, as in a resumed run."""
+    criterion = make()
+    reweighting = DeferredReweighting(criterion, CIFAR, 3, beta=0.9)
+    memory = criterion.weight.data_ptr()
+    for epoch, expected in ((0, torch.ones(10)), (3, effective_number_weights(CIFAR, 0.9)), (2, torch.ones(10)), (9, effective_number_weights(CIFAR, 0.9))):
+        reweighting.set_epoch(epoch)
+        assert torch.equal(criterion.weight, expected)
+    assert criterion.weight.data_ptr() == memory
+    assert not criterion.state_dict(), "weights follow from the epoch"
 
 
 def test_ldam_margins() -> None:
@@ -78,9 +84,11 @@ def test_log_prior() -> None:
         (lambda: effective_number_weights([3, 2], 1.0), ValueError, ["beta", "1.0"]),
         (lambda: effective_number_weights([3, 2], -0.1), ValueError, ["beta", "-0.1"]),
         (lambda: effective_number_weights([3, 2], "0.99"), TypeError, ["beta", "'0.99'"]),  # type: ignore[arg-type]
-        (lambda: drw_weights([3, 2], -1), ValueError, ["epoch", "-1"]),
-        (lambda: drw_weights([3, 2], 1.5), TypeError, ["epoch", "1.5"]),  # type: ignore[arg-type]
-        (lambda: drw_weights([3, 2], 1, start_epoch=-2), ValueError, ["start_epoch", "-2"]),
+        (lambda: DeferredReweighting(LDAMLoss([3, 2]), [3, 2], 1).set_epoch(-1), ValueError, ["epoch", "-1"]),
+        (lambda: DeferredReweighting(LDAMLoss([3, 2]), [3, 2], 1).set_epoch(1.5), TypeError, ["epoch", "1.5"]),  # type: ignore[arg-type]
+        (lambda: DeferredReweighting(LDAMLoss([3, 2]), [3, 2], -2), ValueError, ["start", "-2"]),
+        (lambda: DeferredReweighting(LDAMLoss([3, 2], weight=torch.ones(2)), [3, 2], 1), ValueError, ["already has class weights", "without weight"]),
+        (lambda: DeferredReweighting(torch.nn.MSELoss(), [3, 2], 1), TypeError, ["class weights", "MSELoss"]),
         (lambda: ldam_margins([3, 2], -0.5), ValueError, ["max_margin", "-0.5"]),
         (lambda: ldam_margins([]), ValueError, ["class_counts", "empty"]),
         (lambda: log_prior([1, 0]), ValueError, ["class_counts[1]", "0"]),

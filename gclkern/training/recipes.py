@@ -19,7 +19,7 @@ from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSample
 from gclkern.training import own_data
 from gclkern.training.config import RunConfig
 from gclkern.training.schedules import Schedule
-from gclkern.weights import drw_weights, effective_number_weights, ldam_margins
+from gclkern.weights import effective_number_weights, ldam_margins
 
 METHODS = ("ce", "focal", "cb", "ldam-drw", "la", "balanced-softmax", "gcl", "gcl-ldam-drw", "dro-lt", "gcl+dro-lt")
 RETRAINS = ("none", "crt", "lws", "tau-norm", "ncm", "gcl")
@@ -286,8 +286,6 @@ def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) 
     options = dict(phase.options)
     if options.get("margin") == "ldam":
         options["margin"] = ldam_margins(class_counts)
-    if phase.drw is not None:
-        options["weight"] = drw_weights(class_counts, 0)  # ones, until the phase comes to it
     # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
     if phase.loss == "gcl" and sharded:
         return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)

@@ -20,6 +20,7 @@ from gclkern.training.network import Network, build_head
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
 from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, build_trainer, mixup
+from gclkern.weights import DeferredReweighting
 
 COUNTS = [50, 20, 5]
 
@@ -197,6 +198,7 @@ def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
     torch.manual_seed(0)
     network = Network(Backbone(), build_head("cosine", 4, 3))
     loss: Any = build_loss(plan("ldam-drw", None, "cifar10-lt", COUNTS)[0], COUNTS)
+    DeferredReweighting(loss, COUNTS, 0)
     trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Processes.alone(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
     if captured:
         trainer.captured = CapturedStep(trainer.optimizer)
