@@ -26,12 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .row_loss import log1p
-from .runtime import on_device
+from .runtime import batch_kernel, on_device
 from .terms import implements, shapes_of
 
 STATS = 4  # of a row: peak, around, rest (the sum over samples of other classes), share w_c / (n_c * denominator)
 SAMPLE_ALIGNMENT = 16  # rows of (anchors, samples) buffers are padded to it, and read without a mask
 ANCHOR_ALIGNMENT = 4
+ROW_BLOCK = 512  # samples that a program holds at a time, whatever the batch: a smaller last batch compiles nothing
 
 
 def padded(extent: int, alignment: int) -> int:
@@ -49,7 +50,7 @@ def _kept(target_ptr, class_weight_ptr, rows, num_rows, num_classes):
     return label, valid, weight
 
 
-@triton.jit
+@batch_kernel
 def _leaders_kernel(target_ptr, class_weight_ptr, leader_ptr, term_ptr, num_rows, num_classes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     label, valid, weight = _kept(target_ptr, class_weight_ptr, rows, num_rows, num_classes)
@@ -64,7 +65,7 @@ def _leaders_kernel(target_ptr, class_weight_ptr, leader_ptr, term_ptr, num_rows
     tl.store(term_ptr + rows, tl.where(valid, 0.0, float("nan")), mask=(rows < num_rows) & (weight == 0.0))
 
 
-@triton.jit
+@batch_kernel
 def _anchors_kernel(
     target_ptr, class_weight_ptr, leader_ptr, class_ptr, num_anchors_ptr, denominator_ptr, num_rows, num_classes,
     MEAN: tl.constexpr, ALIGNMENT: tl.constexpr, ROWS: tl.constexpr,
@@ -87,7 +88,7 @@ def _anchors_kernel(
         tl.store(denominator_ptr, 1.0)
 
 
-@triton.jit
+@batch_kernel
 def _distance_kernel(
     features_ptr, features_stride_n, features_stride_d,  # (N, D)
     centroids_ptr, centroids_stride_c, centroids_stride_d,  # (C, D)
@@ -144,7 +145,7 @@ def _load_radius(epsilon_ptr, label, PER_CLASS: tl.constexpr):
     return 2.0 * epsilon
 
 
-@triton.jit
+@batch_kernel
 def _softmax_kernel(
     distance_ptr, distance_stride, target_ptr, epsilon_ptr, class_weight_ptr, class_ptr, num_anchors_ptr, denominator_ptr,
     term_ptr, stats_ptr, stats_stride, num_rows, inverse_temperature, PER_CLASS: tl.constexpr, SAMPLES: tl.constexpr,
@@ -190,7 +191,7 @@ def _softmax_kernel(
     tl.store(stats_ptr + 3 * stats_stride + anchor, share / tl.load(denominator_ptr))
 
 
-@triton.jit
+@batch_kernel
 def _reduce_kernel(term_ptr, denominator_ptr, loss_ptr, num_rows, ROWS: tl.constexpr):
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, num_rows, ROWS):
@@ -209,7 +210,7 @@ def _upstream(grad_loss_ptr, samples, own, share, PER_SAMPLE: tl.constexpr):
     return tl.where(own, grad * share, 0.0)
 
 
-@triton.jit
+@batch_kernel
 def _pull_kernel(
     grad_loss_ptr, distance_ptr, distance_stride, target_ptr, epsilon_ptr, class_ptr, num_anchors_ptr, stats_ptr, stats_stride,
     pull_ptr, grad_epsilon_ptr, num_rows, inverse_temperature,
@@ -256,7 +257,7 @@ def _pull_kernel(
         tl.store(grad_epsilon_ptr + (label if PER_CLASS else anchor), 2.0 * inverse_temperature * mass * (rest * inverse_total))
 
 
-@triton.jit
+@batch_kernel
 def _features_kernel(
     features_ptr, features_stride_n, features_stride_d,  # (N, D)
     centroids_ptr, centroids_stride_c, centroids_stride_d,  # (C, D)
@@ -296,10 +297,6 @@ def _distance_tile(num_anchors: int, num_rows: int) -> tuple[int, int, int]:
     return 8, 8, 128
 
 
-def _row_block(num_rows: int) -> int:
-    return min(1024, max(16, triton.next_power_of_2(num_rows)))
-
-
 @implements("dro_lt_forward", "triton")
 def dro_lt_forward(
     features: Tensor,  # (N, D)
@@ -324,7 +321,7 @@ def dro_lt_forward(
         )
         _anchors_kernel[(1,)](
             target, class_weight, leader, classes, num_anchors, denominator, num_rows, num_classes,
-            MEAN=reduction == "mean", ALIGNMENT=ANCHOR_ALIGNMENT, ROWS=_row_block(num_rows), num_warps=4, enable_fp_fusion=True,
+            MEAN=reduction == "mean", ALIGNMENT=ANCHOR_ALIGNMENT, ROWS=ROW_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         _distance_kernel[(triton.cdiv(num_rows, tile_samples), triton.cdiv(anchors, tile_anchors))](
             features, *features.stride(), centroids, *centroids.stride(), classes, num_anchors, distance, distance.stride(0), num_rows, dim,
@@ -333,12 +330,12 @@ def dro_lt_forward(
         # without contraction to fused multiply-adds: the largest logit minus the peak must be exactly 0
         _softmax_kernel[(anchors,)](
             distance, distance.stride(0), target, epsilon, class_weight, classes, num_anchors, denominator, terms, stats, stats.stride(0),
-            num_rows, 1.0 / temperature, PER_CLASS=epsilon.dim() == 1, SAMPLES=_row_block(num_rows), num_warps=4, enable_fp_fusion=False,
+            num_rows, 1.0 / temperature, PER_CLASS=epsilon.dim() == 1, SAMPLES=ROW_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         loss = terms
         if reduction != "none":
             loss = torch.empty((), dtype=torch.float32, device=features.device)
-            _reduce_kernel[(1,)](terms, denominator, loss, num_rows, ROWS=_row_block(num_rows), num_warps=4, enable_fp_fusion=True)
+            _reduce_kernel[(1,)](terms, denominator, loss, num_rows, ROWS=ROW_BLOCK, num_warps=4, enable_fp_fusion=True)
     return loss, [distance, stats, classes, num_anchors]
 
 
@@ -387,7 +384,7 @@ def dro_lt_backward(
         _pull_kernel[(pull.shape[0],)](
             grad_loss.contiguous(), distance, distance.stride(0), target, epsilon, classes, num_anchors, stats, stats.stride(0),
             pull, grad_epsilon, num_rows, 1.0 / temperature,
-            PER_CLASS=per_class, PER_SAMPLE=reduction == "none", ALIGNMENT=ANCHOR_ALIGNMENT, SAMPLES=_row_block(num_rows), num_warps=4, enable_fp_fusion=False,
+            PER_CLASS=per_class, PER_SAMPLE=reduction == "none", ALIGNMENT=ANCHOR_ALIGNMENT, SAMPLES=ROW_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         if features_grad:
             _features_kernel[(triton.cdiv(num_rows, SAMPLE_ALIGNMENT), triton.cdiv(dim, 128))](

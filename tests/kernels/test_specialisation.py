@@ -53,8 +53,18 @@ def centroids(rows: int, row_offset: int, element: int) -> None:
     segment_sums(torch.empty(rows, DIM), torch.zeros(rows + element, dtype=torch.int64)[element:], CLASSES)
 
 
+def dro_lt(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.dro_lt import dro_lt_backward, dro_lt_forward
+
+    features, centroids, epsilon = torch.empty(rows, DIM), torch.empty(CLASSES, DIM), torch.zeros(CLASSES)
+    target = torch.zeros(rows + element, dtype=torch.int64)[element:]
+    _, saved = dro_lt_forward(features, target, centroids, epsilon, None, 1.0, "none")
+    dro_lt_backward(torch.ones(rows + element)[element:], features, target, centroids, epsilon, saved, 1.0, "none", True, True)
+
+
 CASES: dict[str, Callable[..., None]] = {
-    "logits": logits, **{plan: functools.partial(head, plan=plan) for plan in ("materialised", "chunked", "recompute")}, "noise": noise, "centroids": centroids
+    "logits": logits, **{plan: functools.partial(head, plan=plan) for plan in ("materialised", "chunked", "recompute")}, "noise": noise, "centroids": centroids,
+    "dro_lt": dro_lt,
 }  # fmt: skip
 
 
