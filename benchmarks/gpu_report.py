@@ -1,8 +1,12 @@
 """Everything that a machine with a GPU is asked for, in one command that may be interrupted: python -m benchmarks.gpu_report
 
-Tests, sanitizers, all benchmarks, each kernel's time and, where ncu is installed, its counters, in one JSON file in benchmarks/results/, with a copy in $OUT
-where that is set. The file is written after every step; the same command continues it, in the next call or on another machine that has the file. It begins anew
-when the kernels have changed. Without a GPU it runs a CPU's shapes and one file of tests: that shows that the path works.
+First the steps that decide, which need torch and Triton alone (see gpu_steps.py), each kernel's time beside its prediction, and, where ncu is installed, its
+counters; then, where pytest is installed, tests, sanitizers and all benchmarks. All is in one JSON file in benchmarks/results/, with a copy in $OUT where
+that is set. The file is written after every step; the same command continues it, in the next call or on another machine that has the file. It begins anew when
+the kernels have changed.
+
+--dry-run shows the schedule and runs the deciding steps at tiny sizes, on a CPU where there is no GPU. Without it and without a GPU, tests and benchmarks run
+with a CPU's shapes.
 """
 
 from __future__ import annotations
@@ -34,13 +38,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import predict_times
 from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, installed
+from benchmarks.gpu_steps import STEPS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash
 from gclkern.training.writing import replace_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
+PREDICTION_SECONDS, KERNELS_SECONDS, NCU_SECONDS = 60.0, 20.0, 60.0
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
-SHORTEST = 45.0  # with less left, a step does not begin: it would hardly end
+SHORTEST = 10.0  # with less left, a step does not begin: it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
@@ -71,6 +78,7 @@ class Report:
 
     path: Path
     deadline: float
+    tiny: bool = False  # a dry run
     data: dict[str, Any] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     began: float = field(default_factory=time.monotonic)
@@ -174,14 +182,16 @@ def run(
         return code, output.read()[-20_000:]
 
 
-def attempt(report: Report, name: str, command: Sequence[str], limit: float, environment: dict[str, str] | None = None) -> tuple[int, str] | None:
+def attempt(
+    report: Report, name: str, command: Sequence[str], limit: float, environment: dict[str, str] | None = None, last_words: float = 0.0
+) -> tuple[int, str] | None:
     """Runs a step's command; None where it did not end: the step stays open, until ATTEMPTS calls have tried."""
-    seconds = min(report.seconds_left, limit)
+    seconds = min(report.seconds_left, 5 * limit if report.tiny else limit)  # a dry run may be on a slow and busy machine
     if seconds < SHORTEST:
         return None
     step = report.step(name)
     step["attempts"] += 1
-    code, output = run(command, seconds, environment, last_words=LAST_WORDS)
+    code, output = run(command, seconds, environment, last_words=last_words)
     if code is None:
         if step["attempts"] >= ATTEMPTS:
             report.close(name, "did not end", output=output[-2000:])
@@ -191,6 +201,8 @@ def attempt(report: Report, name: str, command: Sequence[str], limit: float, env
 
 def device_tests(*among: str) -> list[str]:
     """The test files with tests that run on the GPU, and those that cannot be imported; tests of a CPU's code say here what they say in CI."""
+    if not installed("pytest"):
+        return []
     if not GPU:
         return DRY_RUN_TESTS
     _, output = run([sys.executable, "-m", "pytest", *(among or ("tests",)), "--collect-only", "-qq", "-m", "device", "-p", "no:cacheprovider"], 120)
@@ -222,7 +234,7 @@ def test_file(report: Report, file: str) -> None:
         options = ["-q", "-p", "no:cacheprovider", "--no-header", f"--junitxml={xml}", *(["-m", "device"] if GPU else [])]
         options += ["-n", str(workers), "--dist", "worksteal"] if workers else []
         # the oracles run on the CPU: a thread each, or all processes would wait for each other
-        done = attempt(report, name, [sys.executable, "-m", "pytest", name, *options], report.check_seconds_left, {"OMP_NUM_THREADS": "1"})
+        done = attempt(report, name, [sys.executable, "-m", "pytest", name, *options], report.check_seconds_left, {"OMP_NUM_THREADS": "1"}, LAST_WORDS)
         results = results_of(xml)
     if done is None:
         report.step(name).update(results)  # of the tests that were done in time
@@ -259,6 +271,7 @@ def guarded(report: Report, work: Callable[[], None]) -> None:
 
 def checks(report: Report) -> None:
     """Tests and sanitizers wait mostly for compilers, so several run at a time; nothing is timed meanwhile."""
+    report.began = time.monotonic()
     files = sorted(report.test_files, key=lambda file: (file != HEAD_TESTS, -(ROOT / "tests" / file).stat().st_size))  # the long ones first
     work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
     work += [partial(test_file, report, file) for file in files if report.open(f"tests/{file}")]
@@ -302,6 +315,9 @@ def benchmark(report: Report, name: str, cases: str) -> None:
     path, step = f"benchmarks/bench_{name}.py", benchmark_step(name, cases)
     if not report.open(step):
         return
+    if not installed("pytest_benchmark"):
+        report.close(step, "not here")
+        return
     with tempfile.TemporaryDirectory() as folder:
         record = Record(report, path, Path(folder))
         while report.seconds_left > 30:
@@ -336,16 +352,68 @@ def benchmark_parts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return [(name, REST) for name in BENCHMARKS], [(name, COMPILED) for name in WITH_COMPILED]
 
 
-def kernels(report: Report) -> None:
-    if not report.open("kernel times"):
+def deciding(report: Report, name: str) -> None:
+    """A step of gpu_steps.py."""
+    if not report.open(name):
         return
-    shape = INATURALIST if GPU else SMOKE
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "step.json")
+        command = [sys.executable, "-m", "benchmarks.gpu_steps", name, str(path), *(["--tiny"] if report.tiny else [])]
+        done = attempt(report, name, command, STEPS[name][1])
+        if done is not None:
+            result = json.loads(path.read_text()) if path.exists() else {"output": done[1][-3000:]}
+            report.close(name, "failed" if "output" in result else "done", **result)
+    for line in report.step(name).get("verdict", ()):
+        print(f"{'':14}{line}", flush=True)
+
+
+def predictions(report: Report) -> None:
+    """What predict_times.py expects of each launch."""
+    name = "predictions"
+    if not report.open(name):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "predictions.json")
+        command = [sys.executable, "-m", "benchmarks.predict_times", "--json", str(path), *(["--tiny"] if report.tiny else [])]
+        done = attempt(report, name, command, PREDICTION_SECONDS)
+        if done is not None:
+            found = json.loads(path.read_text()) if path.exists() else []
+            report.close(name, "done" if found else "failed", found=found, output="" if found else done[1][-3000:])
+
+
+def kernels(report: Report, shape: str, plan: str) -> None:
+    """Each kernel's time in a plan of the head, beside its prediction."""
+    name = kernel_step(shape, plan)
+    if not report.open(name):
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.json")
-        done = attempt(report, "kernel times", [sys.executable, "-m", "benchmarks.profile_kernels", "--shape", shape.name, "--profile", str(path)], 240)
+        command = [sys.executable, "-m", "benchmarks.profile_kernels", "--shape", SMOKE.name if report.tiny else shape, "--plan", plan, "--profile", str(path)]
+        done = attempt(report, name, command, KERNELS_SECONDS)
         if done is not None:
-            times = json.loads(path.read_text()) if path.exists() else {}
-            report.close("kernel times", "done" if times else "failed", shape=shape.name, times=times, output="" if times else done[1][-3000:])
+            times = json.loads(path.read_text())["bf16"] if path.exists() else {}
+            report.close(name, "done" if times else "failed", times=times, output="" if times else done[1][-3000:])
+    print(beside_predictions(report, shape, plan), flush=True)
+
+
+def beside_predictions(report: Report, shape: str, plan: str) -> str:
+    expected: dict[str, float] = {}
+    for row in report.step("predictions").get("found", ()):
+        if (row["shape"], row["what"]) == (shape, plan):
+            expected[row["name"]] = expected.get(row["name"], 0.0) + 1e6 * row["seconds"]
+    lines = []
+    for kernel, measured in report.step(kernel_step(shape, plan)).get("times", {}).items():
+        known = f"{expected[kernel]:10.1f} predicted, {measured['microseconds'] / expected[kernel]:.2f}" if kernel in expected else ""
+        lines.append(f"{'':14}{kernel[:60]:60}{measured['microseconds']:10.1f} us{known}")
+    return "\n".join(lines)
+
+
+def kernel_step(shape: str, plan: str) -> str:
+    return f"kernels of {shape}, {plan}"
+
+
+def kernel_steps() -> list[tuple[str, str]]:
+    return [(shape.name, plan) for shape in predict_times.SHAPES for plan in predict_times.PLANS] if GPU else []
 
 
 def counters(report: Report) -> None:
@@ -360,8 +428,20 @@ def counters(report: Report) -> None:
     options = ["--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({'|'.join(names)})$"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "ncu.csv")
-        command = ["ncu", *options, "--log-file", str(log), sys.executable, "-m", "benchmarks.profile_kernels", "--shape", INATURALIST.name]
-        done = attempt(report, name, command, 240)
+        command = [
+            "ncu",
+            *options,
+            "--log-file",
+            str(log),
+            sys.executable,
+            "-m",
+            "benchmarks.profile_kernels",
+            "--shape",
+            INATURALIST.name,
+            "--plan",
+            "materialised",
+        ]
+        done = attempt(report, name, command, NCU_SECONDS)
         lines = [line for line in log.read_text().splitlines() if line.startswith('"')] if log.exists() else []
     if done is not None:
         code, output = done
@@ -429,17 +509,44 @@ def begin(path: Path, deadline: float) -> Report:
     return report
 
 
-def main() -> None:
+def run_deciding(report: Report) -> None:
+    for name in STEPS:
+        guarded(report, partial(deciding, report, name))
+    guarded(report, partial(predictions, report))
+
+
+def schedule() -> str:
+    """The steps in order, and the seconds that each may take."""
+    steps = [*((name, seconds) for name, (_, seconds) in STEPS.items()), ("predictions", PREDICTION_SECONDS)]
+    steps += [(kernel_step(shape.name, plan), KERNELS_SECONDS) for shape in predict_times.SHAPES for plan in predict_times.PLANS]
+    steps += [("ncu", NCU_SECONDS), ("tests and sanitizers, with pytest", CHECK_SECONDS)]
+    return "\n".join(["seconds at most", *(f"{seconds:8.0f}  {name}" for name, seconds in steps), "    rest  benchmarks, with pytest-benchmark"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", type=Path, help="the JSON file to continue; default benchmarks/results/<device>.json")
     parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="after which no further step begins and running ones end")
-    args = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="show the schedule and run the deciding steps at tiny sizes")
+    args = parser.parse_args(argv)
     hear_interrupts()
     deadline = time.monotonic() + args.seconds
+    if args.dry_run:
+        print(schedule())
+        with tempfile.TemporaryDirectory() as folder:
+            report = begin(Path(folder, "dry-run.json"), deadline)
+            report.tiny = True
+            run_deciding(report)
+            kernels(report, SMOKE.name, "materialised")
+        failed = [name for name, step in report.data["steps"].items() if step["status"] != "done"]
+        sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
+    if GPU:
+        run_deciding(report)
     first, last = ([partial(benchmark, report, *part) for part in parts] for parts in benchmark_parts())
-    for work in (partial(checks, report), *first, partial(kernels, report), partial(counters, report), *last):
+    profiles = [partial(kernels, report, *step) for step in kernel_steps()]
+    for work in (*profiles, partial(counters, report), partial(checks, report), *first, *last):
         guarded(report, work)
     report.data["complete"] = all(not report.open(name) for name in expected_steps(report))
     report.save()
@@ -448,7 +555,8 @@ def main() -> None:
 
 
 def expected_steps(report: Report) -> list[str]:
-    others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "kernel times", "ncu"]
+    others = ["compute-sanitizer memcheck", "compute-sanitizer racecheck", "ncu", *(kernel_step(*step) for step in kernel_steps())]
+    others += [*STEPS, "predictions"] if GPU else []
     return [*(f"tests/{file}" for file in report.test_files), *others, *(benchmark_step(*part) for parts in benchmark_parts() for part in parts)]
 
 

@@ -2,6 +2,7 @@
 
 python -m benchmarks.profile_kernels                          small odd shapes, with every optional term of the losses
 python -m benchmarks.profile_kernels --shape iNaturalist      one of the benchmarks' shapes, as training uses the losses
+python -m benchmarks.profile_kernels --shape NAME --plan PLAN      the head alone, in that plan
 python -m benchmarks.profile_kernels --shape NAME --profile PATH   the same, and each kernel's device time as JSON
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +60,22 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def kernel_times(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, float]]:
-    """Launches and device time of each kernel in one `run`, the longest first; without a GPU, operators and their own time."""
-    run(shape, dtype, device)
+def run_head(shape: Shape, dtype: torch.dtype, device: torch.device, plan: Plan) -> None:
+    """Forward and backward of the head."""
+    features, weight = (torch.randn(size, shape.dim, dtype=dtype, device=device).requires_grad_() for size in (shape.rows, shape.classes))
+    cloud = (NOISE_MUL * cloud_sizes(shape.class_counts())).to(device)
+    linear_gcl_cross_entropy(features, weight, draw_labels(shape, device), cloud, plan=plan).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kernel_times(work: Callable[[], None], device: torch.device) -> dict[str, dict[str, float]]:
+    """Launches and device time of each kernel in one call of `work`, the longest first; without a GPU, operators and their own time."""
+    work()
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], acc_events=True) as profiler:
         for _ in range(REPEATS):
-            run(shape, dtype, device)
+            work()
     rows = [event for event in profiler.key_averages() if not cuda or str(event.device_type) == "DeviceType.CUDA"]
     times = {event.key: (event.count, event.self_device_time_total if cuda else event.self_cpu_time_total) for event in rows}
     longest = sorted(times.items(), key=lambda item: -item[1][1])[:40]
@@ -74,17 +86,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = {shape.name: shape for grid in SHAPES.values() for shape in grid}
     parser.add_argument("--shape", choices=shapes)
+    parser.add_argument("--plan", choices=PLANS)
     parser.add_argument("--profile", type=Path, help="write each kernel's time there")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times: dict[str, dict[str, dict[str, float]]] = {}
     shape = SMALL if args.shape is None else shapes[args.shape]
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"bf16": torch.bfloat16} if args.plan else {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in dtypes.items():
+        work = partial(run, shape, dtype, device) if args.plan is None else partial(run_head, shape, dtype, device, args.plan)
+        if args.profile is None:
+            work()
+        else:
+            times[name] = kernel_times(work, device)
     if args.profile is not None:
-        args.profile.write_text(json.dumps({name: kernel_times(shape, dtype, device) for name, dtype in dtypes.items()}))
-        return
-    for dtype in dtypes.values():
-        run(shape, dtype, device)
+        args.profile.write_text(json.dumps(times))
 
 
 if __name__ == "__main__":

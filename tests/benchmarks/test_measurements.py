@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, timing
+from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, gpu_steps, timing
 from benchmarks.common import BOTH, SMOKE, Inputs
 from benchmarks.memory import allocated_peak
 from benchmarks.provenance import ROOT
@@ -300,3 +300,35 @@ def test_every_case_of_a_gpu_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> No
 def test_only_files_with_tests_for_a_gpu_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report, "GPU", True)
     assert gpu_report.device_tests("tests/test_weights.py", "tests/test_clouds.py") == ["test_clouds.py"]
+
+
+@pytest.mark.parametrize("name", gpu_steps.STEPS)
+def test_deciding_steps_at_tiny_sizes(name: str) -> None:
+    """What the dry run of the report runs, in this process: it needs no pytest, no GPU and no data."""
+    if name == "compilation":
+        pytest.skip("starts processes: the dry run has it")
+    result = gpu_steps.STEPS[name][0](True)
+    assert result["verdict"]
+    assert not any("off by" in line or "differ" in line or "spreads" in line for line in result["verdict"]), result["verdict"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_the_schedule_and_runs_every_deciding_step() -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": ""}
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^ +\d+  kernels of iNaturalist, materialised$", done.stdout, re.MULTILINE)
+    for name in (*gpu_steps.STEPS, "predictions", "kernels of smoke, materialised"):
+        assert f"{name}: done" in done.stdout
+
+
+def test_measured_times_stand_beside_predicted_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 10)
+    launches = [{"shape": "1M classes", "what": "chunked", "name": "_cosine_kernel", "seconds": 2e-3}] * 2
+    report.close("predictions", "done", found=launches)
+    report.close("kernels of 1M classes, chunked", "done", times={"_cosine_kernel": {"launches": 2, "microseconds": 5000.0}, "other": {"microseconds": 1.0}})
+    cosines, other = gpu_report.beside_predictions(report, "1M classes", "chunked").splitlines()
+    assert cosines.split()[1:] == ["5000.0", "us", "4000.0", "predicted,", "1.25"]
+    assert other.split() == ["other", "1.0", "us"]
