@@ -10,7 +10,18 @@ from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
 from gclkern.devices import set_debug
 from gclkern.layers import CosineLinear
-from gclkern.losses import CosFaceLoss, DROLTLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.losses import (
+    BalancedContrastiveLoss,
+    CosFaceLoss,
+    DROLTLoss,
+    FocalLoss,
+    GCLLoss,
+    LDAMLoss,
+    LinearGCLLoss,
+    LogitAdjustedLoss,
+    PrototypicalContrastiveLoss,
+    SupConLoss,
+)
 from gclkern.noise import cloud_noise
 from gclkern.weights import DeferredReweighting, effective_number_weights
 
@@ -19,6 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BalancedContrastiveLoss",
     "ClassCentroids",
     "CosFaceLoss",
     "CosineLinear",
@@ -29,6 +41,8 @@ __all__ = [
     "LDAMLoss",
     "LinearGCLLoss",
     "LogitAdjustedLoss",
+    "PrototypicalContrastiveLoss",
+    "SupConLoss",
     "cloud_noise",
     "cloud_sizes",
     "distributed",

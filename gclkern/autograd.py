@@ -99,3 +99,27 @@ class DROLTBound(torch.autograd.Function):
         with without_autocast(features.device.type):
             grads = operator("dro_lt_backward", ctx.backend)(grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
+
+
+class SupervisedContrast(torch.autograd.Function):
+    """The softmax of features (N, D) over samples and class prototypes (C, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, prototypes: Tensor | None, target: Tensor, class_counts: Tensor | None, temperature: float, include_samples: bool,
+        include_own_class: bool, reduction: str, backend: str,
+    ) -> Tensor:  # fmt: skip
+        options = (temperature, include_samples, include_own_class)
+        with without_autocast(features.device.type):
+            loss, saved = operator("contrastive_forward", backend)(features, prototypes, target, class_counts, *options, reduction)
+        ctx.save_for_backward(features, prototypes, class_counts, *saved)
+        ctx.options, ctx.backend = options, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        features, prototypes, class_counts, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        with without_autocast(features.device.type):
+            grads = operator("contrastive_backward", ctx.backend)(grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7

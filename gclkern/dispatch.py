@@ -90,7 +90,7 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
 def operator(name: str, backend: str) -> Any:
     """The operator of a resolved backend for the operation `name`, one of gclkern.kernels.terms.SCHEMAS."""
     if backend == "triton":
-        from gclkern.kernels import centroids, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
+        from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
     return getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default
 
 

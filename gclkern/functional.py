@@ -3,6 +3,7 @@
 gcl_cross_entropy          from cosines or logits (N, C)
 linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D): normalisation, product, noise and softmax in one
 dro_lt_loss                the DRO-LT bound of features around their class centroids
+supervised_contrastive     a softmax over samples and class prototypes: SupCon, BCL, PSC
 class_centroids            the mean feature of each class
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss
+from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, SupervisedContrast
+from gclkern.devices import values_may_be_read
 from gclkern.dispatch import operator, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, Plan, Reduction
@@ -21,17 +23,19 @@ from gclkern.validation import (
     check_epsilon,
     check_head,
     check_int,
+    check_labels,
     check_matrix,
     check_not_negative,
     check_number,
     check_same_device,
     check_target,
+    check_temperature,
     class_vector,
     loss_terms,
     refuse_gradient,
 )
 
-__all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy"]
+__all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy", "supervised_contrastive"]
 
 
 def gcl_cross_entropy(
@@ -303,6 +307,99 @@ def class_centroids(
     target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
     sums, counts = operator("segment_sums", resolve_backend("auto", features))(features.detach(), target, num_classes)
     return sums.div_(counts.clamp(min=1)[:, None]), counts
+
+
+def supervised_contrastive(
+    features: Tensor,  # (N, D)
+    target: Tensor,  # (N,)
+    *,
+    prototypes: Tensor | None = None,  # (C, D)
+    class_counts: Tensor | None = None,  # (C,)
+    temperature: float = 0.1,
+    include_samples: bool = True,
+    include_own_class: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Supervised contrastive loss: a softmax of each sample over the other SAMPLES of the batch and, where given, over class prototypes.
+
+    With all rows scaled to unit length, keys k of class c(k), and y_i the class of sample i,
+
+        loss_i = log sum_{k != i} w_ik exp(<x_i, k> / temperature) - mean over keys p != i of class y_i of <x_i, p> / temperature
+
+    and w_ik = 1. The losses of the literature are
+
+        SupCon   features of two views or more, one below the other                                     (Khosla et al., NeurIPS 2020, Eq. 2)
+        BCL      `prototypes`, and `class_counts` = keys of each class in the batch, samples and prototype: w_ik = 1 / (class_counts_c(k) - [c(k) = y_i]),
+                 so that a class counts by the mean of its keys                                         (Zhu et al., CVPR 2022)
+        PSC      `prototypes`, include_samples=False, include_own_class=False                           (Wang et al., CVPR 2021)
+
+    Features are normalised here, and so are prototypes; a row of norm <= 1e-12 has cosine 0 with everything and gradient 0. No matrix over pairs of samples is
+    ever in memory. A sample without a positive key (the only one of its class, and no prototypes) has no term and does not count in the mean. Runs are bitwise
+    repeatable on one device, and nothing waits for the GPU.
+
+    Args:
+        features: (N, D), float32, bfloat16, float16 or float64, of any strides.
+        target: class of each sample (N,), int64; in [0, C) with prototypes or class_counts, any number without.
+        prototypes: one key for each class (C, D), in the dtype of the features or float32. May require a gradient.
+        class_counts: keys of each class in the batch (C,), at least 1; None weighs every key 1.
+        temperature: T, at least 1/300: below, float64 cannot hold the exponentials. 0.1 is SupCon's, and BCL's on CIFAR.
+        include_samples: False takes the prototypes as the only keys.
+        include_own_class: False leaves the keys of the own class out of the denominator; the loss may then be negative.
+        reduction: "mean" over the samples with a positive, "sum", or "none" for each sample (N,).
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
+
+    Returns:
+        The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". No sample with a positive: 0 for "sum", NaN for "mean".
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a label out of
+            range makes that sample's term and gradient NaN. :func:`gclkern.set_debug` has labels read.
+
+    Gradients exist for `features` and `prototypes`; backward may be repeated, a second derivative is not supported.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.functional import supervised_contrastive
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]], requires_grad=True)
+        >>> loss = supervised_contrastive(features, torch.tensor([0, 1, 0, 1]), temperature=1.0)
+        >>> round(loss.item(), 4)  # log(e + 2) - 1
+        0.5514
+        >>> loss.backward()
+    """
+    check_matrix("features", features)
+    dtype = statistics_dtype(features)
+    num_classes = None
+    if prototypes is not None:
+        check_matrix("prototypes", prototypes)
+        check_same_device("prototypes", prototypes, "features", features)
+        if prototypes.shape[1] != features.shape[1]:
+            raise ValueError(f"prototypes must have the {features.shape[1]} columns of features, got shape {tuple(prototypes.shape)}")
+        if prototypes.dtype not in (features.dtype, dtype):
+            raise TypeError(f"prototypes is {prototypes.dtype} beside features of {features.dtype}; use one dtype, or float32 prototypes")
+        num_classes = prototypes.shape[0]
+    if not isinstance(include_samples, bool):
+        raise TypeError(f"include_samples must be True or False, got {include_samples!r}")
+    if not isinstance(include_own_class, bool):
+        raise TypeError(f"include_own_class must be True or False, got {include_own_class!r}")
+    if not include_samples and prototypes is None:
+        raise ValueError("include_samples is False and prototypes is None, so there are no keys; give prototypes")
+    if class_counts is not None:
+        if not isinstance(class_counts, Tensor):
+            raise TypeError(f"class_counts must be a tensor or None, got {type(class_counts).__name__}")
+        num_classes = class_counts.numel() if num_classes is None else num_classes
+        class_counts = class_vector("class_counts", class_counts.to(dtype), num_classes, "features", features, dtype)
+        if class_counts is not None and values_may_be_read(class_counts) and bool((class_counts < 1).any()):
+            index = int((class_counts < 1).nonzero()[0])
+            raise ValueError(f"class_counts[{index}] is {float(class_counts[index]):g}, but must be at least 1: it counts the keys of a class in the batch")
+    if num_classes is None:
+        target = check_labels("target", target, features.shape[0], "features", features).contiguous()
+    else:
+        target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
+    check_choice("reduction", reduction, REDUCTIONS)
+    temperature = check_temperature(temperature)
+    chosen = resolve_backend(backend, features)
+    return SupervisedContrast.apply(features, prototypes, target, class_counts, temperature, include_samples, include_own_class, reduction, chosen)
 
 
 def _gradient_is_wanted(*tensors: Tensor | None) -> bool:

@@ -48,6 +48,11 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return value
 
 
+def check_temperature(value: object) -> float:
+    """The temperature of a contrastive loss: below 1/300 float64 could not hold the exponentials of cosines."""
+    return check_number("temperature", value, 1 / 300)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

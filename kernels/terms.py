@@ -70,6 +70,14 @@ SCHEMAS = {
         "(Tensor grad_loss, Tensor features, Tensor target, Tensor centroids, Tensor epsilon, Tensor[] saved, float temperature, str reduction, "
         "bool features_grad, bool epsilon_grad) -> (Tensor, Tensor)"
     ),
+    "contrastive_forward": (
+        "(Tensor features, Tensor? prototypes, Tensor target, Tensor? class_counts, float temperature, bool include_samples, bool include_own_class, "
+        "str reduction) -> (Tensor, Tensor[])"
+    ),
+    "contrastive_backward": (
+        "(Tensor grad_loss, Tensor features, Tensor? prototypes, Tensor? class_counts, Tensor[] saved, float temperature, bool include_samples, "
+        "bool include_own_class, bool features_grad, bool prototypes_grad) -> (Tensor, Tensor)"
+    ),
 }
 PREFIXES = {"triton": "", "torch": "torch_", "cpu": "cpu_"}  # of an operator's name, by backend
 

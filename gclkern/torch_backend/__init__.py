@@ -5,6 +5,6 @@ They serve the CPU and float64. Work is done in place, on blocks that fit the ca
 
 from __future__ import annotations
 
-from gclkern.torch_backend import centroids, dro_lt, head, logit_loss, noise
+from gclkern.torch_backend import centroids, contrastive_loss, dro_lt, head, logit_loss, noise
 
-__all__ = ["centroids", "dro_lt", "head", "logit_loss", "noise"]
+__all__ = ["centroids", "contrastive_loss", "dro_lt", "head", "logit_loss", "noise"]

@@ -78,6 +78,15 @@ def dro_lt() -> None:
     dro_lt_backward(torch.ones(()), features, target, centroids, epsilon, saved, 1.0, "mean", True, True)
 
 
+def contrastive() -> None:
+    from gclkern.kernels.contrastive_loss import contrastive_backward, contrastive_forward
+
+    features, prototypes, target, counts = torch.empty(4096, 128), torch.empty(100, 128), torch.zeros(4096, dtype=torch.int64), torch.ones(100)
+    for form in ((None, None), (prototypes, counts)):  # SupCon, BCL
+        _, saved = contrastive_forward(features, form[0], target, form[1], 0.1, True, True, "mean")
+        contrastive_backward(torch.ones(()), features, *form, saved, 0.1, True, True, True, form[0] is not None)
+
+
 def centroids() -> None:
     from gclkern.kernels.centroids import segment_sums
 
@@ -87,7 +96,7 @@ def centroids() -> None:
 Case = Callable[[], None]
 # Every kernel for every kind of GPU; a variant of the same kernels for one of each maker.
 FIT: list[Any] = [
-    *((case, target) for case in (head_bf16, loss_bf16, dro_lt, centroids, noise) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *((case, target) for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *((case, target) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise) for target in ("sm_90", "gfx942")),
     (head_bf16_of_301, "sm_90"),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163

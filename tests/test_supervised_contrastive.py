@@ -1,0 +1,309 @@
+"""The softmax over samples and prototypes against its formula, sample by sample in float64, and the promises that are no numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gclkern
+from gclkern.functional import supervised_contrastive
+from gclkern.torch_backend import contrastive_loss as torch_contrastive_loss
+from tests.support.cases import HALVES, REDUCTIONS
+from tests.support.comparison import ROUNDING
+
+# numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+FORMS: dict[str, dict[str, Any]] = {
+    "SupCon": {},
+    "SupCon with prototypes": {"prototypes": True},
+    "BCL": {"prototypes": True, "class_counts": True},
+    "BCL without prototypes": {"class_counts": True},
+    "prototypes alone": {"prototypes": True, "include_samples": False},
+    "PSC": {"prototypes": True, "include_samples": False, "include_own_class": False},
+    "decoupled": {"include_own_class": False},
+    "decoupled BCL": {"prototypes": True, "class_counts": True, "include_own_class": False},
+}
+
+
+def unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def oracle(
+    features: Tensor, target: Tensor, prototypes: Tensor | None = None, class_counts: Tensor | None = None, temperature: float = 0.1,
+    include_samples: bool = True, include_own_class: bool = True, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The formula by its letters, on float64 tensors."""
+    x, terms, anchors = unit(features), [], 0
+    keys, classes = (x, target) if include_samples else (x[:0], target[:0])
+    if prototypes is not None:
+        keys, classes = torch.cat((keys, unit(prototypes))), torch.cat((classes, torch.arange(len(prototypes))))
+    for i, label in enumerate(target.tolist()):
+        logits = keys @ x[i] / temperature
+        other = torch.ones(len(keys), dtype=torch.bool)
+        if include_samples:
+            other[i] = False
+        positive = other & (classes == label)
+        if not positive.any():
+            terms.append(x[i].sum() * 0)
+            continue
+        anchors += 1
+        counted = other if include_own_class else other & ~positive
+        counts = torch.ones(len(keys), dtype=torch.float64) if class_counts is None else class_counts[classes] - positive.double()
+        terms.append((logits - counts.log())[counted].logsumexp(0) - logits[positive].mean())
+    stacked = torch.stack(terms)
+    return stacked if reduction == "none" else stacked.sum() / (anchors if reduction == "mean" else 1)
+
+
+def problem(rows: int, classes: int, dim: int, form: dict[str, Any], seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Features, labels, and the options of a form; the last class has one sample at most."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, dim, generator=generator) * torch.rand(rows, 1, generator=generator)
+    target = torch.randint(classes - 1, (rows,), generator=generator)
+    target[0] = classes - 1
+    options = dict(form)
+    if form.get("prototypes"):
+        options["prototypes"] = torch.randn(classes, dim, generator=generator)
+    if form.get("class_counts"):
+        options["class_counts"] = (target.bincount(minlength=classes) + ("prototypes" in form)).clamp(min=1).float()
+    return features, target, options
+
+
+def check(
+    features: Tensor, target: Tensor, options: dict[str, Any], backend: str, device: torch.device, upstream: Tensor | None = None, error: float = 1e-6
+) -> None:
+    """Loss and gradients; `error` is that of a float32 cosine, which the temperature enlarges."""
+    error /= options.get("temperature", 0.1)
+    double = {name: value.detach().double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    exact = [features.double().requires_grad_(), *([double["prototypes"].requires_grad_()] if "prototypes" in options else [])]
+    expected = oracle(exact[0], target, **double)
+    expected.backward(torch.ones_like(expected) if upstream is None else upstream.double())
+
+    moved = {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    leaves = [features.to(device).requires_grad_(), *([moved["prototypes"].requires_grad_()] if "prototypes" in options else [])]
+    loss = supervised_contrastive(leaves[0], target.to(device), backend=backend, **moved)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss))
+    assert loss.dtype == (torch.float64 if features.dtype == torch.float64 else torch.float32)
+    scale = len(target) if options.get("reduction") == "sum" else 1
+    torch.testing.assert_close(loss.cpu().double(), expected.detach(), rtol=2e-6, atol=4 * error * scale)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and reference.grad is not None and leaf.grad.dtype == leaf.dtype
+        # probabilities cancel against the pull of the positives: relative to the row's largest
+        largest = reference.grad.abs().amax(1, keepdim=True).expand_as(reference.grad).clamp(min=float(reference.grad.abs().max()) * 1e-3)
+        wrong = (leaf.grad.cpu().double() - reference.grad).abs() > (8 * error + ROUNDING[leaf.dtype]) * largest
+        assert not bool(wrong.any()), f"{int(wrong.sum())} of {wrong.numel()} gradients differ"
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_and_gradients(form: str, reduction: str, backend: str, device: torch.device) -> None:
+    features, target, options = problem(22, 5, 9, FORMS[form])
+    upstream = torch.linspace(-1.0, 2.0, 22) if reduction == "none" else torch.tensor(0.7)
+    check(features, target, {**options, "reduction": reduction}, backend, device, upstream)
+
+
+@pytest.mark.parametrize("form", ["SupCon", "BCL", "PSC"])
+def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
+    features, target, options = problem(70, 66, 40, FORMS[form])
+    check(features, target, options, backend, device)
+
+
+@pytest.mark.parametrize("form", ["SupCon", "BCL", "decoupled BCL"])
+@pytest.mark.parametrize("temperature", [1 / 300, 0.02, 0.07, 5.0])
+def test_any_temperature(temperature: float, form: str, backend: str, device: torch.device) -> None:
+    features, target, options = problem(22, 5, 9, FORMS[form])
+    check(features, target, {**options, "temperature": temperature}, backend, device, error=2e-7)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sixteen_bits(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    features, target, options = problem(22, 5, 9, FORMS["BCL"])
+    check(features.to(dtype), target, options, backend, device)
+
+
+def test_float64(device: torch.device) -> None:
+    features, target, options = problem(22, 5, 9, FORMS["BCL"])
+    options = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    check(features.double(), target, options, "auto", device, error=1e-14)
+
+
+def test_gradcheck(device: torch.device) -> None:
+    for form in FORMS.values():
+        features, target, options = problem(7, 3, 4, form)
+        moved = {name: value.to(device, torch.float64) if isinstance(value, Tensor) else value for name, value in options.items()}
+        prototypes = moved.pop("prototypes", None)
+        inputs = (features.to(device, torch.float64).requires_grad_(), None if prototypes is None else prototypes.requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda x, q, moved=moved, target=target: supervised_contrastive(x, target.to(device), prototypes=q, temperature=0.5, **moved), inputs
+        )
+
+
+def test_any_strides_and_labels(backend: str, device: torch.device) -> None:
+    """Without prototypes labels may be any numbers."""
+    features, target, _ = problem(12, 4, 10, {})
+    expected = supervised_contrastive(features.to(device), target.to(device), backend=backend)
+    names = torch.tensor([2**40, -7, 0, 99])
+    strided = torch.stack((features, features), 2)[:, :, 0]
+    assert supervised_contrastive(strided.to(device), names[target].to(device), backend=backend).equal(expected)
+
+
+def test_rows_without_a_direction(backend: str, device: torch.device) -> None:
+    features, target, options = problem(8, 3, 5, FORMS["BCL"])
+    features[2] = 0.0
+    leaf = features.to(device).requires_grad_()
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    loss = supervised_contrastive(leaf, target.to(device), backend=backend, **moved)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad is not None and leaf.grad[2].eq(0).all() and leaf.grad.isfinite().all() and leaf.grad[3].ne(0).any()
+
+
+def test_samples_without_positives(backend: str, device: torch.device) -> None:
+    features = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    target = torch.tensor([0, 1, 2], device=device)
+    assert supervised_contrastive(features, target, backend=backend).isnan()
+    total = supervised_contrastive(features, target, reduction="sum", backend=backend)
+    total.backward()
+    assert total == 0 and features.grad is not None and features.grad.eq(0).all()
+    assert supervised_contrastive(features[:1], target[:1], reduction="none", backend=backend).eq(0).all()
+
+
+@pytest.mark.gpu
+def test_a_label_out_of_range_spoils_its_own_row_only(backend: str, device: torch.device) -> None:
+    features, target, options = problem(8, 3, 5, FORMS["BCL"])
+    target[4] = 3
+    leaf = features.to(device).requires_grad_()
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    loss = supervised_contrastive(leaf, target.to(device), reduction="none", backend=backend, **moved)
+    loss.sum().backward()
+    others = torch.arange(8, device=device) != 4
+    assert loss[4].isnan() and loss[others].isfinite().all()
+    assert leaf.grad is not None and leaf.grad[4].isnan().all() and leaf.grad[others].isfinite().all()
+
+
+def test_repeatable_and_backward_twice(backend: str, device: torch.device) -> None:
+    features, target, options = problem(30, 4, 6, FORMS["BCL"])
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    grads = []
+    for _ in range(2):
+        leaf = features.to(device).requires_grad_()
+        loss = supervised_contrastive(leaf, target.to(device), backend=backend, **moved)
+        grads += [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+    assert all(grad.equal(grads[0]) for grad in grads)
+
+
+def test_no_matrix_over_pairs_is_in_memory() -> None:
+    """Of 2^12 samples it would have 64 MB: no operator makes a tensor of more than a tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(value, Tensor):
+                    largest = max(largest, value.untyped_storage().nbytes())
+            return out
+
+    features = torch.randn(4096, 4).requires_grad_()
+    with Watch():
+        supervised_contrastive(features, torch.arange(4096) % 10).backward()
+    assert 0 < largest <= 2**20
+
+
+def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> None:
+    features = torch.randn(6, 4, device=device, requires_grad=True)
+    loss = supervised_contrastive(features, torch.arange(6, device=device) % 2, backend=backend)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, features, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("form", ["SupCon", "BCL"])
+def test_operators(form: str, backend: str, device: torch.device) -> None:
+    features, target, options = problem(12, 4, 5, FORMS[form])
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    name = "contrastive_forward" if backend == "triton" else "torch_contrastive_forward"
+    arguments = (features.to(device), moved.get("prototypes"), target.to(device), moved.get("class_counts"), 0.1, True, True, "mean")
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    supervised_contrastive(features.to(device), target.to(device), backend=backend)  # registers the operators
+    torch.library.opcheck(getattr(torch.ops.gclkern, name).default, arguments, test_utils=tests)
+    _, saved = getattr(torch.ops.gclkern, name)(*arguments)
+    backward = getattr(torch.ops.gclkern, name.replace("forward", "backward")).default
+    torch.library.opcheck(
+        backward, (torch.ones((), device=device), *arguments[:2], arguments[3], saved, 0.1, True, True, True, "prototypes" in moved), test_utils=tests
+    )
+
+
+def test_compile_without_a_graph_break(backend: str, device: torch.device) -> None:
+    features, target, options = problem(12, 4, 5, FORMS["BCL"])
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+
+    def step(x: Tensor) -> Tensor:
+        return supervised_contrastive(2 * x, target.to(device), backend=backend, **moved)
+
+    eager, traced = features.to(device).requires_grad_(), features.to(device).requires_grad_()
+    step(eager).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(traced).backward()
+    torch.testing.assert_close(traced.grad, eager.grad)
+
+
+def test_modules() -> None:
+    features, target, options = problem(12, 4, 5, FORMS["BCL"])
+    prototypes = options["prototypes"]
+    x, q = features.double(), prototypes.double()
+    expected = {
+        gclkern.SupConLoss(temperature=0.2): oracle(x, target, temperature=0.2),
+        gclkern.BalancedContrastiveLoss(): oracle(x, target, q, options["class_counts"]),
+        gclkern.PrototypicalContrastiveLoss(temperature=1.0): oracle(x, target, q, temperature=1.0, include_samples=False, include_own_class=False),
+    }
+    for criterion, value in expected.items():
+        arguments = (features, target) if isinstance(criterion, gclkern.SupConLoss) else (features, prototypes, target)
+        torch.testing.assert_close(criterion(*arguments).double(), value, rtol=1e-5, atol=1e-5)
+        assert f"temperature={criterion.temperature}" in repr(criterion)
+
+
+def test_supcon_of_plain_torch() -> None:
+    """Written as it is often seen, over the whole matrix."""
+    features, target, _ = problem(20, 4, 6, {})
+    logits = F.normalize(features) @ F.normalize(features).T / 0.1
+    others = ~torch.eye(20, dtype=torch.bool)
+    positives = (target[:, None] == target) & others
+    log_probability = logits - logits.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+    anchors = positives.any(1)
+    expected = -((log_probability * positives).sum(1)[anchors] / positives.sum(1)[anchors]).mean()
+    torch.testing.assert_close(supervised_contrastive(features, target), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"temperature": 0.0}, ValueError, ["temperature", "0.0"]),
+        ({"temperature": 0.001}, ValueError, ["temperature", "0.001"]),
+        ({"reduction": "max"}, ValueError, ["reduction", "'max'"]),
+        ({"prototypes": torch.zeros(4, 6)}, ValueError, ["prototypes", "5 columns", "(4, 6)"]),
+        ({"prototypes": torch.zeros(4, 5, dtype=torch.float16)}, TypeError, ["prototypes", "float16"]),
+        ({"include_samples": False}, ValueError, ["include_samples", "prototypes"]),
+        ({"include_samples": 1}, TypeError, ["include_samples", "1"]),
+        ({"include_own_class": None}, TypeError, ["include_own_class", "None"]),
+        ({"class_counts": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, ["class_counts[1]", "0", "at least 1"]),
+        ({"class_counts": [1, 1]}, TypeError, ["class_counts", "list"]),
+        ({"class_counts": torch.ones(3), "prototypes": torch.zeros(4, 5)}, ValueError, ["class_counts", "(4,)", "(3,)"]),
+        ({"class_counts": torch.ones(2)}, ValueError, ["target[", "[0, 2)"]),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, ["target", "(12,)", "(3,)"]),
+        ({"target": torch.zeros(12)}, TypeError, ["target", "float32"]),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    features, target, _ = problem(12, 4, 5, {})
+    options = {**changes}
+    target = options.pop("target", target)
+    with pytest.raises(error) as caught:
+        supervised_contrastive(features, target, **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
