@@ -16,6 +16,7 @@ from gclkern.losses import (
     DROLTLoss,
     FocalLoss,
     GCLLoss,
+    LabelAwareSmoothingLoss,
     LDAMLoss,
     LinearGCLLoss,
     LogitAdjustedLoss,
@@ -23,7 +24,8 @@ from gclkern.losses import (
     SupConLoss,
 )
 from gclkern.noise import cloud_noise
-from gclkern.weights import DeferredReweighting, effective_number_weights
+from gclkern.soft_labels import mixed_targets
+from gclkern.weights import DeferredReweighting, effective_number_weights, label_aware_smoothing
 
 if TYPE_CHECKING:
     from gclkern import distributed, training
@@ -39,6 +41,7 @@ __all__ = [
     "FocalLoss",
     "GCLLoss",
     "LDAMLoss",
+    "LabelAwareSmoothingLoss",
     "LinearGCLLoss",
     "LogitAdjustedLoss",
     "PrototypicalContrastiveLoss",
@@ -48,6 +51,8 @@ __all__ = [
     "distributed",
     "effective_number_weights",
     "functional",
+    "label_aware_smoothing",
+    "mixed_targets",
     "samplers",
     "set_debug",
     "training",

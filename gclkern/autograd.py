@@ -15,20 +15,21 @@ from gclkern.devices import without_autocast
 from gclkern.dispatch import operator
 from gclkern.kernels.terms import LossTerms
 
-# LossTerms begins with its tensors: they are saved by save_for_backward, the plain values as an attribute of the context.
-_TENSOR_TERMS = LossTerms._fields.index("scale")
+# The tensors among the terms are saved by save_for_backward, the plain values as an attribute of the context.
+_TENSOR_TERMS = tuple("Tensor" in str(LossTerms.__annotations__[name]) for name in LossTerms._fields)
 
 
 def save_terms(ctx: Any, tensors: tuple[Tensor | None, ...], terms: LossTerms) -> None:
     """Saves a Function's tensors and its terms for backward."""
-    ctx.save_for_backward(*tensors, *terms[:_TENSOR_TERMS])
-    ctx.plain_terms = terms[_TENSOR_TERMS:]
+    ctx.save_for_backward(*tensors, *(value for value, is_tensor in zip(terms, _TENSOR_TERMS, strict=True) if is_tensor))
+    ctx.plain_terms = tuple(value for value, is_tensor in zip(terms, _TENSOR_TERMS, strict=True) if not is_tensor)
 
 
 def saved_terms(ctx: Any) -> tuple[tuple[Tensor, ...], LossTerms]:
     """What `save_terms` saved."""
-    tensors = ctx.saved_tensors
-    return tensors[:-_TENSOR_TERMS], LossTerms(*tensors[-_TENSOR_TERMS:], *ctx.plain_terms)
+    tensors, count = ctx.saved_tensors, sum(_TENSOR_TERMS)
+    saved, plain = iter(tensors[-count:]), iter(ctx.plain_terms)
+    return tensors[:-count], LossTerms(*(next(saved) if is_tensor else next(plain) for is_tensor in _TENSOR_TERMS))
 
 
 # `bias` is an argument of the Functions beside `terms`, because autograd sees no tensor within a tuple.

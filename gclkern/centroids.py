@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.buffers import PreciseBuffers
+from gclkern.buffers import RankState
 from gclkern.dispatch import operator, resolve_backend
 from gclkern.validation import check_int, check_matrix, check_target
 
@@ -15,7 +15,7 @@ def class_means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums.div_(counts.clamp(min=1)[:, None]).to(torch.float32)
 
 
-class ClassCentroids(PreciseBuffers):
+class ClassCentroids(RankState):
     """Class centroids over many batches, without keeping their features: running sums and counts.
 
     The sums are float64: one rounding for each batch, in float32, would cost a common class its last digits over an epoch, and unlike
@@ -23,7 +23,7 @@ class ClassCentroids(PreciseBuffers):
     ``.to(device)`` and are part of the state dict, so an epoch can be resumed.
 
     With ``torch.distributed`` initialised, each rank updates with its own samples and :meth:`compute` is a collective call that all ranks make: it returns the
-    centroids of all samples, and leaves each rank's own sums as they are.
+    centroids of all samples, and leaves each rank's own sums as they are. They are no buffers: DistributedDataParallel leaves them alone.
 
     Args:
         num_classes: C.
@@ -47,8 +47,8 @@ class ClassCentroids(PreciseBuffers):
         super().__init__()
         check_int("num_classes", num_classes, 1)
         check_int("dim", dim, 1)
-        self.register_buffer("sums", torch.zeros((num_classes, dim), dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.add_state("sums", torch.zeros((num_classes, dim), dtype=torch.float64))
+        self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gclkern.options import Strategy
-from gclkern.validation import Vector, check_choice, check_class_counts, check_number, device_of
+from gclkern.validation import ClassCounts, check_choice, check_class_counts, check_number, device_of
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 DEFAULT_EXPONENT = 0.25
 
 
-def cloud_sizes(class_counts: Vector, strategy: Strategy = "log", exponent: float | None = None) -> Tensor:
+def cloud_sizes(class_counts: ClassCounts, strategy: Strategy = "log", exponent: float | None = None) -> Tensor:
     r"""Cloud size of each class, d_j / max_k d_k (Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 9).
 
         log      d_j = log n_max - log n_j

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
-from gclkern.kernels.terms import NAMESPACE, PREFIXES
+from gclkern.kernels.terms import NAMESPACE, PREFIXES, LossTerms
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
 
@@ -71,6 +71,23 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
                 "or set TRITON_INTERPRET=1 before the first import of Triton to interpret the kernels"
             )
     return "triton"
+
+
+def backend_without_loops(backend: str, tensor: Tensor, what: str) -> str:
+    """`resolve_backend` for something that the compiled loops of the CPU do not have: torch serves it there."""
+    chosen = resolve_backend(backend, tensor)
+    if chosen != "cpu":
+        return chosen
+    if backend == "cpu":
+        raise ValueError(f'backend="cpu" has no {what}; use backend="torch" or "auto"')
+    return "torch"
+
+
+def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
+    """`resolve_backend` for a loss of these terms."""
+    if terms.smoothing is not None:
+        return backend_without_loops(backend, tensor, "label_smoothing of one value for each class")
+    return resolve_backend(backend, tensor)
 
 
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, SupervisedContrast
 from gclkern.devices import values_may_be_read
-from gclkern.dispatch import operator, resolve_backend, resolve_plan
+from gclkern.dispatch import backend_for_terms, backend_without_loops, operator, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, Plan, Reduction
 from gclkern.validation import (
@@ -51,7 +51,7 @@ def gcl_cross_entropy(
     lam: Tensor | float | None = None,
     gamma: float = 0.0,
     focal_detach: bool = True,
-    label_smoothing: float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
@@ -74,7 +74,8 @@ def gcl_cross_entropy(
 
     Args:
         cosine: cosines or logits (N, C), float32, bfloat16, float16 or float64, of any strides.
-        target: class of each sample (N,), int64, in [0, C) or `ignore_index`.
+        target: class of each sample (N,), int64, in [0, C) or `ignore_index`; or soft labels (N, C), floating point, with at most two classes a row, see
+            :func:`gclkern.mixed_targets`.
         cloud: size of each class's cloud (C,); None adds no noise. :func:`gclkern.cloud_sizes` computes it from class counts.
         scale: factor s on the cosines; 30 is GCL's first stage. Use 1 for plain logits.
         margin: subtracted from the target's cosine: a number for CosFace, a vector (C,) for LDAM.
@@ -84,7 +85,8 @@ def gcl_cross_entropy(
         lam: share of `target` in [0, 1]: a number, or a tensor () or (N,).
         gamma: focal exponent; 0 turns the focal factor off.
         focal_detach: whether the focal factor counts as a constant in backward, as in GCL's release; False is the standard focal loss.
-        label_smoothing: share of the target's weight that is spread over all classes, in [0, 1].
+        label_smoothing: share of the target's weight that is spread over all classes, in [0, 1]: a number, or a vector (C,) of which each target takes its own
+            (label-aware smoothing, see :func:`gclkern.label_aware_smoothing`).
         ignore_index: a sample with this label, in either target, has no loss and no gradient.
         reduction: "mean" divides by the kept samples' sum of lam * weight[target] + (1 - lam) * weight[target_b] (torch's rule, mixed), with
             gamma > 0 by their number; "sum"; or "none" for the loss of each sample (N,).
@@ -119,7 +121,7 @@ def gcl_cross_entropy(
         focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset,
         class_offset=class_offset,
     )  # fmt: skip
-    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), resolve_backend(backend, cosine))
+    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), backend_for_terms(backend, cosine, terms))
 
 
 def linear_gcl_cross_entropy(
@@ -138,7 +140,7 @@ def linear_gcl_cross_entropy(
     lam: Tensor | float | None = None,
     gamma: float = 0.0,
     focal_detach: bool = True,
-    label_smoothing: float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
@@ -189,7 +191,7 @@ def linear_gcl_cross_entropy(
         gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed,
         row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
-    chosen = resolve_backend(backend, features)
+    chosen = backend_for_terms(backend, features, terms)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
     for_backward = _gradient_is_wanted(features, linear_weight, terms.bias)
     return HeadLoss.apply(features, linear_weight, terms.bias, terms, normalize, resolved, for_backward, chosen)
@@ -318,8 +320,8 @@ def supervised_contrastive(
     temperature: float = 0.1,
     include_samples: bool = True,
     include_own_class: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Supervised contrastive loss: a softmax of each sample over the other SAMPLES of the batch and, where given, over class prototypes.
 
@@ -398,7 +400,7 @@ def supervised_contrastive(
         target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
     check_choice("reduction", reduction, REDUCTIONS)
     temperature = check_temperature(temperature)
-    chosen = resolve_backend(backend, features)
+    chosen = backend_without_loops(backend, features, "supervised_contrastive")
     return SupervisedContrast.apply(features, prototypes, target, class_counts, temperature, include_samples, include_own_class, reduction, chosen)
 
 

@@ -10,12 +10,12 @@ from gclkern.kernels.terms import SMALLEST_NORM
 from gclkern.validation import check_int
 
 
-def unit_rows(rows: Tensor) -> Tensor:
+def unit_rows(rows: Tensor, smallest_norm: float = SMALLEST_NORM) -> Tensor:  # an argument, because TorchScript takes no constant of a module
     """Rows (..., D) over their norms, in float32 or better; a row of norm <= 1e-12 becomes 0 with gradient 0, where F.normalize has gradients of 1e12."""
-    if rows.dtype.itemsize < 4:
+    if rows.element_size() < 4:
         rows = rows.float()  # squares of float16 overflow from 256 on
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    zero = norms <= SMALLEST_NORM
+    zero = norms <= smallest_norm
     return torch.where(zero, 0.0, rows / norms.masked_fill(zero, 1.0))
 
 
@@ -68,7 +68,7 @@ class CosineLinear(nn.Module):
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., C)
         if features.dim() == 0 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features must have shape (..., {self.in_features}), got {tuple(features.shape)}")
+            raise ValueError(f"features must have shape (..., {self.in_features}), got {list(features.shape)}")
         return F.linear(unit_rows(features).to(features.dtype), unit_rows(self.weight).to(features.dtype))
 
     def extra_repr(self) -> str:

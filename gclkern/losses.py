@@ -6,6 +6,8 @@ They are not in the state_dict: they follow from the arguments, and a checkpoint
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 
 from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
+from gclkern.devices import values_may_be_read
 from gclkern.dispatch import BACKENDS, PLANS
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, Strategy
 from gclkern.validation import (
     REDUCTIONS,
-    Vector,
+    ClassCounts,
     check_choice,
     check_class_counts,
     check_matrix,
@@ -32,9 +35,10 @@ from gclkern.validation import (
     device_of,
     loss_terms,
 )
-from gclkern.weights import ldam_margins, log_prior
+from gclkern.weights import label_aware_smoothing, ldam_margins, log_prior
 
 _INITIAL_EPSILON = 0.5
+VECTORS = ("cloud", "margin", "bias", "weight", "label_smoothing")  # arguments that may have one value for each class
 
 
 if TYPE_CHECKING:
@@ -51,10 +55,13 @@ class _ClassLoss(PreciseBuffers):
     margin: Tensor | float | None
     bias: Tensor | None
     weight: Tensor | None
+    label_smoothing: Tensor | float
+    _takes_cosines = True
+    _seen = False
 
     def __init__(
         self,
-        num_classes: int | None,  # None: any number, or that of `weight`
+        num_classes: int | None,  # of class_counts; None for a loss that has none
         *,
         cloud: Tensor | None = None,
         margin: Tensor | float | None = None,
@@ -63,7 +70,7 @@ class _ClassLoss(PreciseBuffers):
         scale: float,
         gamma: float = 0.0,
         focal_detach: bool = True,
-        label_smoothing: float = 0.0,
+        label_smoothing: Tensor | float = 0.0,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         backend: Backend = "auto",
@@ -72,12 +79,12 @@ class _ClassLoss(PreciseBuffers):
         self.scale = scale
         self.gamma = gamma
         self.focal_detach = focal_detach
-        self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.backend = backend
-        vectors = {"cloud": cloud, "margin": margin, "bias": bias, "weight": weight}
-        self._check(num_classes, vectors)
+        vectors = {"cloud": cloud, "margin": margin, "bias": bias, "weight": weight, "label_smoothing": label_smoothing}
+        self.num_classes = num_classes
+        self._check(vectors)
         for name, value in vectors.items():
             if value is None:
                 self.register_buffer(name, None)
@@ -87,28 +94,47 @@ class _ClassLoss(PreciseBuffers):
             else:
                 setattr(self, name, value)
 
-    def _check(self, num_classes: int | None, vectors: dict[str, Any]) -> None:
+    def _check(self, vectors: dict[str, Any]) -> None:
         """Raise now, by the same checks, the errors that the first batch would raise."""
         check_choice("backend", self.backend, BACKENDS)
         vectors = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vectors.items()}
-        if num_classes is None:
-            num_classes = vectors["weight"].numel() if isinstance(vectors["weight"], Tensor) else 1
+        num_classes = self.num_classes or next((value.numel() for value in vectors.values() if isinstance(value, Tensor)), 1)
         loss_terms(
             "the class counts", torch.zeros(1, num_classes, device="cpu"), num_classes, torch.zeros(1, dtype=torch.int64, device="cpu"), target_b=None,
             lam=None, seed=0, row_offset=0, class_offset=0, **vectors, **self._options(),
         )  # fmt: skip
 
+    def _check_classes(self, name: str, matrix: object, dim: int) -> None:
+        """Refuse a matrix of other classes by the argument that the user gave, class_counts: the vectors are made of it."""
+        if self.num_classes is not None and isinstance(matrix, Tensor) and matrix.dim() == 2 and matrix.shape[dim] != self.num_classes:
+            what = "columns" if dim == 1 else "rows"
+            raise ValueError(f"{name} must have {self.num_classes} {what}, one for each of class_counts, got shape {tuple(matrix.shape)}")
+
+    def _check_cosines(self, cosine: Tensor) -> None:
+        """Warn, in the first batch alone, when a loss of cosines is given logits: nothing else would show it."""
+        if self._takes_cosines and not self._seen and isinstance(cosine, Tensor) and values_may_be_read(cosine):
+            self._seen = True
+            largest = float(cosine.detach().abs().max()) if cosine.numel() > 0 else 0.0
+            if 1.05 < largest < math.inf:
+                warnings.warn(
+                    f"{type(self).__name__} takes cosines in [-1, 1], but the largest here is {largest:.3g}: are they the logits of a linear layer? "
+                    f"Take a gclkern.CosineLinear classifier",
+                    stacklevel=3,
+                )
+
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "label_smoothing", "ignore_index", "reduction")}
+        return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "ignore_index", "reduction")}
 
     def _arguments(self) -> dict[str, Any]:
         """The keywords that this loss passes to the functional layer."""
-        cloud = self.cloud if self.training else None
-        return {"cloud": cloud, "margin": self.margin, "bias": self.bias, "weight": self.weight, "backend": self.backend, **self._options()}
+        vectors = {name: getattr(self, name) for name in VECTORS}
+        if not self.training:
+            vectors["cloud"] = None
+        return {**vectors, "backend": self.backend, **self._options()}
 
     def extra_repr(self) -> str:
         parts = []
-        for name in ("cloud", "margin", "bias", "weight"):
+        for name in VECTORS:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 parts.append(f"{name}=({value.numel()},)" if value.is_meta else f"{name}=({value.min():.4g} to {value.max():.4g})")
@@ -116,6 +142,9 @@ class _ClassLoss(PreciseBuffers):
                 parts.append(f"{name}={value}")
         parts += [f"{name}={value!r}" for name, value in self._options().items()]
         return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+_ClassLoss.__init__.__qualname__ = "GCLLoss.__init__"  # a misspelt argument is refused in this name
 
 
 class _CosineLoss(_ClassLoss):
@@ -129,6 +158,8 @@ class _CosineLoss(_ClassLoss):
         target_b: Tensor | None = None,  # (N,)
         lam: Tensor | float | None = None,
     ) -> Tensor:
+        self._check_classes("cosine", cosine, 1)
+        self._check_cosines(cosine)
         return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, **self._arguments())
 
     if TYPE_CHECKING:
@@ -142,7 +173,7 @@ class _CloudedLoss(_ClassLoss):
 
     def __init__(
         self,
-        class_counts: Vector,
+        class_counts: ClassCounts,
         *,
         noise_mul: float = 1.0,
         strategy: Strategy = "log",
@@ -208,6 +239,8 @@ class GCLLoss(_CloudedLoss):
         seed: Tensor | int | None = None,
         row_offset: int = 0,
     ) -> Tensor:
+        self._check_classes("cosine", cosine, 1)
+        self._check_cosines(cosine)
         return gcl_cross_entropy(cosine, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **self._arguments())
 
     if TYPE_CHECKING:
@@ -241,7 +274,7 @@ class LinearGCLLoss(_CloudedLoss):
         torch.Size([3, 16])
     """
 
-    def __init__(self, class_counts: Vector, *, plan: Plan = "auto", **options: Unpack[GCLOptions]) -> None:
+    def __init__(self, class_counts: ClassCounts, *, plan: Plan = "auto", **options: Unpack[GCLOptions]) -> None:
         check_choice("plan", plan, PLANS)
         super().__init__(class_counts, **options)
         self.plan = plan
@@ -257,6 +290,7 @@ class LinearGCLLoss(_CloudedLoss):
         seed: Tensor | int | None = None,
         row_offset: int = 0,
     ) -> Tensor:
+        self._check_classes("linear_weight", linear_weight, 0)
         return linear_gcl_cross_entropy(
             features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, **self._arguments()
         )
@@ -297,7 +331,7 @@ class LDAMLoss(_CosineLoss):
 
     def __init__(
         self,
-        class_counts: Vector,
+        class_counts: ClassCounts,
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,
@@ -332,9 +366,11 @@ class LogitAdjustedLoss(_CosineLoss):
         tensor(1.3863)
     """
 
+    _takes_cosines = False
+
     def __init__(
         self,
-        class_counts: Vector,
+        class_counts: ClassCounts,
         *,
         tau: float = 1.0,
         scale: float = 1.0,
@@ -342,6 +378,55 @@ class LogitAdjustedLoss(_CosineLoss):
     ) -> None:
         bias = check_number("tau", tau) * log_prior(class_counts)
         super().__init__(bias.numel(), bias=bias, scale=scale, **options)
+
+
+class LabelAwareSmoothingLoss(_CosineLoss):
+    r"""Label-aware smoothing: cross entropy that smooths the labels of frequent classes more, the loss of MiSLAS's second stage.
+
+    (Zhong et al., "Improving calibration for long-tailed recognition", CVPR 2021, section 3.2.)
+
+        loss_i = (1 - eps) (-log p_target) + eps * mean_j(-log p_j),    eps = label_aware_smoothing(class_counts, head, tail)_target
+
+    This is the released code's form. The paper gives the target 1 - eps and each other class eps / (C - 1), so its eps is (C - 1) / C times this one.
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        head, tail: smoothing of the most frequent and of the rarest class, in [0, 1]. The release's: 0.3 and 0 (CIFAR-10-LT at imbalance 100, ImageNet-LT,
+            iNaturalist), 0.4 and 0.1 (CIFAR-100-LT at imbalance 100, Places-LT).
+        shape: how the smoothing goes from one to the other, see :func:`gclkern.label_aware_smoothing`.
+        scale: factor on the logits: 1 for those of a linear layer, about 30 for cosines.
+        weight, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes and errors: as :class:`GCLLoss`, without `seed` and `row_offset`.
+
+    Example:
+        >>> import torch
+        >>> criterion = LabelAwareSmoothingLoss([500, 50, 5], head=0.4, tail=0.1)
+        >>> criterion.label_smoothing
+        tensor([0.4000, 0.1427, 0.1000])
+        >>> criterion(torch.zeros(1, 3), torch.tensor([0]))
+        tensor(1.0986)
+    """
+
+    _takes_cosines = False
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        *,
+        head: float = 0.3,
+        tail: float = 0.0,
+        shape: str = "concave",
+        scale: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
+    ) -> None:
+        smoothing = label_aware_smoothing(class_counts, head, tail, shape)
+        super().__init__(
+            smoothing.numel(), label_smoothing=smoothing, weight=weight, scale=scale, ignore_index=ignore_index, reduction=reduction, backend=backend
+        )
 
 
 class CosFaceLoss(_CosineLoss):
@@ -372,7 +457,7 @@ class CosFaceLoss(_CosineLoss):
         scale: float = 64.0,
         **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(margin.numel() if isinstance(margin, Tensor) else None, margin=margin, scale=scale, **options)
+        super().__init__(None, margin=margin, scale=scale, **options)
 
 
 class FocalLoss(_CosineLoss):
@@ -396,6 +481,8 @@ class FocalLoss(_CosineLoss):
         >>> FocalLoss(gamma=1.0)(torch.zeros(1, 2), torch.tensor([0]))
         tensor(0.3466)
     """
+
+    _takes_cosines = False
 
     def __init__(
         self,
@@ -453,7 +540,7 @@ class DROLTLoss(PreciseBuffers):
 
     def __init__(
         self,
-        class_counts: Vector,
+        class_counts: ClassCounts,
         *,
         epsilon: LearnedEpsilon | float = "learned",
         temperature: float = 1.0,
@@ -470,7 +557,9 @@ class DROLTLoss(PreciseBuffers):
         elif base_epsilon is not None:
             raise ValueError(f'base_epsilon is given ({base_epsilon}) but serves only epsilon="learned" or "sqrt", and epsilon is {epsilon}')
         if epsilon == "learned":
-            self.epsilon = nn.Parameter(torch.full_like(counts, base, dtype=torch.float32))
+            self._base = base
+            self.epsilon = nn.Parameter(torch.empty_like(counts, dtype=torch.float32))
+            self.reset_parameters()
         else:
             value = base / counts.sqrt() if epsilon == "sqrt" else counts.new_tensor(check_number("epsilon", epsilon, 0.0))
             self.register_buffer("epsilon", value.to(torch.float32), persistent=False)
@@ -485,6 +574,11 @@ class DROLTLoss(PreciseBuffers):
         self.reduction = reduction
         check_choice("backend", backend, BACKENDS)
         self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Let a learned epsilon start again. Call it after ``.to_empty()``, as for torch's layers."""
+        if isinstance(self.epsilon, nn.Parameter):
+            nn.init.constant_(self.epsilon, self._base)
 
     def forward(
         self,
@@ -522,7 +616,7 @@ class DROLTLoss(PreciseBuffers):
 class _ContrastiveLoss(nn.Module):
     """The options of :func:`gclkern.functional.supervised_contrastive` that stay the same from batch to batch."""
 
-    def __init__(self, *, temperature: float = 0.1, reduction: str = "mean", backend: str = "auto") -> None:
+    def __init__(self, *, temperature: float = 0.1, reduction: Reduction = "mean", backend: Backend = "auto") -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
         check_choice("reduction", reduction, REDUCTIONS)
@@ -535,6 +629,9 @@ class _ContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+
+_ContrastiveLoss.__init__.__qualname__ = "SupConLoss.__init__"
 
 
 class SupConLoss(_ContrastiveLoss):

@@ -47,8 +47,8 @@ def cloud_noise(
         >>> torch.equal(noise[1:, 3:], cloud_noise(7, 3, 7, row_offset=1, class_offset=3))
         True
     """
-    check_size("num_rows", num_rows)
-    check_size("num_classes", num_classes)
+    num_rows = check_size("num_rows", num_rows)
+    num_classes = check_size("num_classes", num_classes)
     row_offset = check_offset("row_offset", row_offset, num_rows, 2**63)
     class_offset = check_offset("class_offset", class_offset, num_classes, MAX_CLASSES)
     if device is None and isinstance(seed, Tensor):

@@ -21,7 +21,7 @@ class LossOptions(TypedDict, total=False):
     """What every loss over classes takes when it is built."""
 
     weight: Tensor | None  # (C,)
-    label_smoothing: float
+    label_smoothing: Tensor | float  # or (C,)
     ignore_index: int
     reduction: Reduction
     backend: Backend

@@ -139,6 +139,9 @@ class _EpochSampler(DistributedSampler[int]):
         return shuffled[start_of_block[first_block[group] + turn // count - first_pass[group]] + turn % count]
 
 
+_EpochSampler.__init__.__qualname__ = "Sampler.__init__"  # a misspelt argument is refused in this name
+
+
 class InstanceBalancedSampler(_EpochSampler):
     """Every sample once, shuffled: what stage 1 trains with.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor
 from gclkern.devices import autocast_is_on, values_may_be_read
 from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.options import Reduction
+from gclkern.soft_labels import mixed_targets
 
-# One number for each class (C,), or one label for each sample (N,).
+# Vector: one number for each class (C,), or one label for each sample (N,); a pandas Series is one, too. ClassCounts: the same, or a dict or Counter by class.
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Vector: TypeAlias = Sequence[float] | npt.NDArray[Any] | Tensor
+    ClassCounts: TypeAlias = Vector | Mapping[int, float]
 else:
     Vector = Sequence[float] | Tensor  # or a numpy array: numpy is not imported for the sake of an annotation
+    ClassCounts = Vector | Mapping[int, float]
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,8 +34,10 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     """A finite number within [low, high], or (low, high] with `open_low`; anything else raises an error that names the argument."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor; call .item() on it (no gradient is defined for {name})")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(value, (int, float)):
+        value = float(value)
     # only comparisons, which also work on the symbolic numbers of a traced graph; NaN fails all of them
     if not (-math.inf < value < math.inf and low <= value <= high) or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
@@ -41,8 +47,10 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """An int in [low, high], or at least `low` where `high` is None; anything else raises an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    if not isinstance(value, int):
+        value = int(value)
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}, got {value}")
     return value
@@ -61,8 +69,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def as_vector(name: str, value: object, meaning: str) -> Tensor:
     """A one-dimensional, non-empty tensor of real numbers from a sequence, a numpy array or a tensor; a sequence of floats becomes float64."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device, which has no values; pass a tensor of another device or a list")
         vector = value.detach()
     else:
+        if hasattr(value, "to_numpy"):
+            value = value.to_numpy()  # torch would ask a pandas Series for its items by their labels
         try:
             # torch.tensor copies, so a read-only array needs no warning; float64 keeps the digits of Python's floats.
             vector = torch.tensor(value, device="cpu")
@@ -79,17 +91,44 @@ def as_vector(name: str, value: object, meaning: str) -> Tensor:
     return vector
 
 
-def check_class_counts(class_counts: Vector) -> Tensor:
+def _by_class(name: str, value: object) -> object:
+    """The values of a mapping or a pandas Series in the order of its keys, which must be the classes 0 to C - 1; anything else as it is."""
+    if isinstance(value, Mapping):
+        keys, values = list(value.keys()), list(value.values())
+    elif hasattr(value, "to_numpy") and hasattr(value, "index"):
+        keys, values = value.index.tolist(), value.to_numpy().tolist()
+    else:
+        return value
+    found = {key: count for key, count in zip(keys, values, strict=True) if isinstance(key, (int, numbers.Integral)) and not isinstance(key, bool)}
+    if len(found) < len(keys) or any(index not in found for index in range(len(keys))):
+        wrong = next((key for key in keys if key not in found or not 0 <= key < len(keys)), None)
+        raise ValueError(
+            f"{name} has the key {wrong!r}, but its {len(keys)} keys must be the classes 0 to {len(keys) - 1}; "
+            f"pass a list in the order of the classes, such as [{name}[class_name] for class_name in class_names]"
+        )
+    return [found[index] for index in range(len(keys))]
+
+
+def num_classes_of(class_counts: ClassCounts) -> int:
+    return class_counts.numel() if isinstance(class_counts, Tensor) else len(class_counts)
+
+
+def check_class_counts(class_counts: ClassCounts) -> Tensor:
     """The counts as a float64 tensor (C,) on the CPU, each positive and finite. Fractions are allowed: effective or weighted counts.
 
     Raises:
         TypeError: not numbers.
-        ValueError: not one-dimensional, empty, or a count that is not positive and finite; the message names the class.
+        ValueError: not one-dimensional, empty, a mapping of other keys than the classes, or a count that is not positive and finite; the message names it.
     """
-    counts = as_vector("class_counts", class_counts, "one count for each class").to("cpu", torch.float64)
+    counts = as_vector("class_counts", _by_class("class_counts", class_counts), "one count for each class").to("cpu", torch.float64)
     wrong = ~((counts > 0) & counts.isfinite())
     if bool(wrong.any()):
         index = int(wrong.nonzero()[0])
+        if bool((counts >= 0).all()) and bool((counts == counts.floor()).all()) and counts.numel() > counts.max() + 1:
+            raise ValueError(
+                f"class_counts holds {counts.numel()} numbers from 0 to {int(counts.max())}, which look like the labels of samples; "
+                f"pass the number of samples of each class: torch.bincount(labels)"
+            )
         raise ValueError(
             f"class_counts[{index}] is {counts[index].item():g}, but every class needs a positive, finite count; "
             f"leave a class without samples out of the data set, or count it as 1"
@@ -97,7 +136,7 @@ def check_class_counts(class_counts: Vector) -> Tensor:
     return counts
 
 
-def device_of(class_counts: Vector) -> torch.device:
+def device_of(class_counts: ClassCounts) -> torch.device:
     """Where a vector computed from the counts belongs: beside a tensor, else on the CPU."""
     return class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
 
@@ -124,12 +163,30 @@ def check_labels(name: str, target: object, rows: int, reference_name: str, refe
     """Labels (N,) int64; their values are not checked."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor of class labels, got {type(target).__name__}")
+    if target.is_floating_point():
+        remedy = f"call {name}.long(), or pass soft labels (samples, classes) as target" if target.dim() < 2 else "this loss takes no soft labels"
+        raise TypeError(f"{name} must be int64, got {target.dtype} of shape {tuple(target.shape)}; {remedy}")
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}; call {name}.long()")
     if target.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), one label for each row of {reference_name}, got {tuple(target.shape)}")
     check_same_device(name, target, reference_name, reference)
     return target
+
+
+def holds_soft_labels(target: object) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point() and target.dim() == 2
+
+
+def hard_labels(
+    target: Tensor, target_b: Tensor | None, lam: Tensor | float | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | float | None, int]:
+    """Soft labels (N, C) as two targets and a share; other targets as they are."""
+    if not holds_soft_labels(target):
+        return target, target_b, lam, ignore_index
+    if target_b is not None or lam is not None:
+        raise ValueError("target holds soft labels, which have their second class in them; leave out target_b and lam")
+    return *mixed_targets(target), -100  # they hold shares of classes, none of which is ignored
 
 
 def check_target(name: str, target: object, rows: int, num_classes: int, ignore_index: int | None, reference_name: str, reference: Tensor) -> Tensor:
@@ -176,6 +233,19 @@ def _margin_vector(margin: object, num_classes: int, reference_name: str, refere
     return None if value == 0.0 else torch.full((num_classes,), value, dtype=dtype, device=reference.device)
 
 
+def _smoothing(value: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """Label smoothing as a vector (C,) or as a number."""
+    if not isinstance(value, Tensor):
+        return None, check_number("label_smoothing", value, 0.0, 1.0)
+    vector = class_vector("label_smoothing", value, num_classes, reference_name, reference, dtype)
+    if vector is not None and values_may_be_read(vector):
+        wrong = ~((vector >= 0) & (vector <= 1))
+        if bool(wrong.any()):
+            index = int(wrong.nonzero()[0])
+            raise ValueError(f"label_smoothing[{index}] is {float(vector[index]):g}, but it must be in [0, 1]")
+    return vector, 0.0
+
+
 def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(lam, Tensor):
         # The number changes with every batch: a traced product takes any number, torch.full would be traced again for each.
@@ -195,24 +265,24 @@ def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor
 
 def check_offset(name: str, value: object, extent: int, limit: int) -> int:
     # while a graph is traced an int may be symbolic, which `check_int` would refuse
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    if not isinstance(value, (int, torch.SymInt)):
+        value = int(value)
     # while a graph is traced, a check of the upper end would limit the sizes that the graph takes, which torch.export refuses
     if value < 0 or not (torch.compiler.is_compiling() or value <= limit - extent):
         raise ValueError(f"{name} must be in [0, {limit - extent}], got {value}")
     return value  # type: ignore[return-value]
 
 
-def check_size(name: str, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+def check_size(name: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {size!r}")
+    if not isinstance(size, (int, torch.SymInt)):
+        size = int(size)
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def _wrap(value: int) -> int:
-    """The int64 with the low 64 bits of value."""
-    return (value + 2**63) % 2**64 - 2**63
+    return size  # type: ignore[return-value]
 
 
 def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -230,17 +300,28 @@ def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
         if seed.device != device:
             raise ValueError(f"seed is on {seed.device} but the noise is needed on {device}; move it there once, or pass an int")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         raise TypeError(f"seed must be None, an int or a 0-dim int64 tensor, got {seed!r}")
+    if torch.compiler.is_compiling():
+        # A number that changes with every step becomes a symbol, whose range is that of int64: no constant beyond it may meet the symbol.
+        high = torch.full((), seed // 2**32, dtype=torch.int64, device=device)
+        return high * 2**32 + seed % 2**32
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}; reduce it modulo 2**64")
-    return torch.full((), _wrap(seed), dtype=torch.int64, device=device)
+    seed = int(seed)
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
 def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> Tensor:
     """The features (N, D) of a head with weights (C, D), cast to autocast's dtype where autocast is on."""
     check_matrix("features", features)
     check_matrix("linear_weight", linear_weight)
+    for name, value in (("features", features), ("linear_weight", linear_weight)):
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor, of which this rank holds a part; pass {name}.full_tensor(), or call the criterion inside the forward of the module that "
+                f"FSDP wraps, where the weight is whole"
+            )
     check_same_device("linear_weight", linear_weight, "features", features)
     if features.shape[1] != linear_weight.shape[1]:
         raise ValueError(
@@ -291,7 +372,7 @@ def loss_terms(
     lam: Tensor | float | None,
     gamma: float,
     focal_detach: bool,
-    label_smoothing: float,
+    label_smoothing: Tensor | float,
     ignore_index: int,
     reduction: str,
     seed: Tensor | int | None,
@@ -301,14 +382,17 @@ def loss_terms(
     """The validated terms of a loss over `num_classes` classes; raises ValueError or TypeError by argument name."""
     rows = reference.shape[0]
     dtype = statistics_dtype(reference)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    ignore_index = check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if not isinstance(focal_detach, bool):
         raise TypeError(f"focal_detach must be True or False, got {focal_detach!r}")
     check_choice("reduction", reduction, REDUCTIONS)
     if (target_b is None) != (lam is None):
         given, missing = ("lam", "target_b") if target_b is None else ("target_b", "lam")
         raise ValueError(f"{given} is given without {missing}; two targets need both")
+    if holds_soft_labels(target) and target.shape != (rows, num_classes):
+        raise ValueError(f"target holds soft labels, so it must have shape ({rows}, {num_classes}), got {tuple(target.shape)}")
+    target, target_b, lam, ignore_index = hard_labels(target, target_b, lam, ignore_index)
+    smoothing, label_smoothing = _smoothing(label_smoothing, num_classes, reference_name, reference, dtype)
     weight = class_vector("weight", weight, num_classes, reference_name, reference, dtype)
     if weight is not None and values_may_be_read(weight):
         wrong = ~(weight >= 0)
@@ -328,7 +412,8 @@ def loss_terms(
         scale=check_number("scale", scale, 0.0, open_low=True),
         gamma=check_number("gamma", gamma, 0.0),
         focal_detach=focal_detach,
-        label_smoothing=check_number("label_smoothing", label_smoothing, 0.0, 1.0),
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
         ignore_index=ignore_index,
         row_offset=check_offset("row_offset", row_offset, rows, 2**63),
         class_offset=check_offset("class_offset", class_offset, num_classes, MAX_CLASSES),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from gclkern.clouds import cloud_sizes
-from gclkern.validation import Vector, check_class_counts, check_int, check_number, device_of
+from gclkern.validation import ClassCounts, check_choice, check_class_counts, check_int, check_number, device_of
 
 
 def inverse_effective_number(counts: Tensor, beta: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def check_beta(beta: object) -> float:
     return value
 
 
-def effective_number_weights(class_counts: Vector, beta: float = 0.9999) -> Tensor:
+def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
     r"""Class weights by the effective number of samples (Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019, section 4).
 
         w_j = C * v_j / sum_k v_k,    v_j = (1 - beta) / (1 - beta^n_j)
@@ -82,7 +84,7 @@ class DeferredReweighting:
         tensor([0.0341, 0.2752, 2.6907])
     """
 
-    def __init__(self, criterion: nn.Module, class_counts: Vector, start: int, beta: float = 0.9999) -> None:
+    def __init__(self, criterion: nn.Module, class_counts: ClassCounts, start: int, beta: float = 0.9999) -> None:
         buffers = dict(criterion.named_buffers(recurse=False)) | {name: None for name, value in criterion._buffers.items() if value is None}
         if "weight" not in buffers:
             raise TypeError(f"criterion must be a loss with class weights, such as LDAMLoss, got {type(criterion).__name__}")
@@ -107,7 +109,7 @@ class DeferredReweighting:
             weight.copy_(self._weights)
 
 
-def ldam_margins(class_counts: Vector, max_margin: float = 0.5) -> Tensor:
+def ldam_margins(class_counts: ClassCounts, max_margin: float = 0.5) -> Tensor:
     r"""Label-distribution-aware margins (Cao et al., NeurIPS 2019, section 3.2), scaled so that the rarest class has the largest.
 
         m_j = max_margin * (n_min / n_j)^(1/4)
@@ -131,7 +133,45 @@ def ldam_margins(class_counts: Vector, max_margin: float = 0.5) -> Tensor:
     return margins.to(device_of(class_counts), torch.float32)
 
 
-def log_prior(class_counts: Vector) -> Tensor:
+SMOOTHING_SHAPES = ("concave", "linear", "convex")
+
+
+def label_aware_smoothing(class_counts: ClassCounts, head: float = 0.3, tail: float = 0.0, shape: str = "concave") -> Tensor:
+    r"""Label smoothing of each class (Zhong et al., "Improving calibration for long-tailed recognition", CVPR 2021, section 3.2): the more frequent, the more.
+
+        rho_j = (n_j - n_min) / (n_max - n_min)
+        concave  eps_j = tail + (head - tail) sin(pi/2 rho_j)        linear  eps_j = tail + (head - tail) rho_j
+        convex   eps_j = head + (head - tail) sin(3 pi/2 + pi/2 rho_j)
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        head, tail: eps of the most frequent and of the rarest class, in [0, 1]. Classes of equal counts all have `head`.
+        shape: "concave", which every release of MiSLAS takes, "linear" or "convex".
+
+    Returns:
+        (C,) float32, the `label_smoothing` of a loss, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
+
+    Raises:
+        TypeError, ValueError: counts that are not positive numbers, head or tail out of range, an unknown shape.
+
+    Example:
+        >>> label_aware_smoothing([100, 55, 10], head=0.4, tail=0.1, shape="linear")
+        tensor([0.4000, 0.2500, 0.1000])
+    """
+    counts = check_class_counts(class_counts)
+    head, tail = check_number("head", head, 0.0, 1.0), check_number("tail", tail, 0.0, 1.0)
+    check_choice("shape", shape, SMOOTHING_SHAPES)
+    spread = counts.max() - counts.min()
+    share = (counts - counts.min()) / spread if spread > 0 else torch.ones_like(counts)
+    if shape == "concave":
+        share = torch.sin(math.pi / 2 * share)
+    elif shape == "convex":
+        share = 1 - torch.cos(math.pi / 2 * share)
+    smoothing = (tail + (head - tail) * share).clamp_(0, 1)
+    return smoothing.to(device_of(class_counts), torch.float32)
+
+
+def log_prior(class_counts: ClassCounts) -> Tensor:
     r"""Logarithm of each class's share of the training set, for logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10).
 
         log prior_j = log n_j - log sum_k n_k

@@ -24,6 +24,7 @@ from .terms import implements, shapes_of
 
 _ROWS = 64
 _COLUMNS = 64
+_PULL_COLUMNS = 32  # beside the sums of a tile's rows more of them would spill
 _DEPTH = 32
 
 
@@ -182,7 +183,7 @@ def _pull(keys: Keys, left: _Side, right: _Side, out: Tensor, *, resume: bool) -
     _pull_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(dim, width))](
         rows, columns, label, right_label, own, right_own, other, right_other, log_total2, rate, right_log_total2, right_rate, out,
         num_rows, columns.shape[0], dim, LOG2E / keys.temperature,
-        SELF=rows is columns, RESUME=resume, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=8, num_stages=2,
+        SELF=rows is columns, RESUME=resume, ROWS=_ROWS, COLUMNS=_PULL_COLUMNS, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=8, num_stages=2,
         enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -17,9 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .terms import statistics_dtype
-
-ZERO_NORM = 1e-12  # a row of this norm or less has no direction: cosine 0, gradient 0
+from .terms import SMALLEST_NORM, statistics_dtype
 
 
 class Keys(NamedTuple):
@@ -46,7 +44,7 @@ def _unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows over their norms, and the inverse norms, 0 where a row has no direction."""
     rows = rows.to(dtype)
     norm = torch.linalg.vector_norm(rows, dim=1)
-    inverse = norm.reciprocal().masked_fill_(norm <= ZERO_NORM, 0.0)
+    inverse = norm.reciprocal().masked_fill_(norm <= SMALLEST_NORM, 0.0)
     return torch.where((inverse == 0.0)[:, None], 0.0, rows * inverse[:, None]), inverse
 
 

@@ -80,7 +80,7 @@ def run_forward(
         own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
         size = chunk_size(plan, num_rows, num_classes)
         fused = plan == "recompute"
-        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms.label_smoothing > 0.0, features.device)
+        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms.smoothed, features.device)
         cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
         row_scale = features.new_empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0, dtype=torch.float32)

@@ -556,7 +556,7 @@ def cosine_gradient(
         inverse_norm, class_sum, bias_sum,
         num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        ALIGNED=layout.shift == 0, SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
+        ALIGNED=layout.shift == 0, SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
         CONTIGUOUS=cosine.stride(1) == 1,
         PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -575,7 +575,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, _ = args
     terms = LossTerms(*fields)
     with on_device(cosine):
-        statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms.label_smoothing > 0.0, cosine.device)
+        statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms.smoothed, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
         loss, stats, denominator = finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
         return loss, [stats, denominator]

@@ -526,7 +526,7 @@ def fused_gradient(
         x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm, out, out.stride(0), padded_columns(num_classes),
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, class_sum, bias_sum,
         num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        SMOOTH=terms.label_smoothing > 0.0, PER_ROW=terms.reduction == "none", VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -104,9 +104,11 @@ def _one_target(
 def _finish_rows_kernel(
     cosine_a_ptr, cosine_b_ptr, stride_n, stride_c,  # the matrix (N, C) twice, or the targets' own cosines (N,) of each
     peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
-    target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, total_weight_ptr, seed_ptr,
+    target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, smoothing_ptr, total_weight_ptr, seed_ptr,
     loss_ptr, kept_ptr, stats_ptr,  # (N,), (N,), (4, N)
-    num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale, smoothing, class_share, gamma,
+    num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale,
+    smoothing, class_share,  # of all classes, and over their number; 1 over their number where each class has its own
+    gamma,
     GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -138,11 +140,18 @@ def _finish_rows_kernel(
     share = 1.0
     kept_weight = weight_a
     absent = tl.full((ROWS,), -float("inf"), tl.float32)
+    smoothing_a = smoothing
+    share_a = class_share
+    if smoothing_ptr is not None:
+        smoothing_a = tl.load(smoothing_ptr + class_a, mask=present_a, other=0.0)
+        share_a = smoothing_a * class_share
     if target_b_ptr is None:
         loss, slope, grad_a, chain = _one_target(
-            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, absent, share, weight_a, total_weight, scale, scale2, smoothing,
-            class_share, gamma, FOCAL, DETACH,
+            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, absent, share, weight_a, total_weight, scale, scale2, smoothing_a,
+            share_a, gamma, FOCAL, DETACH,
         )  # fmt: skip
+        if class_share is not None:
+            smooth = chain * share_a
     else:
         class_b, present_b, value_b = _target_logit(
             cosine_b_ptr, stride_n, stride_c, target_b_ptr, rows, in_batch, num_classes,
@@ -151,21 +160,27 @@ def _finish_rows_kernel(
         weight_b = _load_class(weight_ptr, class_b, present_b, 1.0)
         margin_b = _load_class(margin_ptr, class_b, present_b, 0.0)
         share = tl.load(lam_ptr + rows, mask=in_batch, other=1.0)
+        smoothing_b = smoothing
+        share_b = class_share
+        if smoothing_ptr is not None:
+            smoothing_b = tl.load(smoothing_ptr + class_b, mask=present_b, other=0.0)
+            share_b = smoothing_b * class_share
         same = class_a == class_b
         loss, slope_a, grad_a, chain = _one_target(
             peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, tl.where(same, absent, value_b), share, weight_a, total_weight,
-            scale, scale2, smoothing, class_share, gamma, FOCAL, DETACH,
+            scale, scale2, smoothing_a, share_a, gamma, FOCAL, DETACH,
         )  # fmt: skip
         loss_b, slope_b, grad_b, chain_b = _one_target(
             peak, rest, scale * (blend - weight_b * margin_b), value_b - margin_b, tl.where(same, absent, value_a), 1.0 - share, weight_b,
-            total_weight, scale, scale2, smoothing, class_share, gamma, FOCAL, DETACH,
+            total_weight, scale, scale2, smoothing_b, share_b, gamma, FOCAL, DETACH,
         )  # fmt: skip
         # each target is an ordinary class of the other's softmax
         crossed_a = tl.exp2(scale2 * value_a + slope_b)
         crossed_b = tl.exp2(scale2 * value_b + slope_a)
         if class_share is not None:
-            crossed_a -= chain_b * class_share * weight_a
-            crossed_b -= chain * class_share * weight_b
+            crossed_a -= chain_b * share_b * weight_a
+            crossed_b -= chain * share_a * weight_b
+            smooth = chain * share_a + chain_b * share_b
         both = grad_a + grad_b
         grad_a = tl.where(same, both, grad_a + crossed_a)
         grad_b = tl.where(same, both, grad_b + crossed_b)
@@ -173,7 +188,6 @@ def _finish_rows_kernel(
         anchor = tl.where(top_slope == -float("inf"), 0.0, top_slope)
         slope = tl.log2(tl.exp2(slope_a - anchor) + tl.exp2(slope_b - anchor)) + anchor
         loss += loss_b
-        chain += chain_b
         ignored |= class_b == ignore_index
         known &= present_b
         kept_weight = share * weight_a + (1.0 - share) * weight_b
@@ -188,7 +202,7 @@ def _finish_rows_kernel(
     if target_b_ptr is not None:
         tl.store(stats_ptr + num_rows * 2 + rows, tl.where(ignored, 0.0, tl.where(known, grad_b, nan)), mask=in_batch)
     if class_share is not None:
-        tl.store(stats_ptr + num_rows * 3 + rows, tl.where(ignored, 0.0, chain * class_share), mask=in_batch)
+        tl.store(stats_ptr + num_rows * 3 + rows, tl.where(ignored, 0.0, smooth), mask=in_batch)
 
 
 @batch_kernel
@@ -219,14 +233,15 @@ def finish_rows(
     loss = torch.empty(num_rows, dtype=torch.float32, device=peak.device)
     kept = torch.empty_like(loss)
     stats = torch.empty((ROW_STATS, num_rows), dtype=torch.float32, device=peak.device)
-    smoothed = terms.label_smoothing > 0.0
+    smoothed = terms.smoothed
+    smoothing = terms.label_smoothing if terms.smoothing is None else 1.0
     total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
     _finish_rows_kernel[(triton.cdiv(num_rows, _ROWS),)](
         cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend,
-        terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, total_weight, terms.seed,
+        terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
         loss, kept, stats,
         num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        terms.label_smoothing, terms.label_smoothing / num_classes if smoothed else None, terms.gamma,
+        smoothing, smoothing / num_classes if smoothed else None, terms.gamma,
         GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, ROWS=_ROWS, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if terms.reduction == "none":

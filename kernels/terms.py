@@ -39,6 +39,12 @@ class LossTerms(NamedTuple):
     row_offset: int
     class_offset: int
     reduction: str  # "mean", "sum" or "none"
+    smoothing: Tensor | None = None  # (C,) float32, gathered at each target, in the place of label_smoothing
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether some of a target's weight is spread over all classes."""
+        return self.smoothing is not None or self.label_smoothing > 0.0
 
 
 SMALLEST_NORM = 1e-12  # a row of this norm or less has no direction: its cosines and its gradient are 0
@@ -51,7 +57,8 @@ def statistics_dtype(matrix: Tensor) -> torch.dtype:
 
 _TERMS = (
     "Tensor target, Tensor? target_b, Tensor? lam, Tensor? cloud, Tensor? margin, Tensor? bias, Tensor? weight, Tensor? seed, "
-    "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction"
+    "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction, "
+    "Tensor? smoothing"
 )
 SCHEMAS = {
     "cloud_noise": "(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor",

@@ -101,7 +101,7 @@ def test_sizes_lie_beside_the_counts() -> None:
         ({"class_counts": 5}, ValueError, ["class_counts", "()"]),
         ({"class_counts": [True, False]}, TypeError, ["class_counts", "bool"]),
         ({"class_counts": "many"}, TypeError, ["class_counts", "str"]),
-        ({"class_counts": {0: 3}}, TypeError, ["class_counts", "dict"]),
+        ({"class_counts": {1: 3}}, ValueError, ["class_counts", "key 1", "0 to 0"]),
         ({"class_counts": [3, None]}, TypeError, ["class_counts", "list"]),
         ({"strategy": "exp"}, ValueError, ["strategy", "'exp'", "'log'", "'power'", "'cosine'"]),
         ({"exponent": 0.3}, ValueError, ["exponent", "0.3", '"log"', '"power"']),

@@ -25,13 +25,13 @@ LADDER: list[set[str]] = [
     {"gclkern.clouds", "gclkern.weights"},
     {"gclkern.autograd"},
     {"gclkern.dispatch"},
-    {"gclkern.validation", "gclkern.buffers"},
+    {"gclkern.validation", "gclkern.buffers", "gclkern.soft_labels"},
     {"gclkern.devices", "gclkern.options"},
     {"gclkern.torch_backend"},
     {"gclkern.kernels"},
 ]
 # What both backends share. Nothing else of the kernels is for the torch backend.
-SHARED = {"gclkern.kernels.terms"}
+SHARED = {"gclkern.kernels.terms", "gclkern.kernels.contrastive_terms"}
 # Heavy or optional: the library loads them when a call needs them, if at all.
 NOT_LOADED = ["gclkern.training", "gclkern.distributed", "triton", "torch._dynamo", "torch.distributed.tensor", "torchvision", "sklearn", "matplotlib", "PIL"]
 

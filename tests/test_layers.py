@@ -137,8 +137,8 @@ def test_state() -> None:
         (lambda: CosineLinear(0, 3), ValueError, ["in_features", "0"]),
         (lambda: CosineLinear(7, -3), ValueError, ["num_classes", "-3"]),
         (lambda: CosineLinear(7.0, 3), TypeError, ["in_features", "7.0"]),  # type: ignore[arg-type]
-        (lambda: CosineLinear(7, 3)(torch.zeros(2, 6)), ValueError, ["features", "7", "(2, 6)"]),
-        (lambda: CosineLinear(7, 3)(torch.zeros(())), ValueError, ["features", "()"]),
+        (lambda: CosineLinear(7, 3)(torch.zeros(2, 6)), ValueError, ["features", "7", "[2, 6]"]),
+        (lambda: CosineLinear(7, 3)(torch.zeros(())), ValueError, ["features", "[]"]),
     ],
 )
 def test_refusals(call: Any, error: type[Exception], words: list[str]) -> None:

@@ -337,6 +337,7 @@ def test_one_class(make: Callable[..., Any]) -> None:
         (CBENSampler, {"num_samples": 0}, ValueError, ["num_samples", "0"]),
         (CBENSampler, {"num_samples": 10.0}, TypeError, ["num_samples", "10.0"]),
         (CBENSampler, {"seed": None}, TypeError, ["seed", "None"]),
+        (CBENSampler, {"samples": 3}, TypeError, ["'samples'", "Sampler.__init__()"]),
         (CBENSampler, {"seed": 2**64}, ValueError, ["seed", str(2**64)]),
         (CBENSampler, {"num_replicas": 0}, ValueError, ["num_replicas", "0"]),
         (CBENSampler, {"num_replicas": 2, "rank": 2}, ValueError, ["rank", "2"]),

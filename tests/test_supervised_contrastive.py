@@ -18,6 +18,13 @@ from tests.support.comparison import ROUNDING
 # numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The implementations that have this loss."""
+    return str(request.param)
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "SupCon": {},
     "SupCon with prototypes": {"prototypes": True},

@@ -32,7 +32,7 @@ from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.options import LinearCrossEntropyOptions
 from gclkern.torch_backend.rows import row_targets
-from gclkern.validation import check_head, check_labels, check_number, check_offset, loss_terms, resolve_seed
+from gclkern.validation import check_head, check_labels, check_number, check_offset, hard_labels, loss_terms, resolve_seed
 
 _DEFAULTS: dict[str, Any] = linear_gcl_cross_entropy.__kwdefaults__ or {}
 # Labels that no rank takes for a class of its own.
@@ -158,7 +158,7 @@ def sharded_linear_gcl_cross_entropy(
         features: this rank's samples (n, D), as many on every rank.
         linear_weight: the rows of this rank's classes, or a DTensor (C, D) whose rows are sharded over one dimension of its mesh, which then is the group.
             Where it is replicated over another dimension, each group has its own samples, loss and gradient: average the gradients over that dimension.
-        target: labels of this rank's samples (n,), int64.
+        target: labels of this rank's samples (n,), int64, or soft labels (n, C).
         group: the ranks that share the classes; None is the default group. Without torch.distributed one process holds all classes.
         averaged_gradients: False returns the gradient of the loss. True multiplies that of `features` by the number of ranks, for a backbone whose wrapper
             averages gradients over these ranks where they should be added up: DistributedDataParallel and FSDP do. The gradients of `linear_weight` and
@@ -217,12 +217,13 @@ def _sharded_loss(
     problem: Exception | None = None
     try:
         features = check_head(features, linear_weight, normalize=normalize)
+        target, target_b, lam, terms_options["ignore_index"] = hard_labels(target, target_b, lam, terms_options["ignore_index"])
         for name, labels in (("target", target), ("target_b", target_b)):
             if labels is not None:
                 check_labels(name, labels, features.shape[0], "features", features)
         if isinstance(lam, Tensor) and lam.shape not in ((), features.shape[:1]):
             raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
-        if isinstance(lam, (int, float)) and target_b is not None:
+        if lam is not None and not isinstance(lam, Tensor) and target_b is not None:
             # each rank's own, and another one in every step: no option that ranks could agree on
             dtype = statistics_dtype(features)
             lam = torch.full((), check_number("lam", lam, 0.0, 1.0), dtype=dtype, device=features.device)

@@ -11,9 +11,9 @@ from gclkern.distributed.head import local_shard, sharded_linear_gcl_cross_entro
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
 from gclkern.distributed.shards import Shards, agree, even_sizes
-from gclkern.losses import LinearGCLLoss
+from gclkern.losses import VECTORS, LinearGCLLoss
 from gclkern.options import LinearGCLOptions
-from gclkern.validation import Vector, check_labels, check_matrix, check_number, check_target, resolve_seed
+from gclkern.validation import ClassCounts, check_labels, check_matrix, check_number, check_target, hard_labels, holds_soft_labels, num_classes_of, resolve_seed
 
 
 class ShardedLinearGCLLoss(LinearGCLLoss):
@@ -50,7 +50,7 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
 
     def __init__(
         self,
-        class_counts: Vector,
+        class_counts: ClassCounts,
         *,
         group: dist.ProcessGroup | None = None,
         sample_rate: float = 1.0,
@@ -59,8 +59,7 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
     ) -> None:
         super().__init__(class_counts, **options)
         self.ranks = Ranks(group)
-        self.num_classes = len(class_counts)
-        self.shards = Shards(self.ranks.rank, even_sizes(self.num_classes, self.ranks.world))
+        self.shards = Shards(self.ranks.rank, even_sizes(num_classes_of(class_counts), self.ranks.world))
         self.sample_rate = check_number("sample_rate", sample_rate, 0.0, 1.0, open_low=True)
         self.averaged_gradients = averaged_gradients
 
@@ -76,6 +75,9 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
         row_offset: int = 0,
     ) -> Tensor:
         linear_weight, _ = local_shard(linear_weight, self.ranks.group)
+        arguments, ignore_index = self._arguments(), self.ignore_index
+        if holds_soft_labels(target):
+            target, target_b, lam, ignore_index = hard_labels(target, target_b, lam, ignore_index)
         labels = [labels for labels in (target, target_b) if labels is not None]
         held = self.shards.sizes[self.shards.rank]
         sampled = self.training and self.sample_rate < 1.0
@@ -93,24 +95,23 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
             problem = error
         if sampled or problem is not None:
             agree(self.ranks, features, linear_weight, ("sample", self.sample_rate, len(labels)), problem)
-        arguments = self._arguments()
         if sampled:
             assert isinstance(seed, Tensor)
             seed = self.ranks.broadcast_(seed.clone(), "sharing the seed")
             gathered = [self.ranks.gather_rows(mine, "gathering the labels") for mine in labels]
             for name, whole in zip(("target", "target_b"), gathered, strict=False):
-                check_target(name, whole, whole.shape[0], self.num_classes, self.ignore_index, "features", whole)
+                check_target(name, whole, whole.shape[0], self.shards.num_classes, ignore_index, "features", whole)
             classes, drawn = draw_classes(self.ranks, self.shards, gathered, self.sample_rate, seed)
             linear_weight = TakeRows.apply(linear_weight, classes[drawn.mine] - self.shards.mine.start)
-            target, *second = (places_of(mine, classes, self.ignore_index) for mine in labels)
+            target, *second = (places_of(mine, classes, ignore_index) for mine in labels)
             target_b = second[0] if second else None
-            arguments["ignore_index"] = -1
-            for name in ("cloud", "margin", "weight", "bias"):
+            ignore_index = -1
+            for name in VECTORS:
                 if isinstance(arguments.get(name), Tensor):
                     arguments[name] = arguments[name][classes]
         return sharded_linear_gcl_cross_entropy(
             features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, group=self.ranks.group,
-            averaged_gradients=self.averaged_gradients, **arguments,
+            averaged_gradients=self.averaged_gradients, **{**arguments, "ignore_index": ignore_index},
         )  # fmt: skip
 
     def extra_repr(self) -> str:

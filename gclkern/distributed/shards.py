@@ -126,7 +126,7 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
 class ShardedModule(nn.Module):
     """A module of which each rank holds some classes. Its state dict has what belongs to all of them, (C, ...), as DTensors.
 
-    Every parameter and buffer has one value or row for each class of this rank.
+    Every parameter and every tensor of its state has one value or row for each class of this rank.
     """
 
     ranks: Ranks
@@ -159,6 +159,6 @@ class ShardedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _change(self, state: dict[str, Any], prefix: str, change: Callable[[Any], Tensor]) -> None:
-        for name in (*self._parameters, *self._buffers):
+        for name in (*self._parameters, *getattr(self, "_state_names", ())):
             if prefix + name in state:
                 state[prefix + name] = change(state[prefix + name])

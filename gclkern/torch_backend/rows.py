@@ -119,7 +119,7 @@ class RowSums:
     def add_(self, block: Tensor, rows: slice, classes: slice) -> None:
         """Add the u of a block, and overwrite it with exp(u - peak), 0 at the targets; `peak` is the row's peak so far."""
         first = classes.start == 0
-        if self.terms.label_smoothing > 0:
+        if self.terms.smoothed:
             weight = self.terms.weight
             blend = block.sum(1) if weight is None else block.mv(weight[classes])
             self.blend[rows] = blend if first else self.blend[rows] + blend
@@ -142,7 +142,7 @@ class RowSums:
         """The sums over the classes of all ranks."""
         whole = copy.copy(self)
         whole.terms = shards.terms
-        blended = self.blend[None] if self.terms.label_smoothing > 0 else None
+        blended = self.blend[None] if self.terms.smoothed else None
         peak, rest, blend, whole.values = shards.merge(self.peak[None], self.rest[None], blended, self.values, 1.0)
         whole.peak, whole.rest = peak[0], rest[0]
         if blend is not None:
@@ -170,8 +170,9 @@ class _Target(NamedTuple):
 
 
 def _one_target(
-    terms: LossTerms, own: Tensor, other: Tensor | None, log_rest: Tensor, blend: Tensor | None, share: Tensor | None, weight: Tensor | None, num_classes: int
-) -> _Target:
+    terms: LossTerms, own: Tensor, other: Tensor | None, log_rest: Tensor, blend: Tensor | None, smoothing: Tensor | float, share: Tensor | None,
+    weight: Tensor | None, num_classes: int,
+) -> _Target:  # fmt: skip
     """`own` is the target's logit with its margin; `other` the second target's without, -inf where that is the same class."""
     log_others = log_rest if other is None else torch.logaddexp(log_rest, other)
     odds = log_others - own
@@ -180,9 +181,10 @@ def _one_target(
     others = missed
     if weight is not None:
         loss, others = loss * weight, others * weight
-    grad, smooth = -others, 0.0
+    grad: Tensor = -others
+    smooth: Tensor | float = 0.0
     if blend is not None:
-        kept, smooth = 1 - terms.label_smoothing, terms.label_smoothing / num_classes
+        kept, smooth = 1 - smoothing, smoothing / num_classes
         weight_sum = _weight_sum(terms, num_classes)
         loss = kept * loss + smooth * (weight_sum * torch.logaddexp(log_others, own) - blend)
         others = kept * others + smooth * weight_sum * missed
@@ -210,7 +212,7 @@ def _slope(target: _Target) -> Tensor:
 
 def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor | None, num_classes: int) -> Tensor | None:
     """`blend` over the anchor, with the margin of one target; None without label smoothing."""
-    if sums.terms.label_smoothing == 0:
+    if not sums.terms.smoothed:
         return None
     blend = sums.blend - _weight_sum(sums.terms, num_classes) * anchor
     if drop is not None:
@@ -231,14 +233,15 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
     drops = [None if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
     owns = [value if drop is None else value - drop for value, drop in zip(values, drops, strict=True)]
     blends = [_blend_of(sums, anchor, weight, drop, num_classes) for weight, drop in zip(weights, drops, strict=True)]
+    smoothings = [terms.label_smoothing if terms.smoothing is None else terms.smoothing[label] for label in labels]
     if terms.target_b is None or terms.lam is None:
-        a = _one_target(terms, owns[0], None, log_rest, blends[0], None, weights[0], num_classes)
+        a = _one_target(terms, owns[0], None, log_rest, blends[0], smoothings[0], None, weights[0], num_classes)
         loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad]
     else:
         same = labels[0] == labels[1]
         others = [value.masked_fill(same, -math.inf) for value in values]
-        a = _one_target(terms, owns[0], others[1], log_rest, blends[0], terms.lam, weights[0], num_classes)
-        b = _one_target(terms, owns[1], others[0], log_rest, blends[1], 1 - terms.lam, weights[1], num_classes)
+        a = _one_target(terms, owns[0], others[1], log_rest, blends[0], smoothings[0], terms.lam, weights[0], num_classes)
+        b = _one_target(terms, owns[1], others[0], log_rest, blends[1], smoothings[1], 1 - terms.lam, weights[1], num_classes)
         across_a = b.others * torch.exp(others[0] - b.log_others) - (b.smooth if weights[0] is None else b.smooth * weights[0])
         across_b = a.others * torch.exp(others[1] - a.log_others) - (a.smooth if weights[1] is None else a.smooth * weights[1])
         grad_a = a.grad + torch.where(same, b.grad, across_a)
@@ -254,7 +257,7 @@ def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows:
     """dz of a block from its exp(u - anchor), whose place it may take."""
     slope, smooth, *grads = stats.parts[:, rows].unsqueeze(2).unbind()
     torch.mul(exponentials, slope, out=out)
-    if terms.label_smoothing > 0:
+    if terms.smoothed:
         if terms.weight is None:
             out.sub_(smooth)
         else:

@@ -84,7 +84,7 @@ def contrastive() -> None:
     features, prototypes, target, counts = torch.empty(4096, 128), torch.empty(100, 128), torch.zeros(4096, dtype=torch.int64), torch.ones(100)
     for form in ((None, None), (prototypes, counts)):  # SupCon, BCL
         _, saved = contrastive_forward(features, form[0], target, form[1], 0.1, True, True, "mean")
-        contrastive_backward(torch.ones(()), features, *form, saved, 0.1, True, True, True, form[0] is not None)
+        contrastive_backward(torch.ones(()), features, form[0], form[1], saved, 0.1, True, True, True, form[0] is not None)
 
 
 def centroids() -> None:

@@ -70,6 +70,16 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
     }  # fmt: skip
 
 
+def class_smoothing_sets(rows: int, classes: int) -> dict[str, Options]:
+    """Label smoothing of one value for each class."""
+    smoothing = with_zeros(vector(classes, 0.0, 0.4, seed=7))
+    return {
+        "alone": {"label_smoothing": smoothing},
+        "weight": {"label_smoothing": smoothing, "weight": vector(classes, 0.1, 3.0, seed=5), "gamma": 1.0, "scale": 4.0},
+        "mixed": {"label_smoothing": smoothing, "margin": 0.2, "cloud": vector(classes, 0.0, 0.5, seed=6), "seed": 5, **mixed(rows, classes)},
+    }
+
+
 def moved(options: Options, device: torch.device | str) -> Options:
     """The options with their tensors on `device`, none of which requires a gradient."""
     return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items()}

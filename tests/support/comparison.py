@@ -53,6 +53,11 @@ def exact(
     return measure(function, [matrix.detach().cpu().double() for matrix in matrices], target, None if cloud is None else cloud.double(), double, upstream)
 
 
+def is_smoothed(options: Options) -> bool:
+    smoothing = options.get("label_smoothing", 0.0)
+    return isinstance(smoothing, Tensor) or smoothing > 0
+
+
 def noise_error(device: torch.device) -> float:
     """How far a draw of the noise may be from the exact one: 1e-4 with a GPU's approximate instructions, otherwise the rounding of float32."""
     return 1e-4 if device.type == "cuda" else 1e-6
@@ -99,7 +104,7 @@ def check_logit_loss(
     assert grad.dtype == cosine.dtype and grad.shape == cosine.shape
     # A probability is off by its relative error, twice the logit's; so is the gradient, unless two terms of opposite sign meet in it: label smoothing takes a
     # share from every probability, and two targets pull at each other's column. Those leave an error of the terms' size.
-    cancels = options.get("label_smoothing", 0.0) > 0 or options.get("target_b") is not None
+    cancels = is_smoothed(options) or options.get("target_b") is not None
     size = options.get("scale", 30.0) * heaviest * (1.0 if upstream is None else float(upstream.abs().max()))
     rtol = 4 * error + 4 * rounding + ROUNDING[cosine.dtype]
     tiny = SMALLEST[cosine.dtype] + 1e-30 * size
@@ -151,7 +156,7 @@ def check_head_loss(
     assert_within(actual.loss, expected.loss, 4 * heaviest * error * (len(features) if options.get("reduction") == "sum" else 1), rounding, "loss")
 
     # Two terms of opposite sign meet in a column of two targets or of label smoothing, as in check_logit_loss.
-    cancels = options.get("label_smoothing", 0.0) > 0 or options.get("target_b") is not None
+    cancels = is_smoothed(options) or options.get("target_b") is not None
     if cancels:
         pull = pull + scale * heaviest * (1.0 if upstream is None else float(upstream.abs().max())) * 0.1
     for name, matrix, grad, reference, pulls in (

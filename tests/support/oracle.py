@@ -66,7 +66,7 @@ def clouded_logits(
     return torch.stack(logits)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, label_smoothing: float, kept: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, label_smoothing: Tensor | float, kept: Tensor) -> Tensor:
     """torch's cross entropy, unreduced, by its definition; 0 for a sample that is not kept.
 
     -log p_t is written as log1p(sum of exp(z_j - z_t) over the others), so that the gradient of a target of probability 1 - 1e-14 keeps float64's digits too:
@@ -80,8 +80,9 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, label_smoothin
         others = torch.cat([row[:label], row[label + 1 :]])
         nll = torch.log1p(torch.exp(others - row[label]).sum())
         log_normaliser = nll + row[label]
-        smooth = (weight * (log_normaliser - row)).sum() / len(row) if label_smoothing else 0.0
-        losses.append((1 - label_smoothing) * weight[label] * nll + label_smoothing * smooth)
+        smoothing = label_smoothing[label] if isinstance(label_smoothing, Tensor) else label_smoothing
+        smooth = (weight * (log_normaliser - row)).sum() / len(row) if smoothing else 0.0
+        losses.append((1 - smoothing) * weight[label] * nll + smoothing * smooth)
     return torch.stack(losses)
 
 
@@ -107,7 +108,7 @@ def gcl_cross_entropy(
     lam: Tensor | float | None = None,
     gamma: float = 0.0,
     focal_detach: bool = True,
-    label_smoothing: float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     seed: int = 0,
