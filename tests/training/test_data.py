@@ -266,8 +266,10 @@ class TestAugmentation:
         try:
             with FakeTensorMode():
                 images, numbers = torch.empty(2, 3, 32, 32, dtype=torch.uint8, device="cuda"), torch.empty(2, view.numbers, device="cuda")
-                for table in tables:
+                for table in (_policy_tables, _grey_shares):
                     table(images.device)
+                for count in (3, 4):
+                    _orders(count, images.device)
                 with Record():
                     if view.least_area is not None:
                         images = resample(images, resized_boxes(numbers[:, COLUMNS.resized_crop], torch.ones_like(numbers[:, :2]), view.least_area), 32)

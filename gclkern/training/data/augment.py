@@ -219,9 +219,11 @@ def color_jitter(images: Tensor, numbers: Tensor, amounts: tuple[float, float, f
     """Brightness, contrast, saturation and hue in random order, from numbers (B, 6): whether at all, the order, and the four changes."""
     applies = numbers[:, :1] < share
     changes = torch.where(applies, 2 * numbers[:, 2:6] - 1, 0.0)
-    order = _orders(images.device)[(numbers[:, 1] * 24).to(torch.int64)]
+    steps = 4 if amounts[3] and images.shape[1] == 3 else 3
+    orders = _orders(steps, images.device)
+    order = orders[(numbers[:, 1] * len(orders)).to(torch.int64)]
     values = images.to(torch.float32)
-    for step in range(4):
+    for step in range(steps):
         kind = order[:, step, None, None, None]
         ratio = torch.ones_like(kind, dtype=torch.float32)
         for place, amount in enumerate(amounts[:3]):
@@ -229,16 +231,16 @@ def color_jitter(images: Tensor, numbers: Tensor, amounts: tuple[float, float, f
         grey = _grey(values)
         plain = torch.where(kind == 0, 0.0, torch.where(kind == 1, grey.mean((1, 2, 3), keepdim=True), grey))
         mixed = (ratio * values + (1 - ratio) * plain).clamp_(0, 255)
-        if amounts[3] and images.shape[1] == 3:
+        if steps == 4:
             mixed = torch.where(kind == 3, _turn_hue(values, amounts[3] * changes[:, 3]), mixed)
         values = mixed
     return values.round_().to(torch.uint8)
 
 
 @cache
-def _orders(device: torch.device) -> Tensor:
-    """The 24 orders of four operations."""
-    return torch.tensor(list(itertools.permutations(range(4))), device=device)
+def _orders(count: int, device: torch.device) -> Tensor:
+    """All orders of some operations, (count!, count)."""
+    return torch.tensor(list(itertools.permutations(range(count))), device=device)
 
 
 def _turn_hue(values: Tensor, turn: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ SMALL = 64  # pixels of a side up to which images are seen whole and only moved 
 _LARGE = 224
 _MEMORY = 2 << 30
 _LOOKED_AT = 200
+_WORTH_A_BAR = 1000  # images, which take seconds to decode
 _REPAIR = "repair the file or take it out of the list, or pass `skip_corrupt` to leave out such images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZES_IN_DIGEST = 1000  # all of a large set's would take minutes on a network file system
@@ -209,7 +210,9 @@ def _decode(
     pixels, views = torch.empty(len(images.paths), 3, extent, extent, dtype=torch.uint8), torch.empty(len(images.paths), 2)
     failures: list[str] = []
     kept: list[int] = []
-    for place, answer in enumerate(answer for batch in _answers(loader) for answer in batch):
+    shown = len(images.paths) >= _WORTH_A_BAR and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    bar = need("tqdm", "the progress bar").tqdm((answer for batch in _answers(loader) for answer in batch), "decoding", len(images.paths), disable=not shown)
+    for place, answer in enumerate(bar):
         if not isinstance(answer, str):
             pixels[len(kept)], views[len(kept)] = answer
             kept.append(place)
