@@ -20,8 +20,9 @@ PLANS: tuple[Plan, ...] = get_args(Plan)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
-# A buffer of logits saves the fourth matrix product; above this size it takes too much memory.
-_MATERIALISED_BYTES = 2**30
+# A buffer of logits saves the fourth matrix product; above this size it takes too much memory. On a GPU it is the size at which 1024 samples meet a million
+# classes: the model of benchmarks/predict_times.py puts "chunked" at 1.3 times "materialised" there, and "recompute" above that.
+_MATERIALISED_BYTES = 2**31
 _MATERIALISED_BYTES_CPU = 2**27
 
 
@@ -93,7 +94,7 @@ def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:
     """The plan that serves features (N, D) and `num_classes` classes when the caller asks for `plan`; `backend` is the resolved one.
 
-    "auto" takes "materialised" while the (N, C) buffer is at most 1 GiB, on a CPU 128 MiB, and "recompute" beyond.
+    "auto" takes "materialised" while the (N, C) buffer is at most 2 GiB and "chunked" beyond; the torch backend "recompute" beyond, on a CPU from 128 MiB.
     """
     check_choice("plan", plan, PLANS)
     if plan != "auto":
@@ -101,7 +102,9 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
     small = backend == "triton" and normalize and features.element_size() == 2  # cosines fit 16 bits, plain products do not
     buffer = features.shape[0] * num_classes * (2 if small else max(features.element_size(), 4))
     limit = _MATERIALISED_BYTES_CPU if features.device.type == "cpu" else _MATERIALISED_BYTES
-    return "materialised" if buffer <= limit else "recompute"
+    if buffer <= limit:
+        return "materialised"
+    return "chunked" if backend == "triton" else "recompute"
 
 
 def operator(name: str, backend: str) -> Any:

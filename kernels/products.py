@@ -594,7 +594,8 @@ def weight_gradient(
     """out (C, D) = gradient.T @ x through the backward of the weights' normalisation, for which `class_sum` (splits, C) adds up to r."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
     # float32 weights leave no registers for a wide tile's accumulators, and the addresses of rows that are not aligned not even for a square one's
-    tile = tile_of(gradient.dtype, dim if out.dtype.itemsize == 2 else 0, x.device) if _is_aligned(out) else fused_tile_of(gradient.dtype)
+    wide = out.dtype.itemsize == 2 and triton.cdiv(num_classes, 128) * triton.cdiv(dim, 256) >= MULTIPROCESSORS  # and fewer would leave some idle
+    tile = tile_of(gradient.dtype, dim if wide else 0, x.device) if _is_aligned(out) else fused_tile_of(gradient.dtype)
     vector = vector_of(x.dtype)
     unit, weight_unit = math.gcd(dim, 16), math.gcd(linear_weight.stride(0), 16)
     _weight_gradient_kernel[(triton.cdiv(num_classes, tile.rows) * triton.cdiv(dim, tile.columns),)](

@@ -147,12 +147,12 @@ def test_more_rows_than_a_tile(plan: str, backend: str, device: torch.device) ->
 
 @pytest.mark.parametrize(
     ("device", "dtype", "backend", "classes"),
-    [("cpu", torch.float32, "torch", 2**15), ("meta", torch.float32, "triton", 2**18), ("meta", torch.bfloat16, "triton", 2**19)],
+    [("cpu", torch.float32, "torch", 2**15), ("meta", torch.float32, "triton", 2**19), ("meta", torch.bfloat16, "triton", 2**20)],
 )  # "meta" stands for a GPU
 def test_auto_chooses_by_the_bytes_of_the_logits(device: str, dtype: torch.dtype, backend: str, classes: int) -> None:
     features = torch.empty(1024, 1, device=device, dtype=dtype)
     assert resolve_plan("auto", features, classes, normalize=True, backend=backend) == "materialised"
-    assert resolve_plan("auto", features, classes + 1, normalize=True, backend=backend) == "recompute"
+    assert resolve_plan("auto", features, classes + 1, normalize=True, backend=backend) == ("chunked" if backend == "triton" else "recompute")
 
 
 # ---- norms
