@@ -128,6 +128,8 @@ def main(arguments: Arguments) -> None:
     else:
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
+    finally:
+        run.close()
     processes.close()
 
 
@@ -149,6 +151,7 @@ def report_notes(data: DataSplits) -> None:
 def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunConfig, processes: Processes) -> None:
     """Print the report of a checkpoint's network on the test images."""
     check_same_classes(checkpoint, data)
+    data.groups = checkpoint["groups"]  # of the images that it was trained with
     network = load_network(checkpoint, processes.device, averaged=True)
     report = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=checkpoint["temperature"])
     if processes.rank == 0:

@@ -91,6 +91,11 @@ class RunFolder:
                     if isinstance(value, float):
                         self.board.add_scalar(f"{row['phase']}/{name}", value, len(self.history) - 1)
 
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self.write:
+            self._lock.release()
+
     def save(self, name: str, checkpoint: Checkpoint) -> None:
         if self.write:
             save_checkpoint(self.path / name, checkpoint)

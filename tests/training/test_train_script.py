@@ -217,6 +217,10 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["class_names"] == ["a", "b"]
     assert (tmp_path / "run" / "curves.png").exists()
     assert not (tmp_path / "run" / "tsne.png").exists(), "four test images are too few"
+    for part in ("train", "test"):
+        (tmp_path / part / "b").rename(tmp_path / part / "c")
+    assert "class 1 is 'b' in the checkpoint and 'c' in folder; evaluate" in refused("--evaluate", tmp_path / "run")
+    assert "class 1 is 'b' in the checkpoint and 'c' in folder; go on with the data" in refused("--resume", tmp_path / "run")
     broken = tmp_path / "train" / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert str(broken) in refused(*short, "--out", tmp_path / "broken")
