@@ -26,6 +26,7 @@ from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
+from gclkern import cpu_backend
 from gclkern.training.writing import replace_text
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def main() -> None:
         print(f"{name:36}{row['milliseconds']:9.1f}{row['fastest_milliseconds']:9.1f}{row['times_bare_products']:8.3f}{peaks[0]:>9}{peaks[1]:>18}")
     if args.json is not None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads", "rounds")}
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "cpu_code": cpu_backend.summary()}
         results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in CONTESTANTS}
         replace_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 

@@ -42,6 +42,7 @@ from benchmarks import predict_times
 from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, installed
 from benchmarks.gpu_steps import STEPS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash
+from gclkern import cpu_backend
 from gclkern.training.writing import replace_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
@@ -124,6 +125,7 @@ class Report:
 
 def machine() -> dict[str, Any]:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "CPU", "cpu": platform.machine(), "cores": os.cpu_count()}
+    found["cpu_code"] = cpu_backend.summary()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("triton", "liger-kernel", "pytorch-metric-learning", "torchvision", "pytest-benchmark"):
         try:

@@ -121,7 +121,7 @@ def cpu_head(results: Path) -> str:
     return "\n".join(
         [
             f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32,",
-            f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}.",
+            f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}, gclkern by {software.get('cpu_code', 'torch operators')}.",
             f"Medians of {shape['rounds']} rounds in which the contestants take turns, on idle cores; the ratio is the median of the rounds' ratios.",
             "",
             _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
@@ -206,7 +206,9 @@ def _growth(data: dict[str, Any]) -> str:
 def report(path: Path) -> str:
     data = json.loads(path.read_text())
     fixed = [result for result in _whole(data) if not result["shape"].startswith("sweep")]
-    parts = [f"{data['machine']['device']}, torch {data['machine']['versions']['torch']}. Medians; peak memory beyond the inputs, with what is returned."]
+    machine = data["machine"]
+    by = f"; gclkern by {machine.get('cpu_code', 'torch operators')}" if path.name == "cpu.json" else ""
+    parts = [f"{machine['device']}, torch {machine['versions']['torch']}{by}. Medians; peak memory beyond the inputs, with what is returned."]
     operations = dict.fromkeys(result["operation"] for result in fixed)
     parts += [_operation_table(name, [result for result in fixed if result["operation"] == name]) for name in operations]
     if _sweeps(data):
