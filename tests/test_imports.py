@@ -18,7 +18,7 @@ LADDER: list[set[str]] = [
     {"train"},
     {"gclkern.training"},
     {"gclkern.distributed"},
-    {"gclkern"},  # the public names
+    {"gclkern", "gclkern.__main__"},  # the public names
     {"gclkern.losses", "gclkern.samplers", "gclkern.centroids"},
     {"gclkern.layers"},
     {"gclkern.functional", "gclkern.noise"},
@@ -27,10 +27,10 @@ LADDER: list[set[str]] = [
     {"gclkern.dispatch"},
     {"gclkern.validation", "gclkern.buffers", "gclkern.soft_labels"},
     {"gclkern.devices", "gclkern.options"},
-    {"gclkern.torch_backend"},
+    {"gclkern.torch_backend", "gclkern.cpu_backend"},
     {"gclkern.kernels"},
 ]
-# What both backends share. Nothing else of the kernels is for the torch backend.
+# What the backends share. Nothing else of the kernels is for the others.
 SHARED = {"gclkern.kernels.terms", "gclkern.kernels.contrastive_terms"}
 # Heavy or optional: the library loads them when a call needs them, if at all.
 NOT_LOADED = ["gclkern.training", "gclkern.distributed", "triton", "torch._dynamo", "torch.distributed.tensor", "torchvision", "sklearn", "matplotlib", "PIL"]
@@ -90,7 +90,7 @@ def test_every_name_of_the_ladder_is_there() -> None:
 def test_no_import_points_up(module: str) -> None:
     up = {other for other in IMPORTS[module] if level(other) < level(module)}
     assert not up, f"{module} imports {sorted(up)}, which stand above it"
-    if module.startswith("gclkern.torch_backend"):
+    if module.startswith(("gclkern.torch_backend", "gclkern.cpu_backend")):
         assert {other for other in IMPORTS[module] if other.startswith("gclkern.kernels")} <= SHARED
 
 
