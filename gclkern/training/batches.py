@@ -49,7 +49,7 @@ class PhaseBatches:
 
 
 def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, config: RunConfig, processes: Processes) -> None:
-    """Find out before the first phase what the last one would stumble over.
+    """Raise now, before the first phase, the errors that later phases would raise.
 
     Raises:
         ValueError: settings that a phase's sampler, loss or network cannot work with.

@@ -52,13 +52,13 @@ class CheckpointError(RuntimeError):
 
 
 def _plain(value: object, place: str) -> Any:
-    """`value` of types that a checkpoint can be read with: subclasses of Python's own become those, tensors keep their memory."""
+    """`value` with the types that loading accepts: subclasses of Python's types become those types. Tensors are not copied."""
     if isinstance(value, dict):
         items = {_plain(key, f"a key of {place}"): _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
         if not isinstance(value, OrderedDict):
             return items
         ordered = OrderedDict(items)
-        ordered.__dict__.update(_plain(vars(value), place))  # the versions of modules, which a state_dict holds
+        ordered.__dict__.update(_plain(vars(value), place))  # a state_dict keeps the versions of its modules there
         return ordered
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(_plain(item, f"{place}[{index}]") for index, item in enumerate(value))
@@ -74,7 +74,7 @@ def _plain(value: object, place: str) -> Any:
 
 
 def _update(digest: Any, value: Any) -> None:
-    """Every value with its type and its place, so that different states have different digests."""
+    """Hash every value with its type and position, so that different states have different digests."""
     if isinstance(value, dict):
         digest.update(f"dict {len(value)}".encode())
         for key, item in value.items():
@@ -122,7 +122,7 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's writer stumbles over a write that failed
+            if isinstance(error.__context__, OSError):  # how torch's writer reports a failed write
                 raise error.__context__ from None
             raise
 

@@ -38,7 +38,7 @@ class Processes:
 
     @classmethod
     def alone(cls, device: torch.device) -> Processes:
-        """One process, whatever runs beside it."""
+        """A single process, even under torchrun."""
         processes = object.__new__(cls)
         processes.world, processes.rank, processes.device = 1, 0, device
         return processes
@@ -72,9 +72,9 @@ class Processes:
         return value
 
     def close(self) -> None:
-        """Leave the process group; a collective call, at the end of a run in order.
+        """Leave the process group at the end of a successful run; a collective call.
 
-        A process that fails just ends: with NCCL this would wait for the others, which wait for it, and nobody would see the error until a timeout.
+        Not called after an error: with NCCL it would wait for the other processes, which wait for this one, and the error would not show until a timeout.
         """
         if self.world > 1:
             dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """Methods by name, each with its published settings: what `train.py --method ... --retrain ...` runs, as a list of phases.
 
-A phase is a stretch of training with one loss, one sampler, one schedule and one set of parameters that learn. Stage 1 is one phase, or two for DRO-LT,
+A phase is a part of a run with one loss, one sampler, one schedule and one set of trained parameters. Stage 1 is one phase, or two for DRO-LT,
 which starts from a trained model; a re-training stage is another; the cross-entropy baseline is one more, on a network of its own.
 """
 
@@ -42,7 +42,7 @@ COSINE_SCALE = 30.0
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training."""
+    """A part of a run with one loss, one sampler, one schedule and one set of trained parameters."""
 
     name: str  # of its files and of its row in the table
     epochs: int
@@ -55,16 +55,16 @@ class Phase:
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
     head: str = "linear"  # "linear" or "cosine"; "scaled" has a factor for each class as well
-    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest stays as it is, batch normalisation in eval mode
+    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest is frozen, with batch normalisation in eval mode
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
-    drw: float | None = None  # share of the epochs after which class weights come in
+    drw: float | None = None  # share of the epochs after which the class weights are used
     robust: float = 0.0  # weight of the DRO-LT bound beside the loss
     sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
 
     @property
     def title(self) -> str:
-        """The name and what is minimised."""
+        """The name and the loss."""
         return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
 
 

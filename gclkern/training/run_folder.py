@@ -38,8 +38,8 @@ def new_folder(parent: Path, name: str) -> Path:
 class RunFolder:
     """Writes what a run leaves behind; on ranks but the first it writes nothing. The folder is the run's own as long as its process lives.
 
-    `history`, one row for each epoch, `reports`, one for each finished phase, and `seconds` are part of the checkpoint: files are written anew from them, so
-    that a resumed run leaves the same files as one that was left alone.
+    `history`, one row for each epoch, `reports`, one for each finished phase, and `seconds` are part of the checkpoint: files are rewritten from them, so
+    that a resumed run leaves the same files as an uninterrupted one.
     """
 
     def __init__(self, path: Path, config: RunConfig, *, write: bool, checkpoint: Checkpoint | None = None) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def seconds(self) -> float:
-        """What the run has taken, with the time before it was resumed."""
+        """Duration of the run, including the time before it was resumed."""
         return time.monotonic() - self._started
 
     def log(self, row: dict[str, Any]) -> None:

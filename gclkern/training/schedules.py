@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Schedule:
     """The learning rate of an epoch, as a multiple of the base rate.
 
-    Warm-up is linear over the first epochs, (epoch + 1) / warmup; then comes the schedule itself, which does not know of the warm-up:
+    Warm-up is linear over the first epochs, (epoch + 1) / warmup; then comes the schedule itself, which ignores the warm-up:
 
         constant    1
         cosine      (1 + cos(pi * epoch / epochs)) / 2, which would be 0 after the last epoch
@@ -18,7 +18,7 @@ class Schedule:
 
     Args:
         kind: "constant", "cosine" or "steps".
-        warmup: epochs of the warm-up; 0 for none. At most a quarter of the epochs are taken for it, so that short runs keep the shape.
+        warmup: epochs of the warm-up; 0 for none. It takes at most a quarter of the epochs, so that short runs keep the shape of the schedule.
         milestones, factors: of "steps"; 0.8 and 0.9 are epochs 160 and 180 of 200.
 
     Example:

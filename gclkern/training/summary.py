@@ -60,7 +60,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
 
 
 def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Sequence[Phase], *, amp: torch.dtype | None, pictures: bool) -> None:
-    """Print the table, write the summary and draw the pictures, from what is on the disk: a resumed run has its earlier phases only there."""
+    """Print the table, write the summary and draw the pictures, from the files of the run: a resumed run has its earlier phases only there."""
     alone = Processes.alone(device)
     if data.holdout is not None and (run.path / "best.pt").exists():
         best = load_checkpoint(run.path / "best.pt")
@@ -85,7 +85,7 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
 
 
 def compared(phases: Sequence[Phase]) -> list[Phase]:
-    """The first and the last phase whose embeddings are their own: re-training the classifier leaves them as they are."""
+    """The first and the last phase that train embeddings: re-training the classifier does not change them."""
     own = [phase for phase in phases if phase.trains in ("all", "last-block", "backbone")] or list(phases)
     return own[:1] + own[1:][-1:]
 

@@ -23,7 +23,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStep(nn.Module):
-    """From images to the loss, as one module: what is compiled, captured or run on several ranks."""
+    """Images to loss as one module, so that it can be compiled, captured or wrapped for data parallelism."""
 
     loss: Any
 
@@ -33,7 +33,7 @@ class TrainingStep(nn.Module):
         self.trains, self.robust_weight = trains, robust_weight
 
     def _learning(self) -> list[nn.Module]:
-        """The modules that learn."""
+        """The trained modules."""
         head, backbone = self.network.head, self.network.backbone
         if self.trains != "last-block":
             return {"all": [self.network], "backbone": [backbone], "head": [head], "scale": [head]}[self.trains]
@@ -42,7 +42,7 @@ class TrainingStep(nn.Module):
         return [backbone.layer4, head]
 
     def learn(self) -> list[nn.Parameter]:
-        """Set requires_grad as the phase wants it and return what learns. Epsilon of DRO-LT is among it, and so in the group that decays."""
+        """Set requires_grad for the phase and return the trained parameters. They include epsilon of DRO-LT, which therefore has weight decay."""
         self.network.requires_grad_(False)
         for module in self._learning():
             for name, parameter in module.named_parameters():
@@ -50,7 +50,7 @@ class TrainingStep(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def train(self, mode: bool = True) -> TrainingStep:
-        """Parts that do not learn stay in eval mode: their batch normalisation would drift otherwise."""
+        """Modules that are not trained stay in eval mode; otherwise their batch-norm statistics would change."""
         super().train(mode)
         self.network.eval()
         for module in self._learning():
@@ -72,7 +72,7 @@ class TrainingStep(nn.Module):
             features = self.network.backbone(images)
         mixed: dict[str, Any] = {"target_b": target_b, "lam": lam}
         if isinstance(self.loss, ShardedLinearGCLLoss):
-            row_offset -= self.loss.ranks.rank * len(target)  # it counts from the first process's samples
+            row_offset -= self.loss.ranks.rank * len(target)  # the sharded loss counts rows from those of the first process
         if isinstance(self.loss, GCLLoss | LinearGCLLoss):
             mixed |= {"seed": seed, "row_offset": row_offset}
         if isinstance(self.loss, LinearGCLLoss):
@@ -100,7 +100,7 @@ def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move an exponential average of the weights; it begins with a shorter memory, (1 + step) / (10 + step), to forget the initial weights."""
+    """Move an exponential average of the weights; the decay starts lower, at (1 + step) / (10 + step), to forget the initial weights."""
     decay = min(decay, (1 + step) / (10 + step))
     kept, new = ([*module.parameters(), *module.buffers()] for module in (average, network))
     moving = [(old, value) for old, value in zip(kept, new, strict=True) if old.is_floating_point()]
@@ -111,7 +111,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
 
 
 def parallel(module: TrainingStep) -> nn.Module:
-    """The step with gradients averaged over the processes, but those of a classifier whose classes are spread over them: they are complete."""
+    """The step with gradients averaged over the processes, except those of a sharded classifier, which are complete on their process."""
     own = {"network.head.weight"} if isinstance(module.network.head, ShardedCosineLinear) else set()
     if not any(parameter.requires_grad for name, parameter in module.named_parameters() if name not in own):
         return module
@@ -120,12 +120,12 @@ def parallel(module: TrainingStep) -> nn.Module:
 
 
 class CapturedStep:
-    """Forward, backward and optimizer step as one CUDA graph: small networks are bound by the launch of their kernels, not by the kernels.
+    """Forward, backward and optimizer step as one CUDA graph: for small networks the launches of kernels take longer than the kernels.
 
-    The first calls run as they are, on a side stream, and are ordinary training steps; the next one captures. Shapes stay the same from call to call.
+    The first calls are ordinary training steps on a side stream; the next one captures. Shapes must not change between calls.
 
-    The step comes with every call and is not kept: it belongs to a trainer that holds this object, and a circle of the two would outlive its phase, with all
-    the memory of the graph, until Python's collector comes by, perhaps amid the next capture.
+    The step is an argument of every call and is not stored: it belongs to a trainer that holds this object, and the reference cycle would keep the memory of
+    the graph alive after its phase, until Python's garbage collector runs, perhaps during the next capture.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, warmup: int = 3) -> None:
@@ -148,7 +148,7 @@ class CapturedStep:
             self.inputs = {name: value.clone() for name, value in inputs.items()}
             self.optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
-            # what other threads do is no part of the graph: one that pins the next batch's memory, as a loader's does, would end a capture that minds it
+            # not the global mode: in it a data loader's thread that pins memory would abort the capture
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.loss = run(**self.inputs)
         for name, value in inputs.items():
@@ -161,15 +161,15 @@ class Trainer:
     """The training steps of a phase: :class:`TrainingStep` with SGD (momentum 0.9) around it.
 
     Args:
-        module: what computes the loss; its :meth:`TrainingStep.learn` says what is trained.
+        module: computes the loss; its :meth:`TrainingStep.learn` selects the trained parameters.
         processes: this process among all.
-        weight_decay: of all that learns.
+        weight_decay: of all trained parameters.
         mixup: alpha of the Beta distribution, 0 for none.
-        accumulate: parts in which a batch is run.
+        accumulate: number of parts that a batch is split into.
         amp: torch.bfloat16 or torch.float16 for autocast, None for none.
         ema: decay of an average of the weights, 0 for none.
-        compiled: whether torch.compile makes the step.
-        capture: whether the step is a CUDA graph; None is where that is possible.
+        compiled: whether to compile the step with torch.compile.
+        capture: whether to run the step as a CUDA graph; None does where it is possible.
         channels_last: memory format of the images.
 
     Raises:
@@ -188,13 +188,13 @@ class Trainer:
         self.module, self.processes, self.channels_last = module, processes, channels_last
         self.mixup, self.accumulate, self.amp, self.ema = mixup, accumulate, amp, ema
         rate = torch.zeros((), device=device) if capture else 0.0  # a captured step reads the rate from the device
-        # Not with a scaler: the fused kernel skips a step whose gradients overflow, as the first ones do, but its momentum then holds what the memory held.
+        # Not with a gradient scaler: on overflow, common in the first steps, the fused kernel skips the step but leaves the momentum buffer uninitialised.
         fused = device.type == "cuda" and amp != torch.float16
         self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
         self.runnable: Any = parallel(module) if processes.world > 1 else module
-        # The parts of a step add up on each process; only the last one's backward sends the gradients to the others.
+        # Gradients of the parts add up on each process; only the backward pass of the last part sends them to the others.
         self.kept_here: Any = getattr(self.runnable, "no_sync", nullcontext)
         if compiled:
             self.runnable = torch.compile(self.runnable)
@@ -203,16 +203,16 @@ class Trainer:
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
         for group in self.optimizer.param_groups:
-            # where a captured step reads it; the checkpoint of a run that was not captured has a number
+            # a captured step reads this tensor; the checkpoint of a run without capture holds a number
             group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.processes.device).fill_(rate)
 
     def step(self, images: Tensor, target: Tensor, seed: int, count: int, **centroids: Tensor) -> Tensor:
-        """Train on this rank's images and return their loss: () float32. `seed` is for all that is random; `count` steps of the phase came before."""
+        """Train on this process's images and return their loss: () float32. All randomness depends on `seed`; `count` steps of the phase came before."""
         loss = torch.zeros((), device=self.processes.device)
         if self.captured is None:
             self.optimizer.zero_grad()
         for part in range(self.accumulate):
-            # The draws of a step are dealt out to blocks in turn, so that two processes train as one does that accumulates two parts.
+            # Samples of a step are assigned to blocks in turn, so that two processes train as one process that accumulates two parts.
             block = part * self.processes.world + self.processes.rank
             torch.manual_seed(derive_seed(seed, "layers", block))  # for layers that draw, such as dropout
             inputs = {"images": images[part :: self.accumulate], "target": target[part :: self.accumulate], **centroids}
@@ -220,7 +220,7 @@ class Trainer:
                 inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], self.mixup, seed, block)
             if self.channels_last:
                 inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
-            inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor it waits for nothing
+            inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor, this does not synchronise with the GPU
             with self.kept_here() if part + 1 < self.accumulate else nullcontext():
                 loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
         if self.captured is None:
@@ -244,11 +244,11 @@ class Trainer:
 
     @property
     def eval_network(self) -> Network:
-        """What is evaluated: the averaged network where there is one."""
+        """The network to evaluate: the averaged one where there is one."""
         return self.module.network if self.average is None else self.average
 
     def _of_classes(self, optimizer: dict[str, Any], change: Callable[[ShardedCosineLinear, Tensor], Tensor]) -> dict[str, Any]:
-        """An optimizer's state with what belongs to the weight of a sharded classifier changed; the state itself without one."""
+        """An optimizer's state with `change` applied to the entries of a sharded classifier's weight; unchanged without one."""
         head = self.module.network.head
         place = next((i for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]) if parameter is head.weight), None)
         if not isinstance(head, ShardedCosineLinear) or place not in optimizer["state"]:
@@ -257,7 +257,7 @@ class Trainer:
         return {**optimizer, "state": {**optimizer["state"], place: changed}}
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the network itself, with all classes; a collective call."""
+        """The state of everything but the network, with the sharded parts gathered; a collective call."""
         robust = self.module.robust
         optimizer = self._of_classes(self.optimizer.state_dict(), ShardedCosineLinear.gather)
         return {
@@ -268,7 +268,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(self._of_classes(state["optimizer"], lambda head, value: value[head.shards.mine]))
         for group in self.optimizer.param_groups:
-            group["fused"] = self.optimizer.defaults["fused"]  # of this device; the run may have begun on another
+            group["fused"] = self.optimizer.defaults["fused"]  # this device's; the run may have started on another
         self.scaler.load_state_dict(state["scaler"])
         for module, name in ((self.module.robust, "robust"), (self.average, "average")):
             if module is not None:
