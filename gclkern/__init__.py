@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gclkern import functional, samplers
+from gclkern.angular_losses import AGCLLoss, ArcFaceLoss, DBMLoss
 from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
 from gclkern.devices import set_debug
@@ -32,10 +33,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AGCLLoss",
+    "ArcFaceLoss",
     "BalancedContrastiveLoss",
     "ClassCentroids",
     "CosFaceLoss",
     "CosineLinear",
+    "DBMLoss",
     "DROLTLoss",
     "DeferredReweighting",
     "FocalLoss",

@@ -1,0 +1,167 @@
+"""ArcFace, AGCL and DBM against their formulas, sample by sample in float64 with acos, and where their gradients would be infinite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LogitAdjustedLoss, cloud_sizes, mixed_targets
+from tests.support import oracle
+from tests.support.cases import REDUCTIONS, cosines, labels, mixed, vector
+
+COUNTS = [400, 150, 60, 20, 8, 3, 1]
+ROWS, CLASSES = 9, 7
+WEIGHT = vector(CLASSES, 0.5, 2.0)
+
+
+def formula(criterion: nn.Module, cosine: Tensor, target: Tensor, seed: int) -> Tensor:
+    """Logits (N, C) of float64 cosines, for targets (N,)."""
+    e = oracle.noise(seed, *cosine.shape)
+    theta = cosine.acos()
+    rows = []
+    for i, label in enumerate(target.tolist()):
+        row = []
+        for j in range(CLASSES):
+            c, own = cosine[i, j], j == label
+            if isinstance(criterion, ArcFaceLoss):
+                m = criterion.margin * own
+                z = (theta[i, j] + m).cos() if theta[i, j] + m < math.pi else c - m * math.sin(m)  # type: ignore[operator, arg-type]
+            elif isinstance(criterion, AGCLLoss):
+                a = math.pi / 2 * float(0.5 * cloud_sizes(COUNTS)[j]) * e[i, j] * criterion.training + criterion.margin * own  # type: ignore[operator]
+                if criterion.easy_margin:
+                    z = (theta[i, j] + a).cos() if c > 0 else c
+                else:
+                    z = (theta[i, j] + a).cos() if theta[i, j] + a < math.pi else c - a.sin()
+            else:
+                z = c
+                if own:
+                    hard = bool(cosine[i].max() > c)
+                    m = 0.1 * min(COUNTS) / COUNTS[j] * (1 + hard * (1 - c) / 2)
+                    z = (theta[i, j] + m).cos() if theta[i, j] + m < math.pi else c - m * torch.sin(m)
+                if isinstance(cloud := criterion.cloud, Tensor) and criterion.training:
+                    z = z - float(cloud[j]) * e[i, j]
+            bias = math.log(COUNTS[j] / sum(COUNTS)) if isinstance(criterion, DBMLoss) else 0.0
+            row.append(criterion.scale * z + bias)  # type: ignore[operator]
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def expected(criterion: nn.Module, cosine: Tensor, target: Tensor, seed: int, target_b: Tensor | None, lam: Tensor | None) -> Tensor:
+    gamma, reduction = float(criterion.gamma), str(criterion.reduction)  # type: ignore[arg-type]
+    weight: Tensor = criterion.weight.double() if isinstance(criterion.weight, Tensor) else torch.ones(CLASSES, dtype=torch.float64)
+    parts = [(target, torch.ones(ROWS).double())] if target_b is None or lam is None else [(target, lam.double()), (target_b, 1 - lam.double())]
+    losses, denominator = torch.zeros(ROWS).double(), torch.zeros(()).double()
+    for label, share in parts:
+        loss = oracle.cross_entropy(formula(criterion, cosine, label, seed), label, weight, 0.0, torch.ones(ROWS, dtype=torch.bool))
+        losses = losses + share * oracle.focal(loss, gamma, True)
+        per_class = torch.ones_like(weight) if gamma > 0 else weight
+        denominator = denominator + (share * per_class.index_select(0, label)).sum()
+    return losses if reduction == "none" else losses.sum() / (denominator if reduction == "mean" else 1.0)
+
+
+CRITERIA: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ArcFace": (ArcFaceLoss, {"margin": 0.5, "scale": 8.0}),
+    "ArcFace, weighted": (ArcFaceLoss, {"margin": 1.2, "scale": 8.0, "weight": WEIGHT}),
+    "AGCL": (AGCLLoss, {"class_counts": COUNTS, "scale": 8.0}),
+    "AGCL, stage 2": (AGCLLoss, {"class_counts": COUNTS, "scale": 8.0, "margin": 0.3, "gamma": 1.0}),
+    "AGCL, easy": (AGCLLoss, {"class_counts": COUNTS, "scale": 8.0, "easy_margin": True, "margin": 0.2}),
+    "DBM": (DBMLoss, {"class_counts": COUNTS, "scale": 8.0}),
+    "DBM and clouds": (DBMLoss, {"class_counts": COUNTS, "scale": 8.0, "noise_mul": 0.5, "weight": WEIGHT}),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("two", [False, True], ids=["one target", "two targets"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_loss_and_gradient(name: str, two: bool, reduction: str) -> None:
+    kind, options = CRITERIA[name]
+    criterion = kind(**options, reduction=reduction)
+    target, second = labels(ROWS, CLASSES), mixed(ROWS, CLASSES) if two else {"target_b": None, "lam": None}
+    base = 0.9 * cosines(ROWS, CLASSES).double()
+    ours, exact = base.clone().requires_grad_(), base.clone().requires_grad_()
+    loss = criterion(ours, target, seed=5, **second)
+    reference = expected(criterion, exact, target, 5, **second)
+    upstream = torch.linspace(0.5, 1.0, ROWS).double() if reduction == "none" else torch.ones(()).double()
+    loss.backward(upstream)
+    reference.backward(upstream)
+    # the noise and the class vectors are float32
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_backend(name: str, backend: str, device: torch.device) -> None:
+    kind, options = CRITERIA[name]
+    reference, criterion = kind(**options, backend="torch").to(device), kind(**options, backend=backend).to(device)
+    target = labels(ROWS, CLASSES).to(device)
+    one, other = (cosines(ROWS, CLASSES, device=device).requires_grad_() for _ in range(2))
+    reference(one, target, seed=3).backward()
+    criterion(other, target, seed=3).backward()
+    torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_gradients_are_finite_where_a_feature_is_its_class(name: str, sign: float) -> None:
+    kind, options = CRITERIA[name]
+    cosine = torch.full((4, CLASSES), -sign)
+    target = torch.arange(4)
+    cosine[target, target] = sign
+    cosine.requires_grad_()
+    loss = kind(**options)(cosine, target, seed=1)
+    loss.backward()
+    assert loss.isfinite() and cosine.grad is not None and cosine.grad.isfinite().all()
+    # 1 / sin at 1 - cos^2 = 1e-6 is 1000; no class pulls more than scale times that
+    assert cosine.grad.abs().max() <= 8.0 * 1000 * 2
+
+
+def test_eval_mode_has_no_noise_and_keeps_the_margin() -> None:
+    criterion = AGCLLoss(COUNTS, margin=0.3, scale=8.0).eval()
+    cosine, target = 0.9 * cosines(ROWS, CLASSES).double(), labels(ROWS, CLASSES)
+    assert criterion(cosine, target, seed=1).equal(criterion(cosine, target, seed=2))
+    torch.testing.assert_close(criterion(cosine, target), ArcFaceLoss(margin=0.3, scale=8.0)(cosine.clamp(min=-0.9), target), rtol=1e-6, atol=1e-6)
+
+
+def test_dbm_without_a_margin_is_a_balanced_softmax() -> None:
+    cosine, target = cosines(ROWS, CLASSES), labels(ROWS, CLASSES)
+    torch.testing.assert_close(DBMLoss(COUNTS, margin=0.0, scale=16.0)(cosine, target), LogitAdjustedLoss(COUNTS, scale=16.0)(cosine, target))
+
+
+def test_soft_labels_and_ignored_samples() -> None:
+    criterion = DBMLoss(COUNTS, noise_mul=0.5, reduction="none")
+    cosine, target = cosines(ROWS, CLASSES), labels(ROWS, CLASSES)
+    options = mixed(ROWS, CLASSES)
+    soft = options["lam"][:, None] * nn.functional.one_hot(target, CLASSES) + (1 - options["lam"])[:, None] * nn.functional.one_hot(
+        options["target_b"], CLASSES
+    )
+    first, second, lam = mixed_targets(soft)
+    torch.testing.assert_close(criterion(cosine, soft, seed=2), criterion(cosine, first, target_b=second, lam=lam, seed=2))
+    options["target_b"][3] = target[4] = -100
+    losses = criterion(cosine, target, seed=2, **options)
+    assert losses[[3, 4]].eq(0).all() and losses[[0, 1, 2, 5]].ne(0).all()
+    mean = DBMLoss(COUNTS, noise_mul=0.5)(cosine, target, seed=2, **options)
+    torch.testing.assert_close(mean, losses.sum() / (ROWS - 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ArcFaceLoss(margin=2.0), ValueError, ["margin", "2.0"]),
+        (lambda: AGCLLoss(COUNTS, noise_mul=1.5), ValueError, ["noise_mul", "1.5"]),
+        (lambda: AGCLLoss(COUNTS, easy_margin=1), TypeError, ["easy_margin", "1"]),
+        (lambda: DBMLoss(COUNTS, margin=1.0), ValueError, ["margin", "1.0"]),
+        (lambda: DBMLoss(COUNTS, exponent=-1.0), ValueError, ["exponent", "-1.0"]),
+        (lambda: DBMLoss([3, 0]), ValueError, ["class_counts[1]"]),
+        (lambda: DBMLoss(COUNTS)(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), ValueError, ["cosine", "class_counts", "(2, 3)"]),
+        (lambda: DBMLoss(COUNTS)(torch.zeros(2, 7), torch.tensor([0, 7])), ValueError, ["target[1]", "7"]),
+        (lambda: DBMLoss(COUNTS)(torch.zeros(2, 7), torch.tensor([0, 1]), lam=0.5), ValueError, ["target_b", "lam"]),
+    ],
+)
+def test_refusals(call: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
