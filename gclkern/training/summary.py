@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,15 +74,26 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
         "groups": data.groups, "config": run.config.to_dict(), "seconds": round(run.seconds, 1),
     }  # fmt: skip
     replace_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    if run.board is not None:
-        with write_errors(run.path):
-            run.board.close()
     if pictures:
         done = [phase for phase in phases if phase.name in reports]
         found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), device), data.test, alone, amp=amp)
                  for phase in (*compared(done), done[-1])}  # fmt: skip
         draw_pictures(run.path, reports, done, found, data)
+    if run.board is not None:
+        with write_errors(run.path):
+            show_on_board(run.board, run.path, run.config.to_dict(), list(reports.values())[-1])
+            run.board.close()
     say(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
+
+
+def show_on_board(board: Any, folder: Path, config: dict[str, Any], report: Report) -> None:
+    """The settings with what came of them, and the pictures, in TensorBoard beside the curves."""
+    for picture in sorted(folder.glob("*.png")):
+        with need("PIL.Image", "pictures in TensorBoard").open(picture) as image:
+            board.add_image(picture.stem, np.asarray(image.convert("RGB")), dataformats="HWC")
+    settings = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.items()}
+    outcome = {"top1": report.top1, "balanced": report.balanced, "ece": report.ece, "nll": report.nll}
+    board.add_hparams(settings, {f"final/{name}": value for name, value in outcome.items()}, run_name=".")  # in the run's own folder
 
 
 def compared(phases: Sequence[Phase]) -> list[Phase]:

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
     broken = tmp_path / "train" / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert str(broken) in refused(*short, "--out", tmp_path / "broken")
-    assert "left out 1 training images" in train(*short, "--out", tmp_path / "skipped", "--skip-corrupt")
+    assert "training images left out, since they cannot be read: 1," in train(*short, "--out", tmp_path / "skipped", "--skip-corrupt")
 
 
 @pytest.mark.parametrize("options", [

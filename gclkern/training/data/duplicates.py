@@ -50,13 +50,13 @@ def duplicate_notes(train: tuple[Sequence[str], Sequence[int]], test: tuple[Sequ
     leaked = [same for same in repeated if len({tests for tests, _, _ in same}) == 2]
     if leaked:
         count = sum(tests for same in leaked for tests, _, _ in same)
-        notes.append(f"{count} test images are training images too, such as {example(leaked[0])}; the test accuracy is too high by them")
+        notes.append(f"test images that are training images too: {count}, such as {example(leaked[0])}; the test accuracy is too high by them")
     for tests, name in enumerate(("training", "test")):
         within = [own for same in repeated if len(own := [member for member in same if member[0] == bool(tests)]) > 1]
         if within:
-            notes.append(f"{sum(len(own) - 1 for own in within)} {name} images repeat another one, such as {example(within[0])}")
+            notes.append(f"{name} images that repeat another one: {sum(len(own) - 1 for own in within)}, such as {example(within[0])}")
     mixed = [same for same in repeated if len({label for _, _, label in same}) > 1]
     if mixed:
         different = next(member for member in mixed[0] if member[2] != mixed[0][0][2])
-        notes.append(f"{len(mixed)} images stand under more than one class, such as {example([mixed[0][0], different])}")
+        notes.append(f"images under more than one class: {len(mixed)}, such as {example([mixed[0][0], different])}")
     return notes

@@ -64,7 +64,7 @@ def _left_out_note(root: Path, left_out: Mapping[str, int]) -> list[str]:
         return []
     kinds = ", ".join(f"{count} {printable(kind)[:30]}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8])
     others = f" and {len(left_out) - 8} more kinds" if len(left_out) > 8 else ""
-    return [f"{printable(str(root))}: left out {sum(left_out.values())} entries that are no images: {kinds}{others}"]
+    return [f"{printable(str(root))}: left out as no images: {kinds}{others}"]
 
 
 def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:

@@ -69,12 +69,12 @@ class TestWalk:
             (pets / "train" / "cat" / name).touch()
         (pets / "train" / "stray.png").touch()
         (note,) = load(pets).notes
-        assert note == f"{pets}/train: left out 4 entries that are no images: 2 .txt, 1 .csv, 1 beside the class folders"
+        assert note == f"{pets}/train: left out as no images: 2 .txt, 1 .csv, 1 beside the class folders"
 
     def test_a_folder_without_images_says_what_is_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
         (tmp_path / "cat" / "x.heic").touch()
-        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out 1 entries that are no images: 1 \.heic"):
+        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out as no images: 1 \.heic"):
             load(tmp_path)
 
     @pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")
@@ -205,12 +205,12 @@ class TestDuplicates:
         (pets / "test" / "dog" / "copy.png").write_bytes((pets / "train" / "cat" / "03.png").read_bytes())
         leaked, mixed = load(pets).notes
         pair = f"{pets}/train/cat/03.png and {pets}/test/dog/copy.png"
-        assert leaked == f"1 test images are training images too, such as {pair}; the test accuracy is too high by them"
-        assert mixed == f"1 images stand under more than one class, such as {pair}"
+        assert leaked == f"test images that are training images too: 1, such as {pair}; the test accuracy is too high by them"
+        assert mixed == f"images under more than one class: 1, such as {pair}"
 
     def test_an_image_twice_in_training(self, pets: Path) -> None:
         (pets / "train" / "cat" / "copy.png").write_bytes((pets / "train" / "cat" / "03.png").read_bytes())
-        assert load(pets).notes == [f"1 training images repeat another one, such as {pets}/train/cat/03.png and {pets}/train/cat/copy.png"]
+        assert load(pets).notes == [f"training images that repeat another one: 1, such as {pets}/train/cat/03.png and {pets}/train/cat/copy.png"]
 
     def test_a_line_twice_in_a_list(self, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gclkern.training.data.duplicates._COMPARED", 0)  # as in a large set: by path alone
@@ -218,6 +218,6 @@ class TestDuplicates:
         (pets / "test.txt").write_text("train/dog/00.png 1\ntest/cat/00.png 0\n")
         data = load_data("list", data_dir=pets, train_list=pets / "train.txt", test_list=pets / "test.txt", image_size=16, workers=0)
         first, second = data.notes
-        assert first.startswith(f"1 test images are training images too, such as {pets}/train/dog/00.png;")
-        assert second == f"1 training images repeat another one, such as {pets}/train/cat/00.png"
+        assert first.startswith(f"test images that are training images too: 1, such as {pets}/train/dog/00.png;")
+        assert second == f"training images that repeat another one: 1, such as {pets}/train/cat/00.png"
         assert torch.equal(data.train.labels, torch.tensor([0, 1, 0]))
