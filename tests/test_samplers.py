@@ -365,3 +365,17 @@ def test_refused_places(arguments: dict[str, Any], error: type[Exception], words
     with pytest.raises(error, match=re.escape(words[0])) as caught:
         CBENSampler([0, 1, 1]).set_epoch(**arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@every_sampler
+def test_the_default_seed_is_0(make: Callable[..., Any]) -> None:
+    assert list(make(LABELS)) == list(make(LABELS, seed=0))
+
+
+@pytest.mark.parametrize(("words", "drawn"), [(0xFFFFFFFF, 2), (0xFFFFFFFF - 128, 1)])
+def test_a_draw_has_all_of_its_53_bits(words: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of ones are 1 - 2^-53, which reaches a class of probability 2^-52; two steps of 2^-53 less do not."""
+    sampler = ClassBalancedSampler([0, 1, 2], num_samples=1)
+    monkeypatch.setattr(sampler, "_class_mass", lambda counts: torch.tensor([2.0**-52, 1.0 - 2.0**-51, 2.0**-52], dtype=torch.float64))
+    monkeypatch.setattr(sampler, "_words", lambda use, high, low: torch.tensor([[0xFFFFFFFF, words, 0, 0]]))
+    assert list(sampler) == [drawn]

@@ -96,9 +96,16 @@ def centroids() -> None:
 Case = Callable[[], None]
 # Every kernel for every kind of GPU; a variant of the same kernels for one of each maker.
 FIT: list[Any] = [
-    *((case, target) for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
-    *((case, target) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise) for target in ("sm_90", "gfx942")),
-    (head_bf16_of_301, "sm_90"),
+    *(
+        (case, "sm_90")
+        for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise, head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise, head_bf16_of_301)
+    ),
+    *(
+        pytest.param(case, target, marks=pytest.mark.slow)
+        for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise)
+        for target in ("sm_80", "sm_100", "gfx942")
+    ),
+    *(pytest.param(case, "gfx942", marks=pytest.mark.slow) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise)),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163
     *(pytest.param(case, target, marks=pytest.mark.slow) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
     *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_bf16_of_200, head_mixed_of_300, head_fp32_of_1001)),
