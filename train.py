@@ -15,8 +15,6 @@ import argparse
 import math
 import re
 import sys
-import tempfile
-import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +33,7 @@ from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
 from gclkern.training.network import Network, gather_classifier, load_network, load_stage1, network_checkpoint, prepare
-from gclkern.training.output import finish_output, say
+from gclkern.training.output import finish_output, save_traceback, say
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
 from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, plan_run
@@ -339,9 +337,7 @@ def explain(error: BaseException) -> str:
         return f"error: {as_flags(worker_problem(error))}{notes}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"error: --compile failed ({str(error).strip().splitlines()[0]}); leave it out{notes}"
-    with tempfile.NamedTemporaryFile("w", prefix="train-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
-    return f"error: {type(error).__name__}: {error}; this is a fault of the program, please report it with {file.name}{notes}"
+    return f"error: {type(error).__name__}: {error}; this is a fault of the program, please report it with {save_traceback(error)}{notes}"
 
 
 if __name__ == "__main__":

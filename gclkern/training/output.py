@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
 
 
 def say(text: str) -> None:
@@ -24,6 +26,13 @@ def finish_output() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _silence()
+
+
+def save_traceback(error: BaseException) -> str:
+    """Write the traceback of an error into a temporary file, and return its name."""
+    with tempfile.NamedTemporaryFile("w", prefix="train-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return file.name
 
 
 def _silence() -> None:
