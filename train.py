@@ -25,14 +25,14 @@ from gclkern.distributed import ShardError
 from gclkern.training.arguments import number
 from gclkern.training.batches import PhaseBatches, check_phases
 from gclkern.training.calibration import held_out_temperature
-from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, check_same_data, load_checkpoint
+from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
 from gclkern.training.data.augment import PARTS, parse_augmentation
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
-from gclkern.training.network import Network, gather_classifier, load_network, load_stage1, network_checkpoint, prepare
+from gclkern.training.network import Network, gather_classifier, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import finish_output, save_traceback, say
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
@@ -85,28 +85,20 @@ def main(arguments: Arguments) -> None:
     if config.pictures:
         need("matplotlib", "drawing pictures (or give --no-pictures)")
         need("sklearn", "drawing pictures (or give --no-pictures)")
-    network: Network | None = None
-    if checkpoint is not None:
-        check_same_data(checkpoint, data)
-        first = [phase.name for phase in phases].index(checkpoint["name"])
-        network = load_network(checkpoint, processes.device)
-    elif config.stage1:
-        first, network = len(phases) - 1, prepare(phases[-1], load_stage1(config, data, processes.device), data, config, processes.device)
-    else:
-        first, network = 0, prepare(phases[0], None, data, config, processes.device)
-    check_phases(phases[first:], network, data, config, processes)
+    phases_to_come, network = start(phases, checkpoint, data, config, processes.device)
+    check_phases(phases_to_come, network, data, config, processes)
     if arguments.out or processes.rank > 0:  # only the first process writes
         folder = Path(arguments.out or "runs")
     else:
         folder = new_folder(Path("runs"), f"{config.data}-{config.method}")
     run = RunFolder(folder, config, write=processes.rank == 0, checkpoint=checkpoint)
     if processes.rank == 0:
-        say(describe(run, data, phases[first:], processes.device))
+        say(describe(run, data, phases_to_come, processes.device))
     try:
         with stop_requests() as requests:
             timer = CheckpointTimer(processes, requests, config.checkpoint_seconds)
-            for phase in phases[first:]:
-                if phase != phases[first]:
+            for phase in phases_to_come:
+                if phase != phases_to_come[0]:
                     network = prepare(phase, network, data, config, processes.device)
                 if phase.trains in ("ncm", "tau-norm"):
                     retrain_without_gradients(phase.trains, network, data, processes, config.tau)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,3 +179,19 @@ def load_stage1(config: RunConfig, data: DataSplits, device: torch.device) -> Ne
             raise ValueError(f"`stage1`: {config.stage1} was trained with `{name}={old}`, this run has {new}; give the same")
     check_same_data(checkpoint, data)
     return load_network(checkpoint, device)
+
+
+def start(
+    phases: Sequence[Phase], checkpoint: Checkpoint | None, data: DataSplits, config: RunConfig, device: torch.device
+) -> tuple[Sequence[Phase], Network]:  # fmt: skip
+    """The phases that are still to come, and the network that the first of them trains: from a checkpoint, on a given stage 1, or from the beginning.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint or the given stage 1 belongs to other data or settings.
+    """
+    if checkpoint is not None:
+        check_same_data(checkpoint, data)
+        return phases[[phase.name for phase in phases].index(checkpoint["name"]) :], load_network(checkpoint, device)
+    if config.stage1:
+        return phases[-1:], prepare(phases[-1], load_stage1(config, data, device), data, config, device)
+    return phases, prepare(phases[0], None, data, config, device)
