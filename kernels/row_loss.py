@@ -24,6 +24,7 @@ from .terms import LossTerms
 LOG2E = 1.4426950408889634
 ROW_STATS = 4  # offset, grad_a, grad_b, smooth
 _ROWS = 128
+ROWS_ALONE = 512  # of a batch that one program finishes and reduces: a launch less. A smaller last batch of a larger one compiles that program, once
 
 
 @triton.jit
@@ -106,10 +107,11 @@ def _finish_rows_kernel(
     peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
     target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, smoothing_ptr, total_weight_ptr, seed_ptr,
     loss_ptr, kept_ptr, stats_ptr,  # (N,), (N,), (4, N)
+    reduced_ptr, denominator_ptr,  # (), where one program has all rows and reduces them, too; else None
     num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale,
     smoothing, class_share,  # of all classes, and over their number; 1 over their number where each class has its own
     gamma,
-    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
+    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
@@ -195,8 +197,14 @@ def _finish_rows_kernel(
     # a label out of range makes its own row NaN; an ignored row has an infinite offset, which also tells backward not to read it
     nan = float("nan")
     loss = tl.where(ignored, 0.0, tl.where(known, loss, nan))
-    tl.store(loss_ptr + rows, loss, mask=in_batch)
-    tl.store(kept_ptr + rows, tl.where(ignored, 0.0, 1.0 if FOCAL else kept_weight), mask=in_batch)
+    kept = tl.where(ignored, 0.0, 1.0 if FOCAL else kept_weight)
+    if reduced_ptr is None:
+        tl.store(loss_ptr + rows, loss, mask=in_batch)
+        tl.store(kept_ptr + rows, kept, mask=in_batch)
+    else:
+        denominator = tl.sum(tl.where(in_batch, kept, 0.0)) if MEAN else 1.0
+        tl.store(reduced_ptr, tl.sum(tl.where(in_batch, loss, 0.0)) / denominator)
+        tl.store(denominator_ptr, denominator)
     tl.store(stats_ptr + rows, tl.where(ignored, float("inf"), tl.where(known, -slope, nan)), mask=in_batch)
     tl.store(stats_ptr + num_rows + rows, tl.where(ignored, 0.0, tl.where(known, grad_a, nan)), mask=in_batch)
     if target_b_ptr is not None:
@@ -230,23 +238,25 @@ def finish_rows(
     """Loss ((), or (N,) unreduced), row statistics (4, N) and the mean's denominator ()."""
     splits, num_rows = peak.shape
     gather = cosine_a.dim() == 2
-    loss = torch.empty(num_rows, dtype=torch.float32, device=peak.device)
-    kept = torch.empty_like(loss)
+    each = terms.reduction == "none"
+    alone = num_rows <= ROWS_ALONE and not each
+    loss, kept = (torch.empty(0 if alone else num_rows, dtype=torch.float32, device=peak.device) for _ in range(2))
+    reduced, denominator = (None, None) if each else (torch.empty((), dtype=torch.float32, device=peak.device) for _ in range(2))
     stats = torch.empty((ROW_STATS, num_rows), dtype=torch.float32, device=peak.device)
     smoothed = terms.smoothed
     smoothing = terms.label_smoothing if terms.smoothing is None else 1.0
     total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
-    _finish_rows_kernel[(triton.cdiv(num_rows, _ROWS),)](
+    _finish_rows_kernel[(1 if alone else triton.cdiv(num_rows, _ROWS),)](
         cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend,
         terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
-        loss, kept, stats,
+        loss, kept, stats, reduced if alone else None, denominator if alone else None,
         num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         smoothing, smoothing / num_classes if smoothed else None, terms.gamma,
-        GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, ROWS=_ROWS, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, MEAN=terms.reduction == "mean",
+        ROWS=ROWS_ALONE if alone else _ROWS, NVIDIA=NVIDIA, num_warps=8 if alone else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    if terms.reduction == "none":
+    if reduced is None or denominator is None:
         return loss, stats, torch.ones((), dtype=torch.float32, device=loss.device)
-    reduced = torch.empty((), dtype=torch.float32, device=loss.device)
-    denominator = torch.empty_like(reduced)
-    _reduce_rows_kernel[(1,)](loss, kept, reduced, denominator, num_rows, MEAN=terms.reduction == "mean", ROWS=1024, num_warps=4, enable_fp_fusion=True)
+    if not alone:
+        _reduce_rows_kernel[(1,)](loss, kept, reduced, denominator, num_rows, MEAN=terms.reduction == "mean", ROWS=1024, num_warps=4, enable_fp_fusion=True)
     return reduced, stats, denominator

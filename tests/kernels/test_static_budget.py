@@ -31,6 +31,10 @@ def loss_bf16_without_noise() -> None:
     _loss(torch.bfloat16, noise=False)
 
 
+def loss_of_many_rows() -> None:
+    _loss(torch.bfloat16, rows=2048)  # more than one program finishes
+
+
 def loss_fp32() -> None:
     _loss(torch.float32)
 
@@ -106,26 +110,27 @@ FIT: list[Any] = [
         for target in ("sm_80", "sm_100", "gfx942")
     ),
     *(pytest.param(case, "gfx942", marks=pytest.mark.slow) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise)),
+    (loss_of_many_rows, "sm_90"),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163
     *(pytest.param(case, target, marks=pytest.mark.slow) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
     *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_bf16_of_200, head_mixed_of_300, head_fp32_of_1001)),
 ]
 
 
-def _terms(noise: bool) -> tuple[object, ...]:
+def _terms(noise: bool, rows: int = ROWS) -> tuple[object, ...]:
     from gclkern.kernels.terms import LossTerms
 
     return LossTerms(
-        target=torch.zeros(ROWS, dtype=torch.int64), target_b=None, lam=None, cloud=torch.ones(CLASSES) if noise else None, margin=None, bias=None, weight=None,
+        target=torch.zeros(rows, dtype=torch.int64), target_b=None, lam=None, cloud=torch.ones(CLASSES) if noise else None, margin=None, bias=None, weight=None,
         seed=torch.zeros((), dtype=torch.int64) if noise else None, scale=30.0, gamma=0.0, focal_detach=True, label_smoothing=0.0, ignore_index=-100,
         row_offset=0, class_offset=0, reduction="mean",
     )  # fmt: skip
 
 
-def _loss(dtype: torch.dtype, noise: bool = True) -> None:
+def _loss(dtype: torch.dtype, noise: bool = True, rows: int = ROWS) -> None:
     from gclkern.kernels.logit_loss import logit_backward, logit_forward
 
-    cosine, terms = torch.empty(ROWS, CLASSES, dtype=dtype), _terms(noise)
+    cosine, terms = torch.empty(rows, CLASSES, dtype=dtype), _terms(noise, rows)
     loss, saved = logit_forward(cosine, *terms, True)
     logit_backward(loss, cosine, saved, *terms, False)
 
@@ -173,7 +178,7 @@ def test_kernels_fit_their_gpu(builds: Builds, case: Case, target: str) -> None:
 
 
 def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
-    launched = {build.name for case in (head_bf16, loss_bf16, dro_lt, centroids, noise) for build in builds.of(case, "sm_90")}
+    launched = {build.name for case in (head_bf16, loss_of_many_rows, dro_lt, contrastive, centroids, noise) for build in builds.of(case, "sm_90")}
     defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
     assert defined == launched
 
