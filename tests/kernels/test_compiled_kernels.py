@@ -105,6 +105,22 @@ def test_what_a_gpu_need_not_notice_is_an_error(body: str, error: type[Exception
         run(body, numbers(100), 100, shared=256)
 
 
+@pytest.mark.parametrize("waited", [True, False])
+def test_a_copy_that_nobody_waits_for_is_not_there(waited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx, "DEFERRED", True)
+    copy = f"""
+	shl.b32 %r7, %r2, 2;
+	cp.async.ca.shared.global [%r7], [%rd4], 4;
+	cp.async.commit_group;
+	{"cp.async.wait_group 0;" if waited else "cp.async.wait_group 1;"}
+	ld.shared.b32 %r9, [%r7];
+	@%p1 st.global.b32 [%rd5], %r9;
+	"""
+    values = numbers(64)
+    found = run(copy, values, 64, shared=256)
+    assert np.array_equal(found, values) if waited else np.isnan(found).all()
+
+
 # Of every kernel all options at once, the dtypes, odd sizes and strides, and rows that are not to be read. Any other test runs so, too: see compiled.py.
 SELECTED = {
     "noise": ("test_noise.py", "test_triton"),
@@ -127,6 +143,19 @@ FAST = ("sm_90", "centroids")
 def test_kernels_as_compiled_for(target: str, part: str) -> None:
     file, selection = SELECTED[part]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}", "-k", selection]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PTX_TARGET": target}, capture_output=True, text=True)
+    assert_passes(command, {"PTX_TARGET": target})
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("selection", ["triton and triton-everything", "triton and test_sixteen_bit_features and bfloat16"])
+def test_products_wait_for_their_copies(selection: str) -> None:
+    """With copies and products of sm_90 done as late as their waits allow."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "tests/test_linear_gcl_cross_entropy.py", "-k", selection]
+    assert_passes(command, {"PTX_TARGET": "sm_90", "PTX_DEFERRED": "1"})
+
+
+def assert_passes(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     assert re.search(r"[1-9]\d* passed", done.stdout)

@@ -5,13 +5,15 @@ that the compiler chose. This one runs what a GPU would be given. It is stricter
 aligned to its width, a shuffle or a barrier that not all threads reach, and a register that nobody wrote are errors; shared memory starts as NaN.
 
 It knows the instructions that the kernels of this package compile to (PTX ISA 8.8). Approximate ones give rounded exact results. Copies to shared memory and
-products on Hopper's tensor cores are done at once, so that a missing wait would not be noticed.
+products on Hopper's tensor cores are done at once, unless PTX_DEFERRED is set: then each is done as late as its wait allows, and until a copy is waited for,
+its place holds NaN. So a missing wait, or a stage that is overwritten while a product still reads it, changes the result.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ Lanes = NDArray[Any]  # one element a thread
 _WARP = 32
 _BLOCKS_AT_A_TIME = 64
 _SWIZZLED = 1 << 62  # of a matrix descriptor: swizzled by 128 bytes
+DEFERRED = "PTX_DEFERRED" in os.environ
 _LIMIT = 5_000_000  # instructions of one launch: a loop that does not end
 _DTYPES = {
     "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16,
@@ -144,6 +147,32 @@ def _from_bits(bits: Lanes, kind: str) -> Lanes:
     return (bits & 0xFFFFE000).view(np.float32)  # tf32: the last 13 bits are not read
 
 
+class Groups:
+    """Work that each thread has begun, by the number of its group, and that waits to be done."""
+
+    def __init__(self, lanes: int) -> None:
+        self.committed = np.zeros(lanes, np.int64)  # groups of each thread
+        self.pending: list[tuple[Lanes, Lanes, Callable[[Lanes], None]]] = []
+
+    def begin(self, mask: Lanes, work: Callable[[Lanes], None]) -> None:
+        """`work` is called with the threads for which it is to be done."""
+        self.pending.append((mask.copy(), self.committed.copy(), work))
+
+    def commit(self, mask: Lanes) -> None:
+        self.committed = self.committed + mask
+
+    def wait(self, mask: Lanes, allowed: int) -> None:
+        """Do, for these threads, all but the last `allowed` groups."""
+        left = []
+        for waiting, group, work in self.pending:
+            ready = waiting & mask & (group < self.committed - allowed)
+            if ready.any():
+                work(ready)
+            if (waiting & ~ready).any():
+                left.append((waiting & ~ready, group, work))
+        self.pending = left
+
+
 class Machine:
     """Some blocks of a launch in step: at any time the threads that are furthest behind run."""
 
@@ -169,6 +198,7 @@ class Machine:
         self.ready = {0: self.mask}  # the threads that may go on, by their next instruction
         self.waiting, self.done = np.zeros((2, lanes), np.bool_)  # at a barrier, and at the end
         self.resume = np.zeros(lanes, np.int64)  # where waiting threads go on
+        self.copies, self.matrix_products = Groups(lanes), Groups(lanes)
 
     def run(self) -> None:
         for _ in range(_LIMIT):
@@ -482,9 +512,19 @@ class Machine:
         self.shared[self._shared_at(address, raw.shape[1])] = raw
 
     def _cp(self, instruction: Instruction) -> None:
-        """cp.async: `size` bytes, of which those beyond `filled` become 0; its groups are finished as soon as they begin."""
-        if instruction.suffixes[1] in ("commit_group", "wait_group", "wait_all"):
-            return
+        """cp.async: `size` bytes, of which those beyond `filled` become 0."""
+        kind = instruction.suffixes[1]
+        if kind == "commit_group":
+            self.copies.commit(self.mask)
+        elif kind == "wait_group":
+            self.copies.wait(self.mask, int(instruction.operands[0], 0))
+        elif kind == "wait_all":
+            self.copies.commit(self.mask)
+            self.copies.wait(self.mask, 0)
+        else:
+            self._copy(instruction)
+
+    def _copy(self, instruction: Instruction) -> None:
         target, source, size, *filled = instruction.operands
         width = int(size, 0)
         values = np.zeros((self.lanes, width), np.uint8)
@@ -493,7 +533,18 @@ class Machine:
         self.mask = wanted
         values[wanted] = self._global_read(self._address(source), np.dtype(np.uint8), width)
         self.mask = mask
-        self._shared_write(self._address(target), values[mask])
+        address = self._address(target)
+        if not DEFERRED:
+            self._shared_write(address, values[mask])
+            return
+        self._shared_write(address, np.full_like(values[mask], 0xFF))
+
+        def land(lanes: Lanes) -> None:
+            here, self.mask = self.mask, lanes
+            self._shared_write(address, values[lanes])
+            self.mask = here
+
+        self.copies.begin(mask, land)
 
     def _fence(self, instruction: Instruction) -> None:
         """Accesses are in order here."""
@@ -585,39 +636,58 @@ class Machine:
         for index, (name, added) in enumerate(zip(target, c_names, strict=True)):
             self.write(name, (product[:, index] + self.read(added, "f32")).astype(np.float32))
 
-    def _tile(self, name: str, extent: int, transposed: bool) -> Lanes:
-        """The extent x 16 16-bit numbers in shared memory that a matrix descriptor names, for each group of four warps."""
+    def _tile(self, descriptor: Lanes, extent: int, transposed: bool, size: int) -> Lanes:
+        """The extent x 32 / size numbers in shared memory that a matrix descriptor names, for each group of four warps."""
         group = 4 * _WARP
-        descriptor = np.where(self.mask, self.read(name, "b64"), np.uint64(_SWIZZLED))[::group].astype(np.int64)
+        descriptor = np.where(self.mask, descriptor, np.uint64(_SWIZZLED))[::group].astype(np.int64)
         if (descriptor >> 62 != 1).any():
             raise NotImplementedError("a matrix that is not swizzled by 128 bytes")
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-        row, depth = np.arange(extent)[:, None], np.arange(16)[None, :]
+        row, depth = np.arange(extent)[:, None], np.arange(32 // size)[None, :]
         if transposed:  # 64 rows in a line of 128 bytes, one line for each depth
             offset = (row // 64)[None] * leading[:, None, None] + (depth // 8)[None] * stride[:, None, None] + (depth % 8 * 128 + row % 64 * 2)[None]
         else:  # depth in a line of 128 bytes, one line for each row
-            offset = (row // 8)[None] * stride[:, None, None] + (row % 8 * 128 + depth * 2)[None]
+            offset = (row // 8)[None] * stride[:, None, None] + (row % 8 * 128 + depth * size)[None]
         address = start[:, None, None] + offset
         address ^= (address >> 7 & 7) << 4
-        if address.max() + 2 > self.shared_size:
+        if address.max() + size > self.shared_size:
             raise MemoryError(f"shared memory of {self.shared_size} bytes at {int(address.max())}")
         place = address + self.shared_base[::group][:, None, None]
-        return self.shared.view(np.uint16)[place // 2]
+        return self.shared.view(f"u{size}")[place // size]
 
     def _wgmma(self, instruction: Instruction) -> None:
-        """d = a @ b + d of 64 x n numbers a group of four warps, in float32; waits and fences have nothing to wait for."""
-        if instruction.suffixes[0] != "mma_async":
-            return
-        target, a_name, b_name, added, _, _, transposed_a, transposed_b = instruction.operands
-        columns = int(re.fullmatch(r"m64n(\d+)k16", instruction.suffixes[3])[1])  # type: ignore[index]
-        kind = instruction.suffixes[-1]
-        a = _from_bits(self._tile(a_name, 64, transposed_a == "1"), kind).astype(np.float64)
-        b = _from_bits(self._tile(b_name, columns, transposed_b == "1"), kind).astype(np.float64)
-        product = np.einsum("gmk,gnk->gmn", a, b).reshape(-1, 4, 2, 8, columns // 8, 4, 2)  # group, warp, half, row, column tile, lane, pair
-        product = product.transpose(0, 1, 3, 5, 4, 2, 6).reshape(self.lanes, -1)
-        keep = self.read(added, "pred")
-        for index, name in enumerate(target):
-            self.write(name, (product[:, index] + np.where(keep, self.read(name, "f32"), 0)).astype(np.float32))
+        """d = a @ b + d of 64 x n numbers a group of four warps, in float32."""
+        kind = instruction.suffixes[0]
+        if kind == "commit_group":
+            self.matrix_products.commit(self.mask)
+        elif kind == "wait_group":
+            self.matrix_products.wait(self.mask, int(instruction.operands[0], 0))
+        elif kind == "mma_async":
+            self._matrix_product(instruction)
+
+    def _matrix_product(self, instruction: Instruction) -> None:
+        target, a_name, b_name, added, _, _, *transposed = instruction.operands
+        shape = re.fullmatch(r"m64n(\d+)k(8|16)", instruction.suffixes[3])
+        assert shape is not None
+        columns, size, kind = int(shape[1]), 32 // int(shape[2]), instruction.suffixes[-1]
+        transposed_a, transposed_b = (flag == "1" for flag in transposed or ("0", "0"))  # tf32 has no choice
+        a_descriptor, b_descriptor, keep = self.read(a_name, "b64").copy(), self.read(b_name, "b64").copy(), self.read(added, "pred").copy()
+
+        def multiply(lanes: Lanes) -> None:
+            here = self.mask
+            self._activate(lanes)
+            a = _from_bits(self._tile(a_descriptor, 64, transposed_a, size), kind).astype(np.float64)
+            b = _from_bits(self._tile(b_descriptor, columns, transposed_b, size), kind).astype(np.float64)
+            product = np.einsum("gmk,gnk->gmn", a, b).reshape(-1, 4, 2, 8, columns // 8, 4, 2)  # group, warp, half, row, column tile, lane, pair
+            product = product.transpose(0, 1, 3, 5, 4, 2, 6).reshape(self.lanes, -1)
+            for index, name in enumerate(target):
+                self.write(name, (product[:, index] + np.where(keep, self.read(name, "f32"), 0)).astype(np.float32))
+            self._activate(here)
+
+        if DEFERRED:
+            self.matrix_products.begin(self.mask, multiply)
+        else:
+            multiply(self.mask)
 
 
 def run(ptx: str, grid: Sequence[int], threads: int, arguments: Sequence[int], spans: Iterable[tuple[int, int]], shared: int) -> None:
