@@ -25,6 +25,7 @@ from gclkern.losses import (
     SupConLoss,
 )
 from gclkern.noise import cloud_noise
+from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
 from gclkern.weights import DeferredReweighting, effective_number_weights, label_aware_smoothing
 
@@ -48,6 +49,7 @@ __all__ = [
     "LabelAwareSmoothingLoss",
     "LinearGCLLoss",
     "LogitAdjustedLoss",
+    "ProCoLoss",
     "PrototypicalContrastiveLoss",
     "SupConLoss",
     "cloud_noise",

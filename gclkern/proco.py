@@ -1,0 +1,156 @@
+"""Probabilistic contrastive learning: each class as a distribution on the sphere, whose contrast with a sample is a function of one cosine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gclkern.buffers import RankState
+from gclkern.dispatch import BACKENDS, operator, resolve_backend
+from gclkern.functional import gcl_cross_entropy
+from gclkern.kernels.terms import statistics_dtype
+from gclkern.layers import unit_rows
+from gclkern.options import Backend, Reduction
+from gclkern.validation import REDUCTIONS, ClassCounts, check_choice, check_int, check_matrix, check_number, check_same_device, check_target
+from gclkern.weights import log_prior
+
+_MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all alike
+_SMALLEST_DIM = 16  # the asymptotic series is off by 6e-4 there, and by less in more dimensions
+
+
+def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: float) -> Tensor:
+    r"""Logarithm of the mean of exp(<x, k> / temperature) over keys k that are von Mises-Fisher distributed, for unit vectors x and each class.
+
+        F(k_ij) - F(kappa_j),    F(k) = log I_v(k) - v log k,    k_ij^2 = kappa_j^2 + 1 / t^2 + 2 kappa_j cosine_ij / t,    v = dim / 2 - 1
+
+    with the modified Bessel function I_v by its uniform asymptotic series with one correction (Abramowitz and Stegun, 9.7.7). The difference is taken without
+    cancellation.
+
+    Args:
+        cosine: of a sample and the mean direction of a class (N, C), float32 or float64. May require a gradient.
+        concentration: kappa_j (C,), at least 0.
+        dim: dimensions D of the sphere's space, at least 16. The error is below 6e-4 at 16, 4e-5 at 64, 1e-5 at 128.
+        temperature: t.
+
+    Returns:
+        (N, C), in the dtype of `cosine`.
+    """
+    order = dim / 2 - 1
+    base = (order**2 + concentration.square()).sqrt()
+    grown = 1 / temperature**2 + (2 / temperature) * concentration * cosine  # k_ij^2 - kappa_j^2
+    root = (base.square() + grown).clamp(min=order**2).sqrt()
+    step = grown / (root + base)  # root - base
+    return (
+        step
+        - order * torch.log1p(step / (order + base))
+        - 0.5 * torch.log1p(step / base)
+        + torch.log1p(_correction(root, order))
+        - torch.log1p(_correction(base, order))
+    )
+
+
+def _correction(root: Tensor, order: float) -> Tensor:
+    p = order / root
+    return p * (3 - 5 * p.square()) / (24 * order)
+
+
+class ProCoLoss(RankState):
+    r"""Probabilistic contrastive loss (Du, Wang, Song and Huang, "Probabilistic contrastive learning for long-tailed visual recognition", TPAMI 2024).
+
+    The features of a class are von Mises-Fisher distributed with mean direction mu_c and concentration kappa_c. Contrast with infinitely many keys of every
+    class is then a closed form, and the loss is logit adjustment over it:
+
+        M_c = mean unit feature of class c,    R = \|M_c\|,    mu_c = M_c / R,    kappa_c = D R / (1 - R^2), at most 1e5
+        loss = cross_entropy(vmf_contrast(<x, mu_c>, kappa_c) + tau * log prior, target)
+
+    The means are running averages of the features that this module is given in training mode. Two run side by side, as in the release: the one that serves
+    holds the last epoch and this one so far, the other this epoch alone. Call :meth:`start_epoch` as each epoch begins. A class that was never seen has
+    concentration 0. Under data parallelism each rank averages its own samples. Nothing of size (N, C, D) is ever in memory; the elementwise function runs in
+    torch.
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        dim: D, columns of the features, at least 16; 128 in the paper.
+        temperature: 0.1 is the paper's for CIFAR-LT.
+        tau: strength of the logit adjustment.
+        reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
+
+    Shapes: features (N, D), which are normalised here, target (N,) int64 -> () for "mean" and "sum", (N,) for "none".
+
+    Raises:
+        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from gclkern import ProCoLoss
+        >>> criterion = ProCoLoss([500, 50, 5], dim=32)
+        >>> criterion.start_epoch()
+        >>> features = torch.randn(8, 32, requires_grad=True)
+        >>> criterion(features, torch.arange(8) % 3).backward()
+    """
+
+    sums: Tensor  # (2, C, D) of unit features: since the last epoch began, and since this one began
+    counts: Tensor  # (2, C)
+    bias: Tensor  # (C,)
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        dim: int,
+        *,
+        temperature: float = 0.1,
+        tau: float = 1.0,
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        bias = check_number("tau", tau) * log_prior(class_counts)
+        self.num_classes, self.dim = bias.numel(), check_int("dim", dim, _SMALLEST_DIM)
+        self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        check_choice("backend", backend, BACKENDS)
+        self.register_buffer("bias", bias, persistent=False)
+        self.add_state("sums", torch.zeros((2, self.num_classes, self.dim), dtype=torch.float32, device=bias.device))
+        self.add_state("counts", torch.zeros((2, self.num_classes), dtype=torch.int64, device=bias.device))
+
+    def start_epoch(self) -> None:
+        """Let the average of the epoch that has ended serve, and begin another."""
+        self.sums[0] = self.sums[1]
+        self.counts[0] = self.counts[1]
+        self.sums[1].zero_()
+        self.counts[1].zero_()
+
+    @torch.no_grad()
+    def distributions(self) -> tuple[Tensor, Tensor]:
+        """Mean directions (C, D), 0 for a class that was never seen, and concentrations (C,)."""
+        means = self.sums[0] / self.counts[0].clamp(min=1)[:, None]
+        length = torch.linalg.vector_norm(means, dim=1).clamp(max=1.0)
+        concentration = (self.dim * length / (1 - length.square())).clamp(max=_MOST_CONCENTRATED)
+        return unit_rows(means), concentration
+
+    def forward(
+        self,
+        features: Tensor,  # (N, D)
+        target: Tensor,  # (N,)
+    ) -> Tensor:
+        check_matrix("features", features)
+        if features.shape[1] != self.dim:
+            raise ValueError(f"features must have {self.dim} columns, got shape {tuple(features.shape)}")
+        check_same_device("features", features, "this loss", self.sums)
+        target = check_target("target", target, features.shape[0], self.num_classes, None, "features", features)
+        unit = unit_rows(features)
+        if self.training:
+            detached = unit.detach().float()
+            sums, counts = operator("segment_sums", resolve_backend("auto", detached))(detached, target, self.num_classes)
+            self.sums += sums
+            self.counts += counts
+        directions, concentration = self.distributions()
+        dtype = statistics_dtype(features)
+        cosine = unit @ directions.to(dtype).t()
+        logits = vmf_contrast(cosine, concentration.to(dtype), self.dim, self.temperature)
+        return gcl_cross_entropy(logits, target, scale=1.0, bias=self.bias, reduction=self.reduction, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, dim={self.dim}, temperature={self.temperature:g}, reduction={self.reduction!r}, backend={self.backend!r}"

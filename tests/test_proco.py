@@ -1,0 +1,125 @@
+"""ProCo's contrast against scipy's Bessel functions, and its running averages."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import scipy.special
+import torch
+from torch import Tensor
+
+from gclkern import LogitAdjustedLoss, ProCoLoss
+from gclkern.proco import vmf_contrast
+from tests.support.cases import cosines, labels
+
+COUNTS = [50, 20, 5, 1]
+T = 0.1
+
+
+def exact(cosine: Tensor, concentration: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """F(k) - F(kappa) by scipy in float64, and its derivative for the cosine: I_{v+1}(k) / I_v(k) * kappa / (t k)."""
+    v = dim / 2 - 1
+
+    def log_f(k: Tensor) -> Tensor:
+        return torch.from_numpy(scipy.special.ive(v, k.numpy())).log() + k - v * k.log()
+
+    k = (concentration.square() + 1 / temperature**2 + 2 * concentration * cosine / temperature).sqrt()
+    ratio = torch.from_numpy(scipy.special.ive(v + 1, k.numpy()) / scipy.special.ive(v, k.numpy()))
+    return log_f(k) - log_f(concentration.expand_as(k).contiguous()), ratio * concentration / (temperature * k)
+
+
+@pytest.mark.parametrize(("dim", "error"), [(16, 6e-4), (64, 4e-5), (128, 1e-5)])
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 1.0])
+def test_contrast_and_its_derivative(dim: int, error: float, temperature: float) -> None:
+    cosine = torch.linspace(-0.99, 1.0, 41, dtype=torch.float64)[:, None].clone().requires_grad_()
+    concentration = torch.tensor([3.0, 10.0, 100.0, 2000.0], dtype=torch.float64)
+    value, slope = exact(cosine.detach(), concentration, dim, temperature)
+    for column in range(4):
+        found = vmf_contrast(cosine, concentration[column : column + 1], dim, temperature)
+        assert (found.detach()[:, 0] - value[:, column]).abs().max() < error
+        grad = torch.autograd.grad(found.sum(), cosine)[0][:, 0]
+        torch.testing.assert_close(grad, slope[:, column], rtol=2e-3, atol=10 * error)
+
+
+@pytest.mark.parametrize("concentration", [0.0, 1e-3, 1e5])
+def test_float32_keeps_its_digits(concentration: float) -> None:
+    """F itself is 1e5 there, of which float32 has 1e-2."""
+    cosine = torch.linspace(-1.0, 1.0, 41)[:, None]
+    kappa = torch.tensor([concentration])
+    double = vmf_contrast(cosine.double(), kappa.double(), 128, T)
+    torch.testing.assert_close(vmf_contrast(cosine, kappa, 128, T).double(), double, rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_without_spread_is_its_mean() -> None:
+    """kappa to infinity: the mean of exp(<x, k> / t) is exp(cosine / t)."""
+    cosine = cosines(5, 1).double()
+    torch.testing.assert_close(vmf_contrast(cosine, torch.tensor([1e9]).double(), 128, T), cosine / T, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_logit_adjustment_over_the_contrast(backend: str, device: torch.device) -> None:
+    features, target = cosines(12, 16, device=device).requires_grad_(), labels(12, 4).to(device)
+    criterion = ProCoLoss(COUNTS, 16, backend=backend).to(device)
+    criterion(cosines(40, 16, device=device, seed=4), labels(40, 4, seed=5).to(device))
+    criterion.eval()
+    mu, kappa = criterion.distributions()
+    unit = features / features.norm(dim=1, keepdim=True)
+    expected = LogitAdjustedLoss(COUNTS).to(device)(vmf_contrast(unit @ mu.T, kappa, 16, T), target)
+    torch.testing.assert_close(criterion(features, target), expected, rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(criterion(features, target), features)[0].isfinite().all()
+
+
+def test_running_averages() -> None:
+    features = torch.nn.functional.normalize(cosines(12, 16))
+    target = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 0, 1, 2])  # class 3 is never seen
+    criterion = ProCoLoss(COUNTS, 16)
+
+    def mean(rows: slice, label: int) -> Tensor:
+        return features[rows][target[rows] == label].mean(0)
+
+    def check(rows: slice) -> None:
+        mu, kappa = criterion.distributions()
+        for label in range(3):
+            expected = mean(rows, label)
+            length = expected.norm()
+            torch.testing.assert_close(mu[label], expected / length)
+            torch.testing.assert_close(kappa[label], 16 * length / (1 - length**2))
+        assert mu[3].eq(0).all() and kappa[3] == 0
+
+    criterion(features[:9], target[:9])
+    check(slice(0, 9))
+    criterion.start_epoch()
+    criterion(features[9:], target[9:])
+    check(slice(0, 12))  # the last epoch and this one so far
+    criterion.start_epoch()
+    assert criterion.counts[0].tolist() == [1, 1, 1, 0] and criterion.counts[1].sum() == 0
+    before = copy.deepcopy(criterion.state_dict())
+    criterion.eval()(features, target)
+    assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())
+
+
+def test_features_that_are_all_alike() -> None:
+    criterion = ProCoLoss(COUNTS, 16)
+    features = torch.ones(4, 16, requires_grad=True)
+    loss = criterion(features, torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    assert loss.isfinite() and features.grad is not None and features.grad.isfinite().all()
+    assert criterion.distributions()[1].eq(1e5).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dim": 4}, ValueError, ["dim", "4", "16"]),
+        ({"temperature": 0.0}, ValueError, ["temperature", "0.0"]),
+        ({"reduction": "max"}, ValueError, ["reduction", "'max'"]),
+        ({"backend": "cuda"}, ValueError, ["backend", "'cuda'"]),
+        ({"class_counts": [3, 0]}, ValueError, ["class_counts[1]"]),
+    ],
+)
+def test_refusals(arguments: dict[str, object], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        ProCoLoss(**{"class_counts": COUNTS, "dim": 16, **arguments})  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    with pytest.raises(ValueError, match="16 columns"):
+        ProCoLoss(COUNTS, 16)(torch.zeros(2, 5), torch.tensor([0, 1]))
