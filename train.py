@@ -50,20 +50,20 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, Corrup
 
 
 class Arguments(NamedTuple):
-    """What the command line asks for."""
+    """The parsed command line."""
 
     config: RunConfig
     out: str | None  # folder of the run
     evaluate: bool  # only print the report of the checkpoint
-    checkpoint: Checkpoint | None  # that --resume or --evaluate names
+    checkpoint: Checkpoint | None  # the one that --resume or --evaluate names
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """A signal asked to stop, and the checkpoint is written."""
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """A signal has asked the run to stop, and the checkpoint has been written."""
 
 
 def main(arguments: Arguments) -> None:
-    """Load the data, plan the phases, train one after the other, and conclude with the table and the pictures."""
+    """Load the data, plan the phases, train them one after the other, then write the table and the pictures."""
     config, checkpoint = arguments.config, arguments.checkpoint
     processes = Processes(config.device)
     set_up_torch(config)
@@ -110,11 +110,11 @@ def main(arguments: Arguments) -> None:
                 checkpoint = None
     except (CorruptImageError, KeyboardInterrupt, RuntimeError, WriteError) as error:
         if (folder / "last.pt").exists():
-            error.add_note(f"go on with: python train.py --resume {folder}")
+            error.add_note(f"continue with: python train.py --resume {folder}")
         raise
     except Stopped:
         if processes.rank == 0:
-            say(f"stopped; go on with: python train.py --resume {folder}")
+            say(f"stopped; continue with: python train.py --resume {folder}")
     else:
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
@@ -124,9 +124,9 @@ def main(arguments: Arguments) -> None:
 
 
 def set_up_torch(config: RunConfig) -> None:
-    """torch's own switches."""
+    """Set torch's global options."""
     if config.data == "digits-lt":
-        torch.set_num_threads(1)  # on images this small threads wait for each other more than they work
+        torch.set_num_threads(1)  # for images this small, synchronising threads takes longer than the work
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
@@ -202,7 +202,7 @@ def train_phase(
 
 
 def save_progress(phase: Phase, network: Network, trainer: Trainer, progress: Progress, data: DataSplits, run: RunFolder, *, stop: bool) -> None:
-    """Write last.pt, from which the run can go on, and stop if that was asked for."""
+    """Write last.pt, from which the run can be resumed; with `stop`, raise Stopped."""
     run.save("last.pt", {
         **network_checkpoint(network, phase, data, run.config), "kind": "training", "trainer": trainer.state_dict(),
         "progress": progress.state_dict(trainer.processes), "history": run.history, "reports": run.reports, "seconds": run.seconds,
@@ -212,7 +212,7 @@ def save_progress(phase: Phase, network: Network, trainer: Trainer, progress: Pr
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The settings by the command line; with --resume and --evaluate those of the checkpoint, with the given ones in their place."""
+    """Parse the command line. With --resume or --evaluate the settings are those of the checkpoint, overridden by the given flags."""
     given = vars(build_parser().parse_args(argv))
     resume, evaluated, out = (given.pop(name, None) for name in ("resume", "evaluate", "out"))
     if resume is None and evaluated is None:
@@ -230,7 +230,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags, whose names are those of RunConfig's fields. Those that are not given are left out, so that the defaults stand in RunConfig alone."""
+    """The parser; flags are named after the fields of RunConfig. Flags that are not given are absent from its result, since RunConfig defines the defaults."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )  # fmt: skip
@@ -240,70 +240,70 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="FOLDER", help=f"folder of the data set's files (default {default.data_dir})")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir if it is not there")
     add("--imbalance", type=number(float, 1), metavar="RATIO", help="images of the largest class over the smallest's (default 20 for digits, 100 for CIFAR)")
-    add("--profile", choices=("exp", "step"), help=f"how class counts fall on digits and CIFAR: all along, or half way (default {default.profile})")
+    add("--profile", choices=("exp", "step"), help=f"class counts of digits and CIFAR: exponential or in one step (default {default.profile})")
     add(
         "--holdout",
         type=number(float, 0, 0.9),
         metavar="SHARE",
-        help=f"share of training images to fit the temperature and choose the best epoch by (default {default.holdout:g})",
+        help=f"share of training images held out to fit the temperature and select the best epoch (default {default.holdout:g})",
     )
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
     add("--test-list", metavar="FILE", help="the same for test images")
-    add("--image-size", type=number(int, 1), metavar="PIXELS", help="pixels of a side, for image files (default 224, for images of one's own their usual size)")
+    add("--image-size", type=number(int, 1), metavar="PIXELS", help="height and width of image files (default 224; for your own images their usual size)")
     add("--workers", type=number(int, 0), metavar="N", help=f"processes that read image files (default {default.workers})")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
-    add = parser.add_argument_group("method", "What is left out is the published setting for the method and the data set; a run prints them all.").add_argument
+    add = parser.add_argument_group("method", "Defaults are the published settings of the method and the data set; a run prints them.").add_argument
     add("--method", choices=METHODS, help=f"loss of stage 1 (default {default.method})")
-    add("--retrain", choices=RETRAINS, help="stage 2, which trains the classifier anew (default gcl for the clouded methods, else none)")
-    add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1: retrain it, in place of training one")
+    add("--retrain", choices=RETRAINS, help="stage 2, which re-trains the classifier (default gcl for gcl and gcl+dro-lt, else none)")
+    add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1; it replaces training stage 1")
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced)")
-    add("--cloud", choices=list(CLOUDS), help="how GCL's clouds grow as classes get rarer (default log)")
+    add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
     add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
     add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
     add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in all stages with GCL's or LDAM's loss")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
-    parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: the data set's usual)"
-    add("--augment", metavar="PARTS", help=f"of training images: {parts}")
-    add("--baseline", action=argparse.BooleanOptionalAction, help="first train by cross entropy, all else alike and for as many epochs (default: on digits-lt)")
-    add("--model", metavar="NAME", help="small-cnn, resnet32, resnet50, resnet152, a name of torchvision's, or timm:NAME (default: the data set's usual)")
-    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet's weights (default: for places-lt)")
-    add("--train", choices=("all", "last-block"), help="what learns in stage 1 beside the classifier (default: last-block on places-lt, else all)")
+    parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: depends on the data set)"
+    add("--augment", metavar="PARTS", help=f"augmentation of training images: {parts}")
+    add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline by cross entropy for as many epochs (default: on digits-lt)")
+    add("--model", metavar="NAME", help="small-cnn, resnet32, a network of torchvision, such as resnet50, or timm:NAME (default: depends on the data set)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for places-lt)")
+    add("--train", choices=("all", "last-block"), help="part of the backbone that stage 1 trains (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (DRO-LT goes on after them; --epochs-scale shortens all)")
-    add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=f"times epochs that are not given and warm-up (default {default.epochs_scale:g})")
+    add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled alike)")
+    add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=f"factor on epochs not given and on warm-up (default {default.epochs_scale:g})")
     add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")
     add("--lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 1")
     add("--weight-decay", type=number(float, 0, 1000), metavar="FACTOR", help="weight decay of all stages")
     add("--retrain-epochs", type=number(int, 1), metavar="N", help="epochs of stage 2")
     add("--retrain-batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 2")
     add("--retrain-lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 2")
-    add("--tau", type=number(float, 0, 100), metavar="POWER", help="of tau-norm (default: the best of 0 to 2 on the held-out part; 1 without one)")
-    add("--accumulate", type=number(int, 1), metavar="PARTS", help=f"parts in which a step's images are run, to save memory (default {default.accumulate})")
+    add("--tau", type=number(float, 0, 100), metavar="POWER", help="exponent of tau-norm (default: the best of 0 to 2 on held-out images, else 1)")
+    add("--accumulate", type=number(int, 1), metavar="PARTS", help=f"split the images of a step into parts, to save memory (default {default.accumulate})")
     add("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=f"evaluate an average of the weights, such as 0.999 (default {default.ema:g}: none)")
-    add("--seed", type=number(int, 0), metavar="N", help=f"of everything random but the choice of the long-tailed subset (default {default.seed})")
+    add("--seed", type=number(int, 0), metavar="N", help=f"random seed of training; which images are used does not depend on it (default {default.seed})")
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), help=f"(default {default.device}: a GPU if there is one)")
     add("--amp", choices=list(AMP), help=f"autocast (default {default.amp})")
     add("--compile", action="store_true", help="compile the step with torch.compile")
-    add("--capture", action=argparse.BooleanOptionalAction, help="run the step as a CUDA graph (default: where that is possible)")
+    add("--capture", action=argparse.BooleanOptionalAction, help="run the step as a CUDA graph (default: where possible)")
     add("--shard-classes", action="store_true", help="spread the classifier's classes over the processes of torchrun (gcl methods)")
-    add("--channels-last", action="store_true", help="memory format of images and weights")
-    add("--deterministic", action="store_true", help="only algorithms that repeat bit by bit, on a GPU too")
+    add("--channels-last", action="store_true", help="store images and weights in the memory format channels_last")
+    add("--deterministic", action="store_true", help="use only bitwise repeatable algorithms, on a GPU too")
     group = parser.add_argument_group("runs and checkpoints")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    either("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    either("--evaluate", metavar="CHECKPOINT", help="print the report of a checkpoint and leave")
+    either("--resume", metavar="RUN", help="continue the run in this folder, with its arguments")
+    either("--evaluate", metavar="CHECKPOINT", help="print the table of a checkpoint and exit")
     add("--out", metavar="FOLDER", help="folder of the run (default runs/DATA-METHOD, numbered)")
     add("--eval-every", type=number(int, 1), metavar="N", help="epochs between evaluations (default a twentieth of the stage)")
-    seconds = f"most between checkpoints (default {default.checkpoint_seconds:g}; 0: each step)"
+    seconds = f"longest time between checkpoints (default {default.checkpoint_seconds:g}; 0: every step)"
     add("--checkpoint-seconds", type=number(float, 0), metavar="SECONDS", help=seconds)
     add("--pictures", action=argparse.BooleanOptionalAction, help="draw curves, accuracies, confusion and t-SNE at the end (default yes)")
     return parser
 
 
 def as_flags(message: str) -> str:
-    """An error of the library, with the settings that it has in backticks as flags: `lr` is --lr, `amp=bf16` --amp bf16, `pictures=False` --no-pictures."""
+    """Replace settings in backticks in an error message by flags: `lr` by --lr, `amp=bf16` by --amp bf16, `pictures=False` by --no-pictures."""
     settings = {field.name for field in fields(RunConfig)}
 
     def flag(match: re.Match[str]) -> str:
@@ -317,7 +317,7 @@ def as_flags(message: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """What a user is told of an error: no traceback, which goes into a file if it may be needed."""
+    """The error message for the user. An unexpected error's traceback is written to a file, which the message names."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted{notes}"
@@ -325,7 +325,7 @@ def explain(error: BaseException) -> str:
         return f"error: {as_flags(str(error))}{notes}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: the memory of the GPU is full; run a step in parts by --accumulate, or take a smaller --batch-size{notes}"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # a signal's handler raises it, wherever the run is
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised by a signal handler, at any place in the run
         return f"error: {as_flags(worker_problem(error))}{notes}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"error: --compile failed ({str(error).strip().splitlines()[0]}); leave it out{notes}"

@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`gclkern.distributed` and `gclkern.training` are imported when they are first asked for: most programs need neither."""
+    """`gclkern.distributed` and `gclkern.training` are imported on first use, because most programs need neither."""
     if name in ("distributed", "training"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'gclkern' has no attribute {name!r}")

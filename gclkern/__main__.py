@@ -1,4 +1,4 @@
-"""``python -m gclkern`` prints the version and what serves tensors on each device."""
+"""``python -m gclkern`` prints the version and the backend of each device."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from gclkern.devices import without_autocast
 from gclkern.dispatch import operator
 from gclkern.kernels.terms import LossTerms
 
-# The tensors among the terms are saved by save_for_backward, the plain values as an attribute of the context.
+# save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
 _TENSOR_TERMS = tuple("Tensor" in str(LossTerms.__annotations__[name]) for name in LossTerms._fields)
 
 
@@ -32,7 +32,7 @@ def saved_terms(ctx: Any) -> tuple[tuple[Tensor, ...], LossTerms]:
     return tensors[:-count], LossTerms(*(next(saved) if is_tensor else next(plain) for is_tensor in _TENSOR_TERMS))
 
 
-# `bias` is an argument of the Functions beside `terms`, because autograd sees no tensor within a tuple.
+# `bias` is an argument of its own beside `terms`, because autograd does not track tensors within a tuple.
 
 
 class LogitLoss(torch.autograd.Function):

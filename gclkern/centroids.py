@@ -16,14 +16,14 @@ def class_means(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 class ClassCentroids(RankState):
-    """Class centroids over many batches, without keeping their features: running sums and counts.
+    """Class centroids over many batches, as running sums and counts, without storing features.
 
-    The sums are float64: one rounding for each batch, in float32, would cost a common class its last digits over an epoch, and unlike
-    compensated sums float64 ones can be added across ranks by one all-reduce. They stay float64 under ``.half()`` and ``.to(dtype)``, move with
+    The sums are float64: float32 sums would lose the last digits of frequent classes over an epoch, and unlike compensated sums, float64 sums can be
+    added over ranks by one all-reduce. They stay float64 under ``.half()`` and ``.to(dtype)``, move with
     ``.to(device)`` and are part of the state dict, so an epoch can be resumed.
 
-    With ``torch.distributed`` initialised, each rank updates with its own samples and :meth:`compute` is a collective call that all ranks make: it returns the
-    centroids of all samples, and leaves each rank's own sums as they are. They are no buffers: DistributedDataParallel leaves them alone.
+    With ``torch.distributed`` initialised, each rank updates with its own samples, and :meth:`compute` is a collective call of all ranks: it returns the
+    centroids of all samples and does not change each rank's own sums. They are no buffers: DistributedDataParallel leaves them alone.
 
     Args:
         num_classes: C.
@@ -52,7 +52,7 @@ class ClassCentroids(RankState):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch: features (N, D), through which no gradient flows, and target (N,) int64."""
+        """Add a batch: features (N, D), which are detached, and target (N,) int64."""
         self._check_features(features)
         self._add(features, check_target("target", target, features.shape[0], self.sums.shape[0], None, "features", features))
 

@@ -22,8 +22,8 @@ def cloud_sizes(class_counts: ClassCounts, strategy: Strategy = "log", exponent:
         power    d_j = n_max^exponent - n_j^exponent
         cosine   d_j = cos(pi/2 * n_j / n_max)
 
-    The rarest class has 1, the most frequent 0; classes of equal counts have no clouds. Multiply by `noise_mul` for the `cloud` of a loss. The paper compares
-    these strategies in Table 3, whose expressions our copy lacks: power and cosine are our reading.
+    The rarest class has 1, the most frequent 0; if all counts are equal, all sizes are 0. Multiply by `noise_mul` for the `cloud` of a loss. The paper compares
+    these strategies in Table 3. The formulas of power and cosine are our interpretation; they were not checked against that table.
 
     Args:
         class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
@@ -47,7 +47,7 @@ def cloud_sizes(class_counts: ClassCounts, strategy: Strategy = "log", exponent:
     check_choice("strategy", strategy, STRATEGIES)
     if exponent is not None and strategy != "power":
         raise ValueError(f'exponent is {exponent!r}, but strategy="{strategy}" has none; leave it out, or use strategy="power"')
-    # The largest count cancels from the quotient d_j / max d, so each strategy is a function of n_j / n_max, written to be exactly 0 at 1.
+    # n_max cancels in d_j / max d, so each strategy is a function of n_j / n_max, written so that it is exactly 0 at 1.
     share = counts / counts.max()
     if strategy == "log":
         sizes = share.log().abs()

@@ -1,4 +1,4 @@
-"""What depends on where tensors live and on the state of the process: autocast, and whether a check may read values."""
+"""Autocast, debug mode, and whether a check may read the values of a tensor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _debug = False
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, weights and mixing shares on a GPU too, at the price of a synchronisation per call.
+    """Check the values of labels, weights and mixup weights on a GPU too, at the cost of synchronising every call.
 
-    Without it a label out of range on a GPU gives that row a loss of NaN; with it, the ValueError that CPU tensors always get.
+    Without it a label out of range on a GPU makes the loss of that row NaN; with it, it raises the ValueError that CPU tensors always raise.
 
     Example:
         >>> import gclkern
@@ -29,7 +29,7 @@ def set_debug(enabled: bool) -> None:
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the tensor's values: always on a CPU, on a GPU in debug mode, never while a graph is traced or for tensors without values."""
+    """Whether a check may read the tensor's values: always on a CPU, on a GPU in debug mode, never for a traced graph or tensors without values."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     return _debug or tensor.device.type == "cpu"
@@ -41,5 +41,5 @@ def autocast_is_on(device_type: str) -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Turns autocast off, for operators, which compute in the dtypes of their arguments. Asking first is cheaper than always turning it off."""
+    """Turn autocast off for operators, which compute in the dtypes of their arguments. Asking first is cheaper than always turning it off."""
     return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()

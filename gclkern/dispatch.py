@@ -1,4 +1,4 @@
-"""The one place of choice: the backend that serves a call, the plan of a classifier head, and the operator to call."""
+"""Chooses the backend of a call, the plan of a classifier head, and the operator to call. No other module makes this choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gclkern.validation import check_choice
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PLANS: tuple[Plan, ...] = get_args(Plan)
 
-# Looked up once, and without importing Triton: a traced function may not search for packages.
+# Looked up once, because a function that torch.compile traces cannot search for packages, and without importing Triton.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
@@ -27,17 +27,17 @@ _MATERIALISED_BYTES_CPU = 2**27
 
 
 def _too_old(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU that cannot run the kernels. Before CUDA is initialised, where only fake tensors are, every GPU counts as new."""
+    """Whether this is an NVIDIA GPU too old for the kernels. False before CUDA is initialised, when only fake tensors exist."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_initialized():
         return False
     return torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
-    """The backend, "triton", "cpu" or "torch", that serves `tensor` when the caller asks for `backend`.
+    """The backend for `tensor`, "triton", "cpu" or "torch", if the caller asks for `backend`.
 
-    "auto" takes the Triton kernels for tensors on a GPU, the compiled loops for tensors on a CPU where they were compiled, and torch elsewhere, also on NVIDIA
-    GPUs older than compute capability 8.0; float64 always runs on torch, because the others keep their statistics in float32.
+    "auto" takes the Triton kernels for tensors on a GPU, the compiled loops, if available, for tensors on a CPU, and torch elsewhere, including NVIDIA GPUs
+    below compute capability 8.0. float64 always uses torch, because the other backends compute statistics in float32.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
@@ -92,7 +92,7 @@ def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
 
 
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:
-    """The plan that serves features (N, D) and `num_classes` classes when the caller asks for `plan`; `backend` is the resolved one.
+    """The plan for features (N, D) and `num_classes` classes if the caller asks for `plan`; `backend` is the resolved one.
 
     "auto" takes "materialised" while the (N, C) buffer is at most 2 GiB and "chunked" beyond; the torch backend "recompute" beyond, on a CPU from 128 MiB.
     """
@@ -115,7 +115,7 @@ def operator(name: str, backend: str) -> Any:
 
 
 def head_implementation(backend: str) -> Any:
-    """The module of a resolved backend whose `run_forward` and `run_backward` walk over the classes of a head, for one that holds a shard of the classes."""
+    """The module of a resolved backend with `run_forward` and `run_backward`, which compute a head that holds a shard of the classes."""
     if backend == "torch":
         return torch_backend.head
     from gclkern.kernels import head

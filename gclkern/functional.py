@@ -1,7 +1,7 @@
-"""The functions of the library. Each checks its arguments, lets dispatch.py choose a backend and a plan, and calls one autograd Function.
+"""The functions of the library. Each checks its arguments, lets dispatch.py choose the backend and the plan, and calls an autograd Function or operator.
 
 gcl_cross_entropy          from cosines or logits (N, C)
-linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D): normalisation, product, noise and softmax in one
+linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D), fused: normalisation, product, noise and softmax
 dro_lt_loss                the DRO-LT bound of features around their class centroids
 supervised_contrastive     a softmax over samples and class prototypes: SupCon, BCL, PSC
 class_centroids            the mean feature of each class
@@ -67,10 +67,10 @@ def gcl_cross_entropy(
 
     and the loss of sample i is torch's cross entropy of z_i(t), with class weights and label smoothing, times
     (1 - exp(-loss))^gamma. With a second target (mixup) it is lam * loss(target) + (1 - lam) * loss(target_b), from one pass and ONE draw of the
-    noise; GCL's released code runs its criterion twice, with two draws.
+    noise; GCL's released code calls its criterion twice, with two draws.
 
     Statistics and the loss are computed in float32 (float64 for float64 input), and the target's gradient without cancellation: it stays
-    accurate where the target's probability is close to 1. Runs of equal seed are bitwise equal on one device.
+    accurate where the target's probability is close to 1. Runs with the same seed are bitwise equal on one device.
 
     Args:
         cosine: cosines or logits (N, C), float32, bfloat16, float16 or float64, of any strides.
@@ -94,15 +94,15 @@ def gcl_cross_entropy(
         row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes data parallel noise equal to one
             process's.
         class_offset: index of the first class in the global class range, for a shard of the classes.
-        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; compiled loops on a CPU; torch elsewhere and for float64), "triton",
-            "cpu" or "torch".
+        backend: "auto" (Triton kernels on a GPU, on NVIDIA's from compute capability 8.0; compiled loops on a CPU; torch elsewhere and for float64),
+            "triton", "cpu" or "torch".
 
     Returns:
         The loss, float32 (float64 for float64 input): () for "mean" and "sum", (N,) for "none". All samples ignored: 0 for "sum", NaN for "mean".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, its value and the remedy. On a GPU labels are not read (that would
-            synchronise): a label out of range makes that row's loss NaN. :func:`gclkern.set_debug` has them read.
+            synchronise): a label out of range makes that row's loss NaN. :func:`gclkern.set_debug` enables the check.
 
     Gradients exist for `cosine` and `bias`; backward may be repeated, a second derivative is not supported.
 
@@ -148,15 +148,15 @@ def linear_gcl_cross_entropy(
     class_offset: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
-    r""":func:`gcl_cross_entropy` of a classifier's cosines, without ever holding what a chain of torch operators would hold.
+    r""":func:`gcl_cross_entropy` computed from features and classifier weights, without the (N, C) intermediates of a chain of torch operators.
 
         cosine_ij = <f_i, w_j> / (\|f_i\| \|w_j\|)      (a row of norm <= 1e-12 has cosine 0 everywhere and gradient 0)
 
-    The normalisation happens after the product, and its backward in the epilogues of the gradient products, so no normalised copy of the weights exists.
-    Follows ``torch.nn.functional.linear_cross_entropy`` in its argument order.
+    The products are normalised instead of the weights, in backward too, so no normalised copy of the weights exists.
+    The arguments have the order of ``torch.nn.functional.linear_cross_entropy``.
 
     Args:
-        features: (N, D), float32, bfloat16, float16 or float64. Under autocast they are cast to its dtype, the weights are not.
+        features: (N, D), float32, bfloat16, float16 or float64. Under autocast they are cast to its dtype; the weights are not.
         linear_weight: (C, D), one row for each class, in the dtype of the features or, beside 16-bit features, float32.
         target: class of each sample (N,), int64.
         cloud: size of each class's cloud (C,), or None.
@@ -209,7 +209,7 @@ def dro_lt_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""The DRO-LT bound: each class centroid mu_c should find the samples of its class nearest, out to a distance of 2 epsilon_c (ICCV 2021).
+    r"""The DRO-LT bound (ICCV 2021): the centroid mu_c of a class should be nearer to the samples of its class than to all others, by a margin of 2 epsilon_c.
 
     The softmax runs over the SAMPLES of the batch B, with y_j the class of sample j:
 
@@ -217,8 +217,8 @@ def dro_lt_loss(
         loss_c = mean over i in B with y_i = c of (logsumexp_{j in B} l_cj - l_ci)
         loss   = sum_{c in B} w_c loss_c / sum_{c in B} w_c
 
-    Distances are direct differences in float32: a sample at its centroid has distance 0 and gradient 0, and features far from the origin keep their digits.
-    Runs are bitwise repeatable on one device, and nothing waits for the GPU.
+    Distances are computed from differences in float32, not from dot products: they are exact 0 at the centroid, where the gradient is 0 too, and accurate for
+    features far from the origin. Runs are bitwise repeatable on one device, and nothing waits for the GPU.
 
     Args:
         features: z (N, D), float32, bfloat16, float16 or float64, of any strides.
@@ -226,24 +226,25 @@ def dro_lt_loss(
         centroids: mu (C, D), see :func:`gclkern.functional.class_centroids` and :class:`gclkern.ClassCentroids`. They are statistics: no gradient
             is defined for them.
         epsilon: radius of the ball around the centroid, >= 0: a number, or a tensor () or (C,), which may require a gradient. That gradient is never
-            negative: it is 2 / temperature times a sum of probabilities, so descent only ever shrinks epsilon.
+            negative: it is 2 / temperature times a sum of probabilities, so gradient descent can only decrease epsilon.
         temperature: T; 1 in the paper.
-        class_weight: w_c (C,), >= 0; None weighs all classes alike. A class of weight 0 stays out: its samples have no term and do not count in the
-            mean, whatever its row of `centroids` holds, but they remain in the softmax of the other classes. Give weight 0 to a
-            class whose centroid was never seen: ``class_weight=(counts > 0).float()`` with the counts that :func:`gclkern.functional.class_centroids` returns.
-        reduction: "mean" is the formula above; "sum" leaves out its division, so it is sum_c w_c loss_c; "none" returns each sample's part of that sum,
+        class_weight: w_c (C,), >= 0; None gives all classes the same weight. A class of weight 0 is left out: its samples have no loss term and do not
+            count in the mean, and its row of `centroids` may hold anything, but its samples remain in the softmax of the other classes. Give weight 0 to
+            classes without samples, which have no centroid: ``class_weight=(counts > 0).float()`` with the counts that
+            :func:`gclkern.functional.class_centroids` returns.
+        reduction: "mean" is the formula above; "sum" is sum_c w_c loss_c, without the division; "none" returns each sample's part of that sum,
             w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.
-        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; compiled loops on a CPU; torch elsewhere and for float64), "triton",
-            "cpu" or "torch".
+        backend: "auto" (Triton kernels on a GPU, on NVIDIA's from compute capability 8.0; compiled loops on a CPU; torch elsewhere and for float64),
+            "triton", "cpu" or "torch".
 
     Returns:
-        The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". When all samples stay out: 0 for "sum", NaN for "mean".
+        The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". If all samples are left out: 0 for "sum", NaN for "mean".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a label out of
-            range makes that sample's term and gradient NaN, while it remains among the samples of the others. :func:`gclkern.set_debug` has labels read.
+            range makes that sample's term and gradient NaN; it remains in the softmax of all classes. :func:`gclkern.set_debug` enables the check.
 
-    Gradients exist for `features` and `epsilon`; backward may be repeated, a second derivative is not supported. Features that are NaN reach every term,
+    Gradients exist for `features` and `epsilon`; backward may be repeated, a second derivative is not supported. A NaN feature makes every term NaN,
     because every softmax runs over all samples.
 
     Example:
@@ -294,7 +295,7 @@ def class_centroids(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a sample
-            whose label is out of range belongs to no class, which the sum of the counts shows. :func:`gclkern.set_debug` has labels read.
+            whose label is out of range is left out, so the counts sum to less than N. :func:`gclkern.set_debug` enables the check.
 
     Example:
         >>> import torch

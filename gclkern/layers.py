@@ -26,9 +26,9 @@ class CosineLinear(nn.Module):
 
     (NormFace: Wang et al., "L2 hypersphere embedding for face verification", ACM MM 2017.) A row of norm <= 1e-12 has cosine 0 everywhere and gradient 0.
 
-    Plain torch operators, for every dtype and any order of derivatives. Norms are taken in float32 or better, the product in the features' dtype or in
-    autocast's. A bfloat16 cosine is off by up to 2^-9, which a scale of 30 makes 6% of a probability: in training prefer :class:`gclkern.LinearGCLLoss`,
-    which takes this layer's `weight` and does not round to bfloat16, and call this layer to predict.
+    Made of torch operators, for every dtype and any order of derivatives. Norms are computed in float32 or better, the product in the features' dtype or in
+    autocast's. A bfloat16 cosine is off by up to 2^-9, with a scale of 30 an error of 6% in a probability: for training prefer
+    :class:`gclkern.LinearGCLLoss`, which takes this layer's `weight` and does not round to bfloat16, and call this layer to predict.
 
     Args:
         in_features: dimensions D of a feature.

@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     Function = TypeVar("Function", bound=Callable[..., Any])
 
     def same_signature(forward: Function) -> Callable[[Any], Function]:
-        """Gives a module's call the signature of its `forward`: nn.Module declares that any arguments will do."""
+        """Give `__call__` of a module the signature of its `forward`, for type checkers; nn.Module's accepts any arguments."""
 
 
 class _ClassLoss(PreciseBuffers):
-    """The arguments of :func:`gclkern.functional.gcl_cross_entropy` that stay the same from batch to batch."""
+    """Holds the arguments of :func:`gclkern.functional.gcl_cross_entropy` that stay the same from batch to batch."""
 
     cloud: Tensor | None
     margin: Tensor | float | None
@@ -95,7 +95,7 @@ class _ClassLoss(PreciseBuffers):
                 setattr(self, name, value)
 
     def _check(self, vectors: dict[str, Any]) -> None:
-        """Raise now, by the same checks, the errors that the first batch would raise."""
+        """Check the arguments now, so that errors are raised on construction and not by the first batch."""
         check_choice("backend", self.backend, BACKENDS)
         vectors = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vectors.items()}
         num_classes = self.num_classes or next((value.numel() for value in vectors.values() if isinstance(value, Tensor)), 1)
@@ -185,8 +185,8 @@ class _CloudedLoss(_ClassLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
-        some = cloud if bool(cloud.any()) else None  # a cloud of zeros needs no noise
-        super().__init__(cloud.numel(), cloud=some, margin=margin, scale=scale, gamma=gamma, focal_detach=focal_detach, **options)
+        nonzero = cloud if bool(cloud.any()) else None  # a cloud of zeros needs no noise
+        super().__init__(cloud.numel(), cloud=nonzero, margin=margin, scale=scale, gamma=gamma, focal_detach=focal_detach, **options)
 
 
 class GCLLoss(_CloudedLoss):
@@ -195,7 +195,7 @@ class GCLLoss(_CloudedLoss):
         z_ij = scale * (cosine_ij - cloud_j * e_ij - margin * [j == target_i]),    cloud_j = noise_mul * cloud_sizes(class_counts)_j
         loss = cross_entropy(z, target) * (1 - exp(-cross_entropy(z, target)))^gamma,    e_ij = min(\|N(0, 1/3)\|, 1)
 
-    In training mode every sample and class gets its noise e; in eval mode there is none, and the margin stays. The released recipes:
+    In training mode every sample and class gets its noise e; eval mode has no noise, but keeps the margin. The released recipes:
 
         CIFAR       stage 1: noise_mul=0.5                 stage 2: noise_mul=0.5, margin=0.1, scale=20, gamma=1
         Places-LT   stage 1: noise_mul=1.0                 stage 2: noise_mul=1.0, margin=0.1, scale=15
@@ -203,7 +203,7 @@ class GCLLoss(_CloudedLoss):
     Args:
         class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
         noise_mul: size of the rarest class's cloud, in units of cosine, at least 0. 1 is the release's value for the large data sets, 0.5 for CIFAR.
-        strategy, exponent: how the cloud shrinks with a class's count, see :func:`gclkern.cloud_sizes`; "log" is the paper's choice.
+        strategy, exponent: how cloud sizes decrease with the class count, see :func:`gclkern.cloud_sizes`; "log" is the paper's choice.
         scale: factor on the cosines; 30 is the first stage's.
         margin: subtracted from the target's cosine, a number or (C,). 0 in stage 1.
         weight: class weights (C,), as in torch's cross entropy. None: the paper re-balances by sampling, in stage 2.
@@ -213,8 +213,8 @@ class GCLLoss(_CloudedLoss):
 
     Shapes: cosine (N, C), target and target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none", float32 (float64 for float64).
 
-    `target_b` and `lam` are the second target of mixup and the first one's share. Both targets see ONE draw of the noise, where the release runs its criterion
-    twice with two. `seed` and `row_offset` choose the noise, see :func:`gclkern.functional.gcl_cross_entropy`; in eval mode they have no effect.
+    `target_b` and `lam` are the second target of mixup and the weight of the first. Both targets share ONE draw of the noise; the released code calls its
+    criterion twice, with two draws. `seed` and `row_offset` choose the noise, see :func:`gclkern.functional.gcl_cross_entropy`; eval mode ignores them.
 
     Raises:
         TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit. Messages name the argument and the value.
@@ -250,9 +250,9 @@ class GCLLoss(_CloudedLoss):
 
 
 class LinearGCLLoss(_CloudedLoss):
-    """:class:`GCLLoss` of features and a classifier's weight: cosines, noise and softmax in one, without the (N, C) tensors of a chain of operators.
+    """:class:`GCLLoss` computed from features and a classifier's weight, without the (N, C) intermediates of a chain of torch operators.
 
-    The weight is an argument, not a parameter of this module: give it that of a :class:`gclkern.CosineLinear`, which then also predicts.
+    The weight is an argument, not a parameter of this module: pass that of a :class:`gclkern.CosineLinear`, which then also predicts.
 
     Args:
         class_counts: training samples of each class (C,).
@@ -348,7 +348,7 @@ class LogitAdjustedLoss(_CosineLoss):
 
         loss = cross_entropy(scale * logits + tau * log prior, target),    prior_j = n_j / sum_k n_k
 
-    The prior is part of the loss, in eval mode too; predictions take the logits as they are.
+    The loss includes the prior in eval mode too; predict from the unchanged logits.
 
     Args:
         class_counts: training samples of each class (C,), all positive.
@@ -465,8 +465,8 @@ class FocalLoss(_CosineLoss):
 
         loss = (1 - exp(-l))^gamma * l,    l = cross_entropy(scale * logits, target)
 
-    Without `weight` and smoothing exp(-l) is the target's probability. With them the factor sees the weighted l, as in LDAM's released code; the paper's alpha
-    stands outside of the factor. The mean divides by the number of samples, whatever the weights.
+    Without `weight` and smoothing exp(-l) is the target's probability. With them the factor is computed from the weighted l, as in LDAM's released code; the
+    paper's alpha is outside of the factor. The mean divides by the number of samples, whatever the weights.
 
     Args:
         gamma: exponent, at least 0; 2 is the paper's.
@@ -495,29 +495,30 @@ class FocalLoss(_CosineLoss):
 
 
 class DROLTLoss(PreciseBuffers):
-    r"""The DRO-LT bound as a module: :func:`gclkern.functional.dro_lt_loss` with epsilon, weights and temperature in one place.
+    r"""The DRO-LT bound as a module: :func:`gclkern.functional.dro_lt_loss` with stored epsilon, class weights and temperature.
 
-    The robust loss of a training step is used beside a cross entropy: the paper weighs the two lam and 1 - lam, the released recipe 1 and 1.
+    It is added to a cross entropy: the paper weights the two by lam and 1 - lam, the released recipe by 1 and 1.
 
-    How this differs from the released code, beside being the formula of the paper:
+    It follows the paper. Differences from the released code:
 
-    - The paper's bound has 2 epsilon; the release subtracts epsilon once. So the learned epsilon starts at 0.5 here, where the release starts at 1.
+    - The paper's bound has 2 epsilon; the release subtracts epsilon once. So the learned epsilon starts at 0.5 here, and at 1 in the release.
     - max(epsilon, 0) is used. The release lets epsilon go negative, where the bound no longer holds.
-    - Samples get the epsilon of their class. The release subtracts epsilon in batch order under a mask that runs class by class, which is another class's.
+    - Each sample gets the epsilon of its class. The release applies epsilons in batch order to rows in class order, so samples get those of other classes.
     - The logarithm of the sum of exponentials is stable. The release takes log(sum(exp)), which is -inf for distances over about 100 temperatures.
-    - Class weights are normalised over the classes of the batch, not over absent ones too.
-    - Centroids are an argument. The release computes them from all features in every batch; :class:`gclkern.ClassCentroids` does once an epoch.
+    - Class weights are normalised over the classes of the batch; the release includes absent classes.
+    - Centroids are an argument, computed for example once per epoch by :class:`gclkern.ClassCentroids`. The release computes them from all features in every
+      batch.
 
-    The gradient of a learned epsilon has one sign, 2 / temperature times a sum of probabilities: descent only ever shrinks it, until it is 0. Weight decay
-    shrinks it too and is part of the recipe: give this parameter to the optimizer in the group that is decayed, although it is a vector.
+    The gradient of a learned epsilon is never negative, 2 / temperature times a sum of probabilities, so gradient descent can only decrease it, down to 0.
+    Weight decay, which also decreases it, is part of the recipe: put this parameter in the optimizer's group with weight decay, although it is a vector.
 
     Args:
         class_counts: training images of each class (C,), all positive.
         epsilon: "learned", one parameter for each class (the module then owns a parameter: give it to an optimizer); "sqrt", the constants
             base_epsilon / sqrt(class_counts); or a number >= 0 for all classes.
         temperature: T > 0; 1 in the paper.
-        base_epsilon: where "learned" starts, or the numerator of "sqrt"; None is 0.5, which equals the release's 1 subtracted once.
-        class_weight: weight of each class (C,), >= 0; None weighs all alike.
+        base_epsilon: initial value of "learned", or the numerator of "sqrt"; None is 0.5, which with the factor 2 equals the release's 1.
+        class_weight: weight of each class (C,), >= 0; None gives all the same weight.
         reduction: "mean", "sum" or "none", see :func:`gclkern.functional.dro_lt_loss`.
         backend: "auto", "triton", "cpu" or "torch".
 
@@ -587,7 +588,7 @@ class DROLTLoss(PreciseBuffers):
         centroids: Tensor,  # (C, D)
         counts: Tensor | None = None,  # (C,)
     ) -> Tensor:
-        """The loss of a batch. With the `counts` that come with the centroids, a class whose centroid was never seen stays out of the loss."""
+        """The loss of a batch. With `counts`, the sample counts of the centroids, classes without samples are left out of the loss."""
         if isinstance(centroids, Tensor) and centroids.dim() == 2 and centroids.shape[0] != self.num_classes:
             raise ValueError(f"centroids must have {self.num_classes} rows, one for each of class_counts, got shape {tuple(centroids.shape)}")
         weight = self.class_weight

@@ -1,4 +1,4 @@
-"""The noise of Gaussian clouded logits as a matrix, for whoever wants to see it; the losses draw the same numbers as they go."""
+"""The noise of Gaussian clouded logits as a matrix, for inspection; the losses generate the same numbers without storing the matrix."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def cloud_noise(
     """The noise e_ij = min(|N(0, 1/3)|, 1) of Gaussian clouded logits, as the losses draw it; 1/3 is the standard deviation.
 
     The formula is Eq. 11 of Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022.
-    Element (i, j) depends on nothing but the seed, row_offset + i and class_offset + j, so a part of a larger matrix equals the same part drawn alone. On one
+    Element (i, j) depends only on the seed, row_offset + i and class_offset + j, so a part of a larger matrix equals the same part drawn alone. On one
     backend and version the values are bitwise equal however the matrix is split; between backends and GPU models they agree to 1e-4.
 
     Args:
-        seed: None draws a seed from torch's generator of the device, so `torch.manual_seed` governs it; an int of up to 64 bits; or a 0-dim int64 tensor, whose
-            device the noise then has.
+        seed: None draws a seed from torch's generator of the device, so `torch.manual_seed` controls it; an int of up to 64 bits; or a 0-dim int64 tensor, on
+            whose device the noise is then drawn.
         num_rows: samples, at least 1.
         num_classes: classes, at least 1.
-        row_offset: global number of the first sample. Data-parallel ranks share the seed of a step and take rank * batch. Default 0: one rank.
-        class_offset: global number of the first class; class_offset + num_classes is at most 2**35. Default 0: all classes are here.
+        row_offset: global index of the first sample. Data-parallel ranks share the seed of a step and pass rank * batch.
+        class_offset: global index of the first class, for a shard of the classes; class_offset + num_classes is at most 2**35.
         device: where to draw; default the seed's device for a tensor, else torch's default device.
 
     Returns:
@@ -53,6 +53,6 @@ def cloud_noise(
     class_offset = check_offset("class_offset", class_offset, num_classes, MAX_CLASSES)
     if device is None and isinstance(seed, Tensor):
         device = seed.device
-    # An empty tensor knows the default device, and which of several GPUs "cuda" means.
+    # An empty tensor resolves the default device, and which of several GPUs "cuda" means.
     seed = resolve_seed(seed, torch.empty(0, device=device).device)
     return operator("cloud_noise", resolve_backend("auto", seed))(seed, num_rows, num_classes, row_offset, class_offset)

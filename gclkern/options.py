@@ -1,7 +1,7 @@
-"""The options of the losses: the names, types and choices of the keywords that one layer hands to the next, each written once.
+"""The options of the losses: names, types and allowed values of the keywords that layers pass on, each defined once.
 
-The functions of gclkern.functional spell their keywords out with their defaults. Whatever forwards keywords to them takes ``**options: Unpack[...]`` of one of
-these dictionaries, so that editors complete the names and type checkers find a wrong one.
+The functions of gclkern.functional list their keywords with their defaults. Callers that forward keywords to them take ``**options: Unpack[...]`` of one of
+these dictionaries, so that editors complete the names and type checkers find wrong ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LearnedEpsilon = Literal["learned", "sqrt"]
 
 
 class LossOptions(TypedDict, total=False):
-    """What every loss over classes takes when it is built."""
+    """Arguments of every loss module over classes."""
 
     weight: Tensor | None  # (C,)
     label_smoothing: Tensor | float  # or (C,)
@@ -28,7 +28,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class GCLOptions(LossOptions, total=False):
-    """What :class:`gclkern.GCLLoss` takes when it is built."""
+    """Arguments of :class:`gclkern.GCLLoss`."""
 
     noise_mul: float
     strategy: Strategy
@@ -40,13 +40,13 @@ class GCLOptions(LossOptions, total=False):
 
 
 class LinearGCLOptions(GCLOptions, total=False):
-    """What :class:`gclkern.LinearGCLLoss` takes when it is built."""
+    """Arguments of :class:`gclkern.LinearGCLLoss`."""
 
     plan: Plan
 
 
 class CrossEntropyOptions(LossOptions, total=False):
-    """What :func:`gclkern.functional.gcl_cross_entropy` takes."""
+    """Keywords of :func:`gclkern.functional.gcl_cross_entropy`."""
 
     scale: float
     margin: Tensor | float | None  # or (C,)
@@ -61,14 +61,14 @@ class CrossEntropyOptions(LossOptions, total=False):
 
 
 class LinearCrossEntropyOptions(CrossEntropyOptions, total=False):
-    """What :func:`gclkern.functional.linear_gcl_cross_entropy` takes."""
+    """Keywords of :func:`gclkern.functional.linear_gcl_cross_entropy`."""
 
     normalize: bool
     plan: Plan
 
 
 class DROLTOptions(TypedDict, total=False):
-    """What :func:`gclkern.functional.dro_lt_loss` takes."""
+    """Keywords of :func:`gclkern.functional.dro_lt_loss`."""
 
     temperature: float
     class_weight: Tensor | None  # (C,)

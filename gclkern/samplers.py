@@ -4,23 +4,23 @@
     ClassBalancedSampler      a class, then one of its samples                                 p_j = 1 / C
     EffectiveNumberSampler    by effective numbers                                             p_j ~ n_j (1 - beta) / (1 - beta^n_j)
     CBENSampler               by effective numbers whose beta grows with the cloud             p_j ~ n_j (1 - beta_j) / (1 - beta_j^n_j)
-    ClassAwareSampler         the classes in turn, k samples of each, none twice before all    p_j = 1 / C
+    ClassAwareSampler         the classes in turn, k samples of each, without replacement      p_j = 1 / C
 
-p_j is the share of class j in what is drawn. The order of an epoch is a pure function of (labels, seed, epoch), by the generator of gclkern.noise: the same
-for every number of workers and ranks, every platform and every version of torch. Iterating changes no state.
+p_j is the share of class j among the drawn samples. The order of an epoch is a pure function of (labels, seed, epoch), from the same Philox generator as the
+noise: equal for every number of workers and ranks, every platform and every version of torch. Iterating changes no state.
 
     sampler.set_epoch(epoch)                   before each epoch: without it every epoch has the same order
     sampler.set_epoch(epoch, position=done)    to resume: this rank has trained on `done` samples of the epoch, that is steps * batch size
 
-The caller counts `done`, because a DataLoader's workers fetch ahead of the training. Of R ranks, rank r takes draws r, r + R, r + 2R, ... of the epoch. So all
-ranks together see what one process would, the first `position` samples of all ranks are the first R * position draws, and a run may resume with another number
-of ranks. Every rank has ceil(num_samples / R) samples; where R does not divide num_samples the epoch's first draws fill up, as in torch's DistributedSampler.
+The caller counts `done`, because a DataLoader's workers prefetch. Of R ranks, rank r takes draws r, r + R, r + 2R, ... of the epoch. So all ranks together see
+the samples of a single process, the first `position` samples of all ranks are the first R * position draws, and a run may resume with another number of ranks.
+Every rank has ceil(num_samples / R) samples; if R does not divide num_samples, the first draws of the epoch are repeated, as in torch's DistributedSampler.
 
 Frameworks that start the processes:
 
-    Lightning, Fabric             nothing to do: the samplers count as DistributedSampler, which Lightning neither wraps nor forgets to give the epoch
-    Accelerate, Hugging Face's    build the sampler with num_replicas=1, rank=0: `accelerator.prepare` deals out the batches of every sampler, and would deal
-    Trainer                       out one rank's share a second time: most of the data is never seen. To resume use accelerator.skip_first_batches
+    Lightning, Fabric             nothing to do: the samplers are DistributedSamplers, which Lightning does not wrap and whose set_epoch it calls
+    Accelerate, Hugging Face's    build the sampler with num_replicas=1, rank=0: `accelerator.prepare` splits the batches of every sampler over the ranks, and
+    Trainer                       splitting one rank's share again would skip most of the data. To resume use accelerator.skip_first_batches
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from gclkern.torch_backend.noise import philox_words
 from gclkern.validation import Vector, as_vector, check_int, resolve_seed
 from gclkern.weights import cben_weights, check_beta, inverse_effective_number
 
-# What a random number is for: the group word of the generator's counter keeps the uses apart.
+# Purposes of random numbers. Each is a value of the group word in the generator's counter, so their numbers are independent.
 _DRAW, _CLASS_ORDER, _SAMPLE_ORDER = range(3)
-# Keeps the samplers' stream apart from the noise that a loss draws with the same seed.
+# Makes the samplers' numbers independent of the noise that a loss draws with the same seed.
 _STREAM = 0x5A3D7B1E9C64F208
 
 
@@ -66,9 +66,9 @@ def _by_class(labels: Vector) -> _Groups:
 
 
 class _EpochSampler(DistributedSampler[int]):
-    """What the samplers share: the arguments, an epoch's place, and the share of a rank.
+    """Base class of the samplers: arguments, position in the epoch, and splitting over ranks.
 
-    Nothing is inherited from DistributedSampler. It is the name by which a framework knows a sampler that gives each rank its own samples.
+    It uses nothing of DistributedSampler. The base class only tells frameworks that the sampler splits samples over ranks.
     """
 
     def __init__(self, labels: Vector, *, num_samples: int | None = None, seed: int = 0, num_replicas: int | None = None, rank: int | None = None) -> None:
@@ -82,7 +82,7 @@ class _EpochSampler(DistributedSampler[int]):
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        """The number of ranks. Asked for when it is needed: a sampler may be older than the process group."""
+        """The number of ranks. Looked up on use, because a sampler may be created before the process group."""
         if self._num_replicas is not None:
             return self._num_replicas
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -96,16 +96,16 @@ class _EpochSampler(DistributedSampler[int]):
         return check_int("rank", rank, 0, self.num_replicas - 1)
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
-        """Choose the epoch that the next iteration draws, and the number of this rank's samples that it leaves out because they are already done."""
+        """Set the epoch of the next iteration, and the number of this rank's samples to skip because they are already done."""
         self.epoch = check_int("epoch", epoch, 0, 2**31 - 1)
         self.position = check_int("position", position, 0, len(self))
 
     def __len__(self) -> int:
-        """Samples of this rank in a whole epoch, wherever `position` is: schedules depend on it."""
+        """Samples of this rank in a whole epoch. It ignores `position`, because learning rate schedules depend on it."""
         return -(-self.num_samples // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
-        with torch.device("cpu"):  # whatever torch's default device is
+        with torch.device("cpu"):  # independent of torch's default device
             places = torch.arange(self.position, len(self)) * self.num_replicas + self.rank
             return iter(self._order()[places % self.num_samples].tolist())
 
@@ -119,13 +119,13 @@ class _EpochSampler(DistributedSampler[int]):
         return philox_words(key, (torch.as_tensor(high) << 32) | low, torch.tensor([use])).view(-1, 4).to(torch.int64) & 0xFFFFFFFF
 
     def _in_turn(self, groups: _Groups, group: Tensor, turn: Tensor, turns: int) -> Tensor:
-        """The samples that groups `group` (n,) give at their turns `turn` (n,): each pass over a group gives all its members once, in a new order.
+        """Samples (n,): entry i is the member that group `group[i]` yields at its turn `turn[i]`. Each pass over a group yields all its members once, shuffled.
 
-        A group's turns in one epoch are epoch * turns, ..., (epoch + 1) * turns - 1, so that passes go on from epoch to epoch.
+        The turns of a group in one epoch are epoch * turns, ..., (epoch + 1) * turns - 1, so a pass may continue in the next epoch.
         """
         first_pass = self.epoch * turns // groups.counts
         passes = ((self.epoch + 1) * turns - 1) // groups.counts - first_pass + 1
-        # One block for each pass over a group, one element for each member in a block. Sorting random keys within the blocks shuffles all of them at once.
+        # A block is one pass over a group, with one element for each member. Sorting random keys within the blocks shuffles all of them at once.
         group_of_block = torch.arange(groups.counts.numel()).repeat_interleave(passes)
         first_block = passes.cumsum(0) - passes
         pass_of_block = first_pass[group_of_block] + torch.arange(group_of_block.numel()) - first_block[group_of_block]
@@ -143,13 +143,13 @@ _EpochSampler.__init__.__qualname__ = "Sampler.__init__"  # a misspelt argument 
 
 
 class InstanceBalancedSampler(_EpochSampler):
-    """Every sample once, shuffled: what stage 1 trains with.
+    """Every sample once, shuffled: the usual sampling, used in stage 1.
 
     (Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020, Eq. 1 with q = 1.)
 
     Args:
         labels: class of each sample (N,), integers of at least 0: a sequence, a numpy array or a tensor. Classes need not be dense.
-        num_samples: draws in an epoch of all ranks together; default N. Fewer or more go on with the shuffled list where the last epoch left it.
+        num_samples: draws in an epoch of all ranks together; default N. With another number, an epoch continues the shuffled list where the last one stopped.
         seed: an int of up to 64 bits, the same on all ranks.
         num_replicas, rank: number of ranks and this one; default torch.distributed's where it is initialised, else 1 and 0.
 
@@ -180,7 +180,7 @@ class _WeightedSampler(_EpochSampler):
         upper = self._class_mass(counts.double()).cumsum(0)
         upper = upper / upper[-1]
         words = self._words(_DRAW, self.epoch, torch.arange(self.num_samples))
-        # 53 bits each, because a class's probability may be below 2^-32. The float64 sum is exact and below 1, so no draw lies beyond the last class, and its
+        # 53 bits each, because a class's probability may be below 2^-32. The float64 sum is exact and below 1, so no draw is beyond the last class, and its
         # product with a count rounds to less than the count.
         uniform = ((words[:, 0::2] >> 5).double() * 2.0**26 + (words[:, 1::2] >> 6)) * 2.0**-53
         drawn = torch.searchsorted(upper, uniform[:, 0].contiguous(), right=True)
@@ -216,7 +216,7 @@ class EffectiveNumberSampler(_WeightedSampler):
 
     Args:
         labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
-        beta: in [0, 1); 0 samples by instances, towards 1 by classes. 0.9999 is where CBEN's begins.
+        beta: in [0, 1); 0 is instance-balanced, close to 1 is class-balanced. 0.9999 is the smallest beta of CBEN.
         num_samples: draws in an epoch of all ranks together; default the number of labels.
 
     Raises:
@@ -270,7 +270,7 @@ class CBENSampler(_WeightedSampler):
 
 
 class ClassAwareSampler(_EpochSampler):
-    """The classes in turn, `samples_per_class` samples of each: a new order of the classes every turn, and no sample again before all of its class came.
+    """The classes in turn, `samples_per_class` samples of each, with a new order of classes every round. No sample repeats before its whole class was drawn.
 
     (Shen, Lin and Huang, "Relay backpropagation for effective learning of deep convolutional neural networks", ECCV 2016.) DRO-LT trains with 4 samples per
     class and num_samples = n_max * C.
@@ -278,7 +278,7 @@ class ClassAwareSampler(_EpochSampler):
     Args:
         labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
         samples_per_class: k, consecutive samples of a class; 1 is the paper's. DRO-LT needs more, because its loss pulls samples of a class together.
-        num_samples: draws in an epoch of all ranks together; default the number of labels. The last turn of an epoch may end early.
+        num_samples: draws in an epoch of all ranks together; default the number of labels. The last round of an epoch may end early.
 
     Raises:
         TypeError, ValueError: as :class:`InstanceBalancedSampler`.

@@ -1,4 +1,4 @@
-"""Checks of arguments, made once, before any operator sees them. Each raises a TypeError or ValueError that names the argument and its value."""
+"""Checks of arguments, made once before an operator is called. Each raises a TypeError or ValueError that names the argument and its value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Vector: TypeAlias = Sequence[float] | npt.NDArray[Any] | Tensor
     ClassCounts: TypeAlias = Vector | Mapping[int, float]
 else:
-    Vector = Sequence[float] | Tensor  # or a numpy array: numpy is not imported for the sake of an annotation
+    Vector = Sequence[float] | Tensor  # or a numpy array: numpy is not imported just for an annotation
     ClassCounts = Vector | Mapping[int, float]
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -137,7 +137,7 @@ def check_class_counts(class_counts: ClassCounts) -> Tensor:
 
 
 def device_of(class_counts: ClassCounts) -> torch.device:
-    """Where a vector computed from the counts belongs: beside a tensor, else on the CPU."""
+    """The device of a vector computed from the counts: that of a tensor, else the CPU."""
     return class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
 
 
@@ -248,7 +248,7 @@ def _smoothing(value: object, num_classes: int, reference_name: str, reference: 
 
 def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(lam, Tensor):
-        # The number changes with every batch: a traced product takes any number, torch.full would be traced again for each.
+        # The number changes with every batch: torch.compile would retrace torch.full for each number, but not a product.
         return torch.ones(rows, dtype=dtype, device=reference.device) * check_number("lam", lam, 0.0, 1.0)
     if not lam.dtype.is_floating_point:
         raise TypeError(f"lam must be a number or a floating-point tensor, got {lam.dtype}")
@@ -288,7 +288,7 @@ def check_size(name: str, size: object) -> int:
 def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """The seed as a 0-dim int64 tensor on `device`, without a synchronisation.
 
-    None draws one from torch's generator of that device, so `torch.manual_seed` governs it. An int may be any 64-bit value, signed or unsigned.
+    None draws one from torch's generator of that device, so `torch.manual_seed` controls it. An int may be any 64-bit value, signed or unsigned.
     """
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

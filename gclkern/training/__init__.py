@@ -1,6 +1,6 @@
-"""What train.py stands on: data sets, recipes, networks, the optimizer step, checkpoints and run folders. Needs the extra `train`.
+"""The library behind train.py: data sets, recipes, networks, the optimizer step, checkpoints and run folders. Needs the extra `train`.
 
-Public are :func:`load_classifier` and :class:`Classifier`; the rest serves train.py and may change.
+:func:`load_classifier` and :class:`Classifier` are public; the rest is for train.py and may change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Classifier", "load_classifier"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when they are asked for: the modules beside them need less."""
+    """The public names are imported on first use, because other modules of this package work without their dependencies."""
     if name in __all__:
         return getattr(importlib.import_module(".classifier", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,13 +16,13 @@ from gclkern.training.extras import need
 
 
 class SmallCNN(nn.Module):
-    """A convolution, then for each halving of the image two more, the first with stride 2; the last map is about 4 x 4 pixels, which are averaged.
+    """A convolution, then for each halving of the image two more, the first with stride 2; the last map, about 4 x 4 pixels, is averaged.
 
-    So every feature sees the whole image: 8 x 8 pixels take one halving (3 convolutions, 56,000 parameters), 32 x 32 three (7; 574,000), 64 x 64 four.
+    The number of halvings depends on the image size: 1 for 8 x 8 pixels (3 convolutions, 56,000 parameters), 3 for 32 x 32 (7; 574,000), 4 for 64 x 64.
 
     Args:
-        in_channels: colours of an image.
-        image_size: pixels of a side.
+        in_channels: channels of an image.
+        image_size: height and width in pixels.
     """
 
     def __init__(self, in_channels: int = 3, image_size: int = 32) -> None:
@@ -88,17 +88,17 @@ class ResNet32(nn.Module):
 
 
 def build_backbone(name: str, *, image_size: int | None = None, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
-    """A network without its classifier; its attribute `feature_dim` is D, and `fewest_images` the least that it can be trained on at once.
+    """A network without its classifier. Its attribute `feature_dim` is D; `fewest_images` is the smallest batch that it can be trained on.
 
     Args:
         name: "small-cnn", "resnet32", a classification network of torchvision such as "resnet50", or "timm:" and a name of timm.
-        image_size: pixels of a side. With it the network is tried on an image, so that one that cannot take this size is refused here; small-cnn and vision
-            transformers are built for it. None is their usual size.
-        in_channels: colours of an image; torchvision's networks take three.
-        pretrained: start from the weights that torchvision or timm offer, which they download.
+        image_size: height and width in pixels. If given, the network is tried on one image, which raises an error if it cannot take this size;
+            small-cnn and vision transformers are built for it. None is the network's usual size.
+        in_channels: channels of an image; torchvision's networks take three.
+        pretrained: start from pretrained weights, which torchvision or timm download.
 
     Returns:
-        A module with forward(images (B, in_channels, H, W)) -> features (B, D). `fewest_images` is 2 where batch normalisation meets maps of a single pixel.
+        A module with forward(images (B, in_channels, H, W)) -> features (B, D). `fewest_images` is 2 if batch normalisation gets maps of a single pixel.
 
     Raises:
         ValueError: an unknown name, or one that has no pretrained weights, no linear classifier, not this number of channels or not this size; a damaged
@@ -128,7 +128,7 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
 
 @torch.no_grad()
 def _try(backbone: Any, name: str, images: Tensor, usual: int) -> int:
-    """The fewest images that the network can be trained on at once.
+    """The smallest batch that the network can be trained on.
 
     Raises:
         ValueError: it cannot take images of this size, or does not give features.
@@ -157,7 +157,7 @@ def _wrong_size(name: str, image_size: int, usual: int, error: Exception) -> Val
 
 
 def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -> Any:
-    """The network that `create` builds; `stored` is where its pretrained weights lie once they were fetched.
+    """The network that `create` builds; `stored` is where its downloaded weights are cached.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`build_backbone`.

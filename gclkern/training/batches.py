@@ -25,10 +25,10 @@ def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
 
 
 class PhaseBatches:
-    """This process's share of every batch of a phase. Order and augmentation depend on the seed, the purpose, the epoch and the place in it alone.
+    """This process's share of every batch of a phase. Order and augmentation depend only on the seed, the purpose, the epoch and the position in it.
 
     Attributes:
-        steps: batches of an epoch.
+        steps: batches per epoch.
     """
 
     def __init__(self, phase: Phase, images: ImageSet, seed: int, processes: Processes) -> None:
@@ -41,7 +41,7 @@ class PhaseBatches:
         )  # fmt: skip
 
     def epoch(self, purpose: str, epoch: int, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of an epoch's steps, from `step` on."""
+        """Images and labels of the steps of an epoch, starting at `step`."""
         done = step * self._local
         self._sampler.set_epoch(epoch, position=done)
         place = Epoch(derive_seed(self.seed, self.phase.name, purpose, epoch), done, self.processes.world, self.processes.rank)

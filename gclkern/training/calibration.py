@@ -18,21 +18,21 @@ _LIMIT = 7.0
 
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""The temperature T that fits softmax(logits / T) to labels best (Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2).
+    r"""The temperature T for which softmax(logits / T) fits the labels best (Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2).
 
-    It minimises the cross entropy with targets that stop short of certainty (Platt, "Probabilistic outputs for support vector machines", 1999, section 2.2):
+    It minimises the cross entropy with smoothed targets (Platt, "Probabilistic outputs for support vector machines", 1999, section 2.2):
 
         loss(b) = mean_i [ logsumexp_j(b z_ij) - b sum_j t_ij z_ij ],    b = 1 / T,    t_iy = (M + 1) / (M + 2), the rest spread over the other classes
 
-    Without that, a network that is right on all M images would get T = 0. The loss is convex in b, so the root of its derivative is
-    found by bisection. Dividing by T changes no prediction.
+    Without the smoothing, a network that is right on all M images would get T = 0. The loss is convex in b, so bisection finds the root of its
+    derivative. Dividing by T changes no prediction.
 
     Args:
         logits: (M, C), finite, of images that were not in the training set; C of at least 2.
         labels: (M,) int64 in [0, C).
 
     Returns:
-        T, from e^-7 to e^7: the upper end for logits that carry no information on the labels.
+        T, from e^-7 to e^7; e^7 for logits without information about the labels.
 
     Raises:
         ValueError: shapes that do not match, no rows, one class, or logits that are not finite.
@@ -62,7 +62,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def held_out_temperature(network: Network, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> float | None:
-    """The temperature of a network by the held-out images; None where there are none, or where the network diverged; a collective call."""
+    """The temperature of a network, fitted on the held-out images; None without such images, or if the network diverged. A collective call."""
     if data.holdout is None:
         return None
     logits, _ = predict(network, data.holdout, processes, amp=amp)

@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, checked when read, and never executed.
 
-A checkpoint is a file of ``torch.save`` that holds nothing but containers, numbers, strings and tensors. It is written under another name, forced to the
-disk and renamed, so that whatever kills the process, the file of the final name is a whole one: the last or the one before. A digest over all values tells
-damaged files from whole ones.
+A checkpoint is a file of ``torch.save`` that holds only containers, numbers, strings and tensors. It is written under another name, flushed to disk and
+renamed, so that the file of the final name is always complete, even if the process is killed: either the new checkpoint or the previous one. A digest over all
+values detects damaged files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Checkpoint(TypedDict):
     transform: EvaluationTransform
     temperature: float | None  # divides the logits; None where none was fitted
     groups: dict[str, list[int]]  # "many", "medium", "few": class indices
-    data: DataIdentity  # class names and counts of the training set, and what it is recognised by
+    data: DataIdentity  # class names, counts and digests of the data set
 
     progress: NotRequired[dict[str, Any]]  # of Progress
     trainer: NotRequired[dict[str, Any]]  # of Trainer; the averaged network is its "average"
@@ -98,15 +98,15 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> None:
-    """Write `state` so that `path` is always a whole checkpoint, this one or the one before.
+    """Write `state` atomically: `path` is always a complete checkpoint, the new one or the previous one.
 
     Args:
         path: the file; its folder must exist.
-        state: dicts, lists, tuples, numbers, strings, None and tensors. Of their subclasses, such as numpy's float64 or a named tuple, the plain value is kept.
+        state: dicts, lists, tuples, numbers, strings, None and tensors. Subclasses, such as numpy's float64 or named tuples, become the plain types.
 
     Raises:
-        TypeError: something else is in `state`; the message says where.
-        WriteError: the disk refuses.
+        TypeError: `state` holds a value of another type; the message says where.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -154,7 +154,7 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
 
 
 def check_same_classes(checkpoint: Checkpoint, data: DataSplits) -> None:
-    """Refuse to evaluate a network on classes other than its own.
+    """Check that the data has the classes of the network.
 
     Raises:
         CheckpointError: the classes differ; the message says how.
@@ -164,7 +164,7 @@ def check_same_classes(checkpoint: Checkpoint, data: DataSplits) -> None:
 
 
 def check_same_data(checkpoint: Checkpoint, data: DataSplits) -> None:
-    """Refuse to go on with a run on data other than its own. Its files may have moved.
+    """Check that the data is that of the run. Its files may have moved.
 
     Raises:
         CheckpointError: the data differs; the message says how.

@@ -1,4 +1,4 @@
-"""A trained classifier from its checkpoint alone: :func:`load_classifier`."""
+"""Use a trained classifier from its checkpoint, without the training data: :func:`load_classifier`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gclkern.training.network import Network, load_network
 
 
 class Prediction(NamedTuple):
-    """One class that an image may belong to."""
+    """A class and its probability for an image."""
 
     label: int
     name: str
@@ -25,17 +25,17 @@ class Prediction(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A network with all that it takes to use it: class names, the transform of its images, and the temperature of its probabilities.
+    """A network with everything needed to use it: class names, the transform of its images, and the temperature of its probabilities.
 
     It is in eval mode and stays there; its parameters do not require gradients.
 
     Attributes:
-        class_names: (C,) names in the order of the logits; the numbers of the classes as text where the data set names none.
+        class_names: (C,) names in the order of the logits; class numbers as text if the data set has no names.
         class_counts: (C,) training images of each class.
-        image_size: pixels of a side of the images that it takes.
-        in_channels: their channels.
+        image_size: height and width of the input images, in pixels.
+        in_channels: channels of the input images.
         architecture: name of the backbone.
-        temperature: what the logits are divided by; 1 where none was fitted (train.py fits one on `--holdout`).
+        temperature: divisor of the logits; 1 if none was fitted (train.py fits one with `--holdout`).
 
     Shapes: images (N, in_channels, H, W) as `transform` makes them -> logits (N, C), float32.
     """
@@ -80,8 +80,8 @@ class Classifier(nn.Module):
 
         Args:
             images: paths of image files, PIL images, or both.
-            top: classes of each image; at most all of them.
-            batch_size: images that the network sees at once; it does not change the predictions beyond rounding.
+            top: classes per image; more than there are means all of them.
+            batch_size: images per forward pass; it changes the predictions only by rounding.
 
         Raises:
             CorruptImageError: a file is missing or cannot be read; the message begins with its path.
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
 
 
 class ImageTransform:
-    """From an image file or a PIL image to the input of a network: resize, centre crop, normalise, as its evaluation did.
+    """Turns an image file or a PIL image into the input of a network: resize, centre crop and normalise, as in evaluation.
 
     Example:
         >>> from PIL import Image

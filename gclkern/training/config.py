@@ -1,6 +1,6 @@
-"""The settings of a run, as they were asked for: :class:`RunConfig`.
+"""The settings of a run, as the user gave them: :class:`RunConfig`.
 
-Errors of the training library name settings in backticks, as `lr` or `amp=bf16`, so that train.py can translate them into its flags.
+Error messages of the training library put settings in backticks, such as `lr` or `amp=bf16`, so that train.py can replace them by its flags.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 from gclkern.training.data import CIFAR
 
-# Settings that a resumed run may change: where files are and how the run is carried out, not its results. The data itself is checked by its identity.
+# Settings that a resumed run may change, since they do not affect its results. That the data is the same is checked separately, by its identity.
 MAY_CHANGE_ON_RESUME = frozenset({"data_dir", "train_list", "test_list", "download", "workers", "device", "checkpoint_seconds", "pictures"})
-# Settings that stage 1 does not depend on: runs that differ in these alone can share it.
+# Settings that stage 1 does not depend on: runs that differ only in these can share it.
 STAGE_1_IGNORES = MAY_CHANGE_ON_RESUME | {"stage1", "eval_every", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a run; None stands for the published setting of the method and the data set, or for what the comment says.
+    """The settings of a run; None is the published setting of the method and the data set, or what the comment says.
 
     Example:
         >>> RunConfig(method="ce", lr=0.05).changed_from(RunConfig())
@@ -34,7 +34,7 @@ class RunConfig:
     holdout: float = 0.0
     train_list: str | None = None
     test_list: str | None = None
-    image_size: int | None = None  # 224 for the published sets, the images' usual size for one's own
+    image_size: int | None = None  # 224 for the published sets, the images' usual size for other sets
     workers: int = 4
     skip_corrupt: bool = False
 
@@ -43,13 +43,13 @@ class RunConfig:
     stage1: str | None = None  # checkpoint of a finished stage 1; None trains one
     sampler: str | None = None
     cloud: str | None = None
-    noise_mul: float | None = None  # of all phases with clouds, as the next two of those with margins and scales
+    noise_mul: float | None = None  # for all phases whose loss has it, like the next two
     margin: float | None = None
     scale: float | None = None
     stage1_sampler: str | None = None
     mixup: float | None = None
     augment: str | None = None
-    baseline: bool | None = None  # on digits-lt alone
+    baseline: bool | None = None  # only on digits-lt
     model: str | None = None
     pretrained: bool | None = None
     train: str | None = None
@@ -62,7 +62,7 @@ class RunConfig:
     retrain_epochs: int | None = None
     retrain_batch_size: int | None = None
     retrain_lr: float | None = None
-    tau: float | None = None  # searched on the held-out part, or 1 without one
+    tau: float | None = None  # searched on the held-out images; 1 without them
     accumulate: int = 1
     ema: float = 0.0
     seed: int = 0
@@ -70,7 +70,7 @@ class RunConfig:
     device: str = "auto"
     amp: str = "off"
     compile: bool = False
-    capture: bool | None = None  # where it is possible
+    capture: bool | None = None  # where possible
     shard_classes: bool = False
     channels_last: bool = False
     deterministic: bool = False
@@ -113,10 +113,10 @@ class RunConfig:
         return config
 
     def check_used(self, given: Iterable[str]) -> None:
-        """Refuse settings that were given explicitly but have no effect on this run: they are mistakes.
+        """Raise an error for settings that were given explicitly but have no effect on this run, since they are mistakes.
 
         Raises:
-            ValueError: there is one.
+            ValueError: a setting of `given` has no effect.
         """
         files = self.data != "digits-lt" and self.data not in CIFAR
         lists = files and self.data != "folder"

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy over all, by group and by class, calibration, and the table that shows them."""
+"""Evaluation: overall, group and class accuracy, calibration, and their table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDTH = 9  # of a column of the table
 
 
 class Calibrated(NamedTuple):
-    """The calibration of logits that are divided by a temperature; accuracies stay as they are."""
+    """The calibration of logits divided by a temperature, which does not change accuracies."""
 
     temperature: float
     ece: float
@@ -31,7 +31,7 @@ class Calibrated(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How a model does on a test set; shares in [0, 1]."""
+    """The results of a model on a test set, in [0, 1]."""
 
     top1: float
     groups: dict[str, float]  # "many", "medium", "few": mean of the accuracies of the group's classes; an empty group is absent
@@ -42,12 +42,12 @@ class Report:
 
     @property
     def balanced(self) -> float:
-        """Balanced accuracy: the mean of the classes' accuracies, which on a balanced test set is top-1. NaN without classes."""
+        """Balanced accuracy: the mean of the class accuracies, equal to top-1 on a balanced test set. NaN without classes."""
         known = [share for share in self.per_class if not math.isnan(share)]
         return sum(known) / len(known) if known else math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the balanced accuracy; what is not finite, which JSON lacks, becomes None."""
+        """For JSON, with the balanced accuracy; values that are not finite become None, because JSON has no NaN."""
         calibrated = None if self.calibrated is None else self.calibrated._asdict()
         values: dict[str, Any] = _without_nan({**asdict(self), "calibrated": calibrated, "balanced": self.balanced})
         return values
@@ -73,9 +73,9 @@ def _without_nan(value: Any) -> Any:
 def evaluate_logits(
     logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], num_classes: int, *, temperature: float | None = None
 ) -> Report:  # fmt: skip
-    """The report on logits (M, C) for labels (M,), for the class indices of each group; with a `temperature`, also on the calibration of logits / temperature.
+    """The report on logits (M, C) with labels (M,); `groups` holds class indices. With a `temperature`, it includes the calibration of logits / temperature.
 
-    The calibration error has 15 bins of equal width of the confidence: sum over bins of |accuracy - mean confidence| * share of samples (Guo et al., "On
+    The calibration error is the sum over 15 confidence bins of equal width of |accuracy - mean confidence| * share of samples (Guo et al., "On
     calibration of modern neural networks", ICML 2017, Eq. 3).
 
     A row with NaN or +Inf has no probabilities: it counts as wrong, and the calibration error and the negative log-likelihood become NaN.
@@ -113,7 +113,7 @@ def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
     """Whether the prediction of each row is right (M,) float64, the expected calibration error and the mean negative log-likelihood."""
     parts = [_judge_rows(rows, targets) for rows, targets in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
     confidence, right, nll = (torch.cat(column).double() for column in zip(*parts, strict=True))
-    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).nan_to_num(0).long()  # the sum over the bins is NaN all the same
+    bins = (confidence * _BINS).ceil().sub(1).clamp(0, _BINS - 1).nan_to_num(0).long()  # NaN goes to bin 0; the result is NaN anyway
     gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
     return right, float(gaps.abs().sum() / labels.numel()), float(nll.mean())
 
@@ -126,9 +126,9 @@ def _judge_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def format_table(rows: Sequence[tuple[str, Report]]) -> str:
-    """A table of reports in percent, one row each; a dash where a group is empty or a value is not a number.
+    """A table of reports in percent, one row each; a dash where a group is empty or a value is NaN.
 
-    Two columns more show the calibration after division by a temperature, where a report has one.
+    If a report has a temperature, two more columns show the calibration after division by it.
 
     Example:
         >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
@@ -185,6 +185,6 @@ def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], n
 def evaluate(
     network: Network, images: ImageSet, data: DataSplits, processes: Processes, amp: torch.dtype | None = None, *, temperature: float | None = None
 ) -> Report:  # fmt: skip
-    """The report of a network on a part of the data."""
+    """The report of a network on `images`, a part of `data`."""
     logits, _ = predict(network, images, processes, amp=amp)
     return evaluate_logits(logits, images.labels, data.groups, data.num_classes, temperature=temperature)

@@ -4,7 +4,7 @@
     python -m gclkern.training.export runs/folder-gcl/stage-2.pt model.pt2      # for torch.export.load
 
 Input `images` (N, channels, size, size), normalised float32, of any N; output `logits` (N, C), already divided by the temperature: their softmax is the
-probability of each class. Class names and the image transform travel along: as metadata of the ONNX model, as the extra file `classifier.json` of a .pt2.
+probability of each class. The file includes class names and image transform: as metadata of an ONNX model, as the extra file `classifier.json` of a .pt2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METADATA = "classifier.json"
 
 
 def description(classifier: Classifier) -> dict[str, str]:
-    """What a user of the exported network must know, as JSON values by name."""
+    """What is needed to use the exported network, as JSON values by name."""
     facts = {"class_names": classifier.class_names, "architecture": classifier.architecture, "channels": classifier.in_channels}
     return {name: json.dumps(value) for name, value in (facts | classifier.transform.settings).items()}
 
@@ -41,7 +41,7 @@ def export(classifier: Classifier, path: Path | str) -> None:
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"the file to export to must end in .onnx or .pt2, got {path}")
-    # two images: a batch of one would be taken for a constant
+    # two images: torch.export treats a batch size of 1 as a constant
     example = torch.zeros(2, classifier.in_channels, classifier.image_size, classifier.image_size, device=classifier.device)
     batch = {0: torch.export.Dim("batch", min=1)}
     if path.suffix == ".pt2":

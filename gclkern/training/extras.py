@@ -1,11 +1,11 @@
-"""Packages that only training needs: they come with the extra `train` and are imported where they are used, never with the library."""
+"""Packages that only training needs. The extra `train` installs them; they are imported where they are used, never by the loss library."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-# What to install for a package that the extra `train` does not bring.
+# What to install for a package that is not in the extra `train`.
 _INSTALL = {"timm": "timm", "onnx": "'gclkern[export]'", "onnxscript": "'gclkern[export]'"}
 
 
@@ -27,6 +27,6 @@ def need(module: str, purpose: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         if error.name is not None and error.name.partition(".")[0] != package:
-            raise  # it is there, but something that it needs is not
+            raise  # the package is installed, but one of its dependencies is not
         install = _INSTALL.get(package, "'gclkern[train]'")
         raise ImportError(f"{purpose} needs {package}, which is not installed; run: pip install {install}", name=module) from None

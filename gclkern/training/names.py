@@ -1,10 +1,10 @@
-"""Names of classes and files as they can be shown: a file system allows line breaks, control characters and bytes that are no text."""
+"""Printable names of classes and files: file names may contain line breaks, control characters and bytes that are not text."""
 
 from __future__ import annotations
 
 
 def printable(name: str) -> str:
-    r"""The name with everything that is not printed as itself written as an escape.
+    r"""The name with non-printable characters escaped.
 
     Example:
         >>> printable("white cat"), printable("a\nb\udcff")

@@ -1,4 +1,4 @@
-"""Networks of a run: built, taken over by the next phase, and stored in and loaded from checkpoints."""
+"""The network of a run: building it, preparing it for the next phase, and storing it in and loading it from checkpoints."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class Network(nn.Module):
         return self.scale * self.classify(self.backbone(images))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Cosines or logits in float32, whatever autocast says: bfloat16 would cost a third of their digits."""
+        """Cosines or logits in float32, also under autocast, because bfloat16 would round them to 8 significant bits."""
         with torch.autocast(features.device.type, enabled=False):
             output: Tensor = self.head(features.float())
         return output
 
 
 def replace_head(network: Network, kind: str, *, keep: bool) -> None:
-    """Give the network a classifier of another kind, or a new one of the same; with `keep` it starts from the weights of the old one."""
+    """Replace the classifier by one of `kind`, with new weights or, with `keep`, those of the old classifier."""
     old = network.head
     features = network.backbone.feature_dim
     new = build_head(kind, features, old.weight.shape[0]).to(old.weight.device)
@@ -81,7 +81,7 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
 
 
 def model_name(config: RunConfig, data: DataSplits) -> str:
-    """The backbone of a run: the given one, or the data set's usual."""
+    """The backbone of a run: that of the settings, or the default of the data set."""
     return config.model or default_model(config.data, data.image_size, len(data.train))
 
 
@@ -95,7 +95,7 @@ def build_network(
 
 
 def prepare(phase: Phase, network: Network | None, data: DataSplits, config: RunConfig, device: torch.device) -> Network:
-    """The network that a phase starts from: a fresh one, or the last phase's with its classifier, another kind of it or a new one."""
+    """The network that a phase starts from: a new one, or the previous phase's, whose classifier is kept, converted or replaced."""
     if network is None or phase.start == "fresh":
         torch.manual_seed(derive_seed(config.seed, "weights"))
         pretrained = config.data == "places-lt" if config.pretrained is None else config.pretrained
@@ -124,7 +124,7 @@ def gather_classifier(network: Network) -> None:
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
-    """The weights of a network, with all classes of its classifier; a collective call where those are spread over processes."""
+    """The state dict of a network, with all classes of its classifier; a collective call if the classes are spread over processes."""
     state = network.state_dict()
     if isinstance(network.head, ShardedCosineLinear):
         state["head.weight"] = network.head.gather(network.head.weight)
@@ -132,7 +132,7 @@ def whole_state(network: Network) -> dict[str, Tensor]:
 
 
 def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig, temperature: float | None = None) -> Checkpoint:
-    """What a checkpoint of a network holds; a collective call."""
+    """The contents of a checkpoint of a network; a collective call."""
     return {
         "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config, data),
         "head": phase.head, "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(),
@@ -142,7 +142,7 @@ def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config:
 
 
 def load_network(checkpoint: Checkpoint, device: torch.device, *, averaged: bool = False) -> Network:
-    """The network of a checkpoint; with `averaged` that of its averaged weights, where it has them.
+    """The network of a checkpoint; with `averaged`, with its averaged weights if it has any.
 
     Raises:
         CheckpointError: the weights do not fit the network that the checkpoint names.

@@ -1,4 +1,4 @@
-"""Text for the terminal, a file or a pipe whose reader may be gone."""
+"""Output to a terminal, a file, or a pipe that its reader may have closed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import traceback
 
 
 def say(text: str) -> None:
-    """Print a text. A reader that has seen enough, as in ``python train.py | head -1``, does not end the run.
+    """Print a text. If the reader of a pipe has closed it, as in ``python train.py | head -1``, the run continues silently.
 
-    Letters that the output's encoding lacks, as in names of folders, are written as escapes.
+    Characters that the output's encoding does not have are escaped.
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def finish_output() -> None:
-    """Flush the output, as the interpreter does at its end, where it would complain of a reader that is gone."""
+    """Flush the output at the end of a run, without the interpreter's error message if the reader has closed the pipe."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -36,7 +36,7 @@ def save_traceback(error: BaseException) -> str:
 
 
 def _silence() -> None:
-    """Send what is still to come nowhere."""
+    """Discard all further output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,7 +1,7 @@
-"""Settings for a data set without published ones: they follow from the number of images and classes, and are the same for every method.
+"""Settings for a data set without published ones: they are derived from the number and size of the images, and are the same for every method.
 
-CIFAR's recipes are the starting point, since sets of one's own are closer to them in size than to ImageNet-LT. Where a number was chosen here, its reason
-stands beside it.
+They start from CIFAR's recipes, since users' data sets are closer to CIFAR in size than to ImageNet-LT. Numbers that were chosen here have their reason beside
+them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ BATCH_SIZE = 64  # GCL's on CIFAR
 # Images seen in training: enough for a small network to learn a few thousand images from scratch, 145 epochs of 2,760. A network that starts from pretrained
 # weights needs a quarter.
 _IMAGES_SEEN = 400_000
-_EPOCHS = (60, 200)  # fewer leave the learning rate no time to fall; 200 is the number of the published recipes
+_EPOCHS = (60, 200)  # fewer are too short for the learning rate schedule; 200 is that of the published recipes
 _PRETRAINED_SHARE = 0.25
-_LR, _PRETRAINED_LR = 0.05, 0.01  # CIFAR's 0.1 for batches of 128, halved with the batch; fine-tuning must not destroy what was learnt
+_LR, _PRETRAINED_LR = 0.05, 0.01  # CIFAR's 0.1 for batches of 128, halved with the batch; fine-tuning needs a lower rate
 _WEIGHT_DECAY = 5e-4
-# A second stage: GCL's takes 30 epochs after 200 on CIFAR. Its classifier moves by up to the sum of the learning rates of its steps, which on CIFAR-100-LT is
-# 30 epochs of 169 steps at 0.002: fewer steps get a higher rate, up to that of stage 1.
+# Second stage: on CIFAR, GCL's has 30 epochs after 200. How far the classifier can move is bounded by the sum of the learning rates of all steps, which on
+# CIFAR-100-LT is 30 epochs of 169 steps at 0.002. Fewer steps get a higher rate with the same sum, up to the rate of stage 1.
 _RETRAIN_SHARE = 0.15
 _FEWEST_RETRAIN_EPOCHS = 10
 _SUM_OF_RATES = 30 * 169 * 0.002
@@ -40,7 +40,7 @@ class Stage1(NamedTuple):
 
 
 def stage1_settings(class_counts: Sequence[int], *, pretrained: bool) -> Stage1:
-    """Settings of stage 1 for training sets of these counts.
+    """Settings of stage 1 for a training set with these class counts.
 
     Example:
         >>> stage1_settings([1500, 1000, 260], pretrained=False)[:3]
@@ -54,7 +54,7 @@ def stage1_settings(class_counts: Sequence[int], *, pretrained: bool) -> Stage1:
 
 
 def stage2_settings(epochs: int, batch_size: int, lr: float, images: int, *, new_head: bool) -> tuple[int, int, float]:
-    """Epochs, batch size and learning rate of a second stage, from those of stage 1; a `new_head` has everything to learn, so it gets stage 1's rate.
+    """Epochs, batch size and learning rate of a second stage, from those of stage 1. With `new_head` it learns from scratch, so it gets stage 1's rate.
 
     Example:
         >>> stage2_settings(145, 64, 0.05, 2760, new_head=False)
@@ -66,19 +66,19 @@ def stage2_settings(epochs: int, batch_size: int, lr: float, images: int, *, new
 
 
 def default_model(image_size: int, images: int) -> str:
-    """A backbone that sees images of this size and that so many images can train.
+    """A backbone that suits the size and the number of the images.
 
     Example:
         >>> default_model(32, 2_760), default_model(224, 2_760), default_model(224, 400_000)
         ('resnet32', 'resnet18', 'resnet50')
     """
     if image_size <= 64:
-        return "resnet32"  # it begins without a stride, so that small images keep their pixels
+        return "resnet32"  # its first layer has no stride, which suits small images
     return "resnet18" if images < 50_000 else "resnet50"
 
 
 def reasons(class_counts: Sequence[int], *, pretrained: bool) -> str:
-    """Why the settings are what they are, for the user to read before a run starts."""
+    """An explanation of the settings, printed before a run starts."""
     images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
     seen = settings.epochs * images
     start = "from pretrained weights, so a quarter of the epochs and a low rate" if pretrained else "from scratch"

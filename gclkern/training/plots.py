@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, accuracy by class, confusion between groups and classes, the worst errors, and embeddings in the plane."""
+"""The pictures of a run: curves, accuracy by class, confusion between groups and classes, the worst errors, and embeddings by t-SNE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gclkern.training.extras import need
 from gclkern.training.names import printable
 from gclkern.training.writing import replace_file
 
-# Colours that people with colour blindness tell apart (Okabe and Ito), but for the yellow one, which is hardly seen on white; a marker goes with each.
+# The palette of Okabe and Ito, which is safe for colour blindness, without its yellow, which is hardly visible on white; each has a marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.5)))
@@ -29,20 +29,20 @@ _TITLES = {
     "top1": "top-1", "balanced": "mean of classes", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "holdout": "held-out", "ece": "ECE",
     "loss": "training loss", "nll": "test NLL",
 }  # fmt: skip
-# The panels of the curves, and the words by which a column belongs to one. Accuracies and calibration errors are shares in [0, 1], shown in percent.
+# The panels of the curves, and the words in the names of their columns. Accuracies and calibration errors are in [0, 1] and shown in percent.
 _PANELS = {
     "loss": ("loss", "nll"),
     "accuracy, %": ("top1", "acc", "balanced", "many", "medium", "few", "holdout"),
     "calibration error, %": ("ece",),
     "learning rate": ("lr", "learning_rate"),
 }
-_BASELINE = "baseline"  # the phase that is drawn over the others
+_BASELINE = "baseline"  # the phase whose curves are drawn over those of the others
 _MOST_CLASSES = 30  # of a confusion matrix; beyond it only the most confused pairs are shown
 _MOST_PAIRS = 20
 _MOST_ERRORS = 24
-# t-SNE takes minutes beyond this many points, and more of them hide each other.
+# With more points t-SNE takes minutes, and points hide each other.
 _MOST_POINTS = 2000
-FEWEST_POINTS = 5  # below it scikit-learn's t-SNE has no perplexity to take
+FEWEST_POINTS = 5  # scikit-learn's t-SNE has no valid perplexity for fewer
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -68,9 +68,9 @@ def _font() -> Any:
 
 
 def shown_name(label: int, names: Sequence[str] | None, *, length: int = 24) -> str:
-    """A class name as matplotlib draws it: shortened, a dollar sign no formula, an underscore in front no order to hide it.
+    """A class name for matplotlib: shortened, and escaped where matplotlib would read `$` as a formula or hide a label that starts with `_`.
 
-    A name with letters that the font lacks, which would be drawn as boxes, is shown by the number of the class.
+    A name with characters that the font does not have, which would be drawn as boxes, is replaced by the class number.
     """
     if names is None:
         return str(label)
@@ -97,10 +97,10 @@ def _panel(column: str) -> str | None:
 
 
 def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Every numeric column of a metrics file over its epochs: losses, accuracies, calibration and learning rates, each in a panel of its own.
+    """The numeric columns of a metrics file over the epochs, in one panel each for losses, accuracies, calibration errors and learning rates.
 
-    The phases that the column `phase` names follow each other, with a line between them, and epochs are counted on over all of them. The baseline, which
-    trains beside the method for as many epochs, lies over them in dashes.
+    Phases, which the column `phase` names, follow each other with a line between them and a common count of epochs. The baseline, which has as many epochs as
+    all of them, is drawn over them in dashes.
 
     Raises:
         ValueError: the file has no rows, or no column that belongs to a panel.
@@ -123,7 +123,7 @@ def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str
     if not panels:
         raise ValueError(f"{history_csv} has no column of a loss, an accuracy or a learning rate")
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(runs["method"])) if a.get("phase") != b.get("phase")), len(runs["method"])]
-    crowded = min(end - start for start, end in pairwise(starts)) < len(runs["method"]) / 5  # names of short phases would overlap: two rows of them
+    crowded = min(end - start for start, end in pairwise(starts)) < len(runs["method"]) / 5  # the names of short phases would overlap: use two rows
     figure, axes = _figure(12, 3.9 * -(-len(panels) // 2), 2 if len(panels) > 1 else 1, -(-len(panels) // 2))
     for axis, (panel, names) in zip(axes, panels, strict=False):
         for place, name in enumerate(names):
@@ -182,7 +182,7 @@ def plot_class_accuracy(
     counts.grid(axis="y", linewidth=0.4, alpha=0.5)
     reach = len(order) // 20
     for place, (name, report) in enumerate(reports.items()):
-        # a later line that covers an earlier one lets it show through
+        # line styles differ, so that a line stays visible under a later one
         style: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _DASHES[place % 3], "marker": _MARKERS[place % len(_MARKERS)]}
         if len(report.per_class) != len(order):
             raise ValueError(f"the report of {name} has {len(report.per_class)} classes, but there are {len(order)} class counts")
@@ -190,7 +190,7 @@ def plot_class_accuracy(
         if len(order) <= 50:
             axis.plot(places, shares, markersize=5, linewidth=1.4, label=name, **style)
         else:
-            # one point a class would be a cloud: the line is the mean over neighbours, the points stay faint
+            # with this many classes, single points are too scattered to read: draw them faintly, and a running mean as a line
             axis.plot(places, shares, color=style["color"], marker=".", markersize=3, linestyle="none", alpha=0.25)
             axis.plot(places, _running_mean(shares, reach), markersize=5, markevery=max(1, len(order) // 10), linewidth=1.8, label=name, **style)
     shown = "" if len(order) <= 50 else f" (dots: classes, lines: means of {2 * reach + 1} neighbours)"
@@ -216,7 +216,7 @@ def _running_mean(values: npt.NDArray[Any], reach: int) -> npt.NDArray[Any]:
 
 
 def plot_group_confusion(predictions: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]], path: str | os.PathLike[str], *, name: str = "") -> None:
-    """For the samples of each group: the shares that are right, wrong but within the group, and taken for another group."""
+    """The percentages of each group's samples that are predicted right, as another class of the group, and as a class of each other group."""
     names = list(groups)
     group_of = torch.full((1 + max(int(predictions.max()), int(labels.max()), *(c for classes in groups.values() for c in classes)),), -1)
     for place, classes in enumerate(groups.values()):
@@ -252,11 +252,11 @@ def _draw_table(axis: Any, table: npt.NDArray[Any], form: str | None, *, zeros: 
 def plot_class_confusion(
     predictions: Tensor, labels: Tensor, class_counts: Sequence[int], path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, name: str = ""
 ) -> None:
-    """Which classes are taken for which: the most confused pairs, beside the whole matrix in percent of the true class of up to 30 classes.
+    """The most confused pairs of classes and, for up to 30 classes, the confusion matrix in percent of the true class.
 
-    Classes stand from the most frequent to the rarest, with their numbers of training images. A pair counts by the share of its true class, since by numbers
-    of errors frequent classes would hide the rare ones; of equal shares the one with more errors comes first. Single errors
-    are left out where there are others.
+    Classes are ordered from the most frequent to the rarest, with their numbers of training images. Pairs are ranked by the share of the true class, because
+    by the number of errors frequent classes would hide rare ones; equal shares are ranked by the number of errors. Pairs with a single error are left out if
+    there are others.
     """
     classes = len(class_counts)
     predictions, labels = predictions.cpu(), labels.cpu()
@@ -295,7 +295,7 @@ def plot_class_confusion(
 
 
 def worst_errors(logits: Tensor, labels: Tensor) -> list[int]:
-    """The wrong samples of the most confident predictions, at most 24, the most confident one first."""
+    """Indices of the wrongly predicted samples with the highest confidence, at most 24, the most confident first."""
     confidence, predicted = logits.float().softmax(1).max(1)
     wrong = (predicted.cpu() != labels.cpu()).nonzero().flatten()
     return wrong[confidence.cpu()[wrong].nan_to_num(0).argsort(descending=True, stable=True)][:_MOST_ERRORS].tolist()
@@ -304,7 +304,7 @@ def worst_errors(logits: Tensor, labels: Tensor) -> list[int]:
 def plot_worst_errors(
     images: Tensor, logits: Tensor, labels: Tensor, path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, name: str = ""
 ) -> None:
-    """A sheet of images (K, C, H, W) with values in [0, 1] that were taken for the wrong class: what each was taken for, how surely, and what it is."""
+    """A sheet of wrongly predicted images (K, C, H, W), values in [0, 1], each with its prediction, confidence and true class."""
     confidence, predicted = logits.float().softmax(1).max(1)
     columns = min(6, max(1, len(images)))
     rows = max(1, -(-len(images) // columns))
@@ -324,17 +324,17 @@ def plot_tsne(
     embeddings: Mapping[str, Tensor], labels: Tensor, path: str | os.PathLike[str], *, class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Embeddings (M, D) of the same samples by several methods, side by side in the plane by t-SNE, coloured by class (GCL, CVPR 2022, Figure 3).
+    """t-SNE of embeddings (M, D) of the same samples by several methods, side by side, coloured by class (as in GCL, CVPR 2022, Figure 3).
 
-    Directions are compared, as a cosine classifier does. At most 2,000 samples and, of many classes, ten from the most frequent to the rarest are shown.
-    `class_counts` are training samples; without them classes stand in the order of their numbers. Embeddings that are not finite, or nearly all the same, are
-    named and not drawn: scikit-learn's t-SNE can end the process on them.
+    Embeddings are normalised to unit length, as in a cosine classifier. At most 2,000 samples are shown, and at most ten classes, from the most frequent to the
+    rarest. `class_counts` are training samples; without them classes are ordered by number. Embeddings that are not finite, or nearly all the same, are
+    reported instead of drawn, because scikit-learn's t-SNE can crash the process on them.
 
     Raises:
         ValueError: embeddings of another number of samples, or fewer samples than FEWEST_POINTS.
     """
     tsne = need("sklearn.manifold", "the picture of embeddings").TSNE
-    # Its threads meet so often that on a busy machine they wait for each other for most of the time.
+    # Its threads synchronise so often that on a busy machine they mostly wait for each other.
     one_thread = need("threadpoolctl", "the picture of embeddings").threadpool_limits
     labels = labels.cpu()
     classes = labels.unique()
@@ -347,7 +347,7 @@ def plot_tsne(
         kept = kept[torch.linspace(0, kept.numel() - 1, _MOST_POINTS).long()]
     if kept.numel() < FEWEST_POINTS:
         raise ValueError(f"t-SNE needs at least {FEWEST_POINTS} samples, got {kept.numel()}")
-    # more samples a cluster than neighbours: scikit-learn's default of 30, less for few samples
+    # scikit-learn's default of 30, less for few samples
     perplexity = min(30.0, (kept.numel() - 1) / 3)
     figure, axes = _figure(4.8 * len(embeddings) + 0.8, 4.6, len(embeddings))
     for axis, (name, features) in zip(axes, embeddings.items(), strict=True):
@@ -373,7 +373,7 @@ def plot_tsne(
 
 
 def _flaw(directions: Tensor) -> str:
-    """Why directions (M, D) have no picture; empty for those that have one."""
+    """Why directions (M, D) cannot be drawn; empty if they can."""
     if not directions.isfinite().all():
         return "features that are not finite"
     distinct = directions.mul(1e4).round().unique(dim=0).shape[0]

@@ -189,7 +189,7 @@ def plan(
 
     Args:
         method: one of METHODS.
-        retrain: one of RETRAINS; None is the method's own, "gcl" for the clouded ones.
+        retrain: one of RETRAINS; None is the default of the method: "gcl" for "gcl" and "gcl+dro-lt", else "none".
         dataset: decides the published settings.
         class_counts: training images of each class.
         baseline: whether a network comes first that differs from stage 1 in the loss alone: cross entropy, for as many epochs as all other phases together.
