@@ -42,7 +42,7 @@ class LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool, backend: str) -> Tensor:
         terms = terms._replace(bias=bias)
         with without_autocast(cosine.device.type):
-            loss, saved = operator("logit_forward", backend)(cosine, *terms, for_backward)
+            loss, saved = operator("logit_forward", backend, cosine)(cosine, *terms, for_backward)
         save_terms(ctx, (cosine, *saved), terms)
         ctx.backend = backend
         return loss
@@ -52,7 +52,7 @@ class LogitLoss(torch.autograd.Function):
         (cosine, *saved), terms = saved_terms(ctx)
         bias_grad = ctx.needs_input_grad[1]
         with without_autocast(cosine.device.type):
-            grad_cosine, grad_bias = operator("logit_backward", ctx.backend)(grad_loss, cosine, saved, *terms, bias_grad)
+            grad_cosine, grad_bias = operator("logit_backward", ctx.backend, cosine)(grad_loss, cosine, saved, *terms, bias_grad)
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
@@ -65,7 +65,7 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         terms = terms._replace(bias=bias)
         with without_autocast(features.device.type):
-            loss, saved = operator("head_forward", backend)(features, linear_weight, *terms, normalize, plan, for_backward)
+            loss, saved = operator("head_forward", backend, features)(features, linear_weight, *terms, normalize, plan, for_backward)
         save_terms(ctx, (features, linear_weight, *saved), terms)
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
         return loss
@@ -75,7 +75,7 @@ class HeadLoss(torch.autograd.Function):
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
         with without_autocast(features.device.type):
-            grads = operator("head_backward", ctx.backend)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+            grads = operator("head_backward", ctx.backend, features)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5
 
 
@@ -88,7 +88,7 @@ class DROLTBound(torch.autograd.Function):
         temperature: float, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
         with without_autocast(features.device.type):
-            loss, saved = operator("dro_lt_forward", backend)(features, target, centroids, epsilon, class_weight, temperature, reduction)
+            loss, saved = operator("dro_lt_forward", backend, features)(features, target, centroids, epsilon, class_weight, temperature, reduction)
         ctx.save_for_backward(features, epsilon, target, centroids, *saved)
         ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
         return loss
@@ -98,7 +98,9 @@ class DROLTBound(torch.autograd.Function):
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         with without_autocast(features.device.type):
-            grads = operator("dro_lt_backward", ctx.backend)(grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
+            grads = operator("dro_lt_backward", ctx.backend, features)(
+                grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
+            )
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 

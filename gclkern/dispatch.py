@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
-from gclkern.kernels.terms import NAMESPACE, PREFIXES, LossTerms
+from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES, LossTerms
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
 
@@ -18,6 +18,7 @@ PLANS: tuple[Plan, ...] = get_args(Plan)
 
 # Looked up once, because a function that torch.compile traces cannot search for packages, and without importing Triton.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+_PLAIN = (Tensor, torch.nn.Parameter)
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
 # A buffer of logits saves the fourth matrix product; above this size it takes too much memory. On a GPU it is the size at which 1024 samples meet a million
@@ -107,8 +108,15 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
     return "chunked" if backend == "triton" else "recompute"
 
 
-def operator(name: str, backend: str) -> Any:
-    """The operator of a resolved backend for the operation `name`, one of gclkern.kernels.terms.SCHEMAS."""
+def operator(name: str, backend: str, tensor: Tensor) -> Any:
+    """The operator of a resolved backend for the operation `name`, one of gclkern.kernels.terms.SCHEMAS, in a call on `tensor`.
+
+    At small sizes torch's dispatcher takes longer than the compiled loops. So where nothing listens to it (no gradient, tracer or fake tensor) a call gets the
+    function behind the operator.
+    """
+    nobody_listens = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    if backend == "cpu" and nobody_listens and type(tensor) in _PLAIN:
+        return FUNCTIONS[PREFIXES[backend] + name]
     if backend == "triton":
         from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
     return getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default

@@ -309,7 +309,7 @@ def class_centroids(
     refuse_gradient("features", features)
     check_int("num_classes", num_classes, 1)
     target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-    sums, counts = operator("segment_sums", resolve_backend("auto", features))(features.detach(), target, num_classes)
+    sums, counts = operator("segment_sums", resolve_backend("auto", features), features)(features.detach(), target, num_classes)
     return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 

@@ -193,8 +193,9 @@ def check_target(name: str, target: object, rows: int, num_classes: int, ignore_
     """Labels (N,) int64; where their values may be read, each is a class or `ignore_index`."""
     target = check_labels(name, target, rows, reference_name, reference)
     if values_may_be_read(target):
-        wrong = target.clamp(0, num_classes - 1) != target
-        if bool(wrong.any()):
+        low, high = target.aminmax()
+        if int(low) < 0 or int(high) >= num_classes:
+            wrong = target.clamp(0, num_classes - 1) != target
             found = (wrong if ignore_index is None else wrong & (target != ignore_index)).nonzero()
             if found.numel() > 0:
                 row = int(found[0])

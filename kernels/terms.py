@@ -88,6 +88,8 @@ SCHEMAS = {
 }
 PREFIXES = {"triton": "", "torch": "torch_", "cpu": "cpu_"}  # of an operator's name, by backend
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what the operators call, by the operator's name
+
 NAMESPACE = __name__.partition(".")[0]  # a second copy of the package under another name has operators of its own
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -96,6 +98,7 @@ def implements(name: str, backend: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the operator of `backend` for the operation `name`."""
 
     def register(function: Function) -> Function:
+        FUNCTIONS[PREFIXES[backend] + name] = function
         _LIBRARY.impl(PREFIXES[backend] + name, function, "CompositeExplicitAutograd")
         return function
 
