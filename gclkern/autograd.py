@@ -114,7 +114,7 @@ class SupervisedContrast(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         options = (temperature, include_samples, include_own_class)
         with without_autocast(features.device.type):
-            loss, saved = operator("contrastive_forward", backend)(features, prototypes, target, class_counts, *options, reduction)
+            loss, saved = operator("contrastive_forward", backend, features)(features, prototypes, target, class_counts, *options, reduction)
         ctx.save_for_backward(features, prototypes, class_counts, *saved)
         ctx.options, ctx.backend = options, backend
         return loss
@@ -124,5 +124,5 @@ class SupervisedContrast(torch.autograd.Function):
         features, prototypes, class_counts, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         with without_autocast(features.device.type):
-            grads = operator("contrastive_backward", ctx.backend)(grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
+            grads = operator("contrastive_backward", ctx.backend, features)(grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7

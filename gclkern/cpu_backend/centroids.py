@@ -13,6 +13,7 @@ from gclkern.kernels.terms import implements, shapes_of
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """The twin of gclkern.kernels.centroids.segment_sums."""
     rows, dim = features.shape
+    target = target.contiguous()
     sums = torch.empty((num_classes, dim), dtype=torch.float32, device="cpu")
     order, starts, counts = (target.new_empty(size) for size in (rows, num_classes + 1, num_classes))
     tensors = (target, order, starts, sums, counts)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.kernels.terms import PREFIXES
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, cosines, labels, option_sets, vector
 from tests.support.wrong_arguments import BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
@@ -119,12 +120,13 @@ def _bound_samples(rows: int) -> dict[str, Options]:
 
 
 def _centroids(features: Tensor, target: Tensor, num_classes: int, backend: str = "auto") -> Tensor:
-    """The means; the public function has no choice of a backend, so the kernels are reached by their operator."""
-    if backend != "triton":
+    """The means; the public function has no choice of a backend, so each one is reached by its operator."""
+    if backend == "auto":
         return class_centroids(features, target, num_classes)[0]
-    import gclkern.kernels.centroids  # noqa: F401 (registers the operator)
+    if backend == "triton":
+        import gclkern.kernels.centroids  # noqa: F401 (registers the operator)
 
-    sums, counts = torch.ops.gclkern.segment_sums(features, target, num_classes)
+    sums, counts = getattr(torch.ops.gclkern, f"{PREFIXES[backend]}segment_sums")(features, target, num_classes)
     return sums / counts.clamp(min=1)[:, None]
 
 

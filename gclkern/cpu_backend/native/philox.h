@@ -51,7 +51,7 @@ enum {
 INLINE void philox_unit(uint64_t *pairs, uint64_t seed, uint64_t row, uint64_t group) {
     uint64_t low[UNIT / GROUP], high[UNIT / GROUP];
     for (int first = 0; first < UNIT / GROUP; first += COUNTERS) {
-        words c0, c1 = broadcast(row), c2 = broadcast(row >> 32), c3 = broadcast(0);
+        words c0 = broadcast(0), c1 = broadcast(row), c2 = broadcast(row >> 32), c3 = broadcast(0);
         for (int k = 0; k < COUNTERS; k++) c0[k] = group + (uint64_t)(first + k);
         uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 7
