@@ -25,7 +25,7 @@ def write_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free space on its disk" if full else "make it writable"
+        remedy = "free space on its disk" if full else "choose another place, or make this one writable"
         raise WriteError(f"{printable(str(path))} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
