@@ -4,7 +4,7 @@
     python -m gclkern.training.predict runs/folder-gcl/stage-2.pt holiday/ --top 3 --csv holiday.csv
     python -m gclkern.training.predict runs/folder-gcl/stage-2.pt holiday/ --json-lines holiday.jsonl
 
-Folders are searched for images of every format that PIL reads. Files that cannot be read are named and counted; they do not end the command, but its exit
+Folders are searched for images of every format that PIL reads. Files that cannot be read are listed and counted; the command continues, but its exit
 status is then 1.
 """
 
@@ -38,7 +38,7 @@ Write = Callable[[str, Sequence[Prediction]], None]
 
 
 def collect(paths: Sequence[str]) -> list[str]:
-    """The image files among the paths: files as they are given, folders searched.
+    """The image files of the paths: files as given, and the images found in folders.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no image in the folders.
@@ -57,7 +57,7 @@ def collect(paths: Sequence[str]) -> list[str]:
 
 
 def classify(classifier: Classifier, paths: Sequence[str], top: int, write: Write) -> list[str]:
-    """Hand the predictions of every image that can be read to `write`; returns what is wrong with each of the others."""
+    """Pass the predictions of every readable image to `write`, and return an error message for each of the others."""
     failures: list[str] = []
     bar = need("tqdm", "the progress bar").tqdm
     with bar(total=len(paths), unit=" img", disable=not sys.stderr.isatty()) as progress:
@@ -99,7 +99,7 @@ def _json_writer(file: TextIO) -> Write:
 
 @contextlib.contextmanager
 def _writer(args: argparse.Namespace, top: int) -> Iterator[Write]:
-    """Where predictions go: the terminal or a file. Names that are no text are kept by Python's surrogate escapes."""
+    """Writes predictions to the terminal or a file. Bytes of names that are not valid text are preserved by surrogate escapes."""
     target = args.csv or args.json_lines
     if target is None:
         yield _as_text
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         top = min(int(args.top), len(classifier.class_names))
         with _writer(args, top) as write:
             failures = classify(classifier, paths, top, write)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, RuntimeError, CheckpointError) as error:

@@ -17,7 +17,7 @@ _ALARM = getattr(signal, "SIGALRM", None)  # Windows has none
 
 
 class Processes:
-    """This process among those that ``torchrun`` started; alone without it."""
+    """This process among those that ``torchrun`` started; a single process without it."""
 
     def __init__(self, device: str) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -44,7 +44,7 @@ class Processes:
         return processes
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Give all ranks the first one's batch statistics, as DistributedDataParallel does before each forward pass."""
+        """Broadcast the first rank's batch statistics, as DistributedDataParallel does before each forward pass."""
         if self.world > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
@@ -81,10 +81,10 @@ class Processes:
 
 
 class StopRequests:
-    """Whether Ctrl-C or SIGTERM has asked the run to stop: it then ends its step, writes a checkpoint and leaves.
+    """True once Ctrl-C or SIGTERM has asked the run to stop: it then finishes its step, writes a checkpoint and exits.
 
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what comes within a second counts once. A later signal interrupts at once, and
-    so does an alarm if the step does not end within `patience` seconds, since it may be waiting for something that never comes.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so signals within one second count as one. A later signal interrupts at once.
+    So does an alarm if the step does not end within `patience` seconds, because it may be waiting for another process.
     """
 
     def __init__(self, patience: float = 10.0) -> None:
@@ -102,7 +102,7 @@ class StopRequests:
         self._set_alarm(self.patience)
 
     def accept(self) -> None:
-        """The step has ended, and the checkpoint may take its time."""
+        """Cancel the alarm: the step has ended, and writing the checkpoint has no time limit."""
         self._set_alarm(0.0)
 
     def _set_alarm(self, seconds: float) -> None:

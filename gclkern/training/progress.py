@@ -1,4 +1,4 @@
-"""How far a phase of training has come, and when that is written to the disk."""
+"""The progress of a phase of training, and when it is saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Progress:
 
     total: Tensor  # () float64: sum of this process's losses over the steps of the epoch
     epoch: int = 0  # finished epochs
-    step: int = 0  # finished steps of the epoch that is under way
+    step: int = 0  # finished steps of the current epoch
     best: float = -1.0  # best accuracy on the held-out part so far
     centroids: dict[str, Tensor] = field(default_factory=dict)  # DRO-LT's "centroids" and "counts" of this epoch
 

@@ -46,11 +46,11 @@ class Phase:
 
     name: str  # of its files and of its row in the table
     epochs: int
-    batch_size: int  # of one optimizer step, over all ranks and accumulated parts
+    batch_size: int  # of one optimizer step, total over ranks and accumulated parts
     lr: float
     weight_decay: float
     schedule: Schedule
-    loss: str  # a method's: "ce", "focal", "cb", "ldam", "la" or "gcl"
+    loss: str  # "ce", "focal", "cb", "ldam", "la" or "gcl"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the loss
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
@@ -58,7 +58,7 @@ class Phase:
     trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest is frozen, with batch normalisation in eval mode
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
     drw: float | None = None  # share of the epochs after which the class weights are used
-    robust: float = 0.0  # weight of the DRO-LT bound beside the loss
+    robust: float = 0.0  # weight of the DRO-LT bound, which is added to the loss
     sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
 
@@ -76,7 +76,7 @@ _COSINE = Schedule("cosine")
 
 # epochs, batch size, learning rate, weight decay, schedule and mixup of stage 1; "gcl" is for the clouded methods, "plain" for all others.
 # CIFAR: the LDAM-DRW and GCL releases. Large sets: decoupling's release for "plain", MiSLAS's with GCL's epochs for "gcl"; Places-LT: GCL's release.
-# Chosen here: Places-LT's "plain", which is GCL's without mixup, and digits, for a minute on two cores.
+# Chosen here: Places-LT's "plain", which is GCL's without mixup, and digits, which take a minute on two cores.
 _STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = {
     "digits": {
         "plain": (80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), 0.0),
@@ -87,8 +87,8 @@ _STAGE1: dict[str, dict[str, tuple[int, int, float, float, Schedule, float]]] = 
     "inat": {"plain": (90, 512, 0.2, 1e-4, _COSINE, 0.0), "gcl": (200, 256, 0.1, 1e-4, _COSINE, 0.2)},
     "places": {"plain": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.0), "gcl": (90, 512, 0.2, 5e-4, _PLACES_STEPS, 0.2)},
 }
-# Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` means 0.002 by the time its schedule has divided it. Published for
-# CIFAR; the large sets take the same with stage 1's batch. Digits: a network of 80 short epochs needs larger steps.
+# Epochs, batch size and learning rate of GCL's second stage. The release's `--lr 0.1` is 0.002 after its schedule has divided it. Published for CIFAR; the
+# large sets use the same with stage 1's batch size. Digits have few steps and need a higher rate.
 _GCL_STAGE2 = {"digits": (10, 64, 0.02), "cifar": (30, 64, 0.002), "imagenet": (30, 256, 0.002), "inat": (30, 256, 0.002), "places": (30, 512, 0.002)}
 # Epochs of cRT and LWS after a plain stage 1 (decoupling's, published for the large sets): with stage 1's batch and learning rate, by cosine and without mixup.
 _RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
@@ -96,13 +96,13 @@ _INAT_CRT_EPOCHS = 30
 
 
 def family(dataset: str) -> str:
-    """Whose settings a data set takes; "own" is for sets without published ones, whose settings follow from the set."""
+    """The group of data sets with the same settings; "own" is for sets without published ones, see own_data.py."""
     known = {"digits-lt": "digits", "cifar10-lt": "cifar", "cifar100-lt": "cifar", "imagenet-lt": "imagenet", "places-lt": "places", "inat18": "inat"}
     return known.get(dataset, "own")
 
 
 def default_model(dataset: str, image_size: int, images: int) -> str:
-    """The backbone that published numbers on a data set are for; for a set of one's own by the size of its images and their number."""
+    """The backbone of the published results on a data set; for other sets it depends on the size and number of the images."""
     settings = family(dataset)
     if settings == "own":
         return own_data.default_model(image_size, images)
@@ -132,14 +132,14 @@ def _first_stage(method: str, settings: str, class_counts: list[int], *, pretrai
     phase = Phase(
         "stage-1", epochs, batch_size, lr, weight_decay, schedule, loss, mixup=mixup, options=options,
         head="cosine" if loss in ("gcl", "ldam") else "linear", start="fresh", drw=0.8 if method.endswith("ldam-drw") else None,
-        # a pretrained ResNet-152, in GCL's release as in its forerunners
+        # a pretrained ResNet-152, as in GCL's release and earlier ones
         trains="last-block" if settings == "places" else "all",
     )  # fmt: skip
     if not method.endswith("dro-lt"):
         return [phase]
-    # The released recipe for CIFAR, taken for all sets: 80 epochs on the features with the classifier frozen, then 20 on the classifier alone, with the same
-    # sampler. Combined with GCL, the stretch on the features has GCL's loss in place of the weighted cross entropy, since the classifier is of cosines, and
-    # GCL's stage 2 takes the place of the 20 epochs.
+    # The released recipe for CIFAR, used for all sets: 80 epochs train the features with a frozen classifier, then 20 train the classifier alone, with the
+    # same sampler. Combined with GCL, the features are trained by GCL's loss instead of the weighted cross entropy, because the classifier is a cosine
+    # classifier, and GCL's stage 2 replaces the 20 epochs.
     long = max(class_counts) * len(class_counts) if settings != "own" else None
     robust_epochs = {"digits": 10, "own": max(1, round(own_data.ROBUST_SHARE * epochs))}.get(settings, 80)
     weighted = {} if clouded else {"weight": "counts"}
@@ -156,7 +156,7 @@ def _second_stage(retrain: str, settings: str, first: Phase, class_counts: list[
     new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
     own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if settings == "own" else None
     if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
-        # after a clouded stage 1, re-trainings differ in what learns and not in the loss: so GCL's paper compares them
+        # after a stage 1 with GCL's loss, all re-training methods use GCL's loss and differ in what they train, as in GCL's paper
         epochs, batch_size, lr = own or _GCL_STAGE2[settings]
         phase = replace(
             first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=_COSINE, loss="gcl", options=_clouded(settings, 2),
@@ -176,7 +176,7 @@ def _second_stage(retrain: str, settings: str, first: Phase, class_counts: list[
 
 
 def _scaled(phase: Phase, factor: float) -> Phase:
-    """The phase with `factor` times its epochs, at least one if it has any; the warm-up with them."""
+    """The phase with epochs and warm-up scaled by `factor`, but with at least one epoch if it had any."""
     epochs = max(min(1, phase.epochs), round(factor * phase.epochs))
     return replace(phase, epochs=epochs, schedule=replace(phase.schedule, warmup=math.ceil(factor * phase.schedule.warmup)))
 
@@ -192,12 +192,13 @@ def plan(
         retrain: one of RETRAINS; None is the default of the method: "gcl" for "gcl" and "gcl+dro-lt", else "none".
         dataset: decides the published settings.
         class_counts: training images of each class.
-        baseline: whether a network comes first that differs from stage 1 in the loss alone: cross entropy, for as many epochs as all other phases together.
-        epochs_scale: factor on the published epochs of every phase and on those of the warm-up; a phase keeps at least one epoch. At 1, phases after the first
-            are shortened or lengthened as the `epochs` of `stage1` are.
+        baseline: whether to train another network first, which differs from stage 1 only in its loss, cross entropy, and in its epochs, those of all other
+            phases together.
+        epochs_scale: factor on the published epochs and warm-up of every phase, which keeps at least one epoch. If it is 1 and `stage1` has `epochs`, later
+            phases are scaled by the same ratio.
         cloud: one of CLOUDS; None is "log", the paper's choice.
         stage1, stage2: fields of :class:`Phase` that replace the published ones.
-        pretrained: whether stage 1 starts from pretrained weights; it changes the settings of sets without published ones alone.
+        pretrained: whether stage 1 starts from pretrained weights; it only affects data sets without published settings.
 
     Example:
         >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
@@ -215,7 +216,7 @@ def plan(
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
         second = _second_stage(retrain, settings, phases[0], class_counts)
-        second = _scaled(second, 1.0 if settings == "own" else later_scale)  # own settings follow from what stage 1 has already
+        second = _scaled(second, 1.0 if settings == "own" else later_scale)  # own settings are derived from stage 1's, which are scaled already
         if stage2 and not second.epochs:
             raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
         phases.append(replace(second, **(stage2 or {})))
@@ -231,12 +232,12 @@ def plan(
     return phases
 
 
-# Arguments of losses that a run may set, and what each loss calls them.
+# Arguments of losses that a run may set, and their names in each loss.
 _LOSS_OPTIONS = {"gcl": {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}, "ldam": {"margin": "max_margin", "scale": "scale"}}
 
 
 def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> list[Phase]:
-    """The phases with the given arguments of their losses; raises ValueError for one that no loss has."""
+    """The phases with the given arguments set in their losses; raises ValueError for an argument that no loss has."""
     for name, value in given.items():
         if value is None:
             continue
@@ -282,11 +283,11 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
 
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
-    """The loss of a phase: of logits, but GCL's takes features and a cosine classifier's weight, `sharded` over processes or whole, if that has no factors."""
+    """The loss of a phase. GCL's takes features and the weight of a cosine classifier, which may be `sharded`; all others, and GCL's with LWS, take logits."""
     options = dict(phase.options)
     if options.get("margin") == "ldam":
         options["margin"] = ldam_margins(class_counts)
-    # beside them defaults are the papers': beta 0.9999 of cb, tau 1 of la, and margin 0.5 and scale 30 of ldam
+    # all other arguments have the papers' values as defaults: beta 0.9999 of cb, tau 1 of la, margin 0.5 and scale 30 of ldam
     if phase.loss == "gcl" and sharded:
         return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
     if phase.loss == "gcl":

@@ -1,4 +1,4 @@
-"""Second stages that need no training by gradients: nearest class means and tau-normalised classifiers (Kang et al., ICLR 2020, section 4.2)."""
+"""Second stages without gradients: nearest class means and tau-normalised classifiers (Kang et al., ICLR 2020, section 4.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gclkern.training.recipes import COSINE_SCALE
 
 
 def retrain_without_gradients(kind: str, network: Network, data: DataSplits, processes: Processes, tau: float | None) -> None:
-    """The phase "ncm" or "tau-norm"; tau is searched on the held-out part where none is given, and 1 without such a part."""
+    """The phase "ncm" or "tau-norm". If `tau` is None it is searched on the held-out images, or 1 without them."""
     if kind == "ncm":
         nearest_class_mean(network, data, processes)
         return
@@ -24,7 +24,7 @@ def retrain_without_gradients(kind: str, network: Network, data: DataSplits, pro
 
 @torch.no_grad()
 def nearest_class_mean(network: Network, data: DataSplits, processes: Processes) -> None:
-    """Classify by the cosine to the class means of the training features, of images without augmentation."""
+    """Replace the classifier's weights by the class means of the training features, computed without augmentation."""
     indices = range(processes.rank, len(data.train), processes.world)
     batches = [indices[start : start + 500] for start in range(0, len(indices), 500)]
     means = epoch_centroids(network, data.train.loader(batches, device=processes.device), data.num_classes, processes)["centroids"]
@@ -35,9 +35,9 @@ def nearest_class_mean(network: Network, data: DataSplits, processes: Processes)
 
 @torch.no_grad()
 def tau_normalise(network: Network, tau: float) -> None:
-    """Classify by w_j / |w_j|^tau without bias: tau = 0 keeps the weights, 1 gives all classes the same length.
+    """Classify by w_j / |w_j|^tau without bias: tau = 0 keeps the weights, tau = 1 gives all classes the same norm.
 
-    The head is a :class:`ScaledClassifier`. Of a cosine classifier tau = 1 is what it is, so other values take the lengths that its loss never saw.
+    The head is a :class:`ScaledClassifier`. For a cosine classifier tau = 1 changes nothing; other values use norms that its loss did not train.
     """
     head = network.head
     assert isinstance(head, ScaledClassifier)
@@ -49,7 +49,7 @@ def tau_normalise(network: Network, tau: float) -> None:
 
 @torch.no_grad()
 def search_tau(network: Network, features: Tensor, labels: Tensor) -> float:
-    """The tau of 0, 0.05, ..., 2 with the best mean of the classes' accuracies on held-out samples; of equals the nearest to 1."""
+    """The tau among 0, 0.05, ..., 2 with the best balanced accuracy on held-out samples; among equals the one nearest to 1."""
     counts = labels.bincount(minlength=network.head.weight.shape[0])
     share = 1 / counts[labels]
 

@@ -20,11 +20,11 @@ from gclkern.training.writing import replace_text, write_errors
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
 
-_LOCK_SECONDS = 10.0  # workers look whether the process that started them lives every five
+_LOCK_SECONDS = 10.0  # workers check every five seconds whether their parent process is alive
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder: `name`, or that with the first free number behind it. Runs that start at the same time get one each."""
+    """Create a folder called `name`, or `name` with the first free number appended. Runs that start at the same time get different folders."""
     with write_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for number in count(1):

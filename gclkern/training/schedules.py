@@ -1,4 +1,4 @@
-"""Learning rate schedules: pure functions of the epoch, so that a resumed run needs no state of theirs."""
+"""Learning rate schedules: pure functions of the epoch, so a resumed run needs no schedule state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Schedule:
             raise ValueError(f"a schedule of steps needs as many factors as milestones, any other none; got {self}")
 
     def rate(self, base: float, epoch: int, epochs: int) -> float:
-        """The learning rate of `epoch`, counted from 0, of `epochs`."""
+        """The learning rate of `epoch`, counted from 0, in a phase of `epochs`."""
         warmup = min(self.warmup, epochs // 4)
         if epoch < warmup:
             return base * (epoch + 1) / warmup

@@ -1,7 +1,7 @@
 """Seeds of everything random in a run.
 
-Whatever is random is a pure function of (seed of the run, phase, epoch, step): the order of the samples, their augmentation, mixup, the noise of the loss and
-dropout. A checkpoint therefore stores no generator state, and a run that resumes from any step produces bitwise the same results as one that never stopped.
+The order of the samples, their augmentation, mixup, the noise of the loss and dropout are pure functions of (seed of the run, phase, epoch, step). A checkpoint
+therefore stores no generator state, and a run that resumes from any step produces bitwise the same results as one that never stopped.
 """
 
 from __future__ import annotations

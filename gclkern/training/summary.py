@@ -1,4 +1,4 @@
-"""What a run prints and leaves for a reader: its plan, progress, the final table, summary.json and the pictures."""
+"""What a run prints and its final results: plan, progress, table, summary.json and pictures."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from gclkern.training.writing import replace_text, write_errors
 
 
 def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
-    """Images of a phase, on a terminal often, in a log file twice a minute."""
+    """A progress bar over the images of a phase, updated often on a terminal and twice a minute in a log file."""
     bar = need("tqdm", "the progress bar").tqdm
     return bar(total=images, initial=done, desc=name, unit=" img", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 30.0, disable=not show)
 
 
 def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: torch.device) -> str:
-    """What a run is going to do: data, network and the settings of every phase."""
+    """The plan of a run: data, network and the settings of every phase."""
     groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in data.groups.items())
     held = "" if data.holdout is None else f", {len(data.holdout)} held out"
     lines = [
@@ -121,7 +121,7 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
 
 
 def shown_images(images: ImageSet, places: Sequence[int]) -> Tensor:
-    """The images at `places` as evaluation sees them, but with values in [0, 1]: (K, C, H, W)."""
+    """The images at `places` with the transform of evaluation, but values in [0, 1]: (K, C, H, W)."""
     if not places:
         return torch.empty(0, 1, 1, 1)
     transform = images.evaluation_transform()

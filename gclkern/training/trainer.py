@@ -86,9 +86,9 @@ class TrainingStep(nn.Module):
 
 
 def mixup(images: Tensor, target: Tensor, alpha: float, seed: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed images, their second targets and the share of the first (Zhang et al., ICLR 2018), a pure function of the seed and the block of the batch.
+    """Mixed images, second targets and the weight of the first (Zhang et al., ICLR 2018), as a pure function of the seed and the block of the batch.
 
-    The share is one number for the whole batch, Beta(alpha, alpha), as in the releases of MiSLAS and GCL, so all blocks of a seed have the same.
+    The weight is one number for the whole batch, from Beta(alpha, alpha), as in the releases of MiSLAS and GCL, so all blocks of a seed have the same.
     """
     share = random.Random(seed).betavariate(alpha, alpha)
     order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(derive_seed(seed, block)))
@@ -201,7 +201,7 @@ class Trainer:
         self.captured = CapturedStep(self.optimizer) if capture else None
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the steps to come."""
+        """Set the learning rate of the next steps."""
         for group in self.optimizer.param_groups:
             # a captured step reads this tensor; the checkpoint of a run without capture holds a number
             group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.processes.device).fill_(rate)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said when the disk refuses."""
+"""Atomic writing of files, and error messages for failed writes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` always holds a whole one: this one, or the one before. What a failed write leaves is removed.
+    """Write a file atomically: `path` always holds a complete file, the new one or the previous one. A failed write is cleaned up.
 
-    It is written under another name, forced to the disk and renamed. A process that is killed may leave ``<name>.partial``, which the next write replaces.
+    It is written under another name, flushed to disk and renamed. A process that is killed may leave ``<name>.partial``, which the next write replaces.
 
     Raises:
         WriteError: the disk is full, or the folder cannot be written.
@@ -55,7 +55,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        if os.name == "posix":  # the new name is on the disk when its folder is
+        if os.name == "posix":  # flush the folder too, which stores the new name
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

@@ -42,21 +42,21 @@ def load_data(
     Args:
         name: one of DATASETS. digits-lt comes with scikit-learn; cifar10-lt and cifar100-lt read the official files of the Python version; imagenet-lt,
             places-lt and inat18 read their published lists, "list" a user's own, "folder" train/ and test/ (or val/) with one folder for each class, or
-            such folders alone, of which a fifth is taken to test with.
+            only the class folders, of which a fifth of the images becomes the test set.
         data_dir: where the files are; "data" when not given.
-        imbalance: ratio of the largest to the smallest class of digits-lt (20 when not given) and CIFAR (100); the others are as long-tailed as their files.
-        profile: "exp" or "step", for the same.
+        imbalance: ratio of the largest to the smallest class of digits-lt (default 20) and CIFAR (default 100); other data sets are used as they are.
+        profile: "exp" or "step", for digits-lt and CIFAR.
         seed: of the choice of the long-tailed subset and of the held-out part; 0 is the reference subset of CIFAR-LT.
-        holdout: the share of every training class that is held out to choose by, 0 for none.
-        download: fetch CIFAR through torchvision when it is not there.
-        image_size: pixels of a side, of the data sets of image files; None is their usual size, at most 224.
-        workers: processes that read image files; 0 reads them in this one.
-        skip_corrupt: leave out image files that cannot be read, which a note counts. Without it the first one met raises an error.
+        holdout: the share of every training class that is held out, to fit and select on; 0 for none.
+        download: download CIFAR through torchvision if it is missing.
+        image_size: height and width in pixels for image files; None is their usual size, at most 224.
+        workers: processes that read image files; 0 reads them in this process.
+        skip_corrupt: leave out image files that cannot be read, and report how many. Without it, the first such file raises an error.
         train_list, test_list: text files with a line `relative/path label` for each image.
 
     Raises:
-        CorruptImageError: from a loader, or when not one file can be read.
-        FileNotFoundError, ValueError: data that is not there or not as it should be; the message says what to do.
+        CorruptImageError: an image file cannot be read (raised by a loader too), or, with `skip_corrupt`, none of them can.
+        FileNotFoundError, ValueError: data is missing or invalid; the message says what to do.
         ImportError: an extra package is missing; the message names the command to install it.
 
     Example:

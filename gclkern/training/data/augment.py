@@ -1,16 +1,16 @@
-"""Augmentation of whole batches of uint8 images on their device. Every random choice comes in as numbers, so it is reproducible wherever those are.
+"""Augmentation of whole batches of uint8 images on their device. Random numbers are arguments, so results are reproducible if they are.
 
 resized-crop  8% to 100% of the image, 3:4 to 4:3, resized (Inception, ImageNet)
-crop          the image moved by up to an eighth of its side, what is left open black (CIFAR)
+crop          the image shifted by up to an eighth of its side, filled with black (CIFAR)
 flip          half of the images mirrored
 color         brightness, contrast and saturation, each by up to 40%, in random order
 autoaugment   AutoAugment's policy for CIFAR
 rand-augment  two random operations of magnitude 10 of 30
 cutout        a black square of half the side
-sim           the view of contrastive learning: 20% to 100%, flip, stronger colours, grey, blur
+sim           SimCLR's augmentation: resized crop of 20% to 100%, flip, stronger colours, grey, blur
 
-Parts are joined by commas, in any order; they are applied in this one. `crop,flip,autoaugment,cutout` is the recipe for CIFAR that DRO-LT and newer methods
-train with. `sim` stands alone.
+Parts are joined by commas in any order; they are applied in the order of this list. DRO-LT and newer methods use `crop,flip,autoaugment,cutout` on CIFAR.
+`sim` cannot be combined with others.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PARTS = ("resized-crop", "crop", "flip", "color", "autoaugment", "rand-augment", "cutout")
-# AutoAugment's authors fill what a shear, a shift or a rotation leaves open with grey.
+# Shears, shifts and rotations fill the uncovered area with grey, as AutoAugment's authors do.
 _FILL = 128
-# Pixels that a CPU augments at once: with all that is in between they stay in its caches.
+# Pixels that a CPU augments at a time: with all intermediate tensors they stay in its caches.
 _CPU_PIXELS = 1 << 18
 
 
 class Columns(NamedTuple):
-    """Which random numbers of a sample each part takes; they do not change when other parts come in."""
+    """Which of a sample's random numbers each part uses; they do not depend on the other parts."""
 
     crop: slice = slice(0, 2)
     flip: slice = slice(2, 3)
@@ -52,7 +52,7 @@ COLUMNS = Columns()
 
 @dataclass(frozen=True)
 class View:
-    """What is done to the images of a training batch."""
+    """The augmentation of a training batch."""
 
     least_area: float | None = None  # share of the image, of a resized crop
     crop: bool = False
@@ -66,7 +66,7 @@ class View:
 
     @property
     def numbers(self) -> int:
-        """Random numbers that one sample takes."""
+        """How many random numbers a sample needs."""
         used = {
             "crop": self.crop, "flip": self.flip, "autoaugment": self.policy == "autoaugment", "cutout": self.cutout,
             "resized_crop": self.least_area is not None, "color": self.color is not None, "rand_augment": self.policy == "rand-augment",
@@ -80,7 +80,7 @@ _SIM = View(least_area=0.2, flip=True, color=(0.4, 0.4, 0.4, 0.1), color_share=0
 
 
 def parse_augmentation(text: str) -> View:
-    """The view that names of parts, joined by commas, stand for; "none" is the image as it is.
+    """The augmentation of part names joined by commas, "sim", or "none", which leaves images unchanged.
 
     Raises:
         ValueError: an unknown part, or two that exclude each other.
@@ -113,7 +113,7 @@ def parse_augmentation(text: str) -> View:
 Operation = IntEnum(
     "Operation", "ShearX ShearY TranslateX TranslateY Rotate Brightness Color Contrast Sharpness Posterize Solarize AutoContrast Equalize Invert", start=0
 )
-# All of the first two groups become stronger in either direction.
+# The operations of the first two groups have a random sign.
 _MOVES = (Operation.ShearX, Operation.ShearY, Operation.TranslateX, Operation.TranslateY, Operation.Rotate)
 _BLENDS = (Operation.Brightness, Operation.Color, Operation.Contrast, Operation.Sharpness)
 _MAPS = (Operation.Posterize, Operation.Solarize, Operation.Invert)
@@ -148,7 +148,7 @@ _POLICY = """
 
 
 def augment_batch(images: Tensor, numbers: Tensor, view: View) -> Tensor:
-    """Augmented copies of uint8 images (B, C, H, W), from numbers (B, view.numbers) in [0, 1). A resized crop is :func:`resized_boxes`, done before."""
+    """Augmented copies of uint8 images (B, C, H, W), from numbers (B, view.numbers) in [0, 1). A resized crop is applied before, see :func:`resized_boxes`."""
     if images.device.type == "cpu":
         step = max(1, _CPU_PIXELS // (images.shape[-1] * images.shape[-2]))
         return torch.cat([_augment(part, draws, view) for part, draws in zip(images.split(step), numbers.split(step), strict=True)])
@@ -162,7 +162,7 @@ def _augment(images: Tensor, numbers: Tensor, view: View) -> Tensor:
         images = color_jitter(images, numbers[:, COLUMNS.color], view.color, view.color_share)
     if view.policy is not None:
         policy = autoaugment if view.policy == "autoaugment" else rand_augment
-        channels = images.shape[1]  # grey images are taken as coloured ones
+        channels = images.shape[1]  # grey images are expanded to three channels
         images = policy(images.expand(-1, 3, -1, -1), numbers)[:, :channels]
     if view.grey_share:
         grey = _grey(images.to(torch.float32)).round().to(torch.uint8)
@@ -188,8 +188,8 @@ def crop_and_flip(images: Tensor, numbers: Tensor, padding: int, flip: bool) -> 
 def resized_boxes(numbers: Tensor, view: Tensor, least_area: float) -> Tensor:
     """Boxes (B, 4) of a resized crop (Szegedy et al., "Going deeper with convolutions", CVPR 2015), from numbers (B, 4): top, left, height and width.
 
-    They are shares of an image that was made square; `view` (B, 2) are height and width of the largest square within it before, which tell its proportions.
-    A box that would be higher or wider than the image is cut off there.
+    They are fractions of an image that was resized to a square. `view` (B, 2) is the height and width, as fractions, of the largest square in the original
+    image, which give its aspect ratio. A box that would be higher or wider than the image is clipped.
     """
     area = least_area + (1 - least_area) * numbers[:, :1]
     ratio = torch.exp((2 * numbers[:, 1:2] - 1) * math.log(4 / 3))  # of width to height
@@ -199,7 +199,7 @@ def resized_boxes(numbers: Tensor, view: Tensor, least_area: float) -> Tensor:
 
 
 def resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """The boxes (B, 4) of images (B, C, H, W) uint8, shares of their sides, as images (B, C, size, size), bilinear."""
+    """The boxes (B, 4), as fractions of the sides, cut out of images (B, C, H, W) uint8 and resized bilinearly to (B, C, size, size)."""
     if images.device.type == "cpu":
         step = max(1, _CPU_PIXELS // size**2)
         return torch.cat([_resample(part, box, size) for part, box in zip(images.split(step), boxes.split(step), strict=True)])
@@ -216,7 +216,7 @@ def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def color_jitter(images: Tensor, numbers: Tensor, amounts: tuple[float, float, float, float], share: float) -> Tensor:
-    """Brightness, contrast, saturation and hue in random order, from numbers (B, 6): whether at all, the order, and the four changes."""
+    """Changes brightness, contrast, saturation and hue in random order, from numbers (B, 6): whether to change, the order, and the four changes."""
     applies = numbers[:, :1] < share
     changes = torch.where(applies, 2 * numbers[:, 2:6] - 1, 0.0)
     steps = 4 if amounts[3] and images.shape[1] == 3 else 3
@@ -256,7 +256,7 @@ def _turn_hue(values: Tensor, turn: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, numbers: Tensor, share: float) -> Tensor:
-    """A Gaussian blur of 0.1 to 2 pixels by a kernel of a tenth of the side, from numbers (B, 2): whether at all and how much."""
+    """A Gaussian blur with sigma 0.1 to 2 pixels and a kernel of a tenth of the side, from numbers (B, 2): whether to blur, and sigma."""
     reach = max(1, images.shape[-1] // 20)
     sigma = 0.1 + 1.9 * numbers[:, 1:]
     weights = torch.exp(-((torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2) / 2)
@@ -270,7 +270,7 @@ def blur(images: Tensor, numbers: Tensor, share: float) -> Tensor:
 
 
 def cutout(images: Tensor, numbers: Tensor) -> Tensor:
-    """A black square of half the side around a random pixel, cut off at the borders (DeVries and Taylor, "Improved regularization of CNNs with cutout"), from
+    """A black square of half the side around a random pixel, clipped at the borders (DeVries and Taylor, "Improved regularization of CNNs with cutout"), from
     numbers (B, 2); on CIFAR 16 pixels of 32.
     """
     size, inside = images.shape[-1] // 2, []
@@ -282,7 +282,7 @@ def cutout(images: Tensor, numbers: Tensor) -> Tensor:
 
 
 def autoaugment(images: Tensor, numbers: Tensor) -> Tensor:
-    """AutoAugment's policy for CIFAR on colour images: the sub-policy, whether its two operations take place, their directions."""
+    """AutoAugment's policy for CIFAR on colour images. Numbers choose the sub-policy, whether to apply each of its two operations, and their signs."""
     numbers = numbers[:, COLUMNS.autoaugment]
     kinds, shares, magnitudes = _policy_tables(images.device)
     policy = (numbers[:, 0] * kinds.shape[0]).to(torch.int64)
@@ -323,7 +323,7 @@ def apply_operations(images: Tensor, kind: Tensor, magnitude: Tensor, sign: Tens
             places = chosen.nonzero().flatten()
             out[places] = operation(images[places], kind[places], strength[places])
         else:
-            # To sort the images out would wait for the device; to compute every operation on all of them costs less.
+            # Selecting the images would synchronise with the device; applying every operation to all of them is cheaper.
             out = torch.where(chosen[:, None, None, None], operation(images, kind, strength), out)
     return out
 
@@ -361,7 +361,7 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
 
 
 def _blend(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
-    """The image moved away from, or towards, a plainer one: black, itself in grey, its mean grey, or itself smoothed."""
+    """Extrapolates the image away from, or interpolates it towards, a degenerate one: black, its grey version, its mean grey, or its smoothed version."""
     values = images.to(torch.float32)
     grey = _grey(values).floor()
     ratio, kind = 1 + 0.9 * strength[:, None, None, None], kind[:, None, None, None]
@@ -377,7 +377,7 @@ def _grey(values: Tensor) -> Tensor:
 
 @cache
 def _grey_shares(device: torch.device) -> Tensor:
-    """What red, green and blue give to grey, (3, 1, 1)."""
+    """The weights of red, green and blue in grey, (3, 1, 1)."""
     return torch.tensor([0.2989, 0.587, 0.114], device=device).view(3, 1, 1)
 
 
@@ -390,7 +390,7 @@ def _smooth(values: Tensor) -> Tensor:
 
 
 def _map_values(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
-    """Fewer bits, from 8 down to 4, or what is at least a threshold, from 255 down to 0, inverted."""
+    """Posterize (keep 8 to 4 bits), or solarize (invert values from a threshold on, which goes from 255 down to 0)."""
     mask = -(1 << (strength * 4).round().to(torch.int32))[:, None, None, None]
     threshold = torch.where(kind == Operation.Invert, 0.0, 255 * (1 - strength))[:, None, None, None]
     solarized = torch.where(images >= threshold, 255 - images, images)
@@ -407,7 +407,7 @@ def _auto_contrast(images: Tensor, _kind: Tensor, _strength: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, _kind: Tensor, _strength: Tensor) -> Tensor:
-    """Each channel's histogram made even, in whole numbers, as the Python imaging library does."""
+    """Equalizes the histogram of each channel, in integers, as Pillow does."""
     pixels = images.flatten(2).to(torch.int64)
     histogram = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int64, device=images.device).scatter_add_(2, pixels, torch.ones_like(pixels))
     brightest = histogram.gather(2, pixels.amax(2, keepdim=True))

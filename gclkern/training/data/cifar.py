@@ -1,4 +1,4 @@
-"""CIFAR-10-LT and CIFAR-100-LT from the official files of the Python version, read without executing anything that a file asks for."""
+"""CIFAR-10-LT and CIFAR-100-LT from the official files of the Python version, unpickled without executing code from them."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """What Python 3 writes bytes as in old protocols."""
+    """`codecs.encode`, by which old pickle protocols store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds numpy arrays out of plain data, and refuses everything else: a pickle may otherwise run any program."""
+    """Builds numpy arrays from plain data and rejects everything else, because a pickle can otherwise run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.replace("numpy._core", "numpy.core") == "numpy.core.multiarray" and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]  # numpy's own function, wherever this version of it keeps it
+            return np.empty(0).__reduce__()[0]  # its module depends on the version of numpy
         match module, name:
             case "numpy", "ndarray":
                 return np.ndarray
@@ -76,7 +76,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
             content = _Unpickler(file, encoding="bytes").load()
     except OSError:
         raise
-    except Exception as error:  # whatever an unpickler stumbles over in a file that is not one
+    except Exception as error:  # an unpickler raises many kinds of errors on invalid files
         raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a file of CIFAR's Python version: it holds a {type(content).__name__}, not a dictionary")
@@ -102,7 +102,7 @@ def _describe(value: object) -> str:
 
 
 def _find(files: _Files, data_dir: Path) -> Path | None:
-    """The folder of the official files, which `data_dir` holds or is; None if some are not there."""
+    """The folder of the official files: `data_dir` or a folder in it; None if files are missing."""
     for folder in (data_dir / files.folder, data_dir):
         if all((folder / name).is_file() for name in (*files.train, files.test)):
             return folder
@@ -110,9 +110,9 @@ def _find(files: _Files, data_dir: Path) -> Path | None:
 
 
 def _fetch(files: _Files, data_dir: Path, *, damaged: bool = False) -> Path:
-    """The folder of the official files, which are downloaded if they are not there, or `damaged`: torchvision compares their checksums.
+    """The folder of the official files, which are downloaded if they are missing or `damaged`; torchvision compares their checksums.
 
-    Runs that start side by side, as the processes of one do, take turns: the first fetches the files and the others find them, whole.
+    A lock makes processes that start at the same time wait for the first one, which downloads the files.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
     """The long-tailed training subset and the balanced test set of 10,000 images."""
     files, root = _FILES[name], Path(data_dir)
     folder = _find(files, root)
-    if download and (folder is None or os.access(root, os.W_OK)):  # where one can write, another run may still be unpacking what is there
+    if download and (folder is None or os.access(root, os.W_OK)):  # in a writable folder another run may still be unpacking
         folder = _fetch(files, root)
     if folder is None:
         raise _missing(files, root)

@@ -1,4 +1,4 @@
-"""One image file to 8-bit RGB, whatever its mode, and to the square that evaluation sees; and which files count as images at all."""
+"""Decoding of an image file of any mode to 8-bit RGB, the centre crop of evaluation, and which files count as images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from gclkern.training.extras import need
 from gclkern.training.names import printable
 
-# Formats that PIL only recognises and cannot decode by itself, and a container of pages that no one means by an image.
+# Formats that PIL recognises but cannot decode by itself, and PDF, which is not meant as an image.
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"))
 _SIXTEEN_BITS = 65535
 BILINEAR = 2  # PIL's number
@@ -29,15 +29,15 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_image(path: str, *, draft: bool = False) -> Any:
-    """The image as a PIL image of mode RGB, upright; of an animation or a stack the first frame.
+    """The image as a PIL image of mode RGB, rotated by its EXIF orientation; the first frame of an animation or a stack.
 
-    Colours and 8-bit grey stay as they are. Transparent images are laid on white. 16-bit grey is divided by 257, so that 0 to 65535 become 0 to 255: an image
-    that uses 12 bits of 16 comes out dark, but as bright as it is beside the others. Floats from 0 to 1 are multiplied by 255. Other floats and 32-bit
-    integers are refused, since their white is unknown.
+    Colours and 8-bit grey are unchanged. Transparent images are put on a white background. 16-bit grey is divided by 257, so that 0 to 65535 become 0 to 255:
+    images that use 12 of 16 bits are dark, but keep their brightness relative to each other. Floats from 0 to 1 are multiplied by 255. Other floats and
+    larger 32-bit integers are rejected, since the value of white is unknown.
 
     Args:
         path: the file.
-        draft: only whether it can be decoded matters, so a JPEG is read whole, but at an eighth of its size.
+        draft: for checking whether the file can be decoded: a JPEG is read completely, but at an eighth of its size.
 
     Raises:
         CorruptImageError: the file is missing, cannot be read or has values whose range is unknown; the message begins with its path.
@@ -58,7 +58,7 @@ def open_image(path: str, *, draft: bool = False) -> Any:
 
 
 def to_rgb(image: Any) -> Any:
-    """A PIL image of any mode in mode RGB, as :func:`open_image` says."""
+    """A PIL image of any mode converted to RGB, as :func:`open_image` describes."""
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(image).convert("RGB")
     if image.has_transparency_data:
@@ -85,7 +85,7 @@ def _grey(image: Any) -> Any:
 
 
 def middle(image: Any, *, resize: int, crop: int) -> Any:
-    """What evaluation sees of a PIL image: the square in its middle; one that has the size already stays as it is."""
+    """The image resized and centre-cropped for evaluation; unchanged if it has the size already."""
     width, height = image.size
     if width == height == crop:
         return image

@@ -1,4 +1,4 @@
-"""digits-lt: a long-tailed split of scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which come with the package: nothing to download."""
+"""digits-lt: a long-tailed split of the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn contains, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LARGEST = 140
 
 
 def load_digits(imbalance: float, profile: str, seed: int) -> DataSplits:
-    """A stratified fifth as test set, a long-tailed subset of the rest; the groups are terciles: limits of 100 and 20 samples would leave them nearly empty."""
+    """A stratified fifth as test set and a long-tailed subset of the rest. Groups are terciles, because limits of 100 and 20 samples would not divide them."""
     digits = need("sklearn.datasets", "the data set digits-lt").load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).to(torch.int64)

@@ -1,4 +1,4 @@
-"""The same image twice: in a list, under two labels, or in training and in test."""
+"""Finds images that occur twice: within a list, under two labels, or in both training and test set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gclkern.training.names import printable
 
-# Files are compared by content up to this many, which reads only those of equal size; beyond it by path alone.
+# Up to this many files are compared by content, which reads only files of equal size; more are compared by path.
 _COMPARED = 20_000
 
 
@@ -19,7 +19,7 @@ def _contents(paths: Sequence[str]) -> dict[str, Hashable]:
     for path in set(paths):
         try:
             sizes[path] = Path(path).stat().st_size
-        except OSError:  # whoever reads the image says so
+        except OSError:  # reported when the image is decoded
             continue
     shared = Counter(sizes.values())
     keys: dict[str, Hashable] = {}
@@ -32,7 +32,7 @@ def _contents(paths: Sequence[str]) -> dict[str, Hashable]:
 
 
 def duplicate_notes(train: tuple[Sequence[str], Sequence[int]], test: tuple[Sequence[str], Sequence[int]]) -> list[str]:
-    """A sentence for each kind of duplicates among training and test images, which are (paths, labels)."""
+    """A sentence for each kind of duplicate among the training and test images, given as (paths, labels)."""
     contents = _contents([*train[0], *test[0]]) if len(train[0]) + len(test[0]) <= _COMPARED else {}
     members: dict[Hashable, list[tuple[bool, str, int]]] = defaultdict(list)
     for tests, (paths, labels) in enumerate((train, test)):

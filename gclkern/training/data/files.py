@@ -1,4 +1,4 @@
-"""Data sets of image files: decoded once where they fit into memory, else in every epoch by worker processes."""
+"""Data sets of image files: decoded once if they fit into memory, else in every epoch by worker processes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from gclkern.training.extras import need
 from gclkern.training.names import printable
 
 OWN = ("list", "folder")  # data sets without published settings
-SMALL = 64  # pixels of a side up to which images are seen whole and only moved a little
+SMALL = 64  # image size in pixels up to which images are not cropped for evaluation and only shifted for training
 _LARGE = 224
 _MEMORY = 2 << 30
 _LOOKED_AT = 200
 _WORTH_A_BAR = 1000  # images, which take seconds to decode
 _REPAIR = "repair the file or take it out of the list, or pass `skip_corrupt` to leave out such images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SIZES_IN_DIGEST = 1000  # all of a large set's would take minutes on a network file system
+_SIZES_IN_DIGEST = 1000  # reading all file sizes of a large set would take minutes on a network file system
 
 
 class ImageFiles(NamedTuple):
@@ -44,7 +44,7 @@ class ImageFiles(NamedTuple):
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices])
 
     def digest(self) -> str:
-        """A hash of the labels, the file names and some files' sizes; folders do not count, since the same images may lie elsewhere."""
+        """A hash of the labels, the file names and the sizes of some files, without the folders, since the files may have been moved."""
         digest = hashlib.sha256(self.labels.numpy().data)
         for path in self.paths:
             digest.update(os.fsencode(os.path.basename(path)) + b"\0")  # noqa: PTH119 (a Path for each of a million files takes seconds)
@@ -58,19 +58,19 @@ class WorkerError(RuntimeError):
 
 
 class _Request(NamedTuple):
-    """A sample as a worker is asked for it."""
+    """A request for one sample, sent to a worker."""
 
     place: int
     seed: int
 
 
 def _resize(image_size: int) -> int:
-    """The shorter side to which images are resized before the centre crop of an evaluation; small ones have no border to lose."""
+    """The shorter side to which images are resized before the centre crop of evaluation; small images are not cropped."""
     return image_size if image_size <= SMALL else round(image_size * 256 / 224)
 
 
 class _Files(Dataset[Any]):
-    """Decodes image files in worker processes, for training a crop of `least_area` at least, else the middle."""
+    """Decodes image files in worker processes: a random crop of at least `least_area` for training, the centre crop if that is None."""
 
     def __init__(self, images: ImageFiles, image_size: int, least_area: float | None) -> None:
         self.images, self.size = images, image_size
@@ -79,7 +79,7 @@ class _Files(Dataset[Any]):
             self.crop = need("torchvision.transforms", "a data set of image files").RandomResizedCrop(image_size, scale=(least_area, 1))
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, int] | str:
-        """Pixels (3, H, W) uint8 and label, or what is wrong with the file, as an exception would arrive with the worker's traceback for a message."""
+        """Pixels (3, H, W) uint8 and label, or an error message, because an exception would arrive with the worker's traceback as its message."""
         try:
             image = open_image(self.images.paths[request.place])
         except CorruptImageError as error:
@@ -87,7 +87,7 @@ class _Files(Dataset[Any]):
         if self.crop is None:
             image = middle(image, resize=_resize(self.size), crop=self.size)
         else:
-            # torchvision's transforms draw from torch's own generator: the main process must find it as it was, and each sample has its own numbers
+            # torchvision's transforms use torch's global generator: seed it for each sample, and restore it for the main process
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(request.seed)
                 image = self.crop(image)
@@ -102,14 +102,14 @@ def _pixels(image: Any) -> Tensor:
 def _worker_processes(count: int) -> dict[str, Any]:
     """Arguments of a DataLoader for `count` workers.
 
-    On Linux they are forks, which was Python's own choice up to 3.13. Those of 3.14 are given the paths of all files and import torch anew in every epoch, and
-    end with a server process, which a signal to the process group reaches.
+    On Linux they are forked, Python's default up to 3.13. With the default of 3.14, a server process, workers receive all paths and import torch again in every
+    epoch, and die with the server, which receives signals to the process group.
     """
     return {"num_workers": count, "multiprocessing_context": "fork" if count and sys.platform == "linux" else None}
 
 
 def _own_group(_worker: int) -> None:
-    """Keep a worker from signals to the process group, which terminals and torchrun send: the main process needs it to end its step and save a checkpoint."""
+    """Protect a worker from signals that terminals and torchrun send to the process group: the main process needs it to finish its step before it stops."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
@@ -121,7 +121,7 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
     pixels, labels = zip(*samples, strict=True)
     batch = torch.stack(pixels), torch.tensor(labels)
     if get_worker_info() is not None:
-        # A queue would do this in a thread of the worker, whose failure nobody hears of: the main process would wait for the batch for ever.
+        # A queue would do this in a thread of the worker, whose errors are lost: the main process would wait forever.
         for tensor in batch:
             tensor.share_memory_()
     return batch
@@ -145,13 +145,13 @@ def _answers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def worker_problem(error: RuntimeError) -> str:
-    """What to say of a worker process that has failed."""
+    """The error message for a worker process that has failed."""
     cause = str(error).strip().splitlines()[-1]
     return f"a process that reads images has failed ({cause}); take `workers=0`, or make /dev/shm larger"
 
 
 class _Check(Dataset[str]):
-    """What is wrong with each file, "" for nothing."""
+    """An error message for each file, "" if it can be read."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -168,7 +168,7 @@ class _Check(Dataset[str]):
 
 
 def _leave_out_corrupt(images: ImageFiles, workers: int) -> tuple[ImageFiles, list[str]]:
-    """The images that can be read, and what is wrong with the others. Every file is read once."""
+    """The images that can be read, and error messages for the others. Every file is read once."""
     checks: DataLoader[str] = DataLoader(_Check(images.paths), batch_size=64, collate_fn=list, generator=torch.Generator(), **_worker_processes(workers))
     failures = [failure for batch in _answers(checks) for failure in batch]
     kept = torch.tensor([place for place, failure in enumerate(failures) if not failure], dtype=torch.int64)
@@ -176,7 +176,7 @@ def _leave_out_corrupt(images: ImageFiles, workers: int) -> tuple[ImageFiles, li
 
 
 class _Decoded(Dataset[Any]):
-    """Each image made square with `side` pixels, and the part of it that evaluation sees; without `side` that part itself."""
+    """Each image resized to a square of `side` pixels, with the fractions of its sides that the centre crop covers; without `side`, the centre crop."""
 
     def __init__(self, paths: Sequence[str], image_size: int, side: int | None) -> None:
         self.paths, self.size, self.side = paths, image_size, side
@@ -202,7 +202,7 @@ class _Decoded(Dataset[Any]):
 def _decode(
     images: ImageFiles, image_size: int, side: int | None, workers: int, *, skip_corrupt: bool, **settings: Any
 ) -> tuple[DecodedImages, list[str]]:  # fmt: skip
-    """All images, decoded once, and what is wrong with those that were left out."""
+    """All images, decoded once, and error messages for those that were left out."""
     loader: DataLoader[Any] = DataLoader(
         _Decoded(images.paths, image_size, side), batch_size=64, collate_fn=list, generator=torch.Generator(), **_worker_processes(workers)
     )
@@ -238,7 +238,7 @@ class DecodedImages(DeviceImages):
         return other
 
     def digest(self) -> str:
-        """That of the files."""
+        """The digest of the files."""
         return self.files.digest()
 
     def evaluation_transform(self) -> EvaluationTransform:
@@ -246,7 +246,7 @@ class DecodedImages(DeviceImages):
 
 
 class FileImages:
-    """Images that stay in their files: decoded and cropped by worker processes, augmented on the device."""
+    """Images that are decoded from their files in every epoch: decoded and cropped by worker processes, augmented on the device."""
 
     def __init__(self, images: ImageFiles, *, mean: Sequence[float], std: Sequence[float], image_size: int, workers: int, augment: str) -> None:
         self.files, self.labels = images, images.labels
@@ -262,7 +262,7 @@ class FileImages:
         return FileImages(self.files.take(indices), mean=self.mean, std=self.std, **settings)
 
     def digest(self) -> str:
-        """That of the files."""
+        """The digest of the files."""
         return self.files.digest()
 
     def evaluation_transform(self) -> EvaluationTransform:
@@ -284,7 +284,7 @@ class FileImages:
             collate_fn=_collate,
             worker_init_fn=_own_group,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # it draws a seed for its workers, which must not move torch's own generator
+            generator=torch.Generator(),  # the seed for the workers must not be drawn from torch's global generator
             **_worker_processes(self.workers),
         )
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -300,7 +300,7 @@ class FileImages:
 
 
 def _sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
-    """Width and height of images, from the heads of their files; those that cannot be read are left out."""
+    """Width and height of images, from the headers of their files; files that cannot be read are left out."""
     sizes = []
     for path in paths:
         try:
@@ -308,13 +308,13 @@ def _sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
                 sizes.append(file.size)
         except ImportError:
             raise
-        except Exception:  # whoever decodes it says what is wrong
+        except Exception:  # reported when the image is decoded
             continue
     return sizes
 
 
 def choose_size(paths: Sequence[str]) -> int:
-    """The usual shorter side of some of the images, at most 224; sizes that differ are rounded, to 8 pixels up to 64 and to 32 beyond."""
+    """The median shorter side of some of the images, at most 224. If sizes differ it is rounded, to multiples of 8 up to 64 and of 32 above."""
     shorter = sorted(min(size) for size in _sizes(paths[:: max(1, len(paths) // _LOOKED_AT)]))
     if not shorter:
         return _LARGE
@@ -338,10 +338,10 @@ def file_splits(
     skip_corrupt: bool,
     notes: Sequence[str] = (),
 ) -> DataSplits:
-    """A data set of image files: labels are checked, which must be 0 to C - 1 with training images for each, and duplicates are told.
+    """A data set of image files. Labels must be 0 to C - 1, each with training images; duplicates are reported.
 
-    Images that fit into 2 GiB as uint8 are decoded here, once, and augmented on the device; the limit is fixed, so that a set takes the same way on every
-    machine. The others stay in their files; with `skip_corrupt` these are read once to find those that cannot be.
+    If all images fit into 2 GiB as uint8, they are decoded here, once, and augmented on the device; the limit is fixed, so that a data set gives the same
+    results on every machine. Otherwise they are decoded in every epoch; with `skip_corrupt` all files are read once to find those that cannot be decoded.
     """
     num_classes = int(train.labels.max()) + 1 if class_names is None else len(class_names)
     if (highest := int(test.labels.max())) >= num_classes:
@@ -358,7 +358,7 @@ def file_splits(
             raise ValueError(f"classes without a training image: {named(missing)}; {remedy}")
         return counts
 
-    check_counts(train.labels)  # before the files are read, and again when some of them are left out
+    check_counts(train.labels)  # before the files are read, and again after some may have been left out
     if image_size is None:
         image_size = choose_size(train.paths)
         if image_size != _LARGE:
@@ -370,7 +370,7 @@ def file_splits(
     side = None if image_size <= SMALL else round(image_size * 256 / 224)
     fits = 3 * (len(train.paths) * (side or image_size) ** 2 + len(test.paths) * image_size**2) <= _MEMORY
     if fits and side is not None and set(_sizes(train.paths)) == {(image_size, image_size)}:
-        side = None  # what has the size already is not resized
+        side = None  # all images have this size already
     for images, part, extent in ((train, "training", side), (test, "test", None)):
         if fits:
             decoded, failures = _decode(images, image_size, extent, workers, skip_corrupt=skip_corrupt, **settings)

@@ -1,4 +1,4 @@
-"""Folders with one folder of images for each class: walked, and split where they bring no test set."""
+"""Data sets with one folder of images for each class: finding the images, and splitting off a test set if there is none."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from gclkern.training.names import printable
 
 _TRAIN, _TEST, _VAL = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 _TEST_SHARE = 0.2
-# What file servers and archives leave beside images: thumbnails and resource forks, which look like images.
+# Folders of file servers and archives with thumbnails and resource forks, whose names look like images.
 _SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX"))
 
 
 def find_images(folder: Path, root: Path | None = None) -> tuple[list[str], Counter[str]]:
     """The image files below a folder in alphabetical order, and how many entries of which kind were left out.
 
-    Links are followed, but not back into a folder that is being walked, nor into `root`, the folder of all classes. Hidden entries and those that file servers
-    leave count as one each.
+    Links are followed, except to a folder above them and to `root`, the folder of all classes. Hidden entries and system folders count as one each.
     """
     found: list[str] = []
     left_out: Counter[str] = Counter()
@@ -54,7 +53,7 @@ def find_images(folder: Path, root: Path | None = None) -> tuple[list[str], Coun
 
 
 def _identity(path: str) -> tuple[int, int]:
-    """What tells a folder from all others, whatever its path."""
+    """Identifies a folder independently of its path."""
     status = os.stat(path)  # noqa: PTH116 (millions of files: plain strings)
     return status.st_dev, status.st_ino
 

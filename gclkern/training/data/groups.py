@@ -1,4 +1,4 @@
-"""Many-, medium- and few-shot classes: the three groups that long-tailed results are told by."""
+"""Many-, medium- and few-shot classes: the three groups for which long-tailed results are reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GROUPS = ("many", "medium", "few")
 
 
 def _named(members: Sequence[Sequence[int]]) -> dict[str, list[int]]:
-    """The groups by name without the empty ones: a group without classes has no accuracy, which is not the same as 0."""
+    """The groups by name, without empty ones: their accuracy is undefined, not 0."""
     return {name: sorted(classes) for name, classes in zip(GROUPS, members, strict=True) if classes}
 
 
@@ -28,7 +28,7 @@ def count_groups(class_counts: Sequence[int], many: int = 100, few: int = 20) ->
 
 
 def tercile_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
-    """Thirds of the classes from the most frequent to the rarest, for sets too small for fixed limits; where three does not divide them, the first are larger.
+    """Thirds of the classes from the most frequent to the rarest, for sets too small for fixed limits. If 3 does not divide their number, the first are larger.
 
     Example:
         >>> tercile_groups([140, 70, 35, 10])

@@ -1,4 +1,4 @@
-"""What a data set is recognised by when a run is resumed or a checkpoint is evaluated: class names, counts, and digests of the images and labels."""
+"""The identity of a data set, compared when a run is resumed or a checkpoint is evaluated: class names, counts, and digests of the images and labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DataIdentity(TypedDict):
 def class_difference(then: DataIdentity, now: DataIdentity) -> str | None:
     """How the classes of two data sets differ, as a sentence; None if they are the same.
 
-    Classes without names are told apart by their training counts.
+    Classes without names are compared by their training counts.
 
     Example:
         >>> a = DataIdentity(name="folder", class_names=["cat", "dog"], class_counts=[9, 3], images={}, digests={})

@@ -1,4 +1,4 @@
-"""What training sees of a data set: images by index, and batches of an epoch whose augmentation depends only on the epoch's seed and a sample's place in it."""
+"""Sets of images and their batches. The augmentation of a sample depends only on the seed of the epoch and the sample's position in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gclkern.training.data.augment import COLUMNS, augment_batch, parse_augmenta
 from gclkern.training.data.identity import DataIdentity
 from gclkern.validation import resolve_seed
 
-# Keeps the augmentation's stream apart from the noise and the samplers, which may run with the same seed.
+# Makes the numbers of augmentation independent of the noise and the samplers, which may use the same seed.
 _STREAM = 0x3C6EF372A54FF53A
 # Pixels augmented at once: on a GPU small batches would cost more in kernel launches than in work, on a CPU large ones leave its caches.
 _DEVICE_PIXELS = 1 << 22
@@ -24,7 +24,7 @@ _CPU_PIXELS = 1 << 18
 
 
 class Epoch(NamedTuple):
-    """An epoch of training as a rank goes on with it: what the augmentation of its samples depends on, beside their place."""
+    """Seed and position of a rank in an epoch, on which the augmentation of its samples depends."""
 
     seed: int
     position: int = 0  # samples of the epoch that this rank has already done, as for the samplers
@@ -32,7 +32,7 @@ class Epoch(NamedTuple):
     rank: int = 0
 
     def places(self, start: int, count: int) -> Tensor:
-        """Places in the whole epoch of `count` of this rank's samples, from its `start`-th one from here on: the numbering of gclkern.samplers."""
+        """Positions in the epoch over all ranks, numbered as in gclkern.samplers, of this rank's samples `start` to `start + count - 1` after `position`."""
         return torch.arange(self.position + start, self.position + start + count) * self.num_replicas + self.rank
 
 
@@ -45,7 +45,7 @@ def uniform_numbers(seed: int, places: Tensor, count: int) -> Tensor:
 
 
 class EvaluationTransform(TypedDict):
-    """From an image with values in [0, 1] to the network's input. An image of crop x crop pixels already is only normalised."""
+    """The transform from an image with values in [0, 1] to the network's input. An image of crop x crop pixels is only normalised."""
 
     resize: int  # pixels of the shorter side
     crop: int  # pixels of a side of the centre crop that follows
@@ -54,7 +54,7 @@ class EvaluationTransform(TypedDict):
 
 
 class ImageSet(Protocol):
-    """Images with labels. `device` is where batches are wanted."""
+    """Images with labels."""
 
     labels: Tensor  # (M,) int64, on the CPU
     augment: str  # the augmentation of training, as parse_augmentation takes it
@@ -76,14 +76,14 @@ class ImageSet(Protocol):
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of each batch of indices, on the device; images (B, C, H, W) are normalised float32.
 
-        In an epoch of training they are augmented. The augmentation of a sample depends on the epoch's seed and its place in the epoch alone, so a resumed
-        epoch goes on as it would have, and several ranks augment as one process does.
+        If `epoch` is given they are augmented. The augmentation of a sample depends only on the epoch's seed and its position in the epoch, so it is the same
+        in a resumed epoch and for any number of ranks.
         """
         ...
 
 
 class DeviceImages:
-    """A set of images that lives on the device as uint8 and is augmented there, many samples at once."""
+    """A set of images that is stored on the device as uint8 and augmented there in large batches."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class DeviceImages:
     ) -> None:
         """`images` (M, C, H, W) uint8, `labels` (M,); `mean` and `std` of each channel, of values in [0, 1].
 
-        Photos are kept a little larger than `image_size` and made square; `views` (M, 2) are then height and width of the part that evaluation sees, a square
-        of the photo, as shares of its sides. Without them images are as they are.
+        Photos are stored as squares a little larger than `image_size`. `views` (M, 2) is then the height and width of the centre crop of evaluation, a square
+        in the original photo, as fractions of its sides. Without `views`, images are used unchanged.
         """
         self.images, self.labels, self.views = images, labels.to("cpu", torch.int64), views
         self.augment, self.image_size = augment, image_size or images.shape[-1]
@@ -156,7 +156,7 @@ class DeviceImages:
 
 
 def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Sequence[int]]]:
-    """Consecutive batches, at least `least` samples together but at the end."""
+    """Groups of consecutive batches with at least `least` samples, except the last group."""
     chunk: list[Sequence[int]] = []
     size = 0
     for batch in batches:
@@ -173,7 +173,7 @@ def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Seque
 class DataSplits:
     """A data set ready for training.
 
-    The groups are those of the whole long-tailed training set, so that a held-out part does not move classes between them.
+    The groups are computed before images are held out, so that holding out does not move classes between them.
     """
 
     name: str
@@ -190,7 +190,7 @@ class DataSplits:
 
     @cached_property
     def identity(self) -> DataIdentity:
-        """What a resumed run and an evaluated checkpoint compare."""
+        """Compared when a run is resumed or a checkpoint is evaluated."""
         parts = {"training": self.train, "held-out": self.holdout, "test": self.test}
         return {
             "name": self.name,

@@ -1,4 +1,4 @@
-"""Image files named by lists: those of ImageNet-LT, Places-LT and iNaturalist 2018, and a user's own."""
+"""Data sets given by lists of image files: ImageNet-LT, Places-LT, iNaturalist 2018, and users' own lists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LISTS = tuple(_LISTS)
 
 
 class ImageList(NamedTuple):
-    """A list as it is written: paths, labels (M,), and for messages the file and the number of each line."""
+    """The contents of a list: paths, labels (M,), and for error messages the file and the line numbers."""
 
     source: Path
     paths: list[str]
@@ -80,7 +80,7 @@ def read_list(path: str | os.PathLike[str]) -> ImageList:
 
 
 def _cause(line: str) -> str:
-    """What is probably wrong with a line, or with a path that leads nowhere; empty if nothing looks odd."""
+    """The probable error in a line, or in a path that does not exist; empty if there is no guess."""
     if line.startswith(("#", "//")):
         return "; a list has no comments, remove the line"
     if line.startswith(('"', "'")):
@@ -95,9 +95,9 @@ def _cause(line: str) -> str:
 
 
 def _places_candidates(folder: PurePosixPath, class_folder: PurePosixPath | None) -> Iterator[PurePosixPath]:
-    """Where the two layouts of Places keep the images that a list has in `folder`; `class_folder` is where it has the training images of their class.
+    """Folders that may hold the images that a list has in `folder`, in both layouts of Places; `class_folder` has their class's training images.
 
-    The small-image archive has data_256/a/apartment_building/outdoor/ and val_256/, the other one train/apartment_building-outdoor/ and val/airfield/.
+    The archive of small images has data_256/a/apartment_building/outdoor/ and val_256/, the other one train/apartment_building-outdoor/ and val/airfield/.
     """
     yield folder
     top, *names = folder.parts or ("",)
@@ -126,7 +126,7 @@ _CANDIDATES = {"places-lt": _places_candidates, "imagenet-lt": _imagenet_candida
 
 
 def _locate(name: str, root: Path, listed: ImageList, class_folders: dict[int, PurePosixPath], *, incomplete: bool) -> ImageFiles:
-    """The files of a list under `root`, with none missing unless it may be `incomplete`. A folder is looked up and listed once, no file is opened."""
+    """The files of a list under `root`. Unless `incomplete`, a missing file raises an error. Each folder is listed once, and no file is opened."""
     found: dict[tuple[PurePosixPath, int], Path] = {}
     held: dict[Path, set[str]] = {}
     located = []
@@ -162,7 +162,7 @@ def load_lists(
     workers: int,
     skip_corrupt: bool,
 ) -> DataSplits:
-    """A data set of list files, known by name or a user's own ("list"); without arguments for them the known lists are looked for in `data_dir`."""
+    """A data set of list files: a published one by name, whose lists are by default in `data_dir`, or a user's own ("list")."""
     root, known = Path(data_dir), _LISTS.get(name)
     if known is None and (train_list is None or test_list is None):
         raise ValueError("the data set 'list' needs `train_list` and `test_list`, text files with a line `relative/path label` for each image")

@@ -1,4 +1,4 @@
-"""Long-tailed subsets of balanced data sets, and stratified splits. numpy's RandomState never changes its stream, so a seed means the same samples for ever."""
+"""Long-tailed subsets of balanced data sets, and stratified splits. The stream of numpy's RandomState is frozen, so a seed always gives the same samples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def profile_counts(num_classes: int, largest: int, imbalance: float, profile: st
 
 
 def choose_subset(labels: Tensor, counts: Sequence[int], seed: int) -> Tensor:
-    """Which samples make up the long-tailed set: (sum of counts,) indices, class after class.
+    """Indices of the samples in the long-tailed set, (sum of counts,), class after class.
 
     The reference subset of CIFAR-LT: seed numpy, then for each class in ascending order shuffle the indices of its samples and take the first n.
     """
