@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy papers --data-dir data --jobs 8      # on a GPU: full schedules, three seeds
     python -m benchmarks.accuracy papers --jobs 8 --seconds 540        # what fits into nine minutes; the same command goes on
+    python -m benchmarks.accuracy papers --data cifar100-lt --jobs 8 --seconds 200    # ResNet-32's rows side by side in the minutes that a GPU has left
     python -m benchmarks.accuracy cpu --jobs 2                         # schedules short enough for a CPU
     python -m benchmarks.accuracy papers --data cifar100-lt --methods ce gcl-stage1 gcl --seeds 0
 

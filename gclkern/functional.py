@@ -104,7 +104,8 @@ def gcl_cross_entropy(
         ValueError, TypeError: an argument is wrong; the message names it, its value and the remedy. On a GPU labels are not read (that would
             synchronise): a label out of range makes that row's loss NaN. :func:`gclkern.set_debug` enables the check.
 
-    Gradients exist for `cosine` and `bias`; backward may be repeated, a second derivative is not supported.
+    Gradients exist for `cosine` and `bias`; backward may be repeated, a second derivative is not supported. On a GPU the rows of the gradient of `cosine`
+    are padded to 128 elements: autograd passes it on as it is, but copies it once where `cosine` is a leaf whose C is no multiple of 128.
 
     Example:
         >>> import torch, gclkern

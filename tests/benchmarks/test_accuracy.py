@@ -221,3 +221,20 @@ def test_options_replace_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(accuracy, "run_all", run_all)
     accuracy.main(["papers", "--methods", "gcl", "--seeds", "3", "4", "--imbalance", "50", "--results", str(tmp_path)])
     assert asked == runs_of(Table(("cifar100-lt", "cifar10-lt"), (50.0,), ("gcl",), (3, 4)))
+
+
+def test_the_minutes_left_of_a_gpu_go_to_rows_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of the module's docstring: CIFAR-100-LT in full schedules, first seeds first, and no more than the given seconds."""
+    asked: dict[str, Any] = {}
+
+    def run(bench: Bench, runs: list[Run], *, jobs: int, seconds: float) -> list[Run]:
+        asked.update(runs=runs, jobs=jobs, seconds=seconds)
+        return []
+
+    monkeypatch.setattr(accuracy, "run_all", run)
+    places = ["--runs", str(tmp_path), "--results", str(tmp_path)]
+    accuracy.main(["papers", "--data", "cifar100-lt", "--jobs", "8", "--seconds", "200", *places])
+    assert (asked["jobs"], asked["seconds"]) == (8, 200)
+    assert {(run.data, run.epochs_scale) for run in asked["runs"]} == {("cifar100-lt", 1.0)}
+    assert [run.seed for run in asked["runs"]] == sorted(run.seed for run in asked["runs"])
+    assert train.parse_arguments(asked["runs"][0].arguments).config.capture is None, "a step is captured where that is possible"
