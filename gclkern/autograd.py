@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.devices import without_autocast
+from gclkern.devices import refuse_transforms, without_autocast
 from gclkern.dispatch import operator
 from gclkern.kernels.terms import LossTerms
 
@@ -49,6 +49,7 @@ class LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the loss", grad_loss)
         (cosine, *saved), terms = saved_terms(ctx)
         bias_grad = ctx.needs_input_grad[1]
         with without_autocast(cosine.device.type):
@@ -72,6 +73,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the loss", grad_loss)
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
         with without_autocast(features.device.type):
@@ -95,6 +97,7 @@ class DROLTBound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the loss", grad_loss)
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         with without_autocast(features.device.type):
@@ -121,6 +124,7 @@ class SupervisedContrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the loss", grad_loss)
         features, prototypes, class_counts, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         with without_autocast(features.device.type):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
-from gclkern.devices import values_may_be_read
+from gclkern.devices import refuse_transforms, values_may_be_read
 from gclkern.dispatch import BACKENDS, PLANS
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
 from gclkern.kernels.terms import statistics_dtype
@@ -106,6 +106,8 @@ class _ClassLoss(PreciseBuffers):
 
     def _check_classes(self, name: str, matrix: object, dim: int) -> None:
         """Refuse a matrix of other classes by the argument that the user gave, class_counts: the vectors are made of it."""
+        if isinstance(matrix, Tensor):
+            refuse_transforms(name, matrix)
         if self.num_classes is not None and isinstance(matrix, Tensor) and matrix.dim() == 2 and matrix.shape[dim] != self.num_classes:
             what = "columns" if dim == 1 else "rows"
             raise ValueError(f"{name} must have {self.num_classes} {what}, one for each of class_counts, got shape {tuple(matrix.shape)}")

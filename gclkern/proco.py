@@ -143,7 +143,7 @@ class ProCoLoss(RankState):
         unit = unit_rows(features)
         if self.training:
             detached = unit.detach().float()
-            sums, counts = operator("segment_sums", resolve_backend("auto", detached))(detached, target, self.num_classes)
+            sums, counts = operator("segment_sums", resolve_backend("auto", detached), detached)(detached, target, self.num_classes)
             self.sums += sums
             self.counts += counts
         directions, concentration = self.distributions()

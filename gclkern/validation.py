@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gclkern.devices import autocast_is_on, values_may_be_read
+from gclkern.devices import autocast_is_on, refuse_transforms, values_may_be_read
 from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.options import Reduction
 from gclkern.soft_labels import mixed_targets
@@ -145,6 +145,7 @@ def check_matrix(name: str, value: object) -> Tensor:
     """A non-empty floating-point matrix."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    refuse_transforms(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     if value.dim() != 2:

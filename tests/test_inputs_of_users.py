@@ -136,6 +136,28 @@ def test_a_dtensor_is_told_of_its_remedies() -> None:
         gclkern.LinearGCLLoss(COUNTS)(cosines(4, 5), weight, labels(4, 3))
 
 
+@pytest.mark.parametrize("kind", ["grad", "vmap", "is_grads_batched"])
+def test_transforms_are_refused_by_name(kind: str) -> None:
+    features, target = cosines(4, 5).requires_grad_(), labels(4, 3)
+    weight = cosines(3, 5, seed=2)
+
+    def losses(x: Tensor) -> list[Tensor]:
+        return [gclkern.GCLLoss(COUNTS)(x @ weight.T, target), gclkern.LinearGCLLoss(COUNTS)(x, weight, target),
+                gclkern.functional.dro_lt_loss(x, target, weight, 0.1), gclkern.SupConLoss()(x, target % 2)]  # fmt: skip
+
+    def transformed(place: int) -> None:
+        if kind == "grad":
+            torch.func.grad(lambda x: losses(x)[place])(features.detach())
+        elif kind == "vmap":
+            torch.func.vmap(lambda x: losses(x)[place])(features.detach().expand(2, 4, 5))
+        else:
+            torch.autograd.grad(losses(features)[place], features, torch.ones(3), is_grads_batched=True)
+
+    for place in range(4):
+        with pytest.raises(RuntimeError, match=r"torch\.func transform .* of is_grads_batched=True, which the losses of gclkern do not support"):
+            transformed(place)
+
+
 # ---- modules that were on the meta device, or were emptied
 
 
