@@ -41,11 +41,11 @@ SegmentSums = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows over their norms, and the inverse norms, 0 where a row has no direction."""
+    """Rows over their norms, contiguous, as the kernels read them, whatever the strides of `rows`; and the inverse norms, 0 where a row has no direction."""
     rows = rows.to(dtype)
     norm = torch.linalg.vector_norm(rows, dim=1)
     inverse = norm.reciprocal().masked_fill_(norm <= SMALLEST_NORM, 0.0)
-    return torch.where((inverse == 0.0)[:, None], 0.0, rows * inverse[:, None]), inverse
+    return torch.where((inverse == 0.0)[:, None], 0.0, rows * inverse[:, None]).contiguous(), inverse
 
 
 def _dense_labels(target: Tensor) -> Tensor:

@@ -29,6 +29,13 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 every_loss = pytest.mark.parametrize("operation", LOSSES, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def _has_the_backend(request: pytest.FixtureRequest) -> None:
+    given = getattr(request.node, "callspec", None)
+    if given is not None and given.params.get("backend", "auto") not in ("auto", *getattr(given.params.get("operation"), "backends", ("auto",))):
+        pytest.skip("has no such backend")
+
+
 def call(operation: Operation, backend: str) -> Callable[..., Tensor]:
     return functools.partial(operation.function, backend=backend)
 
@@ -234,6 +241,8 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("layout", ["transposed", "every second", "offset", "expanded rows", "expanded columns"])
 def test_any_strides(operation: Operation, layout: str, backend: str, device: torch.device) -> None:
     arguments = operation.sample(device=device)
+    if layout == "expanded columns" and "prototypes" in arguments:
+        pytest.skip("rows that are always normalised have no gradient there but rounding")
     if "linear_weight" in arguments:
         # columns that are all equal give cosines of +-1, where the gradient is a difference of equal numbers
         arguments |= {"normalize": False, "scale": 0.5}

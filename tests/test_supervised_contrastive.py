@@ -14,6 +14,7 @@ from gclkern.functional import supervised_contrastive
 from gclkern.torch_backend import contrastive_loss as torch_contrastive_loss
 from tests.support.cases import HALVES, REDUCTIONS
 from tests.support.comparison import ROUNDING
+from tests.support.oracle import supervised_contrastive as oracle
 
 # numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -35,36 +36,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "decoupled": {"include_own_class": False},
     "decoupled BCL": {"prototypes": True, "class_counts": True, "include_own_class": False},
 }
-
-
-def unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
-def oracle(
-    features: Tensor, target: Tensor, prototypes: Tensor | None = None, class_counts: Tensor | None = None, temperature: float = 0.1,
-    include_samples: bool = True, include_own_class: bool = True, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """The formula by its letters, on float64 tensors."""
-    x, terms, anchors = unit(features), [], 0
-    keys, classes = (x, target) if include_samples else (x[:0], target[:0])
-    if prototypes is not None:
-        keys, classes = torch.cat((keys, unit(prototypes))), torch.cat((classes, torch.arange(len(prototypes))))
-    for i, label in enumerate(target.tolist()):
-        logits = keys @ x[i] / temperature
-        other = torch.ones(len(keys), dtype=torch.bool)
-        if include_samples:
-            other[i] = False
-        positive = other & (classes == label)
-        if not positive.any():
-            terms.append(x[i].sum() * 0)
-            continue
-        anchors += 1
-        counted = other if include_own_class else other & ~positive
-        counts = torch.ones(len(keys), dtype=torch.float64) if class_counts is None else class_counts[classes] - positive.double()
-        terms.append((logits - counts.log())[counted].logsumexp(0) - logits[positive].mean())
-    stacked = torch.stack(terms)
-    return stacked if reduction == "none" else stacked.sum() / (anchors if reduction == "mean" else 1)
 
 
 def problem(rows: int, classes: int, dim: int, form: dict[str, Any], seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
 from gclkern.kernels.terms import PREFIXES
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, cosines, labels, option_sets, vector
@@ -35,6 +35,7 @@ class Operation:
     narrow: tuple[str, ...] = ()  # arguments that may have 16 bits
     grid: bool = True  # whether it draws noise at row_offset and class_offset
     batch: bool = False  # whether a row's loss depends on the other rows
+    backends: tuple[str, ...] = ("torch", "cpu", "triton")
     wrong: tuple[Wrong, ...] = ()  # changes of the call VALID[name]
 
     def __str__(self) -> str:
@@ -119,6 +120,19 @@ def _bound_samples(rows: int) -> dict[str, Options]:
     }
 
 
+def _contrastive_samples(rows: int) -> dict[str, Options]:
+    generator = torch.Generator().manual_seed(0)
+    features, prototypes = torch.randn(rows, DIM, generator=generator), torch.randn(CLASSES, DIM, generator=generator)
+    target = labels(rows, 4)
+    given: Options = {"features": features, "target": target, "temperature": 0.5}
+    counts = (target.bincount(minlength=CLASSES) + 1).float()
+    return {
+        "plain": given,
+        "everything": given | {"prototypes": prototypes, "class_counts": counts},
+        "prototypes alone": given | {"prototypes": prototypes, "include_samples": False, "include_own_class": False},
+    }
+
+
 def _centroids(features: Tensor, target: Tensor, num_classes: int, backend: str = "auto") -> Tensor:
     """The means; the public function has no choice of a backend, so each one is reached by its operator."""
     if backend == "auto":
@@ -155,6 +169,11 @@ OPERATIONS = [
         "dro_lt_loss", dro_lt_loss, oracle.dro_lt_loss, _bound_samples,
         {"features": "rows dims", "target": "rows", "centroids": "classes dims", "epsilon": "classes", "class_weight": "classes"},
         leaves=("features", "epsilon"), narrow=("features",), grid=False, batch=True, wrong=BOUND,
+    ),
+    Operation(
+        "supervised_contrastive", supervised_contrastive, oracle.supervised_contrastive, _contrastive_samples,
+        {"features": "rows dims", "target": "rows", "prototypes": "classes dims", "class_counts": "classes"}, leaves=("features", "prototypes"),
+        narrow=("features",), grid=False, batch=True, backends=("torch", "triton"),
     ),
     Operation(
         "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,

@@ -194,3 +194,29 @@ def class_centroids(features: Tensor, target: Tensor, num_classes: int) -> Tenso
     """The mean of each class's rows (C, D), 0 without any."""
     own = [features[target == c] for c in range(num_classes)]
     return torch.stack([rows.mean(0) if len(rows) else torch.zeros(features.shape[1], dtype=features.dtype) for rows in own])
+
+
+def supervised_contrastive(
+    features: Tensor, target: Tensor, prototypes: Tensor | None = None, class_counts: Tensor | None = None, temperature: float = 0.1,
+    include_samples: bool = True, include_own_class: bool = True, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """Each sample's softmax over its keys, the other samples and the prototypes, on float64 tensors."""
+    x, terms, anchors = unit_rows(features), [], 0
+    keys, classes = (x, target) if include_samples else (x[:0], target[:0])
+    if prototypes is not None:
+        keys, classes = torch.cat((keys, unit_rows(prototypes))), torch.cat((classes, torch.arange(len(prototypes))))
+    for i, label in enumerate(target.tolist()):
+        logits = keys @ x[i] / temperature
+        other = torch.ones(len(keys), dtype=torch.bool)
+        if include_samples:
+            other[i] = False
+        positive = other & (classes == label)
+        if not positive.any():
+            terms.append(x[i].sum() * 0)
+            continue
+        anchors += 1
+        counted = other if include_own_class else other & ~positive
+        counts = torch.ones(len(keys), dtype=torch.float64) if class_counts is None else class_counts[classes] - positive.double()
+        terms.append((logits - counts.log())[counted].logsumexp(0) - logits[positive].mean())
+    stacked = torch.stack(terms)
+    return stacked if reduction == "none" else stacked.sum() / (anchors if reduction == "mean" else 1)
