@@ -52,6 +52,8 @@ def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: La
 @pytest.mark.parametrize(("value", "expected"), [("high", "tf32"), ("tf32", "tf32"), ("highest", "ieee"), ("ieee", "ieee")])
 def test_float32_products_follow_both_settings_of_their_precision(launches: Launches, device: torch.device, value: str, expected: str) -> None:
     """Where the new one chose tf32, to ask for the old one is an error."""
+    from gclkern.kernels.products import library_serves
+
     features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
     try:
         if value.startswith("high"):
@@ -62,7 +64,7 @@ def test_float32_products_follow_both_settings_of_their_precision(launches: Laun
     finally:
         torch.set_float32_matmul_precision("highest")
     products = [launch for launch in launches if "PRECISION" in launch.kernel.arg_names]
-    assert len(products) == 3
+    assert len(products) == (2 if library_serves(torch.float32, torch.float32, device) else 3)
     assert {launch.argument("PRECISION") for launch in products} == {expected}
 
 
