@@ -1,7 +1,7 @@
-"""The losses' operators on a CPU, as compiled loops over rows. Importing this package registers `gclkern::cpu_*`, of the kernels' signatures.
+"""The losses' operators on a CPU, as compiled loops over rows. Importing this package registers `gclkern::cpu_*`, with the kernels' signatures.
 
-The loops (native/*.c) are compiled when the package is installed, where there is a C compiler. They compute in float32; float64 and GPUs are served by
-gclkern.torch_backend, which is also their reference.
+The loops (native/*.c) are compiled when the package is installed, where there is a C compiler. They compute in float32; float64 tensors use
+gclkern.torch_backend.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from gclkern.kernels.terms import implements, shapes_of
 
 @implements("segment_sums", "cpu")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The twin of gclkern.kernels.centroids.segment_sums."""
+    """The same as gclkern.kernels.centroids.segment_sums."""
     rows, dim = features.shape
     target = target.contiguous()
     sums = torch.empty((num_classes, dim), dtype=torch.float32, device="cpu")

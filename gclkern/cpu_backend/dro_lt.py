@@ -1,4 +1,4 @@
-"""The DRO-LT bound: distances, softmax over the samples and gradients, a row for each class of the batch."""
+"""The DRO-LT bound: distances, softmax over the samples, and gradients, with one row for each class of the batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gclkern.kernels.terms import implements, shapes_of
 
 
 def _saved(features: Tensor, target: Tensor, centroids: Tensor) -> list[Tensor]:
-    """Room for distances (R, N), statistics (4, R), classes (R,) and labels (N,), with R = min(N, C) rows; what is not needed stays untouched."""
+    """Buffers for distances (R, N), statistics (4, R), classes (R,) and labels (N,), with R = min(N, C) rows; unused rows are not written."""
     samples = features.shape[0]
     rows = torch.sym_min(samples, centroids.shape[0])
     return [centroids.new_empty((rows, samples)), centroids.new_empty((4, rows)), target.new_empty(rows), target.new_empty(samples)]
@@ -24,7 +24,7 @@ def _epsilon_stride(epsilon: Tensor) -> int:
 def dro_lt_forward(
     features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, temperature: float, reduction: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """The twin of gclkern.kernels.dro_lt.dro_lt_forward."""
+    """The same as gclkern.kernels.dro_lt.dro_lt_forward."""
     saved = _saved(features, target, centroids)
     features, centroids = features.to(torch.float32).contiguous(), centroids.contiguous()
     losses = centroids.new_empty(features.shape[0])
@@ -44,7 +44,7 @@ def dro_lt_backward(
     grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
     temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The twin of gclkern.kernels.dro_lt.dro_lt_backward."""
+    """The same as gclkern.kernels.dro_lt.dro_lt_backward."""
     dtype = features.dtype
     features, centroids, grad_loss = features.to(torch.float32).contiguous(), centroids.contiguous(), grad_loss.to(torch.float32).contiguous()
     distance, _, classes, _ = saved

@@ -1,7 +1,7 @@
 """The loss of a classifier head: features (N, D) against one weight row for each class (C, D), without a normalised copy of the weights.
 
-The three or four products are torch's; between them compiled loops pass over a row once. gclkern.torch_backend.head has the formulas and the plans. One thing
-is cheaper here: <p_j, w_j> is taken where dw_j is written, from rows in the cache, so no second matrix (N, C) exists.
+The three or four matrix products are torch's; between them, compiled loops make one pass over each row. The formulas and plans are in
+gclkern.torch_backend.head, with one difference: <p_j, w_j> is computed when dw_j is written, from rows in the cache, so no second matrix (N, C) is needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gclkern.cpu_backend.logit_loss import STATISTICS, pass_terms
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 _CHUNK_BYTES = 16 * 2**20  # of cosines: far above what a product needs to run at full speed
-_PANEL_BYTES = 2 * 2**20  # of cosines: stays in the cache and in the shadow of every other tensor
-_MIN_CLASSES = 64  # thinner products waste the machine
+_PANEL_BYTES = 2 * 2**20  # of cosines: fits the cache, and is small beside the other tensors
+_MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows that are worked on at a time: with their gradient they stay in the third-level cache
 _BLOCK = 512  # BLOCK of native/vector.h
-# Stands for 1 / |w_j| where the norm counts as 0: cosines below 1e-32, and still a number that the bias gradient can divide by.
+# Replaces 1 / |w_j| where the norm counts as 0: it makes cosines smaller than 1e-32, and unlike 0, the bias gradient can be divided by it.
 _NO_DIRECTION = 1e-20
 
 
@@ -48,7 +48,7 @@ def _project(products: Tensor, matrix: Tensor, inverse: Tensor | None, no_direct
 
 
 def _times_rows(matrix: Tensor, factor: Tensor) -> Tensor:
-    """Rows times their factor; 0 where that is 0, whatever the row holds."""
+    """Rows times their factor; 0 where the factor is 0, even if the row holds NaN."""
     product = matrix * factor.unsqueeze(1)
     return product if bool(factor.all()) else product.masked_fill_((factor == 0).unsqueeze(1), 0.0)
 
@@ -97,7 +97,7 @@ class _Head:
         self, name: str, matrix: Tensor, chunk: slice, inverse: Tensor | None, statistics: Tensor, *, sums: Tensor | None = None, losses: Tensor | None = None,
         loss: Tensor | None = None, denominator: Tensor | None = None, block_peaks: Tensor | None = None, in_place: bool = False,
     ) -> None:  # fmt: skip
-        """One of the library's functions over a chunk; `in_place` leaves the gradient, over the norms of the classes, where the products were."""
+        """Call a function of the library on a chunk; `in_place` overwrites the products by the gradient, divided by the norms of the classes."""
         columns = chunk.stop - chunk.start
         kept = None if block_peaks is None else matrix
         arguments = Logits(
@@ -114,7 +114,7 @@ def _empty(*shape: int) -> Tensor:
 
 @implements("head_forward", "cpu")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    """The twin of gclkern.kernels.head.head_forward."""
+    """The same as gclkern.kernels.head.head_forward."""
     *some, normalize, plan, for_backward = args
     terms = LossTerms(*some)
     head = _Head(features, linear_weight, terms, normalize, plan)
@@ -147,11 +147,11 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
 
 @implements("head_backward", "cpu")
 def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of gclkern.kernels.head.head_backward."""
+    """The same as gclkern.kernels.head.head_backward."""
     *some, normalize, plan, features_grad, weight_grad, bias_grad = args
     terms = LossTerms(*some)
     head = _Head(features, linear_weight, terms, normalize, plan)
-    feature_inverse, class_inverse, denominator, kept = saved  # kept are the gradient without the upstream one, or the statistics that make it again
+    feature_inverse, class_inverse, denominator, kept = saved  # kept: the gradient without the upstream factor, or the statistics to recompute it
     inverse = class_inverse if normalize else None
     upstream = _without_ignored((grad_loss.to(torch.float32) / denominator).expand(head.num_rows), terms)
     scaled = _times_rows(head.features, feature_inverse * upstream) if weight_grad else None

@@ -1,7 +1,7 @@
-"""The compiled library of this package: where it is, whether it can serve, and how its functions are called.
+"""The compiled library of this package: finding it, checking that it can be used, and calling its functions.
 
-setup.py compiles native/*.c into a shared library beside this file, which is loaded by ctypes: it knows neither Python nor torch. Rows are shared out to
-torch's own threads, by `torch_parallel_for` of torch's stable C interface, so there is one pool of threads in the process and torch.set_num_threads governs it.
+setup.py compiles native/*.c into a shared library beside this file, which ctypes loads; it links against neither Python nor torch. Rows are distributed over
+torch's own threads by `torch_parallel_for` of torch's stable C interface, so the process has one pool of threads, whose size torch.set_num_threads sets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 def _structure(name: str, pointers_and_numbers: str) -> type[ctypes.Structure]:
-    """A structure of native.h: names of members, a pointer's with a star, a double's with a dot."""
+    """A structure of native.h from the names of its members: `*` marks a pointer, `.` a double; others are int64."""
     types = {"*": ctypes.c_void_p, ".": ctypes.c_double}
     fields = [(field.rstrip("*."), types.get(field[-1], ctypes.c_int64)) for field in pointers_and_numbers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -50,13 +50,13 @@ _FUNCTIONS = {
 
 
 def source_hash(folder: Path = _FOLDER / "native") -> str:
-    """What the compiled library carries, so that one of other sources is not taken; empty where the sources are not there."""
+    """The hash of the sources, which the compiled library stores, so that an outdated one is not used; empty without sources."""
     sources = sorted(folder.glob("*.[ch]"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16] if sources else ""
 
 
 def _parallel_for() -> int | None:
-    """The address of torch's function; without it everything runs in the caller's thread."""
+    """The address of torch's function; if it is None everything runs in the caller's thread."""
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         try:
             return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value
@@ -74,13 +74,13 @@ def load(path: Path) -> ctypes.CDLL:
     library.gclkern_instructions.restype = library.gclkern_sources.restype = ctypes.c_char_p
     library.gclkern_setup.argtypes, library.gclkern_setup.restype = [ctypes.c_void_p], None
     library.gclkern_setup(_parallel_for())
-    # a forked process has none of the threads that OpenMP believes to have: it would wait for them for ever
+    # a forked process has none of its parent's threads, but OpenMP would wait for them forever
     os.register_at_fork(after_in_child=lambda: library.gclkern_setup(None))
     return library
 
 
 def _find() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none. A checkout that has not compiled its sources takes the library of an installation from equal ones."""
+    """The library, or why there is none. A checkout without a compiled library uses that of an installation with equal sources."""
     sources = source_hash()
     folders = [_FOLDER, *(Path(entry, *_FOLDER.parts[-2:]) for entry in sys.path if sources)]
     candidates = [path for folder in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
@@ -99,13 +99,13 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     return None, reasons[0]
 
 
-# Found out once, when this is imported: a traced function may not look for files. `missing` says why the library cannot serve, and the remedy.
+# Looked up once, on import, because a function that torch.compile traces cannot search for files. `missing` says why there is no library, and the remedy.
 _library, missing = _find()
 is_available = _library is not None
 
 
 def summary() -> str:
-    """Which code serves tensors on a CPU, in a line."""
+    """The code that is used for tensors on a CPU, in one line."""
     if _library is None:
         return f"torch operators ({missing})"
     return f"compiled loops ({_library.gclkern_instructions().decode()}) on {torch.get_num_threads()} threads"
@@ -119,5 +119,5 @@ def call(name: str, arguments: ctypes.Structure) -> None:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Of a contiguous tensor's first element, or of any tensor that is passed with its strides."""
+    """The address of a tensor's first element. The tensor is contiguous, or its strides are passed too."""
     return None if tensor is None else tensor.data_ptr()

@@ -1,7 +1,7 @@
 """The loss of cosines or logits (N, C), each row in one pass.
 
-Forward keeps a few numbers a row and, because the noise takes longer than all the rest, the exponentials of noisy logits. Backward passes over these or,
-without noise or where such a matrix would be too large, over the cosines again, with the same noise.
+Forward saves a few numbers for each row and, because the noise takes longer than everything else, the exponentials of the logits with noise. Backward reads
+these. Without noise, or where that matrix would be too large, it computes them again, from the cosines and the same noise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 STATISTICS = 5  # float32 numbers that backward needs of a row
 _BLOCK = 512  # classes that share a peak; BLOCK of native/vector.h
-_KEPT_BYTES = 2**30  # the exponentials of a larger matrix are made again
-_STRIPS = 16  # of rows, with a sum for each class; their number decides the order of additions, so it may not depend on the threads
+_KEPT_BYTES = 2**30  # the exponentials of a larger matrix are computed again
+_STRIPS = 16  # of rows, with one partial sum per class; it fixes the order of additions, so it must not depend on the number of threads
 
 
 def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, ...]:
@@ -32,7 +32,7 @@ def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) ->
 
 
 def _saved(cosine: Tensor, terms: LossTerms, for_backward: bool) -> list[Tensor]:
-    """Room for statistics, denominator, exponentials and the peaks of their blocks."""
+    """Buffers for statistics, denominator, exponentials and the peaks of their blocks."""
     num_rows, num_classes = cosine.shape
     keeps = _keeps_exponentials(cosine, terms, for_backward)
     shapes = ((STATISTICS, num_rows), (), *(((num_rows, num_classes), (num_rows, -(-num_classes // _BLOCK))) if keeps else ((0,), (0,))))
@@ -40,7 +40,7 @@ def _saved(cosine: Tensor, terms: LossTerms, for_backward: bool) -> list[Tensor]
 
 
 def _losses(cosine: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
-    """Room for the loss of each row, and for the loss as the reduction wants it."""
+    """Buffers for the loss of each row and for the reduced loss."""
     losses = cosine.new_empty(cosine.shape[:1], dtype=torch.float32)
     return losses, losses if terms.reduction == "none" else cosine.new_empty((), dtype=torch.float32)
 
@@ -52,7 +52,7 @@ def _kept(saved: list[Tensor]) -> tuple[int | None, int | None]:
 
 @implements("logit_forward", "cpu")
 def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    """The twin of gclkern.kernels.logit_loss.logit_forward."""
+    """The same as gclkern.kernels.logit_loss.logit_forward."""
     *some, for_backward = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
@@ -69,7 +69,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
 @implements("logit_backward", "cpu")
 def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """The twin of gclkern.kernels.logit_loss.logit_backward."""
+    """The same as gclkern.kernels.logit_loss.logit_backward."""
     *some, bias_grad = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape

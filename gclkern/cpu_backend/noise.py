@@ -1,4 +1,4 @@
-"""The noise stream of gclkern.noise."""
+"""The noise of gclkern.noise, computed by the compiled library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gclkern.kernels.terms import implements, shapes_of
 
 @implements("cloud_noise", "cpu")
 def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
-    """The twin of gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32."""
+    """The same as gclkern.kernels.noise.cloud_noise: (num_rows, num_classes) float32."""
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device="cpu")
     call("noise", Noise(num_rows, num_classes, seed.data_ptr(), row_offset, class_offset, noise.data_ptr(), torch.get_num_threads()))
     return noise

@@ -1,13 +1,13 @@
-"""A classifier that outgrows one GPU: its classes spread over the ranks of a torch.distributed process group.
+"""A classifier too large for one GPU: its classes are spread over the ranks of a torch.distributed process group.
 
-ShardedCosineLinear                 the layer, of which each rank holds some classes
-sharded_linear_gcl_cross_entropy    the loss as a function: that of one process, to rounding
+ShardedCosineLinear                 the layer; each rank holds a part of the classes
+sharded_linear_gcl_cross_entropy    the loss as a function; equal to that of one process, up to rounding
 ShardedLinearGCLLoss                the loss as a module, with sampling of classes
-RowSGD                              SGD that touches sampled rows alone
+RowSGD                              SGD that updates only sampled rows
 sharded_optimizer_state             an optimizer's tensors for torch.distributed.checkpoint
-ShardedClassCentroids               class centroids, of which each rank holds some
-sharded_dro_lt_loss                 the DRO-LT bound around them
-ShardError                          ranks do not agree, or one is gone
+ShardedClassCentroids               class centroids; each rank holds those of its classes
+sharded_dro_lt_loss                 the DRO-LT bound around these centroids
+ShardError                          ranks do not agree, or one has died
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Class centroids of which each rank holds some, and the DRO-LT bound around them."""
+"""Class centroids that are spread over ranks, and the DRO-LT bound around them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ShardedClassCentroids(ShardedModule, ClassCentroids):
         dim: D, columns of the features.
         group: the ranks; None is the default group, or one process.
 
-    :meth:`update` is a collective call: each rank gives its own samples, as many on every rank, and adds up those of its own classes. `state_dict` holds
+    :meth:`update` is a collective call: each rank passes its own samples, the same number on every rank, and sums those of its own classes. `state_dict` holds
     DTensors of all classes, as that of :class:`ShardedCosineLinear`.
 
     Example:
@@ -44,7 +44,7 @@ class ShardedClassCentroids(ShardedModule, ClassCentroids):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch: features (n, D) of this rank, through which no gradient flows, and target (n,) int64 in [0, C)."""
+        """Add a batch: features (n, D) of this rank, which are detached, and target (n,) int64 in [0, C)."""
         problem: Exception | None = None
         try:
             self._check_features(features)
@@ -73,18 +73,18 @@ def sharded_dro_lt_loss(
     group: dist.ProcessGroup | None = None,
     **options: Unpack[DROLTOptions],
 ) -> Tensor:
-    """:func:`gclkern.functional.dro_lt_loss` of this rank's batch, around centroids of which each rank holds some; a collective call.
+    """:func:`gclkern.functional.dro_lt_loss` of this rank's batch, with centroids that are spread over ranks; a collective call.
 
     Each sample's centroid is fetched from the rank that holds its class; the softmax runs over this rank's samples, as in data-parallel training. So the ranks
     exchange (N, D) numbers of the batch, never (C, D).
 
     Args:
-        features: this rank's samples (n, D), as many on every rank.
+        features: this rank's samples (n, D), the same number on every rank.
         target: their classes (n,), int64, in [0, C).
-        centroids: those of this rank's classes, from :meth:`ShardedClassCentroids.compute`, dealt out as by :class:`ShardedCosineLinear`.
+        centroids: those of this rank's classes, from :meth:`ShardedClassCentroids.compute`, spread as in :class:`ShardedCosineLinear`.
         num_classes: classes C of all ranks.
         group: the ranks; None is the default group, or one process.
-        epsilon, class_weight: as in the functional API, of all classes on every rank. Weight 0 keeps out classes without a centroid: ``(counts > 0).float()``.
+        epsilon, class_weight: as in the functional API, of all classes on every rank. Weight 0 leaves out classes without a centroid: ``(counts > 0).float()``.
         temperature, reduction, backend: as in the functional API.
 
     Raises:
@@ -123,7 +123,7 @@ def sharded_dro_lt_loss(
     rows = torch.arange(features.shape[0], device=features.device)
     known = (target >= 0) & (target < num_classes)
     label = torch.where(known, target, 0)
-    # A class is renamed to the first sample that has it, so that the batch's own centroids are all that the bound needs.
+    # Each class is renumbered by its first sample in the batch, so that the bound only needs the centroids of the batch's samples.
     first = torch.full((num_classes,), rows.numel(), device=features.device).scatter_reduce_(0, label, rows, "amin")[label]
 
     if isinstance(epsilon, Tensor) and epsilon.shape == (num_classes,):

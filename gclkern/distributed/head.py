@@ -8,8 +8,8 @@ Rank r holds the weights of a range of classes and the features of its own sampl
     every rank: the same losses (N,); then the gradient of its logits, its weights and, partly, of all features
     feature gradients summed over the ranks, each of which keeps its own rows
 
-so ranks exchange 2 N D numbers and a few for each sample, for any number of classes. The noise depends on the global sample and class: the loss and
-all gradients are those of one process that holds everything.
+so ranks exchange 2 N D numbers and a few for each sample, for any number of classes. The noise depends on the global sample and class, so the loss and
+all gradients equal those of one process that holds everything.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from gclkern.torch_backend.rows import row_targets
 from gclkern.validation import check_head, check_labels, check_number, check_offset, hard_labels, loss_terms, resolve_seed
 
 _DEFAULTS: dict[str, Any] = linear_gcl_cross_entropy.__kwdefaults__ or {}
-# Labels that no rank takes for a class of its own.
+# Labels that belong to no class of this rank.
 _IGNORED, _ELSEWHERE = -1, -(2**30)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What describes a call of the sharded loss, apart from its tensors."""
+    """The arguments of the sharded loss that are not tensors."""
 
     ranks: Ranks
     shards: Shards
@@ -62,7 +62,7 @@ class _OtherClasses:
         ranks, mine = self.call.ranks, self.call.shards.mine
         held = [(target >= mine.start) & (target < mine.stop) for target in row_targets(self.terms)]
         top = ranks.max_(peak.amax(0), "reducing the largest logits")
-        anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row without a class beside its targets: -inf minus -inf is NaN
+        anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row whose only classes are its targets: -inf minus -inf would be NaN
         parts = [(rest * torch.exp(factor * (peak - anchor))).sum(0)]
         parts += [torch.where(here, value, 0.0) for here, value in zip(held, own, strict=True)]
         if blend is not None:
@@ -77,7 +77,7 @@ class _OtherClasses:
 
 
 def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
-    """The terms of this rank's classes alone, with labels that count from the first of them."""
+    """The terms of this rank's classes, with labels relative to the first of them."""
 
     def local(target: Tensor | None) -> Tensor | None:
         if target is None:
@@ -95,7 +95,7 @@ def _local_terms(terms: LossTerms, mine: slice) -> LossTerms:
 
 
 class ShardedHeadLoss(torch.autograd.Function):
-    """The collective counterpart of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, the terms those of all ranks."""
+    """The collective version of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, `terms` are those of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, call: _Call) -> Tensor:
@@ -128,7 +128,7 @@ class ShardedHeadLoss(torch.autograd.Function):
 
 
 def local_shard(linear_weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
-    """A DTensor's own rows and the group that shares it; a plain tensor as it is."""
+    """This rank's rows of a DTensor, and the group that shares it; a plain tensor and `group` are returned unchanged."""
     if not hasattr(linear_weight, "placements"):
         return linear_weight, group
     dims = [dim for dim, placement in enumerate(linear_weight.placements) if placement.is_shard(0)]
@@ -150,9 +150,9 @@ def sharded_linear_gcl_cross_entropy(
 ) -> Tensor:
     r""":func:`gclkern.functional.linear_gcl_cross_entropy` with the classes spread over the ranks of a process group; a collective call.
 
-    Each rank passes its own samples and the weights of its own classes: ranges that follow each other in the order of the ranks, of any sizes. Everything that
-    has one value for each class is given for ALL classes, the same on every rank: `cloud`, `margin`, `bias` and `weight` are (C,), labels are in [0, C).
-    With every rank's samples in the order of the ranks, loss and gradients are those of one process, to rounding.
+    Each rank passes its own samples and the weights of its own classes: consecutive ranges in the order of the ranks, of any sizes. Per-class vectors are given
+    for ALL classes, the same on every rank: `cloud`, `margin`, `bias` and `weight` are (C,), labels are in [0, C). Loss and gradients equal those of one
+    process with all ranks' samples in the order of the ranks, up to rounding.
 
     Args:
         features: this rank's samples (n, D), as many on every rank.
@@ -160,13 +160,13 @@ def sharded_linear_gcl_cross_entropy(
             Where it is replicated over another dimension, each group has its own samples, loss and gradient: average the gradients over that dimension.
         target: labels of this rank's samples (n,), int64, or soft labels (n, C).
         group: the ranks that share the classes; None is the default group. Without torch.distributed one process holds all classes.
-        averaged_gradients: False returns the gradient of the loss. True multiplies that of `features` by the number of ranks, for a backbone whose wrapper
-            averages gradients over these ranks where they should be added up: DistributedDataParallel and FSDP do. The gradients of `linear_weight` and
-            `bias` are complete on every rank either way and need no averaging.
-        seed: as in the functional API; all ranks use that of the first one.
+        averaged_gradients: False returns the gradient of the loss. True multiplies the gradient of `features` by the number of ranks, for a backbone in
+            DistributedDataParallel or FSDP, which average gradients over the ranks instead of summing them. The gradients of `linear_weight` and `bias` are
+            complete on every rank in both cases and need no averaging.
+        seed: as in the functional API; all ranks use the first rank's seed.
         row_offset: index of the first rank's first sample, the same on every rank.
         class_offset: index of the first rank's first class.
-        target_b, lam: this rank's, as `target`; lam is a number, () or (n,).
+        target_b, lam: of this rank, like `target`; lam is a number, () or (n,).
         cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, ignore_index, reduction, backend: as in
             :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
 
@@ -199,7 +199,7 @@ _disabled: list[Callable[..., Tensor]] = []
 
 
 def _untraced() -> Callable[..., Tensor]:
-    """The loss as torch.compile leaves it alone. Made when it is first needed, because `torch.compiler.disable` imports the compiler."""
+    """The loss, excluded from torch.compile. Created on first use, because `torch.compiler.disable` imports the compiler."""
     if not _disabled:
         _disabled.append(torch.compiler.disable(_sharded_loss))
     return _disabled[0]
@@ -224,7 +224,7 @@ def _sharded_loss(
         if isinstance(lam, Tensor) and lam.shape not in ((), features.shape[:1]):
             raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
         if lam is not None and not isinstance(lam, Tensor) and target_b is not None:
-            # each rank's own, and another one in every step: no option that ranks could agree on
+            # it differs between ranks and steps, so it is passed as a tensor, not compared as an option
             dtype = statistics_dtype(features)
             lam = torch.full((), check_number("lam", lam, 0.0, 1.0), dtype=dtype, device=features.device)
         check_offset("row_offset", row_offset, features.shape[0] * ranks.world, 2**63)
@@ -246,7 +246,7 @@ def _sharded_loss(
             lam = ranks.gather_rows(lam.expand(features.shape[0]), "gathering the mixing shares")
     whole = features.new_empty((target.shape[0], 0))
     terms = loss_terms("features", whole, shards.num_classes, target, cloud, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **terms_options)
-    chosen = "triton" if resolve_backend(backend, features) == "triton" else "torch"  # the compiled loops of the CPU know no shards
+    chosen = "triton" if resolve_backend(backend, features) == "triton" else "torch"  # the CPU's compiled loops do not support shards
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
     call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)
     loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, terms.bias, terms, call)

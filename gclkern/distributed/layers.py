@@ -1,4 +1,4 @@
-"""The cosine classifier of which each rank holds some classes."""
+"""The cosine classifier whose classes are spread over ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.layers import unit_rows
 from gclkern.validation import check_int
 
-_BLOCK = 2**22  # elements of the weight that are drawn at a time
+_BLOCK = 2**22  # elements of the weight that are initialised at a time
 
 
 class ShardedCosineLinear(ShardedModule):
@@ -20,11 +20,11 @@ class ShardedCosineLinear(ShardedModule):
 
         cosine_ij = <f_i, w_j> / (\|f_i\| \|w_j\|)
 
-    Train with :func:`sharded_linear_gcl_cross_entropy` or :class:`ShardedLinearGCLLoss`, which take its `weight`; call it to predict. Its parameters are this
-    rank's own: keep them out of wrappers that make parameters equal on all ranks (DistributedDataParallel, FSDP) by wrapping the backbone alone.
+    Train with :func:`sharded_linear_gcl_cross_entropy` or :class:`ShardedLinearGCLLoss`, which take its `weight`; call it to predict. Its parameters differ
+    between ranks: wrap only the backbone in DistributedDataParallel or FSDP, which would make them equal.
 
     `state_dict` holds the weight as a DTensor of shape (C, D), so that ``torch.distributed.checkpoint`` writes each rank's part and loads it on any other
-    number of ranks. Wrap an optimizer's tensors likewise with :func:`sharded_optimizer_state`. In one process it is a plain tensor, as that of CosineLinear.
+    number of ranks. Wrap an optimizer's tensors in the same way by :func:`sharded_optimizer_state`. In one process it is a plain tensor.
 
     Args:
         in_features: dimensions D of a feature.
@@ -33,14 +33,14 @@ class ShardedCosineLinear(ShardedModule):
         device, dtype: of the weight, as in torch's layers.
 
     Attributes:
-        weight: (classes of this rank, D), learned; rows start as uniform(-1, 1) scaled to unit norm. Ranks whose generators have the same seed draw what one
-            process would draw.
+        weight: (classes of this rank, D), learned; rows start as uniform(-1, 1) scaled to unit norm. If all ranks' generators have the same seed, the
+            weight equals that of one process.
         shards: which classes each rank holds; ``shards.mine`` is this rank's slice of [0, C).
 
-    Shapes: features (n, D) of this rank, as many on every rank -> cosine (n, C), without gradients; a collective call.
+    Shapes: features (n, D) of this rank, n equal on every rank -> cosine (n, C), without gradients; a collective call.
 
     Raises:
-        ValueError: fewer classes than would give each rank one; features of another last dimension than D.
+        ValueError: too few classes, so that a rank would have none; features whose last dimension is not D.
         ShardError: the ranks do not agree on the features' shape, or one has died.
 
     Example:
@@ -94,5 +94,5 @@ class ShardedCosineLinear(ShardedModule):
         return f"in_features={self.in_features}, num_classes={self.num_classes}, here {mine.start} to {mine.stop - 1}"
 
     def gather(self, rows: Tensor) -> Tensor:
-        """One value or row for each class of this rank, (classes of this rank, ...), into those of all ranks, (C, ...), on each; a collective call."""
+        """Gather values or rows of each rank's classes, (classes of this rank, ...), into those of all classes, (C, ...), on each rank; a collective call."""
         return self.ranks.gather_parts(rows.detach(), self.shards.sizes, "gathering what belongs to the classes")

@@ -17,18 +17,18 @@ from gclkern.validation import ClassCounts, check_labels, check_matrix, check_nu
 
 
 class ShardedLinearGCLLoss(LinearGCLLoss):
-    """:class:`gclkern.LinearGCLLoss` for a :class:`ShardedCosineLinear`: each rank gives its own samples and the weights of its own classes.
+    """:class:`gclkern.LinearGCLLoss` for a :class:`ShardedCosineLinear`: each rank passes its own samples and the weights of its own classes.
 
-    With `sample_rate` below 1 a training step sees the classes of its samples (of all ranks) and, on each rank, at random as many others as make that share
-    of its classes (PartialFC: An, Deng et al., CVPR 2022). The softmax runs over them alone, the gradient of the weight is sparse, and :class:`RowSGD`
-    updates nothing else. The draw is a pure function of the step's `seed`, so a step that is run again after a restart sees the same classes. The noise of
-    a sampled step is keyed on a class's place among the sampled ones. Eval mode takes all classes.
+    With `sample_rate` below 1 a training step uses a part of the classes (PartialFC: An, Deng et al., CVPR 2022): those of all ranks' labels and, on each
+    rank, random others up to that share of its classes. The softmax runs over the sampled classes, the gradient of the weight is sparse, and :class:`RowSGD` updates
+    only these rows. The classes are a pure function of the step's `seed` and labels, so a step that is repeated after a restart uses the same ones. The noise
+    of a sampled step depends on a class's index among the sampled classes. Eval mode uses all classes.
 
     Args:
         class_counts: training samples of each class (C,), all of them on every rank.
         group: the ranks that share the classes; None is the default group, or one process.
-        sample_rate: share of a rank's classes in a step, in (0, 1]. PartialFC's 0.1 costs little accuracy from a hundred thousand classes on.
-        averaged_gradients: see :func:`sharded_linear_gcl_cross_entropy`; True beside DistributedDataParallel or FSDP.
+        sample_rate: share of a rank's classes in a step, in (0, 1]. PartialFC's 0.1 loses little accuracy with a hundred thousand or more classes.
+        averaged_gradients: see :func:`sharded_linear_gcl_cross_entropy`; True with DistributedDataParallel or FSDP.
         options: the other arguments of :class:`gclkern.LinearGCLLoss`.
 
     Shapes: features (n, D), linear_weight (classes of this rank, D) or a DTensor (C, D), target (n,) as in :func:`sharded_linear_gcl_cross_entropy`.

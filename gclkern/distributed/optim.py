@@ -1,4 +1,4 @@
-"""SGD that updates only the rows that a step has sampled, and the state of an optimizer as tensors of all ranks."""
+"""SGD that updates only the rows that a step has sampled, and an optimizer's state as DTensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gclkern.validation import check_number
 
 
 class RowSGD(torch.optim.Optimizer):
-    r"""SGD with momentum and weight decay for weights of which a step trains some rows: the others, and their momentum, are not touched.
+    r"""SGD with momentum and weight decay for weights of which a step trains only some rows; the others, and their momentum, do not change.
 
         v_r = momentum * v_r + g_r + weight_decay * w_r,     w_r = w_r - lr * v_r       for the rows r of a sparse gradient, for all rows of a dense one
 
-    That of a dense gradient is torch.optim.SGD. torch's own update of a sparse gradient refuses weight decay, and its momentum reads and writes every row.
+    For dense gradients this equals torch.optim.SGD, which for sparse gradients does not support weight decay and reads and writes the momentum of every row.
 
     Args:
         params: parameters or groups of them, such as those of a :class:`ShardedCosineLinear`.
         lr: learning rate.
         momentum: 0.9, as in the recipes of all methods here.
-        weight_decay: factor of the weights in their gradient.
+        weight_decay: factor on the weights that are added to their gradient.
 
     Raises:
         ValueError, TypeError: a setting that is not a finite number of at least 0.
@@ -66,7 +66,7 @@ class RowSGD(torch.optim.Optimizer):
             momentum.mul_(group["momentum"]).add_(grad).add_(weight, alpha=group["weight_decay"])
             weight.add_(momentum, alpha=-group["lr"])
             return
-        grad = grad.coalesce()  # adds up the gradients of several backward passes; on a GPU it waits for the number of rows
+        grad = grad.coalesce()  # sums the gradients of several backward passes; on a GPU it synchronises to read the number of rows
         rows = grad.indices()[0]
         new = momentum[rows].mul_(group["momentum"]).add_(grad.values()).add_(weight[rows], alpha=group["weight_decay"])
         momentum.index_copy_(0, rows, new)
@@ -74,10 +74,10 @@ class RowSGD(torch.optim.Optimizer):
 
 
 def sharded_optimizer_state(optimizer: torch.optim.Optimizer, classifier: ShardedCosineLinear) -> dict[str, Tensor]:
-    """What an optimizer keeps for a classifier's weight, as DTensors of all ranks' classes that share its memory.
+    """An optimizer's state for a classifier's weight, as DTensors over all classes that share memory with it.
 
-    ``torch.distributed.checkpoint`` saves them, and loads them in place, on any number of ranks. Only what is there can be loaded: :class:`RowSGD` keeps its
-    momentum from the start, torch's optimizers from their first step on.
+    ``torch.distributed.checkpoint`` saves them, and loads them in place, on any number of ranks. Only tensors that exist can be loaded: :class:`RowSGD` has its
+    momentum from the start, torch's optimizers only after their first step.
 
     Example:
         >>> classifier = ShardedCosineLinear(16, 10)

@@ -1,6 +1,6 @@
-"""The collective calls of the sharded head, in one place. A failure says which call failed.
+"""The collective calls of the sharded head. Errors name the call that failed.
 
-Nothing is retried and nothing waits beyond the timeout that the process group was made with (``init_process_group(timeout=...)``).
+Nothing is retried, and no call waits longer than the timeout of the process group (``init_process_group(timeout=...)``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ShardError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of a process group, of which this is one; alone where torch.distributed is not initialised.
+    """The ranks of a process group, including this process; only this process if torch.distributed is not initialised.
 
     Args:
         group: a process group; None is the default one.
@@ -35,7 +35,7 @@ class Ranks:
             raise ValueError("group: this process is not one of its ranks; pass a group that it belongs to")
 
     def __deepcopy__(self, memo: object) -> Ranks:
-        return self  # a copy of a module stays among the same ranks
+        return self  # a copy of a module has the same ranks
 
     @contextmanager
     def _naming(self, purpose: str) -> Iterator[None]:
@@ -48,7 +48,7 @@ class Ranks:
             ) from error
 
     def gather_rows(self, rows: Tensor, purpose: str) -> Tensor:
-        """Rows (n, ...) of every rank, as many on each: (world * n, ...) in the order of the ranks."""
+        """Rows (n, ...) of every rank, n equal on each: (world * n, ...) in the order of the ranks."""
         if self.world == 1:
             return rows
         out = rows.new_empty((self.world * rows.shape[0], *rows.shape[1:]))
@@ -88,7 +88,7 @@ class Ranks:
         return value
 
     def start_scatter(self, rows: Tensor, purpose: str) -> Callable[[], Tensor]:
-        """Start to add up rows (world * n, ...) over all ranks; the result, when called, is this rank's n rows of the sum."""
+        """Start a reduce-scatter of rows (world * n, ...). Calling the result waits for it and returns this rank's n rows of the sum."""
         if self.world == 1:
             return lambda: rows
         out = rows.new_empty((rows.shape[0] // self.world, *rows.shape[1:]))

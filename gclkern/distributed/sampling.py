@@ -1,7 +1,7 @@
-"""Sampling of classes: a step that trains the classes of its samples and a share of the others, as PartialFC does.
+"""Sampling of classes: a step trains the classes of its samples and a share of the others, as in PartialFC.
 
-An, Deng et al., "Killing two birds with one stone: efficient and robust training of face recognition CNNs by Partial FC", CVPR 2022: with C classes, memory and
-time of the head grow with C, but most of a sample's negative classes teach it the same; a tenth of them is enough.
+An, Deng et al., "Killing two birds with one stone: efficient and robust training of face recognition CNNs by Partial FC", CVPR 2022: memory and
+time of the head grow with the number of classes, but most negative classes of a sample contribute the same; a tenth of them is enough.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _NO_SAMPLE = -1  # the row of the noise stream that the draw of classes uses; no
 
 
 def draw_sizes(shards: Shards, rate: float, num_labels: int) -> tuple[int, ...]:
-    """Classes that each rank draws: its share, or as many as the step has labels where that is more."""
+    """How many classes each rank draws: its share, or the number of labels of the step if that is more."""
     return tuple(max(math.ceil(rate * size), min(num_labels, size)) for size in shards.sizes)
 
 
 def draw_classes(ranks: Ranks, shards: Shards, labels: list[Tensor], rate: float, seed: Tensor) -> tuple[Tensor, Shards]:
     """The classes of a step (K,), in ascending order, the same on every rank, and how many of them each rank holds; a collective call.
 
-    `labels` are those of all ranks' samples: their classes always take part. Of the others each rank draws at random, as a pure function of the seed and
-    the class: a step that is run again draws the same. Nothing waits for the GPU.
+    `labels` are those of all ranks' samples, whose classes are always included. Each rank draws the others at random, as a pure function of the seed and the
+    class, so a repeated step draws the same classes. Nothing waits for the GPU.
     """
     mine = shards.mine
     held = mine.stop - mine.start
     sizes = draw_sizes(shards, rate, sum(target.numel() for target in labels))
     groups = torch.arange(mine.start // 4, (mine.stop + 3) // 4, device=seed.device)
     words = philox_words(seed, torch.full((1,), _NO_SAMPLE, device=seed.device), groups).flatten()[mine.start % 4 :][:held]
-    # the class itself in the lower bits: no two lots are equal
+    # the class in the lower bits makes all lots different
     lots = (words.to(torch.int64) << 30) + torch.arange(held, device=seed.device)
-    wanted = torch.zeros(held + 1, dtype=torch.bool, device=seed.device)  # the last entry takes the labels of other ranks
+    wanted = torch.zeros(held + 1, dtype=torch.bool, device=seed.device)  # the last entry is for labels of other ranks
     for target in labels:
         here = (target >= mine.start) & (target < mine.stop)
         wanted[torch.where(here, target - mine.start, held)] = True
@@ -48,13 +48,13 @@ def draw_classes(ranks: Ranks, shards: Shards, labels: list[Tensor], rate: float
 
 
 def places_of(labels: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
-    """Where labels stand among the drawn classes; -1 for `ignore_index`, and a place beyond the last for what is no class."""
+    """The index of each label among the drawn classes; -1 for `ignore_index`, and an index beyond the last for a label that is not among them."""
     places = torch.searchsorted(classes, labels).clamp_max(classes.numel() - 1)
     return torch.where(classes[places] == labels, places, classes.numel()).masked_fill(labels == ignore_index, -1)
 
 
 class TakeRows(torch.autograd.Function):
-    """Rows of a matrix, with a sparse gradient: only they are in it."""
+    """Rows of a matrix, with a sparse gradient that holds only these rows."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:  # rows: ascending, each once

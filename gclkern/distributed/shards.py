@@ -1,10 +1,9 @@
-"""Which rank holds which classes, the agreement of all ranks on one call, and the state of modules whose classes are spread over them.
+"""Which rank holds which classes, the check that all ranks make the same call, and the state dict of modules whose classes are spread over ranks.
 
-Every rank holds a contiguous range of classes; the ranges follow each other in the order of the ranks. A call is made by all ranks together. Before anything
-else travels, they exchange a few numbers that describe it: sizes, dtypes, options. So ranks that were started with different settings all stop with the same
-message, instead of waiting for each other or adding up unrelated numbers. On a GPU reading those numbers would make the host wait for the
-device in every step, so there a rank reads them when it meets a call of another shape or with other options; after that the device compares them, and a loss of
-ranks that do not agree is NaN.
+Every rank holds a contiguous range of classes, in the order of the ranks. All ranks make a call together, and first exchange a few numbers that describe it:
+sizes, dtypes, options. So ranks that were started with different settings all raise an error, instead of waiting for each other or adding unrelated numbers. On
+a GPU, reading these numbers would make the host wait for the device in every step. So a rank reads them only in the first call with a given shape and options;
+after that the device compares them, and the loss is NaN if ranks do not agree.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gclkern.validation import DTYPES, check_int
 
 _FIELDS = ("rows of features", "columns of features", "classes", "columns of the weight", "dtype of features", "dtype of the weight", "options", "row_offset")
 _SHARED = tuple(name for name in _FIELDS if name != "classes")
-# For each group, the calls that its ranks have agreed on before: the classes and, on the device, the numbers by which every rank described its call.
+# For each group, the calls that its ranks have agreed on before: the shards and, on the device, the numbers that describe every rank's call.
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], tuple[Shards, Tensor]]] = WeakKeyDictionary()
 
 
@@ -47,7 +46,7 @@ class Shards:
 
 
 def even_sizes(num_classes: int, world: int) -> tuple[int, ...]:
-    """Classes of each rank: ceil(C / world) of them but for the last ranks, as `torch.chunk` and a DTensor's ``Shard(0)`` deal out rows.
+    """Classes of each rank: ceil(C / world), fewer on the last ranks, as `torch.chunk` and a DTensor's ``Shard(0)`` split rows.
 
     Raises:
         ValueError: a rank is left without classes.
@@ -65,7 +64,7 @@ def even_sizes(num_classes: int, world: int) -> tuple[int, ...]:
 
 
 def form(value: object) -> object:
-    """What ranks must agree on of an argument: of a tensor all but its values."""
+    """The part of an argument that ranks must agree on: for a tensor everything except its values."""
     return (tuple(value.shape), value.dtype, value.device.type, value.requires_grad) if isinstance(value, Tensor) else value
 
 
@@ -75,11 +74,11 @@ def host_waits(device: torch.device) -> bool:
 
 
 def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem: Exception | None, *, row_offset: int = 0) -> tuple[Shards, Tensor | None]:
-    """The classes of all ranks, after a check that they make the same call; a collective call.
+    """Check that all ranks make the same call, and return the classes of all ranks; a collective call.
 
-    Where only the device knows the result of the check, the second value is a tensor of 1, or of NaN for ranks that do not agree; otherwise it is None.
+    If the check ran on the device, the second value is its result: a tensor of 1, or NaN if ranks do not agree. Otherwise it is None.
 
-    `rows` are those of this rank's classes. `problem` is what this rank found wrong with its own arguments: it is raised here, and the other ranks stop, too.
+    `rows` are those of this rank's classes. `problem` is an error in this rank's own arguments: it is raised here, and the other ranks raise a ShardError.
     """
     if ranks.world == 1:
         if problem is not None:
@@ -91,11 +90,11 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
         numbers = (*features.shape, *rows.shape, DTYPES.index(features.dtype), DTYPES.index(rows.dtype), digest, row_offset)
     assert ranks.group is not None
     known = _known.setdefault(ranks.group, {})
-    key = numbers[:-1]  # a call may come with another row_offset in every step
+    key = numbers[:-1]  # without row_offset, which may change in every step
     purpose = "comparing the arguments of all ranks"
     if problem is None and host_waits(features.device) and key in known:
         shards, agreed = known[key]
-        # no copy from the host, which a CUDA graph could not hold
+        # no copy from the host, which a CUDA graph cannot contain
         mine = torch.cat([agreed[ranks.rank], torch.full((1,), row_offset, device=features.device)])
         found = ranks.gather_rows(mine, purpose).view(ranks.world, -1)
         same = (found[:, :-1] == agreed).all() & (found[:, -1] == row_offset).all()
@@ -118,7 +117,7 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
             )
             raise ShardError(f"the ranks do not agree on the {name}: {detail}; call with the same on every rank")
     shards = Shards(ranks.rank, tuple(columns["classes"]))
-    if host_waits(features.device):  # of a CPU's calls nothing is kept: a group of both backends serves the same call on a GPU, too
+    if host_waits(features.device):  # not for calls on a CPU: a group with both gloo and nccl may make the same call on a GPU
         known[key] = shards, said[:, :-1].clone()
     return shards, None
 
@@ -133,7 +132,7 @@ class ShardedModule(nn.Module):
     shards: Shards
 
     def as_dtensor(self, rows: Tensor) -> Tensor:
-        """One value or row for each class of this rank, (classes of this rank, ...), as a DTensor of those of all ranks, (C, ...); itself in one process."""
+        """Values or rows of this rank's classes, (classes of this rank, ...), as a DTensor over all classes, (C, ...); unchanged in one process."""
         if self.ranks.world == 1:
             return rows
         from torch.distributed.device_mesh import DeviceMesh
@@ -145,7 +144,7 @@ class ShardedModule(nn.Module):
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
 
     def _own_rows(self, rows: Any) -> Tensor:
-        """This rank's part of what a state dict holds: a DTensor of all classes, a tensor of all classes, or that part itself."""
+        """This rank's rows of an entry of a state dict: a DTensor over all classes, a tensor of all classes, or these rows themselves."""
         if hasattr(rows, "to_local"):
             return rows.to_local()
         return rows[self.shards.mine] if rows.shape[0] == self.shards.num_classes else rows

@@ -1,6 +1,7 @@
-"""The losses' operators in plain torch, for any device. Importing this package registers `gclkern::torch_*`, of the kernels' signatures.
+"""The losses' operators in plain torch, for any device. Importing this package registers `gclkern::torch_*`, with the kernels' signatures.
 
-They serve the CPU and float64. Work is done in place, on blocks that fit the cache; gradients are analytic, and nothing waits for a GPU.
+They are used for float64, for devices without kernels, and for CPUs without the compiled loops. They work in place, on blocks that fit into the cache;
+gradients are analytic, and nothing waits for a GPU.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     """The same as gclkern.kernels.centroids.segment_sums; sums are float64 for float64 features."""
     dim = features.shape[1]
     dtype = statistics_dtype(features)
-    # an extra class, dropped at the end, takes the rows whose label is out of range
+    # rows whose label is out of range go to an extra class, which is dropped at the end
     label = target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
     sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
     on_cpu = features.device.type == "cpu"
@@ -28,7 +28,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
         if on_cpu:
             sums.index_add_(0, labels, block)
         else:
-            # on a GPU index_add_ adds in no fixed order; this sorts first
+            # on a GPU the order of index_add_'s additions is not fixed; index_put_ sorts first
             sums.index_put_((labels,), block, accumulate=True)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device).scatter_add_(0, label, torch.ones_like(label))
     return sums[:num_classes].to(dtype, copy=True), counts[:num_classes].clone()

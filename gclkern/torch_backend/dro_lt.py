@@ -13,7 +13,8 @@ from gclkern.kernels.terms import implements, shapes_of
 def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """The classes that have a term, ascending, (min(N, C),), and each sample's class (N,).
 
-    The size does not depend on how many classes there are, which a GPU would have to be asked for: unused places, and samples without a term, hold num_classes.
+    The size does not depend on how many classes have a term, because reading that from a GPU would synchronise: unused entries and samples without a term hold
+    num_classes.
     """
     inside = target.clamp(0, num_classes - 1)
     absent = inside != target
@@ -30,15 +31,15 @@ class _Rows(NamedTuple):
     """The rows of the softmax, R of them, over the batch's samples."""
 
     classes: Tensor  # (R,)
-    unused: Tensor | None  # (R, 1) whether the row is no class of the batch; None where all are
-    own: Tensor  # (R, N) whether the sample is of the row's class
+    unused: Tensor | None  # (R, 1) whether the row has no class; None if all rows have one
+    own: Tensor  # (R, N) whether the sample belongs to the row's class
     centroids: Tensor  # (R, D), 0 where unused
     distance: Tensor  # (R, N)
     stats: Tensor  # (4, R): peak, around, rest, share, as in gclkern.kernels.dro_lt
 
     @classmethod
     def of(cls, saved: list[Tensor], centroids: Tensor) -> _Rows:
-        """On a CPU one row for each class of the batch; on a GPU, where reading their number would synchronise, one for each that the batch could have."""
+        """On a CPU, a row for each class of the batch; on a GPU, where reading their number would synchronise, min(N, C) rows, some of them unused."""
         distance, stats, classes, label = saved
         unused = (classes == centroids.shape[0])[:, None]
         if classes.device.type == "cpu":
@@ -74,7 +75,7 @@ def dro_lt_forward(
     distance, stats, *_ = _saved(features, target, centroids)
     saved = [distance, stats, *_anchors(target, class_weight, num_classes)]
     rows = _Rows.of(saved, centroids)
-    # this mode subtracts; the other one expands the square and loses digits
+    # this mode computes differences; the other one expands the square, which loses digits to cancellation
     rows.distance.copy_(torch.cdist(rows.centroids, features.to(centroids.dtype), compute_mode="donot_use_mm_for_euclid_dist"))
     logits = rows.logits(epsilon, temperature)
     peak = logits.amax(1, keepdim=True)
@@ -116,7 +117,7 @@ def dro_lt_backward(
     if features_grad:
         label = target.clamp(0, num_classes - 1)
         missed = torch.where(logits == peak, around / total, 1.0 - probability)
-        # for the only sample of its class mass - upstream is exactly 0, and its gradient -missed keeps all digits
+        # for the only sample of a class, mass - upstream is exactly 0, so its gradient is -missed without cancellation
         grad_logits = (mass - upstream).mul_(probability).sub_(upstream * missed)
         pull = rows.used(grad_logits.div_(rows.distance).div_(-temperature).masked_fill_(rows.distance == 0.0, 0.0))
         grad_features = _features_gradient(features.to(centroids.dtype), rows, pull, centroids.index_select(0, label))
@@ -131,8 +132,8 @@ def dro_lt_backward(
 def _features_gradient(features: Tensor, rows: _Rows, pull: Tensor, own_centroids: Tensor) -> Tensor:
     """sum over rows r of pull_rj * (z_j - mu_r).
 
-    A sample may be arbitrarily close to its own centroid, so that difference is computed as it stands. The other rows are one matrix product, relative to the
-    mean of the centroids: the digits that cancel there are only those of the centroids' spread over the distance to another class's centroid.
+    A sample may be arbitrarily close to its own centroid, so that difference is computed directly. The other rows are one matrix product, with coordinates
+    relative to the mean of the centroids, which limits cancellation to the ratio of the centroids' spread to the distance from another class's centroid.
     """
     own_pull = torch.where(rows.own, pull, 0.0).sum(0)
     pull = pull.masked_fill(rows.own, 0.0)

@@ -1,16 +1,16 @@
 """The loss of a classifier head in torch: features (N, D) against one weight row for each class (C, D), without a normalised copy of the weights.
 
-With unit vectors f_hat and w_hat and G = dL/dcos, normalisation and its backward happen beside the products:
+With unit vectors f_hat and w_hat and G = dL/dcos, normalisation and its backward are applied to the products:
 
     cos_ij = <f_hat_i, w_j> / |w_j|
     df_i = (p_i - <p_i, f_hat_i> f_hat_i) / |f_i|,          p_i = sum_j (G_ij / |w_j|) w_j
     dw_j = p_j - <p_j, w_j> w_j / |w_j|^2,                  p_j = sum_i (G_ij / |w_j|) f_hat_i
 
-so both gradient products take the same matrix, G over the norms of the classes. <p_j, w_j> = sum_i G_ij cos_ij takes one pass over (N, C) instead of two over
+so both gradient products use the same matrix, G over the norms of the classes. <p_j, w_j> = sum_i G_ij cos_ij takes one pass over (N, C) instead of two over
 (C, D). It needs the cosines after G has overwritten them, so a second matrix keeps them. The upstream gradient, scalar or one for each row, scales the rows of
 f_hat and of df.
 
-A plan is the choice of the chunk whose cosines exist at a time:
+A plan sets how many classes' cosines exist at a time:
     materialised   all classes; forward turns the (N, C) matrix into G over the norms in place and keeps it, so that backward is two products
     chunked        as many classes as make a matrix of _CHUNK_BYTES; backward computes the cosines again: four products
     recompute      the same with a matrix of _PANEL_BYTES, whatever the number of classes
@@ -49,7 +49,7 @@ _PANEL_BYTES = 2 * 2**20  # of cosines, twice in backward: fits the cache, and i
 _MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows for a chunk of the weight gradient: the chunk and its gradient stay in the third-level cache
 
-# Used for 1 / |w_j| where the norm counts as 0: it makes cosines below 1e-32, and the bias gradient can divide by it.
+# Replaces 1 / |w_j| where the norm counts as 0: it makes cosines smaller than 1e-32, and unlike 0, the bias gradient can be divided by it.
 _NO_DIRECTION = 1e-20
 
 
@@ -77,13 +77,13 @@ def _inverse_norms(matrix: Tensor, no_direction: float) -> Tensor:
 
 
 def _feature_inverse(features: Tensor, ignored: Tensor | None, normalize: bool) -> Tensor:
-    """1 / |f_i| (N,); 0 for a row that takes no part: without a direction, or ignored."""
+    """1 / |f_i| (N,); 0 for rows that are ignored or whose norm counts as 0."""
     inverse = _inverse_norms(features, 0.0) if normalize else torch.ones(features.shape[0], dtype=features.dtype, device=features.device)
     return without(ignored, inverse)
 
 
 def _times_rows(matrix: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows times their factor; 0 where that is 0, whatever the row holds."""
+    """Rows times their factor; 0 where the factor is 0, even if the row holds NaN."""
     product = torch.mul(matrix, factor.unsqueeze(1), out=out)
     return product.masked_fill_((factor == 0).unsqueeze(1), 0.0) if some_zero(factor) else product
 
@@ -114,7 +114,7 @@ class _Head:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def weight_rows(self, classes: slice) -> Tensor:
-        """Rows of the weight in the precision of the products: the weight itself wherever that is possible."""
+        """Rows of the weight in the precision of the products, without a copy where possible."""
         return self.linear_weight[classes].to(self.dtype)
 
     def chunks(self) -> Iterator[slice]:
@@ -130,7 +130,7 @@ class _Head:
             torch.mm(unit, rows.t(), out=out[:, classes.start - chunk.start : classes.stop - chunk.start])
 
     def blocks(self, matrix: Tensor, chunk: slice, inverse: Tensor, raw: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Turns the products of a chunk into u, a block of rows at a time, and hands out the block; `raw` receives the products themselves."""
+        """Turn the products of a chunk into u in place, and yield one block of rows at a time; `raw` receives a copy of the products."""
         scale = inverse[chunk] * self.terms.scale if self.normalize else self.terms.scale
         for rows in row_blocks(self.num_rows, matrix.shape[1], self.device):
             block = matrix[rows]
@@ -175,10 +175,10 @@ def _project_rows_(products: Tensor, features: Tensor, inverse: Tensor, upstream
 
 
 def _along(kept: Tensor, grad_loss: Tensor, upstream: Tensor) -> Tensor:
-    """<p, w> of all classes, from G times the products: summed over the samples, or of each sample where they have upstream gradients of their own."""
+    """<p, w> of all classes, from G times the products: summed over the samples already, or (N, C) if each sample has its own upstream gradient."""
     if kept.dim() == 2:
         return torch.mv(kept.t(), upstream)
-    return torch.where(kept == 0, 0.0, kept * grad_loss)  # if all samples are ignored the mean's gradient is NaN, and belongs to none of them
+    return torch.where(kept == 0, 0.0, kept * grad_loss)  # if all samples are ignored, the mean's gradient is NaN but must not reach any of them
 
 
 def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients, upstream: Tensor) -> Tensor | None:
@@ -239,7 +239,7 @@ def run_backward(
     grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
     features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the features, the weights and the bias; those that are not asked for are empty."""
+    """Gradients of the features, the weights and the bias; those not requested are empty."""
     head = _Head(features, linear_weight, terms, normalize, plan)
     # `kept` is the gradient and `along`, or the fields of RowGradients, from which they are computed again
     feature_inverse, class_inverse, denominator, *kept = saved

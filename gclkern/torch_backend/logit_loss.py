@@ -72,7 +72,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
     classes = slice(0, num_classes)
-    # gradients of the cosines: the bias, which is not scaled, takes the scale out again
+    # gradients of the cosines include the scale, which the gradient of the bias is divided by at the end
     ignored = ignored_rows(terms)
     stats = RowGradients(anchor, parts).times(row_upstream(grad_loss, denominator, ignored, terms, dtype) * terms.scale)
     grad_cosine = torch.empty((num_rows, num_classes), dtype=cosine.dtype, device=device)

@@ -6,7 +6,7 @@ The words come from Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel rando
     u = ((x & 0xffff) + 0.5) / 65536        t = (pi / 2) ((x >> 16) + 0.5) / 65536        r = sqrt(-2 ln u) / 3
     even class: min(r cos t, 1)             odd class: min(r sin t, 1)
 
-gclkern.kernels.philox is the Triton implementation. A backend needs its own: neither can call the other's.
+Other backends have their own implementations, gclkern.kernels.philox and cpu_backend/native/philox.h, because they cannot call this one.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _DEVICE_CHUNK = 1 << 22
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every 16-bit field, two float32 values packed into one float64 element: (r, r) by u's field, (cos t, sin t) by t's.
+    """Tables over 16-bit fields, with two float32 values packed into each float64 element: (r, r) indexed by u's field, (cos t, sin t) by t's.
 
-    Tables are the fastest way in torch, and make a value independent of its position: torch's vectorised log and cos may round otherwise at the end of a loop.
+    Tables are the fastest way in torch. They also make a value independent of its position; torch's vectorised log and cos may round differently at loop ends.
     """
     middle = torch.arange(65536, dtype=torch.float64, device="cpu").add_(0.5).div_(65536)
     radius = middle.log().mul_(-2.0).sqrt_().div_(3.0).float()
@@ -147,8 +147,8 @@ def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int
         torch.arange(num_groups, dtype=torch.int64, device=device).add_(first_group),
     )
     radii, circle = _tables(device)
-    # One piece of memory for everything, which an allocator is likely to hand to the next call again. Of its twelve parts, of eight bytes a group, Philox takes
-    # six; when its state is spent, the radii and the directions take eight.
+    # One workspace for everything, which the allocator is likely to reuse in the next call. It has twelve parts of eight bytes per group: Philox uses six, and
+    # after that the radii and directions use eight.
     size = row_step * group_step
     workspace = torch.empty(12 * size, dtype=torch.int64, device=device)
     for row in range(0, rows, row_step):

@@ -1,16 +1,16 @@
-"""What the logit and the head operators share: logits in place, sums over a row's classes, and the formula of a row's loss and gradient.
+"""Shared by the logit and the head operators: logits in place, sums over a row's classes, and the formula of a row's loss and gradient.
 
-One pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j, leaves for each row (`RowSums`), over the classes that are no target,
+One pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j, computes for each row (`RowSums`), over the classes that are no target,
 
     peak = max_j u_ij,   rest = sum_j exp(u_ij - peak),   and, with label smoothing, blend = sum over ALL classes of weight_j u_ij.
 
 `finish_rows` adds the targets in closed form. With odds = log(sum over a target's other classes) - u_target, (1 - p) / p is exp(odds): the loss is
-log1p(exp(odds)), and what is left beside the target, 1 - p, is the sigmoid of the odds, never 1 minus a probability, so that loss and gradient keep their
-digits where p is close to 1. Of a row's gradient it leaves a few numbers (`RowGradients`):
+log1p(exp(odds)), and 1 - p is computed as the sigmoid of the odds, never as 1 minus a probability, so that loss and gradient stay accurate where p is close
+to 1. It stores a row's gradient as a few numbers (`RowGradients`):
 
     dz_ij = exp(u_ij - anchor_i) slope_i - smooth_i weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-Rows are kept apart by selection, never by multiplication with 0, so that a NaN stays in its row.
+Rows and classes are masked by selection, never by multiplication with 0, so that a NaN stays in its row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def some_zero(values: Tensor) -> bool:
 
 
 def ignored_rows(terms: LossTerms) -> Tensor | None:
-    """(N,) bool; None where it is known that no row is ignored."""
+    """(N,) bool; None if it is known that no row is ignored."""
     kept = terms.target != terms.ignore_index
     if terms.target_b is not None:
         kept &= terms.target_b != terms.ignore_index
@@ -151,7 +151,7 @@ class RowSums:
 
 
 def finite_peak(peak: Tensor) -> Tensor:
-    """The peak, or 0 for a row without a class beside its targets: -inf minus -inf is NaN."""
+    """The peak, or 0 for a row whose only classes are its targets, because -inf minus -inf would be NaN."""
     return peak.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
 
 
@@ -160,7 +160,7 @@ def _weight_sum(terms: LossTerms, num_classes: int) -> Tensor | int:
 
 
 class _Target(NamedTuple):
-    """One target's part of a row, with its share. Logits are over the row's anchor."""
+    """One target's contribution to a row, multiplied by its mixup weight. Logits are relative to the row's anchor."""
 
     loss: Tensor
     grad: Tensor  # dz at the target
@@ -173,7 +173,7 @@ def _one_target(
     terms: LossTerms, own: Tensor, other: Tensor | None, log_rest: Tensor, blend: Tensor | None, smoothing: Tensor | float, share: Tensor | None,
     weight: Tensor | None, num_classes: int,
 ) -> _Target:  # fmt: skip
-    """`own` is the target's logit with its margin; `other` the second target's without, -inf where that is the same class."""
+    """`own` is the target's logit with its margin; `other` is the second target's without margin, -inf if it is the same class."""
     log_others = log_rest if other is None else torch.logaddexp(log_rest, other)
     odds = log_others - own
     loss = F.softplus(odds, threshold=_LARGE)
@@ -206,12 +206,12 @@ def _one_target(
 
 
 def _slope(target: _Target) -> Tensor:
-    """dz over exp(u) at the classes that are no target: a finite number even where there is none, while their sum is else at least 1, that of the largest."""
+    """dz / exp(u) at the classes that are not a target. The clamp only acts if there is no such class: otherwise their sum of exponentials is at least 1."""
     return target.others * torch.exp(-target.log_others).clamp_max_(1.0)
 
 
 def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor | None, num_classes: int) -> Tensor | None:
-    """`blend` over the anchor, with the margin of one target; None without label smoothing."""
+    """`blend` relative to the anchor, with the margin of one target; None without label smoothing."""
     if not sums.terms.smoothed:
         return None
     blend = sums.blend - _weight_sum(sums.terms, num_classes) * anchor
@@ -221,12 +221,12 @@ def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor
 
 
 def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tuple[Tensor, RowGradients]:
-    """The loss of each row (N,), 0 where it is ignored and NaN where a label is no class, and its gradient."""
+    """The loss of each row (N,), 0 if it is ignored and NaN if a label is out of range, and its gradient."""
     terms = sums.terms
     anchor = finite_peak(sums.peak)
     log_rest = sums.rest.log()
     labels = [target.clamp(0, num_classes - 1) for target in row_targets(terms)]
-    # a label that is no class, and an infinite logit of the target
+    # a label that is out of range, or an infinite logit of the target
     bad = [(target != label) | value.isposinf() for target, label, value in zip(row_targets(terms), labels, sums.values, strict=True)]
     values = [(value - anchor).masked_fill_(wrong, math.nan) for value, wrong in zip(sums.values, bad, strict=True)]
     weights = [None if terms.weight is None else terms.weight[label] for label in labels]
@@ -254,7 +254,7 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
 
 
 def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice, out: Tensor) -> None:
-    """dz of a block from its exp(u - anchor), whose place it may take."""
+    """dz of a block from its exp(u - anchor); `out` may be the same tensor."""
     slope, smooth, *grads = stats.parts[:, rows].unsqueeze(2).unbind()
     torch.mul(exponentials, slope, out=out)
     if terms.smoothed:
@@ -268,7 +268,7 @@ def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows:
 
 
 def reduce_rows(losses: Tensor, terms: LossTerms, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss as `terms.reduction` wants it, and the number that it was divided by (): 1 unless that is "mean"."""
+    """The loss reduced by `terms.reduction`, and its divisor (), which is 1 unless the reduction is "mean"."""
     if terms.reduction == "none":
         return losses, losses.new_ones(())
     total = losses.sum()
