@@ -20,9 +20,9 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
     """:class:`gclkern.LinearGCLLoss` for a :class:`ShardedCosineLinear`: each rank passes its own samples and the weights of its own classes.
 
     With `sample_rate` below 1 a training step uses a part of the classes (PartialFC: An, Deng et al., CVPR 2022): those of all ranks' labels and, on each
-    rank, random others up to that share of its classes. The softmax runs over the sampled classes, the gradient of the weight is sparse, and :class:`RowSGD` updates
-    only these rows. The classes are a pure function of the step's `seed` and labels, so a step that is repeated after a restart uses the same ones. The noise
-    of a sampled step depends on a class's index among the sampled classes. Eval mode uses all classes.
+    rank, random others up to that share of its classes. The softmax runs over the sampled classes, the gradient of the weight is sparse, and :class:`RowSGD`
+    updates only these rows. The classes are a pure function of the step's `seed` and labels, so a step that is repeated after a restart uses the same ones.
+    The noise of a sampled step depends on a class's index among the sampled classes. Eval mode uses all classes.
 
     Args:
         class_counts: training samples of each class (C,), all of them on every rank.

@@ -1,6 +1,6 @@
 """Shared by the logit and the head operators: logits in place, sums over a row's classes, and the formula of a row's loss and gradient.
 
-One pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j, computes for each row (`RowSums`), over the classes that are no target,
+A pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + bias_j, computes for each row (`RowSums`), over the classes that are no target:
 
     peak = max_j u_ij,   rest = sum_j exp(u_ij - peak),   and, with label smoothing, blend = sum over ALL classes of weight_j u_ij.
 
