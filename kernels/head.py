@@ -1,10 +1,10 @@
-"""The loss of a classifier head: products, statistics and gradients put together, class chunk by class chunk.
+"""The loss of a classifier head, combined from products, statistics and gradients for one chunk of classes after the other.
 
-Every plan walks over chunks of classes and differs in what it keeps:
+Plans differ in the cosines that they store:
 
-    materialised   one chunk; its cosines (N, C) stay for backward                   3 products
-    chunked        a panel of cosines at a time, made again in backward              4 products
-    recompute      cosines never leave the registers                                 4 products
+    materialised   one chunk of all classes; its cosines (N, C) are kept for backward    3 products
+    chunked        the cosines of one chunk, computed again in backward                  4 products
+    recompute      none: cosines stay in registers                                       4 products
 
 Backward writes the gradient of one chunk at a time, rounded for the products, into a panel: in the last two plans it has PANEL_ELEMENTS elements whatever C is.
 """
@@ -39,13 +39,13 @@ from .terms import ClassShards, LossTerms, implements, shapes_of
 
 # A panel of 16-bit logits this large (32 MB) stays in the cache of a large GPU between the kernel that writes it and the products that read it.
 PANEL_ELEMENTS = 2**24
-FUSED_SPLITS = 8  # of a chunk's classes in the fused statistics: their tiles hold many rows, so rows alone would leave a GPU idle
+FUSED_SPLITS = 8  # of a chunk's classes in the fused statistics: tiles have many rows, so splitting only by rows would leave a GPU idle
 
 
 def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
     if plan == "materialised":
         return num_classes
-    # a chunk of 2**20 classes is also what the second axis of a grid of tiles can take
+    # at most 2**20 classes, because the second axis of a grid is limited
     return min(num_classes, max(min(PANEL_ELEMENTS // num_rows, 2**20) // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
 
 
@@ -55,7 +55,7 @@ def _cosine_dtype(features: Tensor, normalize: bool) -> torch.dtype:
 
 
 def _gradient_dtype(features: Tensor) -> torch.dtype:
-    # gradients of a million classes lie far below float16's smallest number
+    # the gradients of a million classes would underflow in float16
     return torch.bfloat16 if features.dtype.itemsize == 2 else torch.float32
 
 
@@ -142,7 +142,7 @@ def run_backward(
     grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, normalize: bool, plan: str,
     features_grad: bool, weight_grad: bool, bias_grad: bool, shards: ClassShards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the features, the weights and the bias; those that are not asked for are empty."""
+    """Gradients of the features, the weights and the bias; those not requested are empty."""
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
     stats, denominator, unit, inverse_norm, inverse_norm_weight, row_scale, cosine = saved
     with on_device(features):
@@ -173,7 +173,7 @@ def run_backward(
             if features_grad:
                 add_feature_gradient(here, weight, partial, resume=part.start > 0)
                 if shards is not None and part.stop == num_classes:
-                    # other ranks' shares arrive while the last chunk's weight gradient is computed
+                    # the ranks' gradients are summed while the last chunk's weight gradient is computed
                     found = finish_feature_gradient(partial, unit, inverse_norm if normalize else None, torch.float32)
                     summed = shards.scatter(found)
             if weight_grad:

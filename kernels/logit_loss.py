@@ -1,9 +1,9 @@
 """The loss of cosines (N, C) that are in memory: one pass for the softmax statistics, one for the gradient.
 
 A logit is s * v with v = cosine - cloud * noise + bias / s: dividing the bias once for each class saves a multiplication for each logit. Both passes
-draw the same noise, a pure function of seed, row and class, so nothing but the cosines is kept between them.
+compute the same noise, a pure function of seed, row and class, so only the cosines are kept between them.
 
-Bytes: forward reads N * C elements, backward reads and writes them. Operations: the noise decides (see philox.py).
+Bytes: forward reads N * C elements, backward reads and writes them. Most operations are those of the noise (see philox.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import LOOSE_POINTERS, MULTIPROCESSORS, NVIDIA, PLACES, batch_kernel, on_device
 from .terms import LossTerms, implements, shapes_of
 
-# Rows of buffers that we allocate start at multiples of this many elements: every access is 16 bytes wide whatever C is, and no tile of a product
-# leaves its row.
+# Rows of buffers that we allocate start at multiples of this many elements, so that for any C every access is 16 bytes wide and no tile of a product
+# crosses the end of its row.
 ROW_ALIGNMENT = 128
 STATS_COLUMNS = 2048  # logits that a program of the statistics holds at a time: 16 for each of its 128 threads
 GRADIENT_COLUMNS = 512
@@ -39,7 +39,7 @@ def padded_columns(num_classes: int) -> int:
 
 @triton.jit
 def load_class_term(ptr, classes, present, absent: tl.constexpr):
-    """A per-class vector at `classes`; `absent` everywhere where the loss has none."""
+    """A per-class vector at `classes`; filled with `absent` if the loss has none."""
     if ptr is not None:
         value = tl.load(ptr + classes, mask=present, other=0.0)
     else:
@@ -58,7 +58,7 @@ def load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present):
 
 @triton.jit
 def load_seed(seed_ptr):
-    """The noise's seed, to be read before a loop: the compiler does not know that the loop's stores leave it alone. 0 without noise."""
+    """The seed of the noise; 0 without noise. Load it before a loop, because the compiler cannot know that the loop's stores do not change it."""
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -80,7 +80,7 @@ def add_noise_and_bias(
 @triton.jit
 def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
     """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in; without a second one, the first twice."""
-    # compared in 32 bits: a label that wraps around into the grid is none, and row_loss.py overrides its row
+    # compared in 32 bits: an out-of-range label may wrap around into the grid, but row_loss.py overrides the result of its row
     target = (tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift).to(tl.int32)
     target_b = target
     if target_b_ptr is not None:
@@ -90,10 +90,10 @@ def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
 
 @triton.jit
 def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Running statistics peak, rest and blend of no class yet, one for each lane: every 8 neighbouring columns of a tile, which one thread holds.
+    """Initial running statistics peak, rest and blend, one of each for every lane: 8 neighbouring columns of a tile, which one thread holds.
 
-    A lane needs no other thread until the last class is in: no value is exchanged in the loop over classes. (Barriers stand there where the class vectors reach
-    their threads through shared memory.)
+    Lanes are combined only after the last class, so threads exchange no values in the loop over classes. (It still has barriers where class vectors reach their
+    threads through shared memory.)
     """
     peak = tl.full((ROWS, COLUMNS // 8), -float("inf"), tl.float32)
     rest = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
@@ -104,7 +104,7 @@ def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def accumulate_tile(
     peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr
 ):  # fmt: skip
-    """Take a tile of v into the running statistics of its lanes; see row_loss.py."""
+    """Add a tile of v to the running statistics of its lanes; see row_loss.py."""
     ROWS: tl.constexpr = v.shape[0]
     LANES: tl.constexpr = v.shape[1] // 8
     if BLEND:
@@ -119,14 +119,14 @@ def accumulate_tile(
         outside |= ~present[None, :]
     v = tl.where(outside, -float("inf"), v).reshape(ROWS, LANES, 8)
     top = tl.maximum(peak, tl.max(v, axis=2))
-    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a lane that has seen nothing but targets adds nothing
+    anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a lane with only targets so far adds nothing
     rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, :, None]), axis=2)
     return top, rest, blend
 
 
 @triton.jit
 def store_lanes(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend, scale2, RESUME: tl.constexpr):
-    """Join a row's lanes, and with RESUME what earlier classes left there, and store the row's statistics."""
+    """Combine a row's lanes, and with RESUME the stored statistics of earlier classes, and store the row's statistics."""
     top = tl.max(peak, axis=1)
     before = top
     if RESUME:
@@ -157,7 +157,8 @@ def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, 
     return dz
 
 
-# Two numbers rounded to bfloat16 by one instruction, and what they have become. Where a rounded number serves twice, the compiler takes a slow one for each.
+# Rounds two numbers to bfloat16 by one instruction, and returns the rounded values in float32 too. Written in Triton, the compiler would use a slow instruction
+# for each number.
 _ROUND_PAIR = tl.constexpr(
     """{
     .reg .b32 pair;
@@ -171,7 +172,7 @@ _ROUND_PAIR = tl.constexpr(
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
-    """`value` in DTYPE, and that in float32."""
+    """`value` rounded to DTYPE, and the rounded value in float32."""
     if NVIDIA and DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
         stored, kept = tl.inline_asm_elementwise(_ROUND_PAIR, "=r,=r,=r,r,r", [value], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)
     else:
@@ -185,9 +186,9 @@ def finish_gradient_tile(
     dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED: tl.constexpr, NORMS: tl.constexpr, BIAS_GRAD: tl.constexpr, DTYPE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that enters the products, rounded, and what the backward of the norms and of the bias sums over samples.
+    """The rounded gradient that enters the products, and the terms that the backward of the norms and of the bias sums over samples.
 
-    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products take raw weights and unit features. Terms that are not asked for are undefined.
+    With NORMS the gradient is dL/dcosine_ij / |w_j|: then both products use raw weights and unit features. Terms that were not requested are undefined.
     """
     if MASKED:
         dz = tl.where(present[None, :], dz, 0.0)
@@ -195,7 +196,7 @@ def finish_gradient_tile(
     class_term = cosine
     bias_term = cosine
     if NORMS:
-        # the sum is of the same rounded gradient that enters the products, so that the projections cancel exactly what they must
+        # sum the same rounded gradient that enters the products, so that the projection removes exactly its component along the weights
         gradient, rounded = _rounded(gradient * inverse_norm[None, :], DTYPE, NVIDIA)
         class_term = rounded * cosine
     else:
@@ -238,10 +239,10 @@ def _load_pair(pairs, taken, first_class, readable, PLACE: tl.constexpr, MASKED:
 
 @triton.jit
 def _load_pairs(row_ptr, taken, first_class, readable, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
-    """Cosines of rows that are aligned to two of them only, as at C = 8142, so that one thread still holds 8 neighbours.
+    """Cosines of rows that are only aligned to two elements, as for C = 8142, so that each thread still holds 8 neighbours.
 
-    A plain load would give each thread one aligned pair and send the noise, which comes in eights, through shared memory. Four loads of a pair, joined in the
-    order in which the noise is joined, meet it in registers.
+    A plain load would give each thread one aligned pair, so the noise, which a thread computes for 8 classes, would have to go through shared memory. Four
+    loads of a pair, joined in the same order as the noise, keep both in registers.
     """
     word: tl.constexpr = tl.uint64 if row_ptr.dtype.element_ty == tl.float32 else tl.uint32
     pairs = (row_ptr + first_class).to(tl.pointer_type(word), bitcast=True)[:, None] + tl.arange(0, COLUMNS // 8)[None, :] * 4
@@ -255,7 +256,7 @@ def _load_cosines(
     cosine_ptr, stride_n_units, stride_c, rows, taken, classes, first_class, readable, MASKED: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of cosines as it lies in memory, for `_unpack_cosines`; 0 in rows that are not taken and beyond the readable classes."""
+    """A tile of cosines as stored in memory, for `_unpack_cosines`; 0 in rows that are not `taken` and beyond the readable classes."""
     row_ptr = cosine_ptr + rows * stride_n_units * STRIDE_UNIT
     wanted = taken[:, None]
     if MASKED:
@@ -333,7 +334,7 @@ def _row_stats_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
     whole = first
     if ALIGNED:
-        # whole tiles without a mask: a mask at a C that is no multiple of 16 would make every load narrow
+        # whole tiles without a mask: a mask with a C that is not a multiple of 16 would make every load narrow
         whole = tl.maximum(first, tl.minimum(last, num_classes // COLUMNS))
         for tile in range(first, whole):
             peak, rest, blend = _stats_tile(
@@ -367,7 +368,7 @@ def _gradient_tile(
         present = (classes >= 0) & (classes < num_classes)
     cloud, bias, weight = load_class_terms(cloud_ptr, bias_ptr, weight_ptr, classes, present)
     inverse_norm = load_class_term(inverse_norm_ptr, classes, present, 1.0)
-    # summed over rows when the loop is over: a sum in it would be a barrier
+    # reduced over rows after the loop, because a reduction inside would need a barrier
     class_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = split * row_tiles_per_split
@@ -377,7 +378,7 @@ def _gradient_tile(
     for row_tile in range(first, last):
         rows = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         in_batch = rows < num_rows
-        # read before it is known whether the row has a gradient: no load waits for another one
+        # loaded before it is known whether the row has a gradient, so that no load waits for another one
         loaded = _load_cosines(
             cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
         )  # fmt: skip
@@ -385,7 +386,7 @@ def _gradient_tile(
         kept, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
             stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, slope, target_b_ptr is not None, SMOOTH, PER_ROW
         )
-        cosine = tl.where(kept[:, None], _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED), 0.0)  # 0 whatever a row without a gradient holds
+        cosine = tl.where(kept[:, None], _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED), 0.0)  # a row without a gradient may hold NaN
         v = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
@@ -446,17 +447,17 @@ def _gradient_kernel(
 
 
 class Layout(NamedTuple):
-    """Where a call's classes lie in the grid of noise groups, and how its rows lie in memory."""
+    """Position of a call's classes in the grid of noise groups, and memory layout of its rows."""
 
     first_group: int
     shift: int  # columns of the first group that belong to classes before this call's
     stride_units: int
     stride_unit: int
-    paired: bool  # rows aligned to two elements and no further
+    paired: bool  # rows are only aligned to two elements
 
 
 def layout_of(cosine: Tensor, class_offset: int) -> Layout:
-    """The row stride is handed over as units of its largest power of two, so that the compiler sees how far loads are aligned even at C = 8142."""
+    """The row stride is passed as a multiple of its largest power of two (up to 16), so that the compiler knows the alignment of loads, even for C = 8142."""
     unit = math.gcd(cosine.stride(0), 16) if cosine.stride(0) else 16
     address, size = cosine.data_ptr(), cosine.element_size()
     aligned_to_pairs = address % (2 * size) == 0 and unit >= 2
@@ -476,7 +477,7 @@ def _stats_tile_shape(num_classes: int, shift: int) -> tuple[int, int]:
 
 
 def stats_splits(num_rows: int, num_classes: int) -> int:
-    """Shares of the classes that `row_stats` walks over side by side."""
+    """The number of parts of the classes that `row_stats` processes in parallel."""
     rows, columns = _stats_tile_shape(num_classes, 0)
     return max(1, min(triton.cdiv(num_classes, columns), PROGRAMS // triton.cdiv(num_rows, rows)))
 
@@ -488,9 +489,9 @@ def row_stats(
     statistics: tuple[Tensor, Tensor, Tensor | None],  # peak, rest, blend: (splits, N)
     *,
     resume: bool,  # the statistics already hold other classes
-    padded: bool,  # the buffer is ours: its padding may be read
+    padded: bool,  # the rows are padded, and the padding may be read
 ) -> None:
-    """Take the classes of `cosine` into the softmax statistics that `finish_rows` reads."""
+    """Add the classes of `cosine` to the softmax statistics that `finish_rows` reads."""
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
     peak, rest, blend = statistics
@@ -514,11 +515,11 @@ def sums_over_rows(splits: int, num_classes: int, device: torch.device, *, norms
 
 @functools.lru_cache(1024)
 def gradient_splits(class_tiles: int, row_tiles: int, *, summing: bool) -> int:
-    """Shares of the row tiles that make the last wave of programs nearly whole; `summing` programs leave a part of the sums over samples each."""
+    """The number of parts of the row tiles for which the last wave of programs is nearly full; `summing` programs each store partial sums over samples."""
     slots = MULTIPROCESSORS * (SUMMING_GRADIENT_RESIDENT if summing else GRADIENT_RESIDENT)
 
     def time(splits: int) -> tuple[int, int]:
-        # in steps of a program, of which its begin and end take about one; of equals the fewest programs
+        # in row tiles of a program, whose start and end cost about one more; among equals the fewest programs
         return triton.cdiv(class_tiles * splits, slots) * (triton.cdiv(row_tiles, splits) + 1), splits
 
     return min(range(1, min(row_tiles, MOST_SPLITS) + 1), key=time)

@@ -20,8 +20,8 @@ _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
 _ROUNDS = tl.constexpr(7)
 
-# One word to two draws. Neither field is converted to a number by I2F, which would take the pipe of the special functions, the scarce one here: or-ed into the
-# mantissa of 2^23 it is the float 2^23 + field, and one fused multiply-add maps that to its range.
+# Two draws from one word. Fields are converted to floats without I2F, which would use the special function unit, the bottleneck here: or-ed into the mantissa
+# of 2^23 a field gives the float 2^23 + field, and one fused multiply-add maps that to its range.
 #   u: the low half; scaling by 2^-16 and subtracting (2^23 - 0.5) / 2^16 are exact.
 #   t: the high half over the base 2^23 + 15 * 2^16. The constants are the pair near pi / 131072 and -base * pi / 131072 whose rounding errors cancel best:
 #      the angle is off by 1.6e-7 at most, 4.4e-8 in the mean (a base of 2^23 and the rounded constants would give 8e-6).
@@ -60,7 +60,7 @@ def _product(word, multiplier: tl.constexpr):
 def philox_words(seed, rows, groups):
     """Four uint32 words for each (row, group): `seed` an int64 scalar, `rows` int64, `groups` uint32 (class div 8), whose shapes broadcast.
 
-    With rows [R, 1] and groups [1, G] the first two rounds, which see only one of them or their outer xor, cost next to nothing.
+    With rows [R, 1] and groups [1, G] the first two rounds cost almost nothing, because they depend on only one of them or on their outer xor.
     """
     key0 = seed.to(tl.uint32)
     key1 = (seed >> 32).to(tl.uint32)
@@ -85,8 +85,8 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
     else:
         u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
         radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # -2 ln(2) / 9
-        # Around the middle of the quarter circle, t = pi/4 + (pi/2) v, cosine and sine are even(v) - odd(v) and even(v) + odd(v): no swap, no sign. Both
-        # are polynomials in v^2, fitted to 2e-9.
+        # With t = pi/4 + (pi/2) v, relative to the middle of the quarter circle, cosine and sine are even(v) - odd(v) and even(v) + odd(v), without range
+        # reduction. even(v) and odd(v) / v are polynomials in v^2, with an error of 2e-9.
         v = ((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5
         square = v * v
         even_part = tl.fma(square, 0.0006389628188491178, -0.0147502972424452)
@@ -114,8 +114,8 @@ def word_tile(seed, rows, first_group, GROUPS: tl.constexpr):
 def noise_tile(seed, rows, first_group, GROUPS: tl.constexpr, NVIDIA: tl.constexpr):
     """The draws of `rows` (int64 [R], global sample rows) for the GROUPS * 8 classes from first_group * 8 on: float32 [R, GROUPS * 8] in class order.
 
-    Beside data of which each thread holds 8 neighbouring classes (16-byte loads of 16-bit logits) a group stays in one thread; beside any other layout the
-    words and the draws cross shared memory.
+    Combined with data of which each thread holds 8 neighbouring classes (16-byte loads of 16-bit logits), a group stays in one thread; with any other layout,
+    words and draws go through shared memory.
     """
     even, odd = half_normals_of(word_tile(seed, rows, first_group, GROUPS), NVIDIA)
     return tl.join(even, odd).reshape(rows.shape[0], GROUPS * 8)

@@ -1,13 +1,13 @@
-"""The matrix products of a classifier head, with everything that belongs to a tile done while it is in registers.
+"""The matrix products of a classifier head, fused with the operations on each tile while it is in registers.
 
-Unit features x = f / |f| (N, D) meet raw weights w (C, D); a column of logits is scaled by 1 / |w_j| after the product. Backward takes
+Unit features x = f / |f| (N, D) are multiplied with raw weights w (C, D); a column of logits is scaled by 1 / |w_j| after the product. Backward uses
 G_ij = dL/dcosine_ij / |w_j|, for which
 
     df_i = (sum_j G_ij w_j - q_i x_i) / |f_i|,  q_i = sum_j G_ij |w_j| cosine_ij
     dw_j =  sum_i G_ij x_i - r_j w_j / |w_j|,   r_j = sum_i G_ij cosine_ij
 
-so the backward of both normalisations is an epilogue, and no normalised copy of the weights exists. Whoever holds a row of G @ w whole has its q_i as
-<sum_j G_ij w_j, x_i>; a row of G.T @ x lies in many tiles, so r_j is summed where G is made.
+so the backward of both normalisations is an epilogue, and no normalised copy of the weights exists. With a whole row of G @ w, q_i is
+<sum_j G_ij w_j, x_i>; a row of G.T @ x is split over many tiles, so r_j is summed where G is computed.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from .row_loss import LOG2E
 from .runtime import INTERPRETED, MULTIPROCESSORS, NVIDIA, VECTOR_BYTES, batch_kernel
 from .terms import SMALLEST_NORM, LossTerms
 
-WIDE_COLUMNS = 256  # of a product from which on a wide tile is filled
+WIDE_COLUMNS = 256  # fewest columns of a product that fill a wide tile
 
 
 class Tile(NamedTuple):
-    """Shape of a product's tile and of its pipeline."""
+    """Tile shape, warps and pipeline stages of a product."""
 
     rows: int
     columns: int
@@ -54,10 +54,10 @@ class Tile(NamedTuple):
 
 
 def tile_of(dtype: torch.dtype, columns: int, device: torch.device) -> Tile:
-    """Of a product with so many columns. 128 bytes of depth is one swizzled row of shared memory.
+    """The tile of a product with `columns` columns. A depth of 128 bytes is one swizzled row of shared memory.
 
-    A tile of 128 x 128 asks more of the L2 cache than it gives: 32 KiB a step in 512 clocks of the tensor cores. One of 128 x 256 asks 25% less for each
-    operation; its 128 accumulators a thread and 144 KiB of shared memory are Hopper's.
+    A tile of 128 x 128 needs more L2 bandwidth than there is: 32 KiB per step of 512 tensor core clocks. A tile of 128 x 256 needs 25% less per operation, but
+    128 accumulators per thread and 144 KiB of shared memory, which require Hopper.
     """
     if dtype.itemsize != 2:
         return Tile(64, 64, 32, 8, 3)
@@ -65,12 +65,12 @@ def tile_of(dtype: torch.dtype, columns: int, device: torch.device) -> Tile:
 
 
 def fused_tile_of(dtype: torch.dtype) -> Tile:
-    """Half the rows: the noise of a tile needs as many registers as its product."""
+    """The tile of the fused kernels, with half the rows, because the noise of a tile needs as many registers as its product."""
     return Tile(64, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 32, 32, 8, 3)
 
 
 def _precision() -> str:
-    # torch.get_float32_matmul_precision raises where tf32 was chosen by this newer setting, which also shows what the older ones chose
+    # torch.get_float32_matmul_precision raises if tf32 was chosen by this newer setting, which also reflects the older settings
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -78,14 +78,14 @@ def _precision() -> str:
 def tile_of_program(program, fast_tiles):
     """The slow and the fast tile of a program: programs that run at the same time share the slow operand, which should be the larger one.
 
-    On one axis of the grid, because the others end at 65535.
+    Both are on one axis of the grid, because the others are limited to 65535.
     """
     return program // fast_tiles, program % fast_tiles
 
 
 @triton.jit
 def _inverse(norm, zero_norm):
-    """1 / norm; 0 for a row without a direction, NaN for one whose norm is no number, or none that float32 holds."""
+    """1 / norm; 0 where the norm counts as 0, NaN where it is NaN or overflows float32."""
     return tl.where(norm <= zero_norm, 0.0, tl.where(norm < float("inf"), 1.0 / norm, float("nan")))
 
 
@@ -121,8 +121,8 @@ def _unit_rows_kernel(
             if row_scale_ptr is not None:
                 x *= tl.load(row_scale_ptr + rows, mask=in_batch, other=0.0)[:, None]
             if target_ptr is not None:
-                x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 whatever the row holds
-            wanted = in_batch[:, None] & (at < copy_stride)[None, :]  # what fills the last vector is 0
+                x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 even if the row holds NaN
+            wanted = in_batch[:, None] & (at < copy_stride)[None, :]  # the padding of the last vector is 0
             tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=wanted)
 
 
@@ -218,7 +218,7 @@ def _fused_stats_kernel(
     RESUME: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Softmax statistics of logits that never leave the registers."""
+    """Softmax statistics of logits that stay in registers."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_batch = rows < num_rows
@@ -255,7 +255,7 @@ def _fused_gradient_kernel(
     SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of logits that never leave the registers."""
+    """The gradient of logits that stay in registers."""
     row_tile = tl.program_id(0)
     tile = tl.program_id(1)
     rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -297,7 +297,7 @@ def _feature_gradient_kernel(
     RESUME: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Part of G @ w over a split of the classes, added to what earlier classes left. WHOLE: dim is a multiple of COLUMNS."""
+    """Partial G @ w over a split of the classes; with RESUME it is added to the result of earlier classes. WHOLE: dim is a multiple of COLUMNS."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
@@ -366,8 +366,8 @@ def _weight_gradient_kernel(
     SPLITS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, WEIGHT_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G.T @ x, less the part along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
-    dim = dim_units * UNIT  # so that the compiler sees how far rows are aligned
+    """G.T @ x minus its component along each class's weights. WHOLE: dim is a multiple of COLUMNS."""
+    dim = dim_units * UNIT  # so that the compiler knows the alignment of rows
     whole_dim = tl.cdiv(dim, VECTOR) * VECTOR
     column_tiles = tl.cdiv(dim, COLUMNS)
     class_tile, column_tile = tile_of_program(tl.program_id(0), column_tiles)  # so that a tile of the large gradient is read for all columns at once
@@ -405,7 +405,7 @@ def _weight_gradient_kernel(
 def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None = None, terms: LossTerms | None = None) -> None:
     num_rows, dim = x.shape
     depth = min(triton.next_power_of_2(dim), 1024)
-    elements = 4096 if _is_aligned(x) else 2048  # of a program: each of its narrow loads has an address of its own
+    elements = 4096 if _is_aligned(x) else 2048  # of a program: fewer where loads are narrow, because each needs its own address
     rows = min(max(elements // depth, 1), 16)
     _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
         x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm, row_scale,
@@ -415,18 +415,18 @@ def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_
 
 
 def vector_of(dtype: torch.dtype) -> int:
-    """Elements of the widest load."""
+    """Number of elements of the widest load."""
     return VECTOR_BYTES // dtype.itemsize
 
 
 def aligned_rows(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer (N, D) whose rows are filled up to whole vectors."""
+    """A buffer (N, D) whose rows are padded to whole vectors."""
     vector = vector_of(dtype)
     return torch.empty((num_rows, triton.cdiv(dim, vector) * vector), dtype=dtype, device=device)[:, :dim]
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    """Whether the products can read these rows as they are."""
+    """Whether the products can read these rows without a copy."""
     size = rows.element_size()
     return (
         rows.stride(1) == 1 and rows.stride(0) * size % VECTOR_BYTES == 0 and rows.shape[1] * size % VECTOR_BYTES == 0 and rows.data_ptr() % VECTOR_BYTES == 0
@@ -434,9 +434,9 @@ def _is_aligned(rows: Tensor) -> bool:
 
 
 def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Features as the products take them: of unit length with `normalize`, and then with their inverse norms (N,); 0 for a row that takes no part.
+    """Features for the products: with `normalize` of unit length, and their inverse norms (N,). Rows that are ignored or have no direction are 0.
 
-    Such a row has no direction, or is ignored: whatever it holds, NaN too, stays out of every product.
+    So whatever such a row holds, even NaN, does not enter the products.
     """
     unit = aligned_rows(features.shape[0], features.shape[1], features.dtype, features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
@@ -445,12 +445,12 @@ def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tup
 
 
 def scales_rows(linear_weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a copy of the weights in `dtype` scales its rows by powers of two: float16 has no room for small rows, and powers of two cost no digits."""
+    """Whether a copy of the weights in `dtype` scales its rows by powers of two: small rows would underflow in float16, and powers of two are exact."""
     return dtype == torch.float16 and linear_weight.dtype != dtype
 
 
 def weight_rows(linear_weight: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, inverse_norm: Tensor | None = None) -> Tensor:
-    """Weights as the products take them, with aligned rows: the tensor itself where possible. `inverse_norm` (C,) receives theirs in the same pass."""
+    """Weights for the products, with aligned rows: the tensor itself where possible. `inverse_norm` (C,) receives their inverse norms in the same pass."""
     copied = linear_weight.dtype != dtype or not _is_aligned(linear_weight)
     rows = aligned_rows(linear_weight.shape[0], linear_weight.shape[1], dtype, linear_weight.device) if copied else linear_weight
     if copied or inverse_norm is not None:
@@ -459,7 +459,7 @@ def weight_rows(linear_weight: Tensor, dtype: torch.dtype, row_scale: Tensor | N
 
 
 def normalised_weight_rows(linear_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`weight_rows`, their inverse norms (C,) as the products meet them, and the row scales (C,) that bring each norm between 1 and 2, where they scale."""
+    """`weight_rows`, their inverse norms (C,) after scaling, and the scales (C,) that bring each norm between 1 and 2, or None if rows are not scaled."""
     inverse_norm = torch.empty(linear_weight.shape[0], dtype=torch.float32, device=linear_weight.device)
     if not scales_rows(linear_weight, dtype):
         return weight_rows(linear_weight, dtype, inverse_norm=inverse_norm), inverse_norm, None
@@ -469,7 +469,7 @@ def normalised_weight_rows(linear_weight: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inverse_norm: Tensor | None) -> Tensor:
-    """The cosine of each sample and its own target (N,), from the raw rows in float32: a rounded one would show in the loss near p = 1."""
+    """The cosine of each sample and its target (N,), from the raw rows in float32, because a rounded cosine would be visible in the loss near p = 1."""
     num_rows, dim = features.shape
     cosine = torch.empty(num_rows, dtype=torch.float32, device=features.device)
     _target_cosine_kernel[(num_rows,)](
@@ -481,7 +481,7 @@ def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inver
 
 
 def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: Tensor) -> None:
-    """out = x @ weight.T, each column times its class's inverse norm; `out` has padded rows, and its padding is written."""
+    """out = x @ weight.T, each column times the inverse norm of its class. `out` has padded rows; the padding is written too."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile = tile_of(x.dtype, num_classes, x.device)
     vector = vector_of(x.dtype)
@@ -534,17 +534,17 @@ def fused_gradient(
 
 
 def library_serves(gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> bool:
-    """The one place of choice between the vendor's products and ours.
+    """Whether the features' gradient is computed by the vendor's matrix product instead of ours.
 
-    The features' gradient is a plain product of long depth, which cuBLAS does at its full rate: on an NVIDIA GPU that serves. The other two have an epilogue
-    that is worth more than the product loses: cosines scale their columns, where cuBLAS would need a scaled copy of the weights; the weights' gradient goes
-    through the backward of the norms, where cuBLAS would leave (C, D) in float32 to be read and written once more.
+    It is a plain product of long depth, which cuBLAS computes at its full rate, so cuBLAS is used on NVIDIA GPUs. The other two products have an epilogue that
+    saves more than our slower product costs: cosines scale their columns, where cuBLAS would need a scaled copy of the weights; the weights' gradient includes
+    the backward of the norms, where cuBLAS would write (C, D) in float32, to be read and written once more.
     """
     return NVIDIA and device.type == "cuda" and gradient == weight
 
 
 def feature_gradient_parts(num_rows: int, dim: int, gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> Tensor:
-    """Room (splits, N, D) for the parts of the features' gradient: as many splits of the classes as fill a large GPU's multiprocessors."""
+    """A buffer (splits, N, D) for partial gradients of the features, with as many splits of the classes as fill a large GPU's multiprocessors."""
     tile = tile_of(gradient, dim, device)
     resident = 1 if tile.columns >= WIDE_COLUMNS else 2
     tiles = max(triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns), 1)
@@ -553,7 +553,7 @@ def feature_gradient_parts(num_rows: int, dim: int, gradient: torch.dtype, weigh
 
 
 def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, resume: bool) -> None:
-    """partial (splits, N, D) (+)= gradient @ weight, each split over its share of the classes."""
+    """partial (splits, N, D) = gradient @ weight, or += with `resume`; each split covers its part of the classes."""
     num_classes, dim = weight.shape
     splits, num_rows, _ = partial.shape
     if library_serves(gradient.dtype, weight.dtype, gradient.device):
@@ -578,7 +578,7 @@ def library_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The splits' sum, through the backward of the normalisation."""
+    """The sum of the splits, with the backward of the normalisation applied."""
     splits, num_rows, dim = partial.shape
     out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
     _finish_features_kernel[(num_rows,)](
@@ -591,9 +591,9 @@ def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor 
 def weight_gradient(
     gradient: Tensor, x: Tensor, linear_weight: Tensor, class_sum: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None, out: Tensor
 ) -> None:
-    """out (C, D) = gradient.T @ x through the backward of the weights' normalisation, for which `class_sum` (splits, C) adds up to r."""
+    """out (C, D) = gradient.T @ x with the backward of the weights' normalisation applied; `class_sum` (splits, C) sums to its r."""
     (num_rows, dim), num_classes = x.shape, linear_weight.shape[0]
-    # float32 weights leave no registers for a wide tile's accumulators, and the addresses of rows that are not aligned not even for a square one's
+    # With float32 weights there are not enough registers for a wide tile, and with the addresses of unaligned rows not even for a square one.
     wide = out.dtype.itemsize == 2 and triton.cdiv(num_classes, 128) * triton.cdiv(dim, 256) >= MULTIPROCESSORS  # and fewer would leave some idle
     tile = tile_of(gradient.dtype, dim if wide else 0, x.device) if _is_aligned(out) else fused_tile_of(gradient.dtype)
     vector = vector_of(x.dtype)
