@@ -24,7 +24,7 @@ from .terms import implements, shapes_of
 
 _ROWS = 64
 _COLUMNS = 64
-_PULL_COLUMNS = 32  # beside the sums of a tile's rows more of them would spill
+_PULL_TILE = 32  # rows and columns: beside the sums of the rows more of them would spill
 _DEPTH = 32
 
 
@@ -180,10 +180,10 @@ def _pull(keys: Keys, left: _Side, right: _Side, out: Tensor, *, resume: bool) -
     (rows, label, own, other, log_total2, rate), (columns, right_label, right_own, right_other, right_log_total2, right_rate) = left, right
     num_rows, dim = rows.shape
     width = min(128, max(16, triton.next_power_of_2(dim)))
-    _pull_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(dim, width))](
+    _pull_kernel[(triton.cdiv(num_rows, _PULL_TILE), triton.cdiv(dim, width))](
         rows, columns, label, right_label, own, right_own, other, right_other, log_total2, rate, right_log_total2, right_rate, out,
         num_rows, columns.shape[0], dim, LOG2E / keys.temperature,
-        SELF=rows is columns, RESUME=resume, ROWS=_ROWS, COLUMNS=_PULL_COLUMNS, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=8, num_stages=2,
+        SELF=rows is columns, RESUME=resume, ROWS=_PULL_TILE, COLUMNS=_PULL_TILE, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=4, num_stages=2,
         enable_fp_fusion=True,
     )  # fmt: skip
 
