@@ -1,11 +1,11 @@
 """Losses whose margins add to the angle between a feature and its class: ArcFace, AGCL and DBM.
 
-They change the cosines by torch operators, one pass over (N, C), and hand them to :func:`gclkern.functional.gcl_cross_entropy` of any backend. With theta the
-angle of a cosine c,
+They change the cosines by torch operators, in one pass over (N, C), and pass them to :func:`gclkern.functional.gcl_cross_entropy`. With theta the angle of a
+cosine c,
 
     cos(theta + a) = c cos a - sqrt(1 - c^2) sin a
 
-whose gradient grows without bound towards c = 1 and -1. There 1 - c^2 counts as 1e-6, and the gradient stays finite.
+whose gradient is unbounded towards c = 1 and -1. There 1 - c^2 is replaced by 1e-6, so the gradient stays finite.
 """
 
 from __future__ import annotations

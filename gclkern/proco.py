@@ -1,4 +1,4 @@
-"""Probabilistic contrastive learning: each class as a distribution on the sphere, whose contrast with a sample is a function of one cosine."""
+"""Probabilistic contrastive learning: each class is a distribution on the sphere, and its contrast with a sample is a function of one cosine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gclkern.options import Backend, Reduction
 from gclkern.validation import REDUCTIONS, ClassCounts, check_choice, check_int, check_matrix, check_number, check_same_device, check_target
 from gclkern.weights import log_prior
 
-_MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all alike
+_MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
 _SMALLEST_DIM = 16  # the asymptotic series is off by 6e-4 there, and by less in more dimensions
 
 

@@ -1,4 +1,4 @@
-"""Soft labels (N, C), as MixUp and CutMix make them, and the two hard labels and the share that they are."""
+"""Conversion of soft labels (N, C), as MixUp and CutMix produce them, to two hard labels and the weight of the first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gclkern.devices import values_may_be_read
 def mixed_targets(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two classes of each row of soft labels, and the share of the first one: the `target`, `target_b` and `lam` of the losses.
 
-    The losses take soft labels as their `target`, too, and call this. What MixUp and CutMix of timm and torchvision make has one or two classes a row.
+    The losses accept soft labels as their `target` and call this. MixUp and CutMix of timm and torchvision produce one or two classes per row.
 
     Args:
         soft: shares (N, C), floating point, at least 0 and of sum 1 in every row, with at most two classes of a share above 0.
@@ -21,7 +21,7 @@ def mixed_targets(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: `soft` is no such matrix. On a GPU its values are not read (that would synchronise): in a wrong row `lam` is NaN, and so is the
-            loss. :func:`gclkern.set_debug` has them read.
+            loss. :func:`gclkern.set_debug` enables the check.
 
     Example:
         >>> import torch, gclkern

@@ -1,11 +1,11 @@
 """From softmax statistics to losses: the formula of a sample's loss and of its gradient, shared by all kernels that compute logits.
 
-Whoever walks over the logits z_ij = s * v_ij leaves, for each row, over the classes that are NOT one of its targets,
+Kernels that compute the logits z_ij = s * v_ij store, for each row, over the classes that are NOT one of its targets,
 
     peak = max_j v_ij,   rest = sum_j exp(s * (v_ij - peak)),   and, with label smoothing, blend = sum over ALL classes of weight_j * v_ij.
 
-`finish_rows` adds the targets in closed form. No probability is ever subtracted from 1: what is left beside a target is a sum of its own, so the
-target's gradient keeps its digits where its probability is close to 1. It leaves four numbers a row, from which backward needs only v_ij:
+`finish_rows` adds the targets in closed form. No probability is subtracted from 1: the sum over the other classes is stored separately, so the
+target's gradient stays accurate where its probability is close to 1. It stores four numbers per row, from which backward computes the gradient, given v_ij:
 
     dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 """
@@ -24,7 +24,7 @@ from .terms import LossTerms
 LOG2E = 1.4426950408889634
 ROW_STATS = 4  # offset, grad_a, grad_b, smooth
 _ROWS = 128
-ROWS_ALONE = 512  # of a batch that one program finishes and reduces: a launch less. A smaller last batch of a larger one compiles that program, once
+ROWS_ALONE = 512  # up to this many rows, one program finishes and reduces a batch, which saves a launch. A smaller last batch compiles that program once
 
 
 @triton.jit

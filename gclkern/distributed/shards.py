@@ -123,7 +123,7 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
 
 
 class ShardedModule(nn.Module):
-    """A module of which each rank holds some classes. Its state dict has what belongs to all of them, (C, ...), as DTensors.
+    """A module whose classes are spread over ranks. Its state dict holds DTensors over all classes, (C, ...).
 
     Every parameter and every tensor of its state has one value or row for each class of this rank.
     """

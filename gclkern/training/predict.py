@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--top", type=number(int, 1), default=5, metavar="K", help="classes of each image, the most probable first (default 5)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--csv", metavar="FILE", help="write a table, in place of lines on the terminal")
-    either("--json-lines", metavar="FILE", help="write one JSON object a line, in place of lines on the terminal")
+    either("--csv", metavar="FILE", help="write a table instead of lines on the terminal")
+    either("--json-lines", metavar="FILE", help="write one JSON object per line instead of lines on the terminal")
     args = parser.parse_args(argv)
     try:
         classifier = load_classifier(args.checkpoint, args.device)

@@ -110,7 +110,7 @@ def default_model(dataset: str, image_size: int, images: int) -> str:
 
 
 def _clouded(settings: str, stage: int) -> dict[str, Any]:
-    """Arguments of GCL's loss (released recipes): the large sets take those of Places-LT, sets of one's own those of CIFAR."""
+    """Arguments of GCL's loss (released recipes): the large sets take those of Places-LT, other sets without published settings those of CIFAR."""
     large = settings in ("imagenet", "inat", "places")
     if stage == 1:
         return {"noise_mul": 1.0 if large else 0.5, "scale": COSINE_SCALE}
