@@ -130,7 +130,7 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     return empty(*((num_rows,) if terms.reduction == "none" else ())), [
         empty(ROW_STATS, num_rows),
         empty(),
-        aligned_rows(num_rows, dim, features.dtype, features.device),
+        aligned_rows(num_rows, dim, dtype=features.dtype, device=features.device),
         empty(num_rows if normalize else 0),
         empty(num_classes if normalize else 0),
         empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0),

@@ -419,10 +419,11 @@ def vector_of(dtype: torch.dtype) -> int:
     return VECTOR_BYTES // dtype.itemsize
 
 
-def aligned_rows(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer (N, D) whose rows are padded to whole vectors."""
+def aligned_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer (..., D) whose rows are padded to whole vectors."""
+    *leading, dim = shape
     vector = vector_of(dtype)
-    return torch.empty((num_rows, triton.cdiv(dim, vector) * vector), dtype=dtype, device=device)[:, :dim]
+    return torch.empty((*leading, triton.cdiv(dim, vector) * vector), dtype=dtype, device=device)[..., :dim]
 
 
 def _is_aligned(rows: Tensor) -> bool:
@@ -438,7 +439,7 @@ def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tup
 
     So whatever such a row holds, even NaN, does not enter the products.
     """
-    unit = aligned_rows(features.shape[0], features.shape[1], features.dtype, features.device)
+    unit = aligned_rows(*features.shape, dtype=features.dtype, device=features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
     _rows_pass(features, unit, inverse_norm, terms=terms)
     return unit, inverse_norm
@@ -452,7 +453,7 @@ def scales_rows(linear_weight: Tensor, dtype: torch.dtype) -> bool:
 def weight_rows(linear_weight: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, inverse_norm: Tensor | None = None) -> Tensor:
     """Weights for the products, with aligned rows: the tensor itself where possible. `inverse_norm` (C,) receives their inverse norms in the same pass."""
     copied = linear_weight.dtype != dtype or not _is_aligned(linear_weight)
-    rows = aligned_rows(linear_weight.shape[0], linear_weight.shape[1], dtype, linear_weight.device) if copied else linear_weight
+    rows = aligned_rows(*linear_weight.shape, dtype=dtype, device=linear_weight.device) if copied else linear_weight
     if copied or inverse_norm is not None:
         _rows_pass(linear_weight, rows if copied else None, inverse_norm, row_scale)
     return rows
@@ -549,7 +550,7 @@ def feature_gradient_parts(num_rows: int, dim: int, gradient: torch.dtype, weigh
     resident = 1 if tile.columns >= WIDE_COLUMNS else 2
     tiles = max(triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns), 1)
     splits = 1 if library_serves(gradient, weight, device) else max(1, min(16, resident * MULTIPROCESSORS // tiles))
-    return aligned_rows(splits * num_rows, dim, torch.float32, device).unflatten(0, (splits, num_rows))
+    return aligned_rows(splits, num_rows, dim, dtype=torch.float32, device=device)
 
 
 def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, resume: bool) -> None:
