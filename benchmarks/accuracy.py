@@ -176,9 +176,10 @@ class Bench:
     def command(self, run: Run) -> list[str]:
         """That begins the run or goes on with it."""
         folder, train = self.folder(run), [sys.executable, str(self.train)]
+        files = [] if run.data == "digits-lt" else ["--data-dir", self.data_dir]
         if (folder / "last.pt").exists():
-            return [*train, "--resume", str(folder), "--data-dir", self.data_dir]
-        command = [*train, *run.arguments, "--out", str(folder), "--data-dir", self.data_dir]
+            return [*train, "--resume", str(folder), *files]
+        command = [*train, *run.arguments, "--out", str(folder), *files]
         if run.base is not None and (checkpoint := self.folder(run.base) / "stage-1.pt").exists():
             command += ["--stage1", str(checkpoint)]
         return command
