@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # else the processes of pytest-xdist would take each other's cores
 PTX_TARGET = os.environ.get("PTX_TARGET")  # see compiled.py
 
 if TRITON and not GPU and PTX_TARGET is None:
@@ -86,3 +88,13 @@ def launches() -> Iterator[Launches]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every implementation, by the name that `backend=` takes: the compiled loops where there are some, the kernels where Triton is installed."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _operation_has_the_backend(request: pytest.FixtureRequest) -> None:
+    """Skips a test of the table of operations on a backend that the operation does not have."""
+    given = getattr(request.node, "callspec", None)
+    if given is None or not {"operation", "backend"} <= given.params.keys():
+        return
+    if given.params["backend"] not in ("auto", *given.params["operation"].backends):
+        pytest.skip("has no such backend")

@@ -29,13 +29,6 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 every_loss = pytest.mark.parametrize("operation", LOSSES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _has_the_backend(request: pytest.FixtureRequest) -> None:
-    given = getattr(request.node, "callspec", None)
-    if given is not None and given.params.get("backend", "auto") not in ("auto", *getattr(given.params.get("operation"), "backends", ("auto",))):
-        pytest.skip("has no such backend")
-
-
 def call(operation: Operation, backend: str) -> Callable[..., Tensor]:
     return functools.partial(operation.function, backend=backend)
 
@@ -246,7 +239,12 @@ def test_any_strides(operation: Operation, layout: str, backend: str, device: to
     if "linear_weight" in arguments:
         # columns that are all equal give cosines of +-1, where the gradient is a difference of equal numbers
         arguments |= {"normalize": False, "scale": 0.5}
-    strided = {name: laid_out(value, layout) if name in operation.axes and isinstance(value, Tensor) else value for name, value in arguments.items()}
+    # and with weights that are equal for all classes the features have no gradient but rounding
+    kept = {"linear_weight"} if layout == "expanded rows" else set()
+    strided = {
+        name: laid_out(value, layout) if name in operation.axes and name not in kept and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
     contiguous = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in strided.items()}
     # a sum may be taken in another order
     assert_near(run(operation, backend, strided), run(operation, backend, contiguous), 1e-6)

@@ -97,6 +97,7 @@ def test_an_editable_installation_follows_its_checkout_and_no_other(environment:
     assert locate(environment, second) == (second / "gclkern", second / "kernels")
 
 
+@pytest.mark.slow
 def test_a_wheel_is_complete(environment: Path, checkout: Path, tmp_path: Path) -> None:
     run(environment, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), ".", cwd=checkout, compiler=COMPILER)
     (wheel,) = tmp_path.glob("gclkern-*.whl")
