@@ -23,6 +23,7 @@ import torch
 
 from gclkern.distributed import ShardError
 from gclkern.training.arguments import number
+from gclkern.training.atomic_files import WriteError
 from gclkern.training.batches import PhaseBatches, check_phases
 from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
@@ -33,7 +34,7 @@ from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
 from gclkern.training.network import Network, gather_classifier, load_network, network_checkpoint, prepare, start
-from gclkern.training.output import finish_output, save_traceback, say
+from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
 from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, plan_run
@@ -42,7 +43,6 @@ from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
 from gclkern.training.trainer import AMP, Trainer, build_trainer
-from gclkern.training.writing import WriteError
 from gclkern.weights import DeferredReweighting
 
 # Errors whose messages are for the user.
@@ -93,7 +93,7 @@ def main(arguments: Arguments) -> None:
         folder = new_folder(Path("runs"), f"{config.data}-{config.method}")
     run = RunFolder(folder, config, write=processes.rank == 0, checkpoint=checkpoint)
     if processes.rank == 0:
-        say(describe(run, data, phases_to_come, processes.device))
+        echo(describe(run, data, phases_to_come, processes.device))
     try:
         with stop_requests() as requests:
             timer = CheckpointTimer(processes, requests, config.checkpoint_seconds)
@@ -114,7 +114,7 @@ def main(arguments: Arguments) -> None:
         raise
     except Stopped:
         if processes.rank == 0:
-            say(f"stopped; continue with: python train.py --resume {folder}")
+            echo(f"stopped; continue with: python train.py --resume {folder}")
     else:
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
@@ -135,7 +135,7 @@ def set_up_torch(config: RunConfig) -> None:
 def report_notes(data: DataSplits) -> None:
     """Say what is odd about the files, and which images were left out."""
     for note in data.notes:
-        say(as_flags(note))
+        echo(as_flags(note))
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunConfig, processes: Processes) -> None:
@@ -145,7 +145,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: DataSplits, config: RunCon
     network = load_network(checkpoint, processes.device, averaged=True)
     report = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=checkpoint["temperature"])
     if processes.rank == 0:
-        say(format_table([(checkpoint["name"], report)]))
+        echo(format_table([(checkpoint["name"], report)]))
     processes.close()
 
 

@@ -34,10 +34,10 @@ from benchmarks.gpu_report import machine
 from benchmarks.provenance import ROOT, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.arguments import number
+from gclkern.training.atomic_files import replace_text
 from gclkern.training.data.groups import GROUPS
 from gclkern.training.processes import stop_requests
 from gclkern.training.recipes import plan
-from gclkern.training.writing import replace_text
 
 ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop

@@ -27,7 +27,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
 from benchmarks.timing import Call, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
-from gclkern.training.writing import replace_text
+from gclkern.training.atomic_files import replace_text
 
 CPU = torch.device("cpu")
 # without the one that takes the plan that "auto" chooses, which is here among the others

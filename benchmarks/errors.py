@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS
 from benchmarks.provenance import kernels_hash, torch_hash
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.options import Backend
-from gclkern.training.writing import replace_text
+from gclkern.training.atomic_files import replace_text
 
 PATH = RESULTS / "numerics" / "errors.json"
 ROWS, DIM = 8, 64

@@ -43,7 +43,7 @@ from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, inst
 from benchmarks.gpu_steps import STEPS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash
 from gclkern import cpu_backend
-from gclkern.training.writing import replace_text
+from gclkern.training.atomic_files import replace_text
 
 CALL_SECONDS = 540  # of the 600 that a call may take
 PREDICTION_SECONDS, KERNELS_SECONDS, NCU_SECONDS = 60.0, 20.0, 60.0

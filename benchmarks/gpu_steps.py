@@ -227,7 +227,7 @@ def _products_of(shape: Shape) -> dict[str, float]:
         "weights' gradient": (lambda: ours.weight_gradient(logits, x, weight, sums, norm, None, out), lambda: torch.mm(logits.T, x)),
     }
     times = {}
-    with mock.patch.object(ours, "library_serves", return_value=False):
+    with mock.patch.object(ours, "uses_cublas", return_value=False):
         for name, (call, library) in calls.items():
             times[f"{name}, torch.mm"] = seconds(library)
             times[name] = seconds(call)

@@ -29,7 +29,7 @@ from benchmarks.accuracy import results_of, tables
 from benchmarks.common import BOTH, RESULTS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
-from gclkern.training.writing import replace_text
+from gclkern.training.atomic_files import replace_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "numerics.md")
 IMAGES = ROOT / "docs" / "images"

@@ -149,7 +149,7 @@ class _ClassLoss(PreciseBuffers):
 _ClassLoss.__init__.__qualname__ = "GCLLoss.__init__"  # a misspelt argument is refused in this name
 
 
-class _CosineLoss(_ClassLoss):
+class _LogitLoss(_ClassLoss):
     """A loss of cosines or logits without noise."""
 
     def forward(
@@ -306,7 +306,7 @@ class LinearGCLLoss(_CloudedLoss):
         return f"{super().extra_repr()}, plan={self.plan!r}"
 
 
-class LDAMLoss(_CosineLoss):
+class LDAMLoss(_LogitLoss):
     r"""Label-distribution-aware margins (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019, section 3.2).
 
         loss = cross_entropy(scale * (cosine - margin_j * [j == target]), target),    margin_j = max_margin * (n_min / n_j)^(1/4)
@@ -343,7 +343,7 @@ class LDAMLoss(_CosineLoss):
         super().__init__(margin.numel(), margin=margin, scale=scale, **options)
 
 
-class LogitAdjustedLoss(_CosineLoss):
+class LogitAdjustedLoss(_LogitLoss):
     r"""Logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, Eq. 10).
 
     With tau = 1 it is the balanced softmax (Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020, Theorem 1).
@@ -382,7 +382,7 @@ class LogitAdjustedLoss(_CosineLoss):
         super().__init__(bias.numel(), bias=bias, scale=scale, **options)
 
 
-class LabelAwareSmoothingLoss(_CosineLoss):
+class LabelAwareSmoothingLoss(_LogitLoss):
     r"""Label-aware smoothing: cross entropy that smooths the labels of frequent classes more, the loss of MiSLAS's second stage.
 
     (Zhong et al., "Improving calibration for long-tailed recognition", CVPR 2021, section 3.2.)
@@ -431,7 +431,7 @@ class LabelAwareSmoothingLoss(_CosineLoss):
         )
 
 
-class CosFaceLoss(_CosineLoss):
+class CosFaceLoss(_LogitLoss):
     r"""Large margin cosine loss (Wang et al., "CosFace: large margin cosine loss for deep face recognition", CVPR 2018, Eq. 4).
 
         loss = cross_entropy(scale * (cosine - margin * [j == target]), target)
@@ -462,7 +462,7 @@ class CosFaceLoss(_CosineLoss):
         super().__init__(None, margin=margin, scale=scale, **options)
 
 
-class FocalLoss(_CosineLoss):
+class FocalLoss(_LogitLoss):
     r"""Focal loss (Lin et al., "Focal loss for dense object detection", ICCV 2017, Eq. 4) over a softmax, with the gradient of its factor.
 
         loss = (1 - exp(-l))^gamma * l,    l = cross_entropy(scale * logits, target)

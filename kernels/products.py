@@ -534,7 +534,7 @@ def fused_gradient(
     return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
-def library_serves(gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> bool:
+def uses_cublas(gradient: torch.dtype, weight: torch.dtype, device: torch.device) -> bool:
     """Whether the features' gradient is computed by the vendor's matrix product instead of ours.
 
     It is a plain product of long depth, which cuBLAS computes at its full rate, so cuBLAS is used on NVIDIA GPUs. The other two products have an epilogue that
@@ -549,7 +549,7 @@ def feature_gradient_parts(num_rows: int, dim: int, gradient: torch.dtype, weigh
     tile = tile_of(gradient, dim, device)
     resident = 1 if tile.columns >= WIDE_COLUMNS else 2
     tiles = max(triton.cdiv(num_rows, tile.rows) * triton.cdiv(dim, tile.columns), 1)
-    splits = 1 if library_serves(gradient, weight, device) else max(1, min(16, resident * MULTIPROCESSORS // tiles))
+    splits = 1 if uses_cublas(gradient, weight, device) else max(1, min(16, resident * MULTIPROCESSORS // tiles))
     return aligned_rows(splits, num_rows, dim, dtype=torch.float32, device=device)
 
 
@@ -557,7 +557,7 @@ def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, r
     """partial (splits, N, D) = gradient @ weight, or += with `resume`; each split covers its part of the classes."""
     num_classes, dim = weight.shape
     splits, num_rows, _ = partial.shape
-    if library_serves(gradient.dtype, weight.dtype, gradient.device):
+    if uses_cublas(gradient.dtype, weight.dtype, gradient.device):
         product = library_product(gradient, weight)
         if resume:
             partial[0] += product

@@ -24,7 +24,8 @@ from .terms import LossTerms
 LOG2E = 1.4426950408889634
 ROW_STATS = 4  # offset, grad_a, grad_b, smooth
 _ROWS = 128
-ROWS_ALONE = 512  # up to this many rows, one program finishes and reduces a batch, which saves a launch. A smaller last batch compiles that program once
+# Up to this many rows, one program finishes and reduces a batch, which saves a launch. A smaller last batch compiles that program once more.
+MAX_ROWS_OF_ONE_PROGRAM = 512
 
 
 @triton.jit
@@ -239,24 +240,24 @@ def finish_rows(
     splits, num_rows = peak.shape
     gather = cosine_a.dim() == 2
     each = terms.reduction == "none"
-    alone = num_rows <= ROWS_ALONE and not each
-    loss, kept = (torch.empty(0 if alone else num_rows, dtype=torch.float32, device=peak.device) for _ in range(2))
+    one_program = num_rows <= MAX_ROWS_OF_ONE_PROGRAM and not each
+    loss, kept = (torch.empty(0 if one_program else num_rows, dtype=torch.float32, device=peak.device) for _ in range(2))
     reduced, denominator = (None, None) if each else (torch.empty((), dtype=torch.float32, device=peak.device) for _ in range(2))
     stats = torch.empty((ROW_STATS, num_rows), dtype=torch.float32, device=peak.device)
     smoothed = terms.smoothed
     smoothing = terms.label_smoothing if terms.smoothing is None else 1.0
     total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
-    _finish_rows_kernel[(1 if alone else triton.cdiv(num_rows, _ROWS),)](
+    _finish_rows_kernel[(1 if one_program else triton.cdiv(num_rows, _ROWS),)](
         cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend,
         terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
-        loss, kept, stats, reduced if alone else None, denominator if alone else None,
+        loss, kept, stats, reduced if one_program else None, denominator if one_program else None,
         num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         smoothing, smoothing / num_classes if smoothed else None, terms.gamma,
         GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, MEAN=terms.reduction == "mean",
-        ROWS=ROWS_ALONE if alone else _ROWS, NVIDIA=NVIDIA, num_warps=8 if alone else 4, enable_fp_fusion=True,
+        ROWS=MAX_ROWS_OF_ONE_PROGRAM if one_program else _ROWS, NVIDIA=NVIDIA, num_warps=8 if one_program else 4, enable_fp_fusion=True,
     )  # fmt: skip
     if reduced is None or denominator is None:
         return loss, stats, torch.ones((), dtype=torch.float32, device=loss.device)
-    if not alone:
+    if not one_program:
         _reduce_rows_kernel[(1,)](loss, kept, reduced, denominator, num_rows, MEAN=terms.reduction == "mean", ROWS=1024, num_warps=4, enable_fp_fusion=True)
     return reduced, stats, denominator

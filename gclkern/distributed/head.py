@@ -27,7 +27,7 @@ from gclkern.autograd import save_terms, saved_terms
 from gclkern.devices import without_autocast
 from gclkern.dispatch import head_implementation, resolve_backend, resolve_plan
 from gclkern.distributed.ranks import Ranks
-from gclkern.distributed.shards import Shards, agree, form
+from gclkern.distributed.shards import Shards, agree, agreed_form
 from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.kernels.terms import LossTerms, statistics_dtype
 from gclkern.options import LinearCrossEntropyOptions
@@ -234,7 +234,7 @@ def _sharded_loss(
         problem = error
     differentiable = (features, linear_weight, terms_options["bias"])
     needs = [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
-    shared = (normalize, plan, backend, averaged_gradients, needs, *map(form, (cloud, target_b, lam, *terms_options.values())))
+    shared = (normalize, plan, backend, averaged_gradients, needs, *map(agreed_form, (cloud, target_b, lam, *terms_options.values())))
     shards, verdict = agree(ranks, features, linear_weight, shared, problem, row_offset=row_offset)
     if ranks.world > 1:
         if cloud is not None:

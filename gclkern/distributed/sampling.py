@@ -36,14 +36,14 @@ def draw_classes(ranks: Ranks, shards: Shards, labels: list[Tensor], rate: float
     sizes = draw_sizes(shards, rate, sum(target.numel() for target in labels))
     groups = torch.arange(mine.start // 4, (mine.stop + 3) // 4, device=seed.device)
     words = philox_words(seed, torch.full((1,), _NO_SAMPLE, device=seed.device), groups).flatten()[mine.start % 4 :][:held]
-    # the class in the lower bits makes all lots different
-    lots = (words.to(torch.int64) << 30) + torch.arange(held, device=seed.device)
+    # with the class in the lower bits, no two keys are equal
+    keys = (words.to(torch.int64) << 30) + torch.arange(held, device=seed.device)
     wanted = torch.zeros(held + 1, dtype=torch.bool, device=seed.device)  # the last entry is for labels of other ranks
     for target in labels:
         here = (target >= mine.start) & (target < mine.stop)
         wanted[torch.where(here, target - mine.start, held)] = True
-    lots = lots.masked_fill_(wanted[:held], 2**62)
-    drawn = lots.topk(sizes[shards.rank], sorted=False).indices.sort().values + mine.start
+    keys = keys.masked_fill_(wanted[:held], 2**62)
+    drawn = keys.topk(sizes[shards.rank], sorted=False).indices.sort().values + mine.start
     return ranks.gather_parts(drawn, sizes, "gathering the sampled classes"), Shards(shards.rank, sizes)
 
 

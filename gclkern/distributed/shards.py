@@ -63,7 +63,7 @@ def even_sizes(num_classes: int, world: int) -> tuple[int, ...]:
     return sizes
 
 
-def form(value: object) -> object:
+def agreed_form(value: object) -> object:
     """The part of an argument that ranks must agree on: for a tensor everything except its values."""
     return (tuple(value.shape), value.dtype, value.device.type, value.requires_grad) if isinstance(value, Tensor) else value
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from gclkern.training.atomic_files import replace_file
 from gclkern.training.data import DataIdentity, DataSplits, EvaluationTransform, class_difference, data_difference
-from gclkern.training.writing import replace_file
 
 _FORMAT = "gclkern.training.checkpoint"
 _VERSION = 2  # of the keys of Checkpoint

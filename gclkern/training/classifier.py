@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from gclkern.training.data import EvaluationTransform
-from gclkern.training.data.decode import middle, open_image, to_rgb
+from gclkern.training.data.decode import open_image, resize_and_crop, to_rgb
 from gclkern.training.network import Network, load_network
 
 
@@ -122,7 +122,7 @@ class ImageTransform:
     def __call__(self, image: Any) -> Tensor:
         """The input (channels, crop, crop), float32, of a PIL image or of the image file at a path."""
         image = open_image(str(image)) if isinstance(image, str | Path) else to_rgb(image)
-        image = middle(image.convert(self.mode), resize=self.settings["resize"], crop=self.settings["crop"])
+        image = resize_and_crop(image.convert(self.mode), resize=self.settings["resize"], crop=self.settings["crop"])
         pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
         return pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 

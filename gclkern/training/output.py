@@ -8,7 +8,7 @@ import tempfile
 import traceback
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print a text. If the reader of a pipe has closed it, as in ``python train.py | head -1``, the run continues silently.
 
     Characters that the output's encoding does not have are escaped.

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gclkern.training.atomic_files import replace_file
 from gclkern.training.evaluation import Report
 from gclkern.training.extras import need
-from gclkern.training.names import printable
-from gclkern.training.writing import replace_file
+from gclkern.training.printable import printable
 
 # The palette of Okabe and Ito, which is safe for colour blindness, without its yellow, which is hardly visible on white; each has a marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -29,8 +29,8 @@ from gclkern.training.data import CorruptImageError
 from gclkern.training.data.decode import open_image
 from gclkern.training.data.folders import find_images
 from gclkern.training.extras import need
-from gclkern.training.names import printable
-from gclkern.training.output import say
+from gclkern.training.output import echo
+from gclkern.training.printable import printable
 
 _BATCH = 64
 
@@ -77,7 +77,7 @@ def classify(classifier: Classifier, paths: Sequence[str], top: int, write: Writ
 
 def _as_text(path: str, predictions: Sequence[Prediction]) -> None:
     """One line on the terminal."""
-    say("  ".join([printable(path), *(f"{printable(one.name)} {one.probability:.3f}" for one in predictions)]))
+    echo("  ".join([printable(path), *(f"{printable(one.name)} {one.probability:.3f}" for one in predictions)]))
 
 
 def _csv_writer(file: TextIO, top: int) -> Write:

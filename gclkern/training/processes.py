@@ -37,7 +37,7 @@ class Processes:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     @classmethod
-    def alone(cls, device: torch.device) -> Processes:
+    def single(cls, device: torch.device) -> Processes:
         """A single process, even under torchrun."""
         processes = object.__new__(cls)
         processes.world, processes.rank, processes.device = 1, 0, device

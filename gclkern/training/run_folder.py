@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gclkern.training.atomic_files import replace_text, write_errors
 from gclkern.training.checkpoint import Checkpoint, save_checkpoint
 from gclkern.training.config import RunConfig
-from gclkern.training.names import printable
-from gclkern.training.writing import replace_text, write_errors
+from gclkern.training.printable import printable
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
 

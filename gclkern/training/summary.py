@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from gclkern.training import own_data
+from gclkern.training.atomic_files import replace_text, write_errors
 from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits, ImageSet
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
 from gclkern.training.extras import need
 from gclkern.training.network import load_network, model_name
-from gclkern.training.output import say
+from gclkern.training.output import echo
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase, family
 from gclkern.training.run_folder import RunFolder
-from gclkern.training.writing import replace_text, write_errors
 
 
 def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
@@ -62,13 +62,13 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
 
 def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Sequence[Phase], *, amp: torch.dtype | None, pictures: bool) -> None:
     """Print the table, write the summary and draw the pictures, from the files of the run: a resumed run has its earlier phases only there."""
-    alone = Processes.alone(device)
+    alone = Processes.single(device)
     if data.holdout is not None and (run.path / "best.pt").exists():
         best = load_checkpoint(run.path / "best.pt")
         report = evaluate(load_network(best, device), data.test, data, alone, amp, temperature=best["temperature"])
         run.reports["best on held-out"] = report.as_dict()
     reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
-    say(format_table(list(reports.items())))
+    echo(format_table(list(reports.items())))
     summary = {
         "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
         "groups": data.groups, "config": run.config.to_dict(), "seconds": round(run.seconds, 1),
@@ -83,7 +83,7 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
         with write_errors(run.path):
             show_on_board(run.board, run.path, run.config.to_dict(), list(reports.values())[-1])
             run.board.close()
-    say(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
+    echo(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
 
 
 def show_on_board(board: Any, folder: Path, config: dict[str, Any], report: Report) -> None:

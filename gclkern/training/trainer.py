@@ -195,7 +195,7 @@ class Trainer:
         self.average = copy.deepcopy(module.network) if ema else None
         self.runnable: Any = parallel(module) if processes.world > 1 else module
         # Gradients of the parts add up on each process; only the backward pass of the last part sends them to the others.
-        self.kept_here: Any = getattr(self.runnable, "no_sync", nullcontext)
+        self.no_sync: Any = getattr(self.runnable, "no_sync", nullcontext)
         if compiled:
             self.runnable = torch.compile(self.runnable)
         self.captured = CapturedStep(self.optimizer) if capture else None
@@ -221,7 +221,7 @@ class Trainer:
             if self.channels_last:
                 inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
             inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor, this does not synchronise with the GPU
-            with self.kept_here() if part + 1 < self.accumulate else nullcontext():
+            with self.no_sync() if part + 1 < self.accumulate else nullcontext():
                 loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
         if self.captured is None:
             self.scaler.step(self.optimizer)

@@ -178,7 +178,7 @@ class Images:
 def test_training_and_evaluation(rules: Rules, sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a step but DistributedDataParallel, which torch answers for, and what is done between steps."""
     monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
-    ranks = Processes.alone(META)
+    ranks = Processes.single(META)
     ranks.world, ranks.rank = WORLD, RANK
     phase = plan("gcl+dro-lt", None, "cifar10-lt", COUNTS)[1]
     network = Network(Backbone(), build_head("cosine", WIDTH, CLASSES)).to(META).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

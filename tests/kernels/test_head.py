@@ -52,7 +52,7 @@ def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: La
 @pytest.mark.parametrize(("value", "expected"), [("high", "tf32"), ("tf32", "tf32"), ("highest", "ieee"), ("ieee", "ieee")])
 def test_float32_products_follow_both_settings_of_their_precision(launches: Launches, device: torch.device, value: str, expected: str) -> None:
     """Where the new one chose tf32, to ask for the old one is an error."""
-    from gclkern.kernels.products import library_serves
+    from gclkern.kernels.products import uses_cublas
 
     features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
     try:
@@ -64,7 +64,7 @@ def test_float32_products_follow_both_settings_of_their_precision(launches: Laun
     finally:
         torch.set_float32_matmul_precision("highest")
     products = [launch for launch in launches if "PRECISION" in launch.kernel.arg_names]
-    assert len(products) == (2 if library_serves(torch.float32, torch.float32, device) else 3)
+    assert len(products) == (2 if uses_cublas(torch.float32, torch.float32, device) else 3)
     assert {launch.argument("PRECISION") for launch in products} == {expected}
 
 
@@ -88,7 +88,7 @@ def test_the_librarys_product_gives_the_same_gradient(plan: str, device: torch.d
         calls.append((a.shape[1], b.shape[0]))
         return a @ b
 
-    monkeypatch.setattr(products, "library_serves", lambda *args: True)
+    monkeypatch.setattr(products, "uses_cublas", lambda *args: True)
     monkeypatch.setattr(products, "library_product", product)
     torch.testing.assert_close(gradient(), ours)
     assert calls == ([(300, 300)] if plan == "materialised" else [(128, 128), (128, 128), (44, 44)])

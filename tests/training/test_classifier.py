@@ -61,7 +61,7 @@ def photos(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_predictions_are_those_of_the_evaluation(classifier: Classifier, digits: DataSplits) -> None:
-    evaluated = predict_logits(classifier.network, digits.test, Processes.alone(CPU))[0][:20]
+    evaluated = predict_logits(classifier.network, digits.test, Processes.single(CPU))[0][:20]
     images = [Image.fromarray(np.asarray(image[0])) for image in digits.test.images[:20]]  # type: ignore[attr-defined]
     logits = classifier(torch.stack([classifier.transform(image) for image in images]))
     torch.testing.assert_close(logits, evaluated / 2.5, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from gclkern.training.network import Network, build_head, replace_head
 from gclkern.training.processes import Processes
 from gclkern.training.retrain import retrain_without_gradients, tau_normalise
 
-ALONE = Processes.alone(torch.device("cpu"))
+ALONE = Processes.single(torch.device("cpu"))
 
 
 class Pixels(nn.Module):

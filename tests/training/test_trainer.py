@@ -111,7 +111,7 @@ def test_batches_are_full() -> None:
 def test_the_average_is_what_is_evaluated() -> None:
     network = Network(Backbone(), build_head("linear", 4, 3))
     step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
-    ranks = Processes.alone(torch.device("cpu"))
+    ranks = Processes.single(torch.device("cpu"))
     assert Trainer(step, ranks, weight_decay=0.0).eval_network is network
     trainer = Trainer(step, ranks, weight_decay=0.0, ema=0.9)
     before = network.head.weight.detach().clone()
@@ -126,7 +126,7 @@ def test_the_average_is_what_is_evaluated() -> None:
 def test_a_captured_step_goes_on_from_a_run_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began on a CPU and is resumed on a GPU: its checkpoint has the rate as a number, the captured step reads it from one tensor."""
     step = plain_step(Backbone())
-    ranks = Processes.alone(torch.device("cpu"))
+    ranks = Processes.single(torch.device("cpu"))
     plain, captured = Trainer(step, ranks, weight_decay=0.0), Trainer(step, ranks, weight_decay=0.0)
     plain.set_rate(0.3)
     monkeypatch.setattr(captured, "captured", object())
@@ -199,7 +199,7 @@ def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
     network = Network(Backbone(), build_head("cosine", 4, 3))
     loss: Any = build_loss(plan("ldam-drw", None, "cifar10-lt", COUNTS)[0], COUNTS)
     DeferredReweighting(loss, COUNTS, 0)
-    trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Processes.alone(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
+    trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Processes.single(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
     if captured:
         trainer.captured = CapturedStep(trainer.optimizer)
         trainer.optimizer.param_groups[0]["fused"] = True  # reads the rate from its tensor, as on a GPU
@@ -240,7 +240,7 @@ def test_a_graph_goes_with_its_trainer() -> None:
 def test_a_scaler_skips_steps_itself() -> None:
     """A fused step that overflows is skipped by its kernel, which leaves the momentum unset."""
     step = plain_step(Backbone())
-    ranks = Processes.alone(torch.device("cuda"))  # to build a trainer takes none
+    ranks = Processes.single(torch.device("cuda"))  # to build a trainer takes none
     assert not Trainer(step, ranks, weight_decay=0.0, amp=torch.float16).optimizer.defaults["fused"]
     assert Trainer(step, ranks, weight_decay=0.0, amp=torch.bfloat16, capture=False).optimizer.defaults["fused"]
 
@@ -266,7 +266,7 @@ def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
 
     def draws(world: int, rank: int, accumulate: int) -> list[float]:
-        ranks, backbone = Processes.alone(torch.device("cpu")), Drawing()
+        ranks, backbone = Processes.single(torch.device("cpu")), Drawing()
         ranks.world, ranks.rank = world, rank
         step = plain_step(backbone)
         Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
@@ -296,7 +296,7 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.module(**inputs)
 
     monkeypatch.setattr("gclkern.training.trainer.parallel", Parallel)
-    ranks = Processes.alone(torch.device("cpu"))
+    ranks = Processes.single(torch.device("cpu"))
     ranks.world = 2
     step = plain_step(Backbone())
     Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gclkern.training.extras import need
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 # Formats that PIL recognises but cannot decode by itself, and PDF, which is not meant as an image.
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"))
@@ -84,7 +84,7 @@ def _grey(image: Any) -> Any:
     return need("PIL.Image", "a data set of image files").fromarray(np.round(values).astype(np.uint8))
 
 
-def middle(image: Any, *, resize: int, crop: int) -> Any:
+def resize_and_crop(image: Any, *, resize: int, crop: int) -> Any:
     """The image resized and centre-cropped for evaluation; unchanged if it has the size already."""
     width, height = image.size
     if width == height == crop:

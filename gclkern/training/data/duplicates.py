@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 # Up to this many files are compared by content, which reads only files of equal size; more are compared by path.
 _COMPARED = 20_000

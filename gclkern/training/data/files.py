@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gclkern.training.data.augment import COLUMNS, augment_batch, parse_augmentation
-from gclkern.training.data.decode import BILINEAR, CorruptImageError, middle, open_image
+from gclkern.training.data.decode import BILINEAR, CorruptImageError, open_image, resize_and_crop
 from gclkern.training.data.duplicates import duplicate_notes
 from gclkern.training.data.groups import count_groups, tercile_groups
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, uniform_numbers
 from gclkern.training.extras import need
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 OWN = ("list", "folder")  # data sets without published settings
 SMALL = 64  # image size in pixels up to which images are not cropped for evaluation and only shifted for training
@@ -85,7 +85,7 @@ class _Files(Dataset[Any]):
         except CorruptImageError as error:
             return str(error)
         if self.crop is None:
-            image = middle(image, resize=_resize(self.size), crop=self.size)
+            image = resize_and_crop(image, resize=_resize(self.size), crop=self.size)
         else:
             # torchvision's transforms use torch's global generator: seed it for each sample, and restore it for the main process
             with torch.random.fork_rng(devices=[]):
@@ -189,7 +189,7 @@ class _Decoded(Dataset[Any]):
         width, height = image.size
         seen = min(width, height)
         if self.side is None:
-            image = middle(image, resize=_resize(self.size), crop=self.size)
+            image = resize_and_crop(image, resize=_resize(self.size), crop=self.size)
         else:
             seen *= 1 if width == height == self.size else self.size / self.side
             image = image.resize((self.side, self.side), resample=BILINEAR)

@@ -13,7 +13,7 @@ from gclkern.training.data.decode import image_suffixes
 from gclkern.training.data.files import ImageFiles, file_splits
 from gclkern.training.data.images import DataSplits
 from gclkern.training.data.longtail import stratified_split
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 _TRAIN, _TEST, _VAL = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 _TEST_SHARE = 0.2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gclkern.training.data.files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, file_splits
 from gclkern.training.data.images import DataSplits
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 
 class _Lists(NamedTuple):

@@ -12,7 +12,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from gclkern.training.data.decode import CorruptImageError, image_suffixes, middle, open_image
+from gclkern.training.data.decode import CorruptImageError, image_suffixes, open_image, resize_and_crop
 
 RAMP = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
 
@@ -98,9 +98,9 @@ def test_the_middle_is_torchvisions(size: tuple[int, int]) -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     expected = transforms.CenterCrop(28)(transforms.Resize(32)(image))
-    assert np.array_equal(np.asarray(middle(image, resize=32, crop=28)), np.asarray(expected))
+    assert np.array_equal(np.asarray(resize_and_crop(image, resize=32, crop=28)), np.asarray(expected))
 
 
 def test_an_image_of_the_size_stays_as_it_is() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
-    assert middle(image, resize=32, crop=28) is image
+    assert resize_and_crop(image, resize=32, crop=28) is image

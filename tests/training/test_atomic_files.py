@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gclkern.training.atomic_files import WriteError, replace_text
 from gclkern.training.checkpoint import load_checkpoint, save_checkpoint
-from gclkern.training.writing import WriteError, replace_text
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from gclkern.training.names import printable
+from gclkern.training.printable import printable
 
 
 class WriteError(OSError):
