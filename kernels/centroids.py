@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import on_device
-from .terms import implements, shapes_of
+from .terms import implements
 
 _ROWS = 8  # gathered at once; with 256 columns a program keeps 8 KiB of float32 in flight
 _COLUMNS = 256
@@ -110,8 +110,3 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
             begin, partials_end, partial, sums, dim, piece_rows, COLUMNS=columns, num_warps=1, enable_fp_fusion=True
         )  # fmt: skip
     return sums, counts
-
-
-@shapes_of("segment_sums", "triton")
-def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    return features.new_empty((num_classes, features.shape[1]), dtype=torch.float32), target.new_empty(num_classes)

@@ -394,12 +394,3 @@ def dro_lt_backward(
     if grad_epsilon is None:
         return grad_features, features.new_empty(0, dtype=torch.float32)
     return grad_features, grad_epsilon if per_class else grad_epsilon.sum()
-
-
-@shapes_of("dro_lt_backward", "triton")
-def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
-    temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
-    return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))

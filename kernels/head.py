@@ -190,11 +190,3 @@ def run_backward(
 def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
     return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*fields), normalize, plan, features_grad, weight_grad, bias_grad)
-
-
-@shapes_of("head_backward", "triton")
-def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features_grad, weight_grad, bias_grad = args[-3:]
-    grad_features = features.new_empty(features.shape if features_grad else (0,))
-    grad_weight = linear_weight.new_empty(linear_weight.shape if weight_grad else (0,))
-    return grad_features, grad_weight, features.new_empty(linear_weight.shape[0] if bias_grad else 0, dtype=torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .philox import noise_tile
 from .runtime import NVIDIA, batch_kernel, on_device
-from .terms import implements, shapes_of
+from .terms import implements
 
 _ROWS = 4
 _GROUPS = 64  # of 8 classes
@@ -55,8 +55,3 @@ def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, 
             ROWS=_ROWS, GROUPS=_GROUPS, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return noise
-
-
-@shapes_of("cloud_noise", "triton")
-def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
-    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)

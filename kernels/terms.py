@@ -105,11 +105,12 @@ def implements(name: str, backend: str) -> Callable[[Function], Function]:
     return register
 
 
-def shapes_of(name: str, backend: str) -> Callable[[Function], Function]:
+def shapes_of(name: str, *backends: str) -> Callable[[Function], Function]:
     """Registers the decorated function for tensors without values (fake and meta tensors): it returns empty outputs of the right shapes and dtypes."""
 
     def register(function: Function) -> Function:
-        torch.library.register_fake(f"{NAMESPACE}::{PREFIXES[backend]}{name}", function, lib=_LIBRARY)
+        for backend in backends:
+            torch.library.register_fake(f"{NAMESPACE}::{PREFIXES[backend]}{name}", function, lib=_LIBRARY)
         return function
 
     return register
@@ -133,6 +134,34 @@ def _define_operators() -> None:
 
 
 _define_operators()
+
+
+# The operations whose outputs are the same on every backend; the others keep different tensors for backward, or pad their rows.
+@shapes_of("cloud_noise", *PREFIXES)
+def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)
+
+
+@shapes_of("segment_sums", *PREFIXES)
+def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    return features.new_empty((num_classes, features.shape[1]), dtype=statistics_dtype(features)), target.new_empty(num_classes)
+
+
+@shapes_of("head_backward", *PREFIXES)
+def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    features_grad, weight_grad, bias_grad = args[-3:]
+    grad_features = torch.empty(features.shape if features_grad else (0,), dtype=features.dtype, device=features.device)
+    grad_weight = torch.empty(linear_weight.shape if weight_grad else (0,), dtype=linear_weight.dtype, device=linear_weight.device)
+    return grad_features, grad_weight, features.new_empty(linear_weight.shape[0] if bias_grad else 0, dtype=statistics_dtype(features))
+
+
+@shapes_of("dro_lt_backward", *PREFIXES)
+def _(
+    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
+    temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
+    return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
 
 
 class ClassShards(Protocol):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gclkern.cpu_backend.library import DTYPES, Segments, call
-from gclkern.kernels.terms import implements, shapes_of
+from gclkern.kernels.terms import implements
 
 
 @implements("segment_sums", "cpu")
@@ -25,8 +25,3 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
         ),
     )  # fmt: skip
     return sums, counts
-
-
-@shapes_of("segment_sums", "cpu")
-def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    return features.new_empty((num_classes, features.shape[1]), dtype=torch.float32), target.new_empty(num_classes)

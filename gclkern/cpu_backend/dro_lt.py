@@ -66,12 +66,3 @@ def _(
     features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, class_weight: Tensor | None, temperature: float, reduction: str
 ) -> tuple[Tensor, list[Tensor]]:
     return centroids.new_empty((features.shape[0],) if reduction == "none" else ()), _saved(features, target, centroids)
-
-
-@shapes_of("dro_lt_backward", "cpu")
-def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
-    temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
-    return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))

@@ -202,11 +202,3 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     kept = (num_rows, num_classes) if plan == "materialised" else (STATISTICS, num_rows)
     shapes = ((num_rows,), (num_classes if normalize else 0,), (), kept)
     return loss, [features.new_empty(shape, dtype=torch.float32) for shape in shapes]
-
-
-@shapes_of("head_backward", "cpu")
-def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features_grad, weight_grad, bias_grad = args[-3:]
-    grad_features = torch.empty(features.shape if features_grad else (0,), dtype=features.dtype, device=features.device)
-    grad_weight = torch.empty(linear_weight.shape if weight_grad else (0,), dtype=linear_weight.dtype, device=linear_weight.device)
-    return grad_features, grad_weight, features.new_empty((linear_weight.shape[0] if bias_grad else 0,), dtype=torch.float32)

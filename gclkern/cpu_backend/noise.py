@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gclkern.cpu_backend.library import Noise, call
-from gclkern.kernels.terms import implements, shapes_of
+from gclkern.kernels.terms import implements
 
 
 @implements("cloud_noise", "cpu")
@@ -15,8 +15,3 @@ def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, 
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device="cpu")
     call("noise", Noise(num_rows, num_classes, seed.data_ptr(), row_offset, class_offset, noise.data_ptr(), torch.get_num_threads()))
     return noise
-
-
-@shapes_of("cloud_noise", "cpu")
-def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
-    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)

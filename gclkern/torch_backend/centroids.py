@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import implements, shapes_of, statistics_dtype
+from gclkern.kernels.terms import implements, statistics_dtype
 
 # Elements that are converted to the dtype of the sums at a time. On a CPU all blocks use one buffer of 8 MB: new memory would cost more than the sums.
 _CPU_BLOCK = 2**20
@@ -32,9 +32,3 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
             sums.index_put_((labels,), block, accumulate=True)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device).scatter_add_(0, label, torch.ones_like(label))
     return sums[:num_classes].to(dtype, copy=True), counts[:num_classes].clone()
-
-
-@shapes_of("segment_sums", "torch")
-def _(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(features)
-    return features.new_empty((num_classes, features.shape[1]), dtype=dtype), target.new_empty(num_classes)

@@ -141,12 +141,3 @@ def _features_gradient(features: Tensor, rows: _Rows, pull: Tensor, own_centroid
     centred = rows.used(rows.centroids - origin)
     grad = (features - origin).mul_(pull.sum(0)[:, None]).sub_(pull.T @ centred)
     return grad.add_(torch.where((own_pull != 0.0)[:, None], own_pull[:, None] * (features - own_centroids), 0.0))
-
-
-@shapes_of("dro_lt_backward", "torch")
-def _(
-    grad_loss: Tensor, features: Tensor, target: Tensor, centroids: Tensor, epsilon: Tensor, saved: list[Tensor],
-    temperature: float, reduction: str, features_grad: bool, epsilon_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
-    return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))

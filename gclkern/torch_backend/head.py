@@ -304,11 +304,3 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
         along = (num_rows, num_classes) if terms.reduction == "none" else (num_classes,)
         kept = ((num_rows, num_classes), along if normalize else (0,))
     return loss, [features.new_empty(shape, dtype=dtype) for shape in ((num_rows,), (num_classes if normalize else 0,), (), *kept)]
-
-
-@shapes_of("head_backward", "torch")
-def _(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features_grad, weight_grad, bias_grad = args[-3:]
-    grad_features = torch.empty(features.shape if features_grad else (0,), dtype=features.dtype, device=features.device)
-    grad_weight = torch.empty(linear_weight.shape if weight_grad else (0,), dtype=linear_weight.dtype, device=linear_weight.device)
-    return grad_features, grad_weight, features.new_empty((linear_weight.shape[0] if bias_grad else 0,), dtype=statistics_dtype(features))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import implements, shapes_of
+from gclkern.kernels.terms import implements
 
 # 0-dim tensors on the CPU work beside tensors on every device, and are faster than Python numbers, which each operation has to convert.
 _MULTIPLIER_0, _MULTIPLIER_1, _LOW, _HALF = (torch.tensor(value, device="cpu") for value in (0xD2511F53, 0xCD9E8D57, 0xFFFFFFFF, 32))
@@ -178,8 +178,3 @@ def cloud_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, 
     noise = torch.empty(num_rows, num_classes, dtype=torch.float32, device=seed.device)
     fill_noise(noise, seed, row_offset, class_offset)
     return noise
-
-
-@shapes_of("cloud_noise", "torch")
-def _(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
-    return seed.new_empty((num_rows, num_classes), dtype=torch.float32)
