@@ -9,10 +9,10 @@ from gclkern import functional, samplers
 from gclkern.angular_losses import AGCLLoss, ArcFaceLoss, DBMLoss
 from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
+from gclkern.contrastive_losses import BalancedContrastiveLoss, PrototypicalContrastiveLoss, SupConLoss
 from gclkern.devices import set_debug
 from gclkern.layers import CosineLinear
 from gclkern.losses import (
-    BalancedContrastiveLoss,
     CosFaceLoss,
     DROLTLoss,
     FocalLoss,
@@ -21,8 +21,6 @@ from gclkern.losses import (
     LDAMLoss,
     LinearGCLLoss,
     LogitAdjustedLoss,
-    PrototypicalContrastiveLoss,
-    SupConLoss,
 )
 from gclkern.noise import cloud_noise
 from gclkern.proco import ProCoLoss

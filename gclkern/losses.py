@@ -18,19 +18,15 @@ from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
 from gclkern.devices import refuse_transforms, values_may_be_read
 from gclkern.dispatch import BACKENDS, PLANS
-from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
-from gclkern.kernels.terms import statistics_dtype
+from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, Strategy
 from gclkern.validation import (
     REDUCTIONS,
     ClassCounts,
     check_choice,
     check_class_counts,
-    check_matrix,
     check_not_negative,
     check_number,
-    check_target,
-    check_temperature,
     class_vector,
     device_of,
     loss_terms,
@@ -614,135 +610,3 @@ class DROLTLoss(PreciseBuffers):
     def extra_repr(self) -> str:
         epsilon = f"{float(self.epsilon):g}" if self.mode == "constant" else repr(self.mode)
         return f"num_classes={self.num_classes}, epsilon={epsilon}, temperature={self.temperature:g}, reduction={self.reduction!r}, backend={self.backend!r}"
-
-
-class _ContrastiveLoss(nn.Module):
-    """The options of :func:`gclkern.functional.supervised_contrastive` that stay the same from batch to batch."""
-
-    def __init__(self, *, temperature: float = 0.1, reduction: Reduction = "mean", backend: Backend = "auto") -> None:
-        super().__init__()
-        self.temperature = check_temperature(temperature)
-        check_choice("reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
-        check_choice("backend", backend, BACKENDS)
-        self.backend = backend
-
-    def _options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "reduction": self.reduction, "backend": self.backend}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-
-
-_ContrastiveLoss.__init__.__qualname__ = "SupConLoss.__init__"
-
-
-class SupConLoss(_ContrastiveLoss):
-    r"""Supervised contrastive loss (Khosla et al., "Supervised contrastive learning", NeurIPS 2020, Eq. 2).
-
-        loss_i = log sum_{k != i} exp(<x_i, x_k> / temperature) - mean over p != i of class y_i of <x_i, x_p> / temperature
-
-    Give it all views of a batch: ``features=torch.cat(views)``, ``target=target.repeat(len(views))``. A sample without another one of its class has no term.
-
-    Args:
-        temperature: 0.1 is the paper's.
-        reduction, backend: as in :func:`gclkern.functional.supervised_contrastive`.
-
-    Shapes: features (N, D), which are normalised here, target (N,) int64 -> () for "mean" and "sum", (N,) for "none".
-
-    Raises:
-        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit.
-
-    Example:
-        >>> import torch
-        >>> from gclkern import SupConLoss
-        >>> views = torch.randn(2, 8, 16, requires_grad=True)
-        >>> loss = SupConLoss()(views.flatten(0, 1), torch.arange(8).repeat(2))
-        >>> loss.backward()
-    """
-
-    def forward(
-        self,
-        features: Tensor,  # (N, D)
-        target: Tensor,  # (N,)
-    ) -> Tensor:
-        return supervised_contrastive(features, target, **self._options())
-
-
-class BalancedContrastiveLoss(_ContrastiveLoss):
-    r"""Balanced contrastive loss (Zhu et al., "Balanced contrastive learning for long-tailed visual recognition", CVPR 2022).
-
-    A prototype of each class is among the keys, so that every class is in every batch; and a class counts by the mean of its keys, with m_c keys of class c:
-
-        loss_i = log sum_{k != i} exp(<x_i, k> / temperature) / (m_c(k) - [c(k) = y_i]) - mean over keys p != i of class y_i of <x_i, p> / temperature
-
-    The paper trains with 2 logit_adjusted + 0.6 balanced_contrastive on CIFAR-LT, where the contrastive features are two views, each through an MLP, and the
-    prototypes are the classifier's weight rows through another.
-
-    Args:
-        temperature: 0.1 is the paper's for CIFAR-LT, 0.07 that for the large sets.
-        reduction, backend: as in :func:`gclkern.functional.supervised_contrastive`.
-
-    Shapes: features (N, D) and prototypes (C, D), which are normalised here, target (N,) int64 -> () for "mean" and "sum", (N,) for "none".
-
-    Raises:
-        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit.
-
-    Example:
-        >>> import torch
-        >>> from gclkern import BalancedContrastiveLoss
-        >>> features, prototypes = torch.randn(8, 16, requires_grad=True), torch.randn(5, 16, requires_grad=True)
-        >>> loss = BalancedContrastiveLoss()(features, prototypes, torch.arange(8) % 5)
-        >>> loss.backward()
-    """
-
-    def forward(
-        self,
-        features: Tensor,  # (N, D)
-        prototypes: Tensor,  # (C, D)
-        target: Tensor,  # (N,)
-    ) -> Tensor:
-        check_matrix("features", features)
-        check_matrix("prototypes", prototypes)
-        num_classes = prototypes.shape[0]
-        label = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-        # of the prototypes one each; what is no class is counted aside
-        counts = torch.ones(num_classes + 1, dtype=statistics_dtype(features), device=features.device)
-        counts.index_put_((torch.where(label.clamp(0, num_classes - 1) == label, label, num_classes),), counts.new_ones(()), accumulate=True)
-        return supervised_contrastive(features, target, prototypes=prototypes, class_counts=counts[:num_classes], **self._options())
-
-
-class PrototypicalContrastiveLoss(_ContrastiveLoss):
-    r"""Prototypical supervised contrastive loss, PSC.
-
-    (Wang et al., "Contrastive learning based hybrid networks for long-tailed image classification", CVPR 2021.)
-
-        loss_i = log sum_{c != y_i} exp(<x_i, q_c> / temperature) - <x_i, q_{y_i}> / temperature
-
-    The own class is left out of the denominator, so the loss may be negative and never saturates.
-
-    Args:
-        temperature: 0.1 is the paper's for CIFAR-100-LT, 1 that for CIFAR-10-LT.
-        reduction, backend: as in :func:`gclkern.functional.supervised_contrastive`.
-
-    Shapes: features (N, D) and prototypes (C, D), which are normalised here, target (N,) int64 -> () for "mean" and "sum", (N,) for "none". The weight of a
-    :class:`gclkern.CosineLinear` can be the learned prototypes.
-
-    Raises:
-        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit.
-
-    Example:
-        >>> import torch
-        >>> from gclkern import CosineLinear, PrototypicalContrastiveLoss
-        >>> prototypes = CosineLinear(16, 5)
-        >>> loss = PrototypicalContrastiveLoss()(torch.randn(8, 16), prototypes.weight, torch.arange(8) % 5)
-        >>> loss.backward()
-    """
-
-    def forward(
-        self,
-        features: Tensor,  # (N, D)
-        prototypes: Tensor,  # (C, D)
-        target: Tensor,  # (N,)
-    ) -> Tensor:
-        return supervised_contrastive(features, target, prototypes=prototypes, include_samples=False, include_own_class=False, **self._options())

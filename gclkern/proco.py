@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from gclkern.buffers import RankState
-from gclkern.dispatch import BACKENDS, operator, resolve_backend
+from gclkern.contrastive_losses import _ContrastiveLoss
+from gclkern.dispatch import operator, resolve_backend
 from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
 from gclkern.options import Backend, Reduction
-from gclkern.validation import REDUCTIONS, ClassCounts, check_choice, check_int, check_matrix, check_number, check_same_device, check_target
+from gclkern.validation import ClassCounts, check_int, check_matrix, check_number, check_same_device, check_target
 from gclkern.weights import log_prior
 
 _MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
@@ -54,7 +55,7 @@ def _correction(root: Tensor, order: float) -> Tensor:
     return p * (3 - 5 * p.square()) / (24 * order)
 
 
-class ProCoLoss(RankState):
+class ProCoLoss(_ContrastiveLoss, RankState):
     r"""Probabilistic contrastive loss (Du, Wang, Song and Huang, "Probabilistic contrastive learning for long-tailed visual recognition", TPAMI 2024).
 
     The features of a class are von Mises-Fisher distributed with mean direction mu_c and concentration kappa_c. Contrast with infinitely many keys of every
@@ -103,14 +104,9 @@ class ProCoLoss(RankState):
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
         bias = check_number("tau", tau) * log_prior(class_counts)
         self.num_classes, self.dim = bias.numel(), check_int("dim", dim, _SMALLEST_DIM)
-        self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
-        check_choice("reduction", reduction, REDUCTIONS)
-        self.reduction: Reduction = reduction
-        self.backend: Backend = backend
-        check_choice("backend", backend, BACKENDS)
         self.register_buffer("bias", bias, persistent=False)
         self.add_state("sums", torch.zeros((2, self.num_classes, self.dim), dtype=torch.float32, device=bias.device))
         self.add_state("counts", torch.zeros((2, self.num_classes), dtype=torch.int64, device=bias.device))
@@ -153,4 +149,4 @@ class ProCoLoss(RankState):
         return gcl_cross_entropy(logits, target, scale=1.0, bias=self.bias, reduction=self.reduction, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, dim={self.dim}, temperature={self.temperature:g}, reduction={self.reduction!r}, backend={self.backend!r}"
+        return f"num_classes={self.num_classes}, dim={self.dim}, {super().extra_repr()}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
 from tests.support.operations import OPERATIONS, Operation
 
 # Without noise, which nobody else has, and without the focal factor, which torch has not.
@@ -80,6 +80,16 @@ def test_cosface_equals_that_of_pytorch_metric_learning() -> None:
     expected = theirs(features, target)
     ours = linear_gcl_cross_entropy(features, theirs.W.T, target, margin=0.35, scale=30.0)
     torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, features), torch.autograd.grad(expected, features), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_supcon_equals_that_of_pytorch_metric_learning(temperature: float) -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    features, target = torch.randn(24, 6, requires_grad=True), torch.arange(24) % 5  # of each class two or more: the other averages over losses above 0
+    expected = losses.SupConLoss(temperature=temperature)(features, target)
+    ours = supervised_contrastive(features, target, temperature=temperature)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(ours, features), torch.autograd.grad(expected, features), rtol=1e-4, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ LADDER: list[set[str]] = [
     {"gclkern.training"},
     {"gclkern.distributed"},
     {"gclkern", "gclkern.__main__"},  # the public names
-    {"gclkern.losses", "gclkern.angular_losses", "gclkern.proco", "gclkern.samplers", "gclkern.centroids"},
+    {"gclkern.losses", "gclkern.angular_losses", "gclkern.contrastive_losses", "gclkern.proco", "gclkern.samplers", "gclkern.centroids"},
     {"gclkern.layers"},
     {"gclkern.functional", "gclkern.noise"},
     {"gclkern.clouds", "gclkern.weights"},

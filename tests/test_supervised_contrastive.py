@@ -285,3 +285,33 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], words: l
     with pytest.raises(error) as caught:
         supervised_contrastive(features, target, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call", "error", "words"),
+    [
+        ({"temperature": 0.001}, {}, ValueError, ["temperature", "0.001"]),
+        ({"temperature": "warm"}, {}, TypeError, ["temperature", "warm"]),
+        ({"reduction": "avg"}, {}, ValueError, ["reduction", "'avg'"]),
+        ({"backend": "cuda"}, {}, ValueError, ["backend", "'cuda'"]),
+        ({}, {"features": torch.zeros(12)}, ValueError, ["features", "(12,)"]),
+        ({}, {"features": torch.zeros(12, 5, dtype=torch.int64)}, TypeError, ["features", "int64"]),
+        ({}, {"target": torch.zeros(11, dtype=torch.int64)}, ValueError, ["target", "(12,)", "(11,)"]),
+        ({}, {"target": torch.zeros(12, 4)}, TypeError, ["target", "float32"]),
+        ({}, {"prototypes": torch.zeros(4, 6)}, ValueError, ["prototypes", "5 columns", "(4, 6)"]),
+        ({}, {"prototypes": torch.zeros(0, 5)}, ValueError, ["prototypes", "(0, 5)"]),
+        ({}, {"prototypes": [[0.0] * 5]}, TypeError, ["prototypes", "list"]),
+        ({}, {"target": torch.full((12,), 4)}, ValueError, ["target[0]", "4", "[0, 4)"]),
+    ],
+)
+@pytest.mark.parametrize("criterion", [gclkern.SupConLoss, gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss])
+def test_modules_refuse(criterion: Any, arguments: dict[str, Any], call: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    features, target, options = problem(12, 4, 5, FORMS["BCL"])
+    given = {"features": features, "prototypes": options["prototypes"], "target": target} | call
+    if criterion is gclkern.SupConLoss:
+        if "prototypes" in call or "[0, 4)" in words:
+            pytest.skip("it has no prototypes, and takes any labels")
+        del given["prototypes"]
+    with pytest.raises(error) as caught:
+        criterion(**arguments)(**given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
