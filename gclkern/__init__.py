@@ -25,6 +25,7 @@ from gclkern.losses import (
 from gclkern.noise import cloud_noise
 from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
+from gclkern.tde import TDEClassifier
 from gclkern.weights import DeferredReweighting, effective_number_weights, label_aware_smoothing
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "ProCoLoss",
     "PrototypicalContrastiveLoss",
     "SupConLoss",
+    "TDEClassifier",
     "cloud_noise",
     "cloud_sizes",
     "distributed",

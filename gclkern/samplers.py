@@ -3,6 +3,7 @@
     InstanceBalancedSampler   every sample once, shuffled                                      p_j ~ n_j
     ClassBalancedSampler      a class, then one of its samples                                 p_j = 1 / C
     EffectiveNumberSampler    by effective numbers                                             p_j ~ n_j (1 - beta) / (1 - beta^n_j)
+    ReversedSampler           a class, the rarer the likelier, then one of its samples         p_j ~ 1 / n_j
     CBENSampler               by effective numbers whose beta grows with the cloud             p_j ~ n_j (1 - beta_j) / (1 - beta_j^n_j)
     ClassAwareSampler         the classes in turn, k samples of each, without replacement      p_j = 1 / C
 
@@ -205,6 +206,29 @@ class ClassBalancedSampler(_WeightedSampler):
 
     def _class_mass(self, counts: Tensor) -> Tensor:
         return torch.ones_like(counts)
+
+
+class ReversedSampler(_WeightedSampler):
+    r"""Every class with a probability proportional to 1 / n_j, and then one of its samples, with replacement: the sampler of BBN's second branch.
+
+    (Zhou, Cui, Wei and Chen, "BBN: bilateral-branch network with cumulative learning for long-tailed visual recognition", CVPR 2020, section 4.2.) The rarest
+    class is drawn most: with an imbalance of 100, a hundred times as often as the most frequent one.
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`.
+
+    Example:
+        >>> sampler = ReversedSampler([0] * 90 + [1] * 10, num_samples=1000)
+        >>> 850 < sum(index >= 90 for index in sampler) < 950
+        True
+    """
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        return 1 / counts
 
 
 class EffectiveNumberSampler(_WeightedSampler):

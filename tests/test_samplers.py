@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler
+from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler, ReversedSampler
 
 # Labels out of order and with gaps, as a data set may give them.
 COUNTS = {7: 400, 0: 90, 3: 40, 12: 9, 5: 1}
@@ -25,6 +25,7 @@ LABELS = torch.tensor([label for label, count in COUNTS.items() for _ in range(c
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "instance-balanced": InstanceBalancedSampler,
     "class-balanced": ClassBalancedSampler,
+    "reversed": ReversedSampler,
     "effective-number": EffectiveNumberSampler,
     "cben": CBENSampler,
     "class-aware": ClassAwareSampler,
@@ -46,6 +47,7 @@ def cben_beta(count: int) -> float:
 
 SHARES: dict[str, tuple[Callable[..., Any], Callable[[int], float]]] = {
     "class-balanced": (ClassBalancedSampler, lambda count: 1.0),
+    "reversed": (ReversedSampler, lambda count: 1 / count),
     "effective-number": (EffectiveNumberSampler, lambda count: count * weight(count, 0.9999)),
     "effective-number 0.99": (lambda labels, **options: EffectiveNumberSampler(labels, beta=0.99, **options), lambda count: count * weight(count, 0.99)),
     "effective-number 0": (lambda labels, **options: EffectiveNumberSampler(labels, beta=0.0, **options), lambda count: float(count)),
@@ -168,6 +170,7 @@ def test_the_default_device_does_not_matter(make: Callable[..., Any]) -> None:
 FIRST_DRAWS = {
     "instance-balanced": [370, 400, 150, 1, 309, 145, 93, 202],
     "class-balanced": [416, 404, 76, 525, 315, 213, 309, 171],
+    "reversed": [76, 76, 76, 525, 76, 76, 226, 76],
     "effective-number": [416, 404, 76, 525, 315, 213, 309, 171],
     "cben": [416, 404, 76, 525, 315, 213, 309, 171],
     "class-aware": [292, 395, 303, 76, 50, 179, 338, 76],
