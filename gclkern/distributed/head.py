@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from gclkern.autograd import save_terms, saved_terms
 from gclkern.devices import without_autocast
 from gclkern.dispatch import head_implementation, resolve_backend, resolve_plan
-from gclkern.distributed.ranks import Ranks
+from gclkern.distributed.ranks import Ranks, untraced
 from gclkern.distributed.shards import Shards, agree, agreed_form
 from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.kernels.terms import LossTerms, statistics_dtype
@@ -191,18 +191,8 @@ def sharded_linear_gcl_cross_entropy(
     unknown = options.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"sharded_linear_gcl_cross_entropy() got an unexpected keyword argument {min(unknown)!r}")
-    loss = _untraced() if torch.compiler.is_compiling() else _sharded_loss
+    loss = untraced(_sharded_loss) if torch.compiler.is_compiling() else _sharded_loss
     return loss(features, linear_weight, target, cloud, group, averaged_gradients, {**_DEFAULTS, **options})
-
-
-_disabled: list[Callable[..., Tensor]] = []
-
-
-def _untraced() -> Callable[..., Tensor]:
-    """The loss, excluded from torch.compile. Created on first use, because `torch.compiler.disable` imports the compiler."""
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_sharded_loss))
-    return _disabled[0]
 
 
 def _sharded_loss(

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_untraced: dict[str, Callable[..., Any]] = {}
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, excluded from torch.compile. Wrapped on first use, because `torch.compiler.disable` imports the compiler."""
+    if function.__name__ not in _untraced:
+        _untraced[function.__name__] = torch.compiler.disable(function)
+    return _untraced[function.__name__]
 
 
 class ShardError(RuntimeError):

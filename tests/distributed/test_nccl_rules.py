@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gclkern
-from gclkern.distributed import ShardedClassCentroids, ShardedCosineLinear, ShardedLinearGCLLoss, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
+from gclkern.distributed import (
+    ShardedClassCentroids,
+    ShardedCosineLinear,
+    ShardedLinearGCLLoss,
+    gather_batch,
+    sharded_dro_lt_loss,
+    sharded_linear_gcl_cross_entropy,
+)
 from gclkern.distributed.shards import Shards, _known
 from gclkern.training.evaluation import epoch_centroids, predict
 from gclkern.training.network import Network, build_head, shard_classifier
@@ -131,6 +138,13 @@ def test_sampled_classes(rules: Rules) -> None:
     weight = nn.Parameter(leaf(CLASSES // WORLD, WIDTH))
     ShardedLinearGCLLoss(COUNTS, sample_rate=0.5).to(META)(leaf(ROWS, WIDTH), weight, labels()).backward()
     assert weight.grad is not None and weight.grad.is_sparse
+
+
+def test_the_batch_of_all_ranks(rules: Rules) -> None:
+    features = leaf(WIDTH, ROWS).t()
+    whole, target = gather_batch(features, labels(), averaged_gradients=True)
+    gclkern.BalancedContrastiveLoss(backend="torch")(whole, leaf(CLASSES, WIDTH), target).backward()
+    assert set(rules.calls) == {"all_gather_into_tensor"}
 
 
 def test_predictions_and_centroids(rules: Rules) -> None:
