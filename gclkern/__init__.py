@@ -23,6 +23,7 @@ from gclkern.losses import (
     LogitAdjustedLoss,
 )
 from gclkern.noise import cloud_noise
+from gclkern.oltr import MemoryLoss, MetaEmbeddingClassifier, ModulatedAttention
 from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
 from gclkern.tde import TDEClassifier
@@ -48,6 +49,9 @@ __all__ = [
     "LabelAwareSmoothingLoss",
     "LinearGCLLoss",
     "LogitAdjustedLoss",
+    "MemoryLoss",
+    "MetaEmbeddingClassifier",
+    "ModulatedAttention",
     "ProCoLoss",
     "PrototypicalContrastiveLoss",
     "SupConLoss",

@@ -20,7 +20,7 @@ LADDER: list[set[str]] = [
     {"gclkern.distributed"},
     {"gclkern", "gclkern.__main__"},  # the public names
     {"gclkern.losses", "gclkern.angular_losses", "gclkern.contrastive_losses", "gclkern.proco", "gclkern.samplers", "gclkern.centroids"},
-    {"gclkern.layers", "gclkern.tde"},
+    {"gclkern.layers", "gclkern.tde", "gclkern.oltr"},
     {"gclkern.functional", "gclkern.noise"},
     {"gclkern.clouds", "gclkern.weights"},
     {"gclkern.autograd"},
