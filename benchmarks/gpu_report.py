@@ -51,10 +51,10 @@ CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has t
 SHORTEST = 10.0  # with less left, a step does not begin: it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
-BENCHMARKS = ("head", "logit_loss", "dro_lt", "centroids", "noise", "training_step", "sampler")
+BENCHMARKS = ("head", "logit_loss", "dro_lt", "contrastive", "proco", "centroids", "noise", "training_step", "sampler")
 # Which cases of a file, as pytest's -k takes it: on a GPU a contestant that takes as long to compile as thirty others to measure comes when those are done.
 COMPILED, REST, ALL = "torch.compile", "not torch.compile", ""
-WITH_COMPILED = ("head", "logit_loss", "dro_lt")
+WITH_COMPILED = ("head", "logit_loss", "dro_lt", "contrastive")
 DRY_RUN_TESTS = ["test_clouds.py"]  # CI runs them all on a CPU
 COUNTERS = (
     "gpu__time_duration.sum",

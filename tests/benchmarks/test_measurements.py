@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import bench_centroids, bench_dro_lt, bench_head, bench_logit_loss, common, gpu_report, gpu_steps, timing
+from benchmarks import bench_centroids, bench_contrastive, bench_dro_lt, bench_head, bench_logit_loss, bench_proco, common, gpu_report, gpu_steps, timing
 from benchmarks.common import BOTH, SMOKE, Inputs
 from benchmarks.memory import allocated_peak
 from benchmarks.provenance import ROOT
@@ -38,13 +38,15 @@ def without_noise(inputs: Inputs) -> Inputs:
         (bench_logit_loss.OPERATION, ["gclkern", "gclkern, no noise", "plain torch"]),
         (bench_head.OPERATION, ["gclkern", "gclkern materialised", "gclkern chunked", "gclkern recompute", "plain torch"]),
         (bench_dro_lt.OPERATION, ["gclkern", "plain torch", "as released"]),
+        (bench_contrastive.OPERATION, ["gclkern", "plain torch"]),
+        (bench_proco.OPERATION, ["gclkern", "plain torch"]),
     ],
     ids=lambda value: value.name if isinstance(value, common.Operation) else "",
 )
 def test_contestants_compute_the_same(operation: common.Operation, names: list[str]) -> None:
     torch.manual_seed(0)
     inputs = operation.make_inputs(SMOKE, "fp32", CPU)
-    if operation is not bench_dro_lt.OPERATION:
+    if operation in (bench_logit_loss.OPERATION, bench_head.OPERATION):
         inputs = without_noise(inputs)
     first, *others = (operation.contestants[name].prepare(inputs, BOTH)() for name in names)
     for grads in others:
