@@ -203,9 +203,9 @@ class ModulatedAttention(nn.Module):
         self.places = nn.Linear(channels * height * width, height * width)
         for layer in (self.theta, self.phi, self.g):
             nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
         nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        nn.init.zeros_(self.output.get_parameter("bias"))
 
     def forward(
         self,

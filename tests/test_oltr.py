@@ -142,10 +142,10 @@ def test_attention() -> None:
     torch.manual_seed(4)
     attention = ModulatedAttention(4, 2, 3).double()
     nn.init.normal_(attention.output.weight)
-    nn.init.normal_(attention.output.bias)
+    nn.init.normal_(attention.get_parameter("output.bias"))
     maps = numbers(2, 4, 2, 3)
     theta, phi, g = (layer(maps).detach().flatten(2) for layer in (attention.theta, attention.phi, attention.g))
-    weight, bias = attention.output.weight.detach()[:, :, 0, 0], attention.output.bias.detach()
+    weight, bias = attention.output.weight.detach()[:, :, 0, 0], attention.get_parameter("output.bias").detach()
     expected = maps.flatten(2).clone()
     for n in range(2):
         scores = attention.places.weight.detach() @ maps[n].flatten() + attention.places.bias.detach()
