@@ -166,7 +166,7 @@ def train_phase(
             if progress.step == 0:
                 if objective.needs_centroids(progress.epoch):
                     progress.centroids = epoch_centroids(network, batches.epoch("centroids", progress.epoch), data.num_classes, processes)
-                objective.begin_epoch(progress.epoch, progress.centroids)
+                objective.begin_epoch(network, progress.epoch, progress.centroids)
             trainer.module.train()
             for samples in batches.training(progress.epoch, progress.step):
                 seed = derive_seed(config.seed, phase.name, progress.epoch, progress.step)

@@ -67,8 +67,8 @@ class Objective(nn.Module):
         """Whether the class means of the features are to be computed before this epoch: they are then in the batches until they are computed again."""
         return False
 
-    def begin_epoch(self, epoch: int, centroids: Mapping[str, Tensor]) -> None:
-        """Called once before an epoch, not when a run resumes within it: may reset buffers or parameters, which are part of the checkpoint.
+    def begin_epoch(self, network: Network, epoch: int, centroids: Mapping[str, Tensor]) -> None:
+        """Called once before an epoch, not when a run resumes within it: may reset buffers or parameters of the objective or the network.
 
         Args:
             epoch: counted from 0.
