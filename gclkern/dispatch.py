@@ -89,6 +89,8 @@ def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
     """`resolve_backend` for a loss of these terms."""
     if terms.smoothing is not None:
         return backend_without_loops(backend, tensor, "label_smoothing of one value for each class")
+    if terms.turns_targets:
+        return backend_without_loops(backend, tensor, "angular and no difficulty_margin")
     return resolve_backend(backend, tensor)
 
 

@@ -52,6 +52,9 @@ def gcl_cross_entropy(
     gamma: float = 0.0,
     focal_detach: bool = True,
     label_smoothing: Tensor | float = 0.0,
+    angular: bool = False,
+    difficulty_margin: bool = False,
+    easy_margin: bool = False,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
@@ -65,7 +68,14 @@ def gcl_cross_entropy(
 
         z_ij(t) = scale * (cosine_ij - cloud_j * e_ij - margin_j * [j == t]) + bias_j
 
-    and the loss of sample i is torch's cross entropy of z_i(t), with class weights and label smoothing, times
+    With `angular` they add to the angle theta_ij of the cosine instead (ArcFace; AGCL). With `difficulty_margin` the margin does, and is larger for samples
+    whose bare cosines are largest for another class (DBM):
+
+        z_ij(t) = scale * cos(theta_ij + pi/2 * cloud_j * e_ij + margin_j * [j == t]) + bias_j
+        z_ij(t) = scale * (cos(theta_ij + margin_j * [j == t] * (1 + hard_i * (1 - cosine_it) / 2)) - cloud_j * e_ij) + bias_j,
+                  hard_i = 1 if some cosine_ij > cosine_it, else 0
+
+    The loss of sample i is torch's cross entropy of z_i(t), with class weights and label smoothing, times
     (1 - exp(-loss))^gamma. With a second target (mixup) it is lam * loss(target) + (1 - lam) * loss(target_b), from one pass and ONE draw of the
     noise; GCL's released code calls its criterion twice, with two draws.
 
@@ -87,6 +97,12 @@ def gcl_cross_entropy(
         focal_detach: whether the focal factor counts as a constant in backward, as in GCL's release; False is the standard focal loss.
         label_smoothing: share of the target's weight that is spread over all classes, in [0, 1]: a number, or a vector (C,) of which each target takes its own
             (label-aware smoothing, see :func:`gclkern.label_aware_smoothing`).
+        angular: cloud and margin add to the angle. The cloud is in right angles, in [0, 1], and the margin in radians, in [0, pi/2]. Where theta + a would pass
+            pi, with a the angle added, cosine - a sin(a) takes the place of cos(theta + a), as in ArcFace's release. 1 - cosine^2, whose root has no derivative
+            at 0, is at least 1e-6, so gradients are finite at cosines of 1 and -1.
+        difficulty_margin: the margin, in radians, adds to the angle and is up to twice as large for samples that are not classified by their bare cosines. The
+            gradient includes that factor's. With `angular` the cloud adds to the angle, too.
+        easy_margin: angles are added to positive cosines alone, as in ArcFace's and AGCL's releases for `easy_margin`.
         ignore_index: a sample with this label, in either target, has no loss and no gradient.
         reduction: "mean" divides by the kept samples' sum of lam * weight[target] + (1 - lam) * weight[target_b] (torch's rule, mixed), with
             gamma > 0 by their number; "sum"; or "none" for the loss of each sample (N,).
@@ -104,8 +120,9 @@ def gcl_cross_entropy(
         ValueError, TypeError: an argument is wrong; the message names it, its value and the remedy. On a GPU labels are not read (that would
             synchronise): a label out of range makes that row's loss NaN. :func:`gclkern.set_debug` enables the check.
 
-    Gradients exist for `cosine` and `bias`; backward may be repeated, a second derivative is not supported. On a GPU the rows of the gradient of `cosine`
-    are padded to 128 elements: autograd passes it on as it is, but copies it once where `cosine` is a leaf whose C is no multiple of 128.
+    Gradients exist for `cosine` and `bias`, but not for `bias` beside `angular` or `difficulty_margin`; backward may be repeated, a second derivative is not
+    supported. On a GPU the rows of the gradient of `cosine` are padded to 128 elements: autograd passes it on as it is, but copies it once where `cosine` is a
+    leaf whose C is no multiple of 128.
 
     Example:
         >>> import torch, gclkern
@@ -119,8 +136,8 @@ def gcl_cross_entropy(
     check_matrix("cosine", cosine)
     terms = loss_terms(
         "cosine", cosine, cosine.shape[1], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam, gamma=gamma,
-        focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset,
-        class_offset=class_offset,
+        focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
+        ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
     return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), backend_for_terms(backend, cosine, terms))
 
@@ -142,6 +159,9 @@ def linear_gcl_cross_entropy(
     gamma: float = 0.0,
     focal_detach: bool = True,
     label_smoothing: Tensor | float = 0.0,
+    angular: bool = False,
+    difficulty_margin: bool = False,
+    easy_margin: bool = False,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     seed: Tensor | int | None = None,
@@ -166,8 +186,8 @@ def linear_gcl_cross_entropy(
             keeps the logits in registers and allocates nothing of size N * C (four products); "auto" takes the first while its buffer is at most 2 GiB
             and "chunked" beyond, as the model of benchmarks/predict_times.py ranks them; the torch backend takes "recompute" beyond, on a CPU from 128 MiB. All
             give equal results to rounding.
-        scale, margin, bias, weight, target_b, lam, gamma, focal_detach, label_smoothing, ignore_index, reduction, seed, row_offset, class_offset,
-            backend: as in :func:`gcl_cross_entropy`.
+        scale, margin, bias, weight, target_b, lam, gamma, focal_detach, label_smoothing, angular, difficulty_margin, easy_margin, ignore_index,
+            reduction, seed, row_offset, class_offset, backend: as in :func:`gcl_cross_entropy`.
 
     Returns:
         The loss, float32 (float64 for float64 input): () for "mean" and "sum", (N,) for "none".
@@ -190,8 +210,8 @@ def linear_gcl_cross_entropy(
     features = check_head(features, linear_weight, normalize=normalize)
     terms = loss_terms(
         "features", features, linear_weight.shape[0], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam,
-        gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, seed=seed,
-        row_offset=row_offset, class_offset=class_offset,
+        gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
+        ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
     chosen = backend_for_terms(backend, features, terms)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)

@@ -55,6 +55,9 @@ class CrossEntropyOptions(LossOptions, total=False):
     lam: Tensor | float | None  # or (), (N,)
     gamma: float
     focal_detach: bool
+    angular: bool
+    difficulty_margin: bool
+    easy_margin: bool
     seed: Tensor | int | None
     row_offset: int
     class_offset: int

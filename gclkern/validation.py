@@ -235,6 +235,17 @@ def _margin_vector(margin: object, num_classes: int, reference_name: str, refere
     return None if value == 0.0 else torch.full((num_classes,), value, dtype=dtype, device=reference.device)
 
 
+def _check_angles(cloud: Tensor | None, margin: Tensor | None, largest_margin: float, bias: Tensor | None) -> None:
+    """Angles that are added to angles: at most pi in all. Gradients are those of the cosines alone."""
+    for name, vector, most, unit in (("margin", margin, largest_margin, "radians"), ("cloud", cloud, 1.0, "right angles")):
+        if vector is not None and values_may_be_read(vector):
+            wrong = ~((vector >= 0) & (vector <= most))
+            if bool(wrong.any()):
+                raise ValueError(f"{name} must be in [0, {most:g}] where it is an angle, in {unit}, got {float(vector[wrong][0])}")
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias requires a gradient, but none is defined for it beside angular or difficulty_margin; pass bias.detach()")
+
+
 def _smoothing(value: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """Label smoothing as a vector (C,) or as a number."""
     if not isinstance(value, Tensor):
@@ -380,13 +391,20 @@ def loss_terms(
     seed: Tensor | int | None,
     row_offset: int,
     class_offset: int,
+    angular: bool = False,
+    difficulty_margin: bool = False,
+    easy_margin: bool = False,
 ) -> LossTerms:
     """The validated terms of a loss over `num_classes` classes; raises ValueError or TypeError by argument name."""
     rows = reference.shape[0]
     dtype = statistics_dtype(reference)
     ignore_index = check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    if not isinstance(focal_detach, bool):
-        raise TypeError(f"focal_detach must be True or False, got {focal_detach!r}")
+    switches = {"focal_detach": focal_detach, "angular": angular, "difficulty_margin": difficulty_margin, "easy_margin": easy_margin}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if easy_margin and not (angular or difficulty_margin):
+        raise ValueError("easy_margin is True, but no angle is added; it needs angular=True or difficulty_margin=True")
     check_choice("reduction", reduction, REDUCTIONS)
     if (target_b is None) != (lam is None):
         given, missing = ("lam", "target_b") if target_b is None else ("target_b", "lam")
@@ -402,12 +420,15 @@ def loss_terms(
             index = int(wrong.nonzero()[0])
             raise ValueError(f"weight[{index}] is {float(weight[index])}, but class weights must not be negative")
     cloud = class_vector("cloud", cloud, num_classes, reference_name, reference, dtype)
+    margins = _margin_vector(margin, num_classes, reference_name, reference, dtype)
+    if angular or difficulty_margin:
+        _check_angles(cloud if angular else None, margins, math.pi / 4 if difficulty_margin else math.pi / 2, bias)
     return LossTerms(
         target=check_target("target", target, rows, num_classes, ignore_index, reference_name, reference),
         target_b=None if target_b is None else check_target("target_b", target_b, rows, num_classes, ignore_index, reference_name, reference),
         lam=None if target_b is None else _mixing_share(lam, rows, reference_name, reference, dtype),
         cloud=cloud,
-        margin=_margin_vector(margin, num_classes, reference_name, reference, dtype),
+        margin=margins,
         bias=class_vector("bias", bias, num_classes, reference_name, reference, dtype, differentiable=True),
         weight=weight,
         seed=None if cloud is None else resolve_seed(seed, reference.device),
@@ -416,6 +437,9 @@ def loss_terms(
         focal_detach=focal_detach,
         label_smoothing=label_smoothing,
         smoothing=smoothing,
+        angular=angular,
+        difficulty_margin=difficulty_margin,
+        easy_margin=easy_margin,
         ignore_index=ignore_index,
         row_offset=check_offset("row_offset", row_offset, rows, 2**63),
         class_offset=check_offset("class_offset", class_offset, num_classes, MAX_CLASSES),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logit_loss import ROW_ALIGNMENT, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
+from .logit_loss import ROW_ALIGNMENT, Statistics, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
 from .products import (
     add_feature_gradient,
     aligned_rows,
@@ -80,7 +80,7 @@ def run_forward(
         own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
         size = chunk_size(plan, num_rows, num_classes)
         fused = plan == "recompute"
-        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms.smoothed, features.device)
+        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms, features.device)
         cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
         row_scale = features.new_empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0, dtype=torch.float32)
@@ -101,8 +101,8 @@ def run_forward(
                 cosine_product(unit, weight, inverse, here)
                 row_stats(here, chunk, part.start, statistics, resume=resume, padded=True)
         if shards is not None:
-            peak, rest, blend, owns = shards.merge(*statistics, [own] if own_b is None else [own, own_b], terms.scale)
-            statistics = (peak, rest, blend)
+            peak, rest, blend, hardest, owns = shards.merge(*statistics, [own] if own_b is None else [own, own_b], terms.scale)
+            statistics = Statistics(peak, rest, blend, hardest)
             own, own_b = owns[0], None if own_b is None else owns[1]
             num_classes, terms = shards.num_classes, shards.terms
         loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .angles import HALF_PI, turn
 from .philox import noise_tile
 from .row_loss import LOG2E, ROW_STATS, finish_rows
 from .runtime import LOOSE_POINTERS, MULTIPROCESSORS, NVIDIA, PLACES, batch_kernel, on_device
@@ -67,14 +68,23 @@ def load_seed(seed_ptr):
 
 @triton.jit
 def add_noise_and_bias(
-    cosine, rows, first_group, seed, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, NVIDIA: tl.constexpr
+    cosine, rows, first_group, seed, cloud, bias, inverse_scale, NOISE: tl.constexpr, BIAS: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr,
+    GROUPS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`."""
+    """v = cosine - cloud * noise + bias / s of a tile whose first class opens noise group `first_group`; ANGULAR noise adds to the angle.
+
+    The second result is the derivative of v by the cosine; undefined where it is 1.
+    """
+    by_cosine = cosine
     if NOISE:
-        cosine -= cloud[None, :] * noise_tile(seed, rows, first_group, GROUPS, NVIDIA)
+        noise = noise_tile(seed, rows, first_group, GROUPS, NVIDIA)
+        if ANGULAR:
+            cosine, by_cosine, _ = turn(cosine, (cloud * HALF_PI)[None, :] * noise, EASY, NVIDIA)
+        else:
+            cosine -= cloud[None, :] * noise
     if BIAS:
         cosine += (bias * inverse_scale)[None, :]
-    return cosine
+    return cosine, by_cosine
 
 
 @triton.jit
@@ -90,21 +100,22 @@ def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
 
 @triton.jit
 def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Initial running statistics peak, rest and blend, one of each for every lane: 8 neighbouring columns of a tile, which one thread holds.
+    """Initial running statistics peak, rest, blend and hardest, one of each for every lane: 8 neighbouring columns of a tile, which one thread holds.
 
     Lanes are combined only after the last class, so threads exchange no values in the loop over classes. (It still has barriers where class vectors reach their
     threads through shared memory.)
     """
     peak = tl.full((ROWS, COLUMNS // 8), -float("inf"), tl.float32)
     rest = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
-    return peak, rest, rest
+    return peak, rest, rest, peak
 
 
 @triton.jit
 def accumulate_tile(
-    peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr
+    peak, rest, blend, hardest, v, cosine, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr,
+    HARDEST: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of v to the running statistics of its lanes; see row_loss.py."""
+    """Add a tile of v and cosine to the running statistics of its lanes; see row_loss.py."""
     ROWS: tl.constexpr = v.shape[0]
     LANES: tl.constexpr = v.shape[1] // 8
     if BLEND:
@@ -117,15 +128,17 @@ def accumulate_tile(
         outside |= columns[None, :] == target_b[:, None]
     if MASKED:
         outside |= ~present[None, :]
+    if HARDEST:
+        hardest = tl.maximum(hardest, tl.max(tl.where(outside, -float("inf"), cosine).reshape(ROWS, LANES, 8), axis=2))
     v = tl.where(outside, -float("inf"), v).reshape(ROWS, LANES, 8)
     top = tl.maximum(peak, tl.max(v, axis=2))
     anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a lane with only targets so far adds nothing
     rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, :, None]), axis=2)
-    return top, rest, blend
+    return top, rest, blend, hardest
 
 
 @triton.jit
-def store_lanes(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend, scale2, RESUME: tl.constexpr):
+def store_lanes(peak_ptr, rest_ptr, blend_ptr, hardest_ptr, at, in_batch, peak, rest, blend, hardest, scale2, RESUME: tl.constexpr):
     """Combine a row's lanes, and with RESUME the stored statistics of earlier classes, and store the row's statistics."""
     top = tl.max(peak, axis=1)
     before = top
@@ -143,14 +156,23 @@ def store_lanes(peak_ptr, rest_ptr, blend_ptr, at, in_batch, peak, rest, blend, 
     tl.store(rest_ptr + at, total, mask=in_batch)
     if blend_ptr is not None:
         tl.store(blend_ptr + at, blended, mask=in_batch)
+    if hardest_ptr is not None:
+        largest = tl.max(hardest, axis=1)
+        if RESUME:
+            largest = tl.maximum(largest, tl.load(hardest_ptr + at, mask=in_batch, other=-float("inf")))
+        tl.store(hardest_ptr + at, largest, mask=in_batch)
 
 
 @triton.jit
-def tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, TWO: tl.constexpr, SMOOTH: tl.constexpr):
-    """dz of a tile of v for a unit upstream gradient; see row_loss.py."""
+def tile_gradient(
+    v, by_cosine, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, TWO: tl.constexpr, SMOOTH: tl.constexpr, ANGULAR: tl.constexpr
+):  # fmt: skip
+    """dz of a tile of v for a unit upstream gradient, see row_loss.py; where the noise is one of angles, times the derivative of v by the cosine."""
     dz = tl.exp2(scale2 * v - offset[:, None])
     if SMOOTH:
         dz -= smooth[:, None] * weight[None, :]
+    if ANGULAR:
+        dz *= by_cosine
     dz = tl.where(columns[None, :] == target[:, None], grad_a[:, None], dz)
     if TWO:
         dz = tl.where(columns[None, :] == target_b[:, None], grad_b[:, None], dz)
@@ -291,10 +313,10 @@ def _unpack_cosines(loaded, dtype: tl.constexpr, PAIRED: tl.constexpr):
 
 @triton.jit
 def _stats_tile(
-    peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+    peak, rest, blend, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
     cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
-    MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
-    COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr, HARDEST: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)  # of the grid of noise groups, which begins `shift` classes before the first
     if MASKED:
@@ -308,28 +330,28 @@ def _stats_tile(
         cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
     )  # fmt: skip
     cosine = _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED)
-    v = add_noise_and_bias(
+    v, _ = add_noise_and_bias(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
-        cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+        cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
-    return accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND)
+    return accumulate_tile(peak, rest, blend, hardest, v, cosine, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND, HARDEST)
 
 
 @batch_kernel
 def _row_stats_kernel(
     cosine_ptr, stride_n_units, stride_c, readable,  # (N, C); columns below `readable` exist in memory
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr,
-    peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
+    peak_ptr, rest_ptr, blend_ptr, hardest_ptr,  # (splits, N)
     num_rows, num_classes, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
-    RESUME: tl.constexpr, ALIGNED: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    RESUME: tl.constexpr, ALIGNED: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr, ANGULAR: tl.constexpr,
+    EASY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     seed = load_seed(seed_ptr)
-    peak, rest, blend = empty_lanes(ROWS, COLUMNS)
+    peak, rest, blend, hardest = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
     whole = first
@@ -337,18 +359,20 @@ def _row_stats_kernel(
         # whole tiles without a mask: a mask with a C that is not a multiple of 16 would make every load narrow
         whole = tl.maximum(first, tl.minimum(last, num_classes // COLUMNS))
         for tile in range(first, whole):
-            peak, rest, blend = _stats_tile(
-                peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+            peak, rest, blend, hardest = _stats_tile(
+                peak, rest, blend, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
                 cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
-                False, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
+                False, target_b_ptr is not None, blend_ptr is not None, hardest_ptr is not None, ANGULAR, EASY,
+                STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
             )  # fmt: skip
     for tile in range(whole, last):
-        peak, rest, blend = _stats_tile(
-            peak, rest, blend, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
+        peak, rest, blend, hardest = _stats_tile(
+            peak, rest, blend, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, stride_n_units, stride_c, readable,
             cloud_ptr, bias_ptr, weight_ptr, seed, num_classes, row_offset, first_group, shift, scale2, inverse_scale,
-            True, target_b_ptr is not None, blend_ptr is not None, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
+            True, target_b_ptr is not None, blend_ptr is not None, hardest_ptr is not None, ANGULAR, EASY, STRIDE_UNIT, CONTIGUOUS, PAIRED, COLUMNS, NVIDIA,
         )  # fmt: skip
-    store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
+    at = split.to(tl.int64) * num_rows + rows
+    store_lanes(peak_ptr, rest_ptr, blend_ptr, hardest_ptr, at, in_batch, peak, rest, blend, hardest, scale2, RESUME)
 
 
 @triton.jit
@@ -357,8 +381,8 @@ def _gradient_tile(
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
     inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
     num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-    MASKED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    MASKED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     classes = columns
@@ -387,11 +411,13 @@ def _gradient_tile(
             stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, slope, target_b_ptr is not None, SMOOTH, PER_ROW
         )
         cosine = tl.where(kept[:, None], _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED), 0.0)  # a row without a gradient may hold NaN
-        v = add_noise_and_bias(
+        v, by_cosine = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
-            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+            cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
-        dz = tile_gradient(v, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
+        dz = tile_gradient(
+            v, by_cosine, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH, ANGULAR
+        )  # fmt: skip
         gradient, class_term, bias_term = finish_gradient_tile(
             dz, cosine, factor, present, inverse_norm, inverse_scale, MASKED, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty,
             NVIDIA,
@@ -423,8 +449,8 @@ def _gradient_kernel(
     class_sum_ptr,  # (row splits, C) partial sums of G * cosine over samples, or None
     bias_sum_ptr,  # (row splits, C) partial sums of dz over samples, or None
     num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, STRIDE_UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, PAIRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -434,7 +460,7 @@ def _gradient_kernel(
             target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
             inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
             num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-            False, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
+            False, SMOOTH, PER_ROW, ANGULAR, EASY, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
     else:
         _gradient_tile(
@@ -442,8 +468,17 @@ def _gradient_kernel(
             target_ptr, target_b_ptr, cloud_ptr, bias_ptr, weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
             inverse_norm_ptr, class_sum_ptr, bias_sum_ptr,
             num_rows, num_classes, row_tiles_per_split, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-            True, SMOOTH, PER_ROW, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
+            True, SMOOTH, PER_ROW, ANGULAR, EASY, STRIDE_UNIT, CONTIGUOUS, PAIRED, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
+
+
+class Statistics(NamedTuple):
+    """Softmax statistics (splits, N) of each row, see row_loss.py."""
+
+    peak: Tensor
+    rest: Tensor
+    blend: Tensor | None  # with label smoothing
+    hardest: Tensor | None  # with a difficulty margin
 
 
 class Layout(NamedTuple):
@@ -486,7 +521,7 @@ def row_stats(
     cosine: Tensor,  # (N, C) of this call's classes
     terms: LossTerms,  # per-class vectors of this call's classes; class_offset is the global index of its first class
     first_class: int,  # the target of this call's first class
-    statistics: tuple[Tensor, Tensor, Tensor | None],  # peak, rest, blend: (splits, N)
+    statistics: Statistics,
     *,
     resume: bool,  # the statistics already hold other classes
     padded: bool,  # the rows are padded, and the padding may be read
@@ -494,17 +529,18 @@ def row_stats(
     """Add the classes of `cosine` to the softmax statistics that `finish_rows` reads."""
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
-    peak, rest, blend = statistics
+    peak, rest, blend, hardest = statistics
     rows, columns = _stats_tile_shape(num_classes, layout.shift)
     splits = peak.shape[0]
     tiles = triton.cdiv(triton.cdiv(num_classes + layout.shift, columns), splits)
     _row_stats_kernel[(triton.cdiv(num_rows, rows), splits)](
         cosine, layout.stride_units, cosine.stride(1), padded_columns(num_classes) if padded else num_classes,
-        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend, hardest,
         num_rows, num_classes, tiles, terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale * LOG2E, 1.0 / terms.scale,
         RESUME=resume, ALIGNED=layout.shift == 0, STRIDE_UNIT=layout.stride_unit, CONTIGUOUS=cosine.stride(1) == 1,
-        PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        PAIRED=layout.paired, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -558,16 +594,17 @@ def cosine_gradient(
         num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         ALIGNED=layout.shift == 0, SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
-        CONTIGUOUS=cosine.stride(1) == 1,
-        PAIRED=layout.paired, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
+        CONTIGUOUS=cosine.stride(1) == 1, PAIRED=layout.paired, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns,
+        NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
-def empty_statistics(splits: int, num_rows: int, smoothed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Buffers for peak, rest and, with label smoothing, blend."""
-    parts = torch.empty((3 if smoothed else 2, splits, num_rows), dtype=torch.float32, device=device)
-    return parts[0], parts[1], parts[2] if smoothed else None
+def empty_statistics(splits: int, num_rows: int, terms: LossTerms, device: torch.device) -> Statistics:
+    """Buffers for the statistics that these terms need."""
+    wanted = (True, True, terms.smoothed, terms.difficulty_margin)
+    parts = iter(torch.empty((sum(wanted), splits, num_rows), dtype=torch.float32, device=device))
+    return Statistics(*(next(parts) if want else None for want in wanted))  # type: ignore[arg-type]
 
 
 @implements("logit_forward", "triton")
@@ -576,7 +613,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, _ = args
     terms = LossTerms(*fields)
     with on_device(cosine):
-        statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms.smoothed, cosine.device)
+        statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
         loss, stats, denominator = finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
         return loss, [stats, denominator]

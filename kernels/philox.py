@@ -78,6 +78,21 @@ def philox_words(seed, rows, groups):
 
 
 @triton.jit
+def quarter_circle(v):
+    """Cosine and sine of pi/4 + (pi/2) v, for v from -1/2 to 1/2."""
+    # They are even(v) - odd(v) and even(v) + odd(v), without range reduction. even(v) and odd(v) / v are polynomials in v^2, with an error of 2e-9.
+    square = v * v
+    even_part = tl.fma(square, 0.0006389628188491178, -0.0147502972424452)
+    even_part = tl.fma(even_part, square, 0.1793712141831696)
+    even_part = tl.fma(even_part, square, -0.8723580182402422)
+    even_part = tl.fma(even_part, square, 0.7071067811529916)
+    odd_part = tl.fma(square, -0.003254220739649075, 0.056342425909468204)
+    odd_part = tl.fma(odd_part, square, -0.456765155801133)
+    odd_part = tl.fma(odd_part, square, 1.1107207311208223) * v
+    return even_part - odd_part, even_part + odd_part
+
+
+@triton.jit
 def half_normals_of(word, NVIDIA: tl.constexpr):
     """The draws of the even and of the odd class that share `word` (uint32, any shape): float32, in word's shape."""
     if NVIDIA:
@@ -85,19 +100,9 @@ def half_normals_of(word, NVIDIA: tl.constexpr):
     else:
         u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
         radius = tl.sqrt(tl.log2(u) * -0.15403270679109896)  # -2 ln(2) / 9
-        # With t = pi/4 + (pi/2) v, relative to the middle of the quarter circle, cosine and sine are even(v) - odd(v) and even(v) + odd(v), without range
-        # reduction. even(v) and odd(v) / v are polynomials in v^2, with an error of 2e-9.
-        v = ((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5
-        square = v * v
-        even_part = tl.fma(square, 0.0006389628188491178, -0.0147502972424452)
-        even_part = tl.fma(even_part, square, 0.1793712141831696)
-        even_part = tl.fma(even_part, square, -0.8723580182402422)
-        even_part = tl.fma(even_part, square, 0.7071067811529916)
-        odd_part = tl.fma(square, -0.003254220739649075, 0.056342425909468204)
-        odd_part = tl.fma(odd_part, square, -0.456765155801133)
-        odd_part = tl.fma(odd_part, square, 1.1107207311208223) * v
-        even = tl.minimum(radius * (even_part - odd_part), 1.0)
-        odd = tl.minimum(radius * (even_part + odd_part), 1.0)
+        cosine, sine = quarter_circle(((word >> 16).to(tl.float32) + 0.5) * (1.0 / 65536) - 0.5)
+        even = tl.minimum(radius * cosine, 1.0)
+        odd = tl.minimum(radius * sine, 1.0)
     return even, odd
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import runtime
 from .logit_loss import (
+    Statistics,
     accumulate_tile,
     add_noise_and_bias,
     empty_lanes,
@@ -213,10 +214,10 @@ def _cosine_kernel(
 @batch_kernel
 def _fused_stats_kernel(
     x_ptr, x_vectors, weight_ptr, weight_vectors, inverse_norm_ptr,
-    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, peak_ptr, rest_ptr, blend_ptr,
+    target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, peak_ptr, rest_ptr, blend_ptr, hardest_ptr,
     num_rows, num_classes, dim, tiles_per_split, row_offset, first_group, shift, target_shift, scale2, inverse_scale,
-    RESUME: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+    RESUME: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of logits that stay in registers."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -224,7 +225,7 @@ def _fused_stats_kernel(
     in_batch = rows < num_rows
     target, target_b = row_targets(target_ptr, target_b_ptr, rows, in_batch, target_shift)
     seed = load_seed(seed_ptr)
-    peak, rest, blend = empty_lanes(ROWS, COLUMNS)
+    peak, rest, blend, hardest = empty_lanes(ROWS, COLUMNS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes + shift, COLUMNS))
     for tile in range(first, last):
@@ -236,14 +237,16 @@ def _fused_stats_kernel(
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
-        v = add_noise_and_bias(
+        v, _ = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
-            cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+            cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
-        peak, rest, blend = accumulate_tile(
-            peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None, blend_ptr is not None
+        peak, rest, blend, hardest = accumulate_tile(
+            peak, rest, blend, hardest, v, cosine, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None,
+            blend_ptr is not None, hardest_ptr is not None,
         )  # fmt: skip
-    store_lanes(peak_ptr, rest_ptr, blend_ptr, split.to(tl.int64) * num_rows + rows, in_batch, peak, rest, blend, scale2, RESUME)
+    at = split.to(tl.int64) * num_rows + rows
+    store_lanes(peak_ptr, rest_ptr, blend_ptr, hardest_ptr, at, in_batch, peak, rest, blend, hardest, scale2, RESUME)
 
 
 @batch_kernel
@@ -252,8 +255,8 @@ def _fused_gradient_kernel(
     target_ptr, target_b_ptr, cloud_ptr, bias_ptr, class_weight_ptr, seed_ptr, stats_ptr, grad_loss_ptr, denominator_ptr,
     class_sum_ptr, bias_sum_ptr,  # (row tiles, C)
     num_rows, num_classes, dim, row_offset, first_group, shift, target_shift, scale, scale2, inverse_scale,
-    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The gradient of logits that stay in registers."""
     row_tile = tl.program_id(0)
@@ -272,11 +275,13 @@ def _fused_gradient_kernel(
     _, offset, grad_a, grad_b, smooth, factor = load_row_gradient(
         stats_ptr, grad_loss_ptr, num_rows, rows, in_batch, scale / tl.load(denominator_ptr), target_b_ptr is not None, SMOOTH, PER_ROW
     )
-    v = add_noise_and_bias(
+    v, by_cosine = add_noise_and_bias(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), load_seed(seed_ptr), cloud, bias, inverse_scale,
-        cloud_ptr is not None, bias_ptr is not None, COLUMNS // 8, NVIDIA,
+        cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
-    dz = tile_gradient(v, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH)
+    dz = tile_gradient(
+        v, by_cosine, columns, class_weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, target_b_ptr is not None, SMOOTH, ANGULAR
+    )  # fmt: skip
     gradient, class_term, bias_term = finish_gradient_tile(
         dz, cosine, factor, present, inverse_norm, inverse_scale, True, inverse_norm_ptr is not None, bias_sum_ptr is not None, out_ptr.dtype.element_ty,
         NVIDIA,
@@ -494,22 +499,22 @@ def cosine_product(x: Tensor, weight: Tensor, inverse_norm: Tensor | None, out: 
 
 
 def fused_stats(
-    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, terms: LossTerms, first_class: int,
-    statistics: tuple[Tensor, Tensor, Tensor | None], *, resume: bool,
+    x: Tensor, weight: Tensor, inverse_norm: Tensor | None, terms: LossTerms, first_class: int, statistics: Statistics, *, resume: bool,
 ) -> None:  # fmt: skip
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
     tile, vector = fused_tile_of(x.dtype), vector_of(x.dtype)
-    peak, rest, blend = statistics
+    peak, rest, blend, hardest = statistics
     splits = peak.shape[0]
     shift = terms.class_offset % 8
     _fused_stats_kernel[(triton.cdiv(num_rows, tile.rows), splits)](
         x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm,
-        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend,
+        terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend, hardest,
         num_rows, num_classes, dim, triton.cdiv(triton.cdiv(num_classes + shift, tile.columns), splits), terms.row_offset, terms.class_offset // 8, shift,
         shift - first_class, terms.scale * LOG2E, 1.0 / terms.scale,
-        RESUME=resume, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED,
-        PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        RESUME=resume, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -527,7 +532,8 @@ def fused_gradient(
         x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm, out, out.stride(0), padded_columns(num_classes),
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, class_sum, bias_sum,
         num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", ANGULAR=terms.turns_classes, EASY=terms.easy_margin,
+        VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

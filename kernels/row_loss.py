@@ -8,6 +8,9 @@ Kernels that compute the logits z_ij = s * v_ij store, for each row, over the cl
 target's gradient stays accurate where its probability is close to 1. It stores four numbers per row, from which backward computes the gradient, given v_ij:
 
     dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
+
+Where an angle is added to the targets' (`LossTerms.turns_targets`), grad_a and grad_b are gradients by s * cosine. A difficulty margin needs one more statistic
+of each row: hardest, the largest cosine of a class that is no target.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .angles import HALF_PI, turn
 from .philox import noise_at
 from .runtime import NVIDIA, batch_kernel
 from .terms import LossTerms
@@ -49,23 +53,52 @@ def _load_class(ptr, classes, present, absent):
 
 
 @triton.jit
-def _target_logit(
-    cosine_ptr, stride_n, stride_c, class_ptr, rows, in_batch, num_classes,
-    cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """The target's class, whether it is in range, and its cosine with noise and bias, before the margin."""
+def _target_cosine(cosine_ptr, stride_n, stride_c, class_ptr, rows, in_batch, num_classes, GATHER: tl.constexpr):
+    """The target's class, whether it is in range, and its cosine."""
     classes = tl.load(class_ptr + rows, mask=in_batch, other=0)
     present = in_batch & (classes >= 0) & (classes < num_classes)
     if GATHER:
-        value = tl.load(cosine_ptr + rows * stride_n + classes * stride_c, mask=present, other=0.0).to(tl.float32)
+        cosine = tl.load(cosine_ptr + rows * stride_n + classes * stride_c, mask=present, other=0.0).to(tl.float32)
     else:
-        value = tl.load(cosine_ptr + rows, mask=in_batch, other=0.0)
+        cosine = tl.load(cosine_ptr + rows, mask=in_batch, other=0.0)
+    return classes, present, cosine
+
+
+@triton.jit
+def _target_logit(
+    cosine, hardest, rows, classes, present, cloud_ptr, margin_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale,
+    ANGULAR: tl.constexpr, DIFFICULTY: tl.constexpr, EASY: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """The target's v without and with its margin, the difference, and the derivatives of both v by the cosine."""
+    margin = _load_class(margin_ptr, classes, present, 0.0)
+    value = cosine
+    cloud = 0.0
     if cloud_ptr is not None:
-        noise = noise_at(tl.load(seed_ptr), rows + row_offset, classes + class_offset, NVIDIA)
-        value -= tl.load(cloud_ptr + classes, mask=present, other=0.0) * noise
+        cloud = tl.load(cloud_ptr + classes, mask=present, other=0.0) * noise_at(tl.load(seed_ptr), rows + row_offset, classes + class_offset, NVIDIA)
+        if not ANGULAR:
+            value -= cloud
+    slope = 1.0
+    own_slope = 1.0
+    if ANGULAR or DIFFICULTY:
+        angle = tl.zeros_like(cosine) + margin
+        grown = 0.0  # derivative of the margin
+        if DIFFICULTY:
+            hard = hardest > cosine
+            angle *= tl.where(hard, 1.0 + 0.5 * (1.0 - cosine), 1.0)
+            grown = tl.where(hard, -0.5 * margin, 0.0)
+        if ANGULAR:
+            value, slope, _ = turn(cosine, tl.zeros_like(cosine) + HALF_PI * cloud, EASY, NVIDIA)
+            angle += HALF_PI * cloud
+        own, by_cosine, by_angle = turn(cosine, angle, EASY, NVIDIA)
+        own_slope = by_cosine + by_angle * grown
+        if not ANGULAR:
+            own -= cloud
+        drop = value - own
+    else:
+        drop = margin
     if bias_ptr is not None:
         value += tl.load(bias_ptr + classes, mask=present, other=0.0) * inverse_scale
-    return classes, present, value
+    return value, value - drop, drop, slope, own_slope
 
 
 @triton.jit
@@ -105,20 +138,22 @@ def _one_target(
 @batch_kernel
 def _finish_rows_kernel(
     cosine_a_ptr, cosine_b_ptr, stride_n, stride_c,  # the matrix (N, C) twice, or the targets' own cosines (N,) of each
-    peak_ptr, rest_ptr, blend_ptr,  # (splits, N)
+    peak_ptr, rest_ptr, blend_ptr, hardest_ptr,  # (splits, N)
     target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, smoothing_ptr, total_weight_ptr, seed_ptr,
     loss_ptr, kept_ptr, stats_ptr,  # (N,), (N,), (4, N)
     reduced_ptr, denominator_ptr,  # (), where one program has all rows and reduces them, too; else None
     num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale,
     smoothing, class_share,  # of all classes, and over their number; 1 over their number where each class has its own
     gamma,
-    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
+    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, MEAN: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, ROWS: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     rest = tl.zeros((ROWS,), tl.float32)
     blend = tl.zeros((ROWS,), tl.float32)
+    hardest = peak
     at = rows
     for _ in range(splits):
         part_peak = tl.load(peak_ptr + at, mask=in_batch, other=-float("inf"))
@@ -129,14 +164,23 @@ def _finish_rows_kernel(
         peak = top
         if class_share is not None:
             blend += tl.load(blend_ptr + at, mask=in_batch, other=0.0)
+        if hardest_ptr is not None:
+            hardest = tl.maximum(hardest, tl.load(hardest_ptr + at, mask=in_batch, other=-float("inf")))
         at += num_rows
 
-    class_a, present_a, value_a = _target_logit(
-        cosine_a_ptr, stride_n, stride_c, target_ptr, rows, in_batch, num_classes,
-        cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER, NVIDIA,
+    class_a, present_a, cosine_a = _target_cosine(cosine_a_ptr, stride_n, stride_c, target_ptr, rows, in_batch, num_classes, GATHER)
+    hardest_a = hardest
+    if target_b_ptr is not None:
+        class_b, present_b, cosine_b = _target_cosine(cosine_b_ptr, stride_n, stride_c, target_b_ptr, rows, in_batch, num_classes, GATHER)
+        same = class_a == class_b
+        if hardest_ptr is not None:  # to each target, the other one is one of the other classes
+            hardest_a = tl.where(same, hardest, tl.maximum(hardest, cosine_b))
+            hardest = tl.where(same, hardest, tl.maximum(hardest, cosine_a))
+    value_a, own_a, drop_a, slope_a, own_slope_a = _target_logit(
+        cosine_a, hardest_a, rows, class_a, present_a, cloud_ptr, margin_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale,
+        ANGULAR, hardest_ptr is not None, EASY, NVIDIA,
     )  # fmt: skip
     weight_a = _load_class(weight_ptr, class_a, present_a, 1.0)
-    margin_a = _load_class(margin_ptr, class_a, present_a, 0.0)
     total_weight = tl.load(total_weight_ptr) if total_weight_ptr is not None else num_classes * 1.0
     ignored = class_a == ignore_index
     known = present_a
@@ -150,46 +194,47 @@ def _finish_rows_kernel(
         share_a = smoothing_a * class_share
     if target_b_ptr is None:
         loss, slope, grad_a, chain = _one_target(
-            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, absent, share, weight_a, total_weight, scale, scale2, smoothing_a,
-            share_a, gamma, FOCAL, DETACH,
+            peak, rest, scale * (blend - weight_a * drop_a), own_a, absent, share, weight_a, total_weight, scale, scale2, smoothing_a, share_a, gamma,
+            FOCAL, DETACH,
         )  # fmt: skip
+        grad_a *= own_slope_a
         if class_share is not None:
             smooth = chain * share_a
     else:
-        class_b, present_b, value_b = _target_logit(
-            cosine_b_ptr, stride_n, stride_c, target_b_ptr, rows, in_batch, num_classes,
-            cloud_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale, GATHER, NVIDIA,
+        value_b, own_b, drop_b, slope_b, own_slope_b = _target_logit(
+            cosine_b, hardest, rows, class_b, present_b, cloud_ptr, margin_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale,
+            ANGULAR, hardest_ptr is not None, EASY, NVIDIA,
         )  # fmt: skip
         weight_b = _load_class(weight_ptr, class_b, present_b, 1.0)
-        margin_b = _load_class(margin_ptr, class_b, present_b, 0.0)
         share = tl.load(lam_ptr + rows, mask=in_batch, other=1.0)
         smoothing_b = smoothing
         share_b = class_share
         if smoothing_ptr is not None:
             smoothing_b = tl.load(smoothing_ptr + class_b, mask=present_b, other=0.0)
             share_b = smoothing_b * class_share
-        same = class_a == class_b
-        loss, slope_a, grad_a, chain = _one_target(
-            peak, rest, scale * (blend - weight_a * margin_a), value_a - margin_a, tl.where(same, absent, value_b), share, weight_a, total_weight,
+        loss, log_slope_a, grad_a, chain = _one_target(
+            peak, rest, scale * (blend - weight_a * drop_a), own_a, tl.where(same, absent, value_b), share, weight_a, total_weight,
             scale, scale2, smoothing_a, share_a, gamma, FOCAL, DETACH,
         )  # fmt: skip
-        loss_b, slope_b, grad_b, chain_b = _one_target(
-            peak, rest, scale * (blend - weight_b * margin_b), value_b - margin_b, tl.where(same, absent, value_a), 1.0 - share, weight_b,
+        loss_b, log_slope_b, grad_b, chain_b = _one_target(
+            peak, rest, scale * (blend - weight_b * drop_b), own_b, tl.where(same, absent, value_a), 1.0 - share, weight_b,
             total_weight, scale, scale2, smoothing_b, share_b, gamma, FOCAL, DETACH,
         )  # fmt: skip
         # each target is an ordinary class of the other's softmax
-        crossed_a = tl.exp2(scale2 * value_a + slope_b)
-        crossed_b = tl.exp2(scale2 * value_b + slope_a)
+        crossed_a = tl.exp2(scale2 * value_a + log_slope_b)
+        crossed_b = tl.exp2(scale2 * value_b + log_slope_a)
         if class_share is not None:
             crossed_a -= chain_b * share_b * weight_a
             crossed_b -= chain * share_a * weight_b
             smooth = chain * share_a + chain_b * share_b
+        grad_a *= own_slope_a
+        grad_b *= own_slope_b
         both = grad_a + grad_b
-        grad_a = tl.where(same, both, grad_a + crossed_a)
-        grad_b = tl.where(same, both, grad_b + crossed_b)
-        top_slope = tl.maximum(slope_a, slope_b)
+        grad_a = tl.where(same, both, grad_a + crossed_a * slope_a)
+        grad_b = tl.where(same, both, grad_b + crossed_b * slope_b)
+        top_slope = tl.maximum(log_slope_a, log_slope_b)
         anchor = tl.where(top_slope == -float("inf"), 0.0, top_slope)
-        slope = tl.log2(tl.exp2(slope_a - anchor) + tl.exp2(slope_b - anchor)) + anchor
+        slope = tl.log2(tl.exp2(log_slope_a - anchor) + tl.exp2(log_slope_b - anchor)) + anchor
         loss += loss_b
         ignored |= class_b == ignore_index
         known &= present_b
@@ -233,6 +278,7 @@ def finish_rows(
     peak: Tensor,  # (splits, N)
     rest: Tensor,  # (splits, N)
     blend: Tensor | None,  # (splits, N), with label smoothing
+    hardest: Tensor | None,  # (splits, N), with a difficulty margin
     num_classes: int,
     terms: LossTerms,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,13 +294,13 @@ def finish_rows(
     smoothing = terms.label_smoothing if terms.smoothing is None else 1.0
     total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
     _finish_rows_kernel[(1 if one_program else triton.cdiv(num_rows, _ROWS),)](
-        cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend,
+        cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend, hardest,
         terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
         loss, kept, stats, reduced if one_program else None, denominator if one_program else None,
         num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         smoothing, smoothing / num_classes if smoothed else None, terms.gamma,
-        GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, MEAN=terms.reduction == "mean",
-        ROWS=MAX_ROWS_OF_ONE_PROGRAM if one_program else _ROWS, NVIDIA=NVIDIA, num_warps=8 if one_program else 4, enable_fp_fusion=True,
+        GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, MEAN=terms.reduction == "mean", ANGULAR=terms.angular,
+        EASY=terms.easy_margin, ROWS=MAX_ROWS_OF_ONE_PROGRAM if one_program else _ROWS, NVIDIA=NVIDIA, num_warps=8 if one_program else 4, enable_fp_fusion=True,
     )  # fmt: skip
     if reduced is None or denominator is None:
         return loss, stats, torch.ones((), dtype=torch.float32, device=loss.device)

@@ -40,13 +40,27 @@ class LossTerms(NamedTuple):
     class_offset: int
     reduction: str  # "mean", "sum" or "none"
     smoothing: Tensor | None = None  # (C,) float32, gathered at each target, in the place of label_smoothing
+    angular: bool = False  # cloud and margin add to the angle instead of being subtracted from the cosine
+    difficulty_margin: bool = False  # the margin adds to the angle, and is larger for a sample that is not classified by its bare cosines
+    easy_margin: bool = False  # angles are added where the cosine is positive, elsewhere nothing is
 
     @property
     def smoothed(self) -> bool:
         """Whether some of a target's weight is spread over all classes."""
         return self.smoothing is not None or self.label_smoothing > 0.0
 
+    @property
+    def turns_classes(self) -> bool:
+        """Whether an angle is added to every class's, so that no logit is linear in its cosine."""
+        return self.angular and self.cloud is not None
 
+    @property
+    def turns_targets(self) -> bool:
+        """Whether an angle is added to the targets' at least."""
+        return self.angular or self.difficulty_margin
+
+
+SMALLEST_SINE_SQUARED = 1e-6  # of an angle to which another is added: towards 0 the derivative by the cosine would be infinite
 SMALLEST_NORM = 1e-12  # a row of this norm or less has no direction: its cosines and its gradient are 0
 
 
@@ -58,7 +72,7 @@ def statistics_dtype(matrix: Tensor) -> torch.dtype:
 _TERMS = (
     "Tensor target, Tensor? target_b, Tensor? lam, Tensor? cloud, Tensor? margin, Tensor? bias, Tensor? weight, Tensor? seed, "
     "float scale, float gamma, bool focal_detach, float label_smoothing, int ignore_index, SymInt row_offset, SymInt class_offset, str reduction, "
-    "Tensor? smoothing"
+    "Tensor? smoothing, bool angular, bool difficulty_margin, bool easy_margin"
 )
 SCHEMAS = {
     "cloud_noise": "(Tensor seed, SymInt num_rows, SymInt num_classes, SymInt row_offset, SymInt class_offset) -> Tensor",
@@ -175,9 +189,10 @@ class ClassShards(Protocol):
         peak: Tensor,  # (splits, N)
         rest: Tensor,  # (splits, N), sums of exp(factor * (logit - peak))
         blend: Tensor | None,  # (splits, N)
+        hardest: Tensor | None,  # (splits, N)
         own: list[Tensor],  # (N,) of each target: its value on the rank that holds its class, undefined on the others
         factor: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
         """The statistics (1, N) of all ranks' classes, and the targets' values on every rank."""
         ...
 

@@ -58,17 +58,20 @@ class _OtherClasses:
     def __init__(self, call: _Call, terms: LossTerms) -> None:
         self.call, self.terms, self.num_classes = call, terms, call.shards.num_classes
 
-    def merge(self, peak: Tensor, rest: Tensor, blend: Tensor | None, own: list[Tensor], factor: float) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    def merge(
+        self, peak: Tensor, rest: Tensor, blend: Tensor | None, hardest: Tensor | None, own: list[Tensor], factor: float
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
         ranks, mine = self.call.ranks, self.call.shards.mine
         held = [(target >= mine.start) & (target < mine.stop) for target in row_targets(self.terms)]
-        top = ranks.max_(peak.amax(0), "reducing the largest logits")
+        tops = ranks.max_(torch.stack([part.amax(0) for part in (peak, hardest) if part is not None]), "reducing the largest logits")
+        top = tops[0]
         anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row whose only classes are its targets: -inf minus -inf would be NaN
         parts = [(rest * torch.exp(factor * (peak - anchor))).sum(0)]
         parts += [torch.where(here, value, 0.0) for here, value in zip(held, own, strict=True)]
         if blend is not None:
             parts.append(blend.sum(0))
         sums = ranks.sum_(torch.stack(parts), "reducing the softmax sums")
-        return top[None], sums[:1], None if blend is None else sums[-1:], list(sums[1 : 1 + len(own)])
+        return top[None], sums[:1], None if blend is None else sums[-1:], None if hardest is None else tops[1:], list(sums[1 : 1 + len(own)])
 
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
         if self.call.averaged_gradients:
@@ -167,8 +170,8 @@ def sharded_linear_gcl_cross_entropy(
         row_offset: index of the first rank's first sample, the same on every rank.
         class_offset: index of the first rank's first class.
         target_b, lam: of this rank, like `target`; lam is a number, () or (n,).
-        cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, ignore_index, reduction, backend: as in
-            :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
+        cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, angular, difficulty_margin, easy_margin, ignore_index,
+            reduction, backend: as in :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
 
     Returns:
         The loss of all ranks' samples, () and the same on every rank, for "mean" and "sum"; those of this rank's samples (n,) for "none". Backward is a

@@ -130,7 +130,7 @@ class _Head:
             torch.mm(unit, rows.t(), out=out[:, classes.start - chunk.start : classes.stop - chunk.start])
 
     def blocks(self, matrix: Tensor, chunk: slice, inverse: Tensor, raw: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Turn the products of a chunk into u in place, and yield one block of rows at a time; `raw` receives a copy of the products."""
+        """Turn the products of a chunk into scale * cosine in place, and yield one block of rows at a time; `raw` receives a copy of the products."""
         scale = inverse[chunk] * self.terms.scale if self.normalize else self.terms.scale
         for rows in row_blocks(self.num_rows, matrix.shape[1], self.device):
             block = matrix[rows]
@@ -138,7 +138,6 @@ class _Head:
                 raw[rows] = block
             if isinstance(scale, Tensor) or scale != 1.0:
                 block.mul_(scale)
-            add_noise_and_bias_(block, self.terms, rows, chunk, self.noise)
             yield rows, block
 
 
@@ -184,9 +183,12 @@ def _along(kept: Tensor, grad_loss: Tensor, upstream: Tensor) -> Tensor:
 def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients, upstream: Tensor) -> Tensor | None:
     """The products of a chunk become G over the norms, in place. Returns <p, w> of its classes, where they are normalised."""
     raw = torch.empty_like(matrix) if head.normalize else None
+    turned = torch.empty_like(matrix) if head.terms.turns_classes else None
     for rows, block in head.blocks(matrix, chunk, inverse, raw):
+        slopes = None if turned is None else turned[rows]
+        add_noise_and_bias_(block, head.terms, rows, chunk, head.noise, slopes)
         block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
-        gradient_(block, head.terms, stats, rows, chunk, out=block)
+        gradient_(block, head.terms, stats, rows, chunk, block, slopes)
         if raw is not None:
             block.mul_(inverse[chunk])
             raw[rows].mul_(block)
@@ -204,11 +206,15 @@ def run_forward(
     class_inverse = head.empty(head.num_classes if normalize else 0)
     sums = RowSums(head.num_rows, terms, head.dtype, head.device)
     panel = head.empty(head.num_rows * head.width)
-    raw = head.empty(head.num_rows, head.num_classes) if normalize and for_backward and plan == "materialised" else None
+    materialised = for_backward and plan == "materialised"
+    raw = head.empty(head.num_rows, head.num_classes) if normalize and materialised else None
+    turned = head.empty(head.num_rows, head.num_classes) if terms.turns_classes and materialised else None
     for chunk in head.chunks():
         matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
         head.multiply(unit, chunk, matrix, class_inverse, normalize)
         for rows, block in head.blocks(matrix, chunk, class_inverse, raw):
+            sums.add_bare(block, rows, chunk)
+            add_noise_and_bias_(block, terms, rows, chunk, head.noise, None if turned is None else turned[rows])
             sums.add_(block, rows, chunk)
     local_peak = sums.peak
     if shards is not None:
@@ -217,7 +223,7 @@ def run_forward(
     loss, denominator = reduce_rows(losses, sums.terms, ignored)
     if not for_backward:
         return loss, []
-    if plan != "materialised":
+    if not materialised:
         return loss, [feature_inverse, class_inverse, denominator, *stats]
     stats = stats.times(terms.scale)
     if shards is not None:  # the panel holds exponentials relative to the peaks of this rank's classes
@@ -226,7 +232,7 @@ def run_forward(
     everything = slice(0, head.num_classes)
     for rows in row_blocks(head.num_rows, head.num_classes, head.device):
         block = gradient[rows]
-        gradient_(block, terms, stats, rows, everything, out=block)
+        gradient_(block, terms, stats, rows, everything, block, None if turned is None else turned[rows])
         if raw is not None:
             raw[rows].mul_(block.mul_(class_inverse))
     along = head.empty(0)

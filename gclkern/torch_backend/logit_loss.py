@@ -31,7 +31,8 @@ _KEPT_BYTES = 2**30  # the exponentials of a larger matrix are computed again
 
 
 def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) -> bool:
-    return for_backward and terms.cloud is not None and cosine.numel() * statistics_dtype(cosine).itemsize <= _KEPT_BYTES
+    # where the noise is one of angles, backward needs it for the derivatives, too
+    return for_backward and terms.cloud is not None and not terms.angular and cosine.numel() * statistics_dtype(cosine).itemsize <= _KEPT_BYTES
 
 
 def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
@@ -56,6 +57,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     for rows in row_blocks(num_rows, num_classes, device):
         block = kept[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
         _load_scaled_(block, cosine[rows], terms.scale)
+        sums.add_bare(block, rows, classes)
         add_noise_and_bias_(block, terms, rows, classes, noise)
         sums.add_(block, rows, classes)
     ignored = ignored_rows(terms)
@@ -79,16 +81,18 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     grad_bias = torch.zeros(num_classes, dtype=dtype, device=device) if bias_grad else cosine.new_empty(0, dtype=dtype)
     logits = None if cosine.dtype == dtype else block_scratch(num_rows, num_classes, dtype, device)
     noise = None if kept.numel() > 0 else noise_scratch(num_rows, num_classes, terms, device)
+    turned = block_scratch(num_rows, num_classes, dtype, device) if terms.turns_classes else None
     for rows in row_blocks(num_rows, num_classes, device):
         block = grad_cosine[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
         exponentials = block
+        slopes = None if turned is None else turned[: block.numel()].view(block.shape)
         if kept.numel() > 0:
             exponentials = kept[rows]
         else:
             _load_scaled_(block, cosine[rows], terms.scale)
-            add_noise_and_bias_(block, terms, rows, classes, noise)
+            add_noise_and_bias_(block, terms, rows, classes, noise, slopes)
             block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
-        gradient_(exponentials, terms, stats, rows, classes, out=block)
+        gradient_(exponentials, terms, stats, rows, classes, block, slopes)
         if ignored is not None:
             block.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
         if bias_grad:

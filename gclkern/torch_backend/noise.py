@@ -92,8 +92,11 @@ def _first_rounds(seed: Tensor, rows: Tensor, groups: Tensor) -> _FirstRounds:
 
 
 def _last_rounds(first: _FirstRounds, scratch: Tensor, words: Tensor) -> None:
-    """Rounds 3 to 7 in place: `words` (int32) receives four elements for each (row, group), `scratch` (int64) has six."""
-    shape = (first.row0.numel(), first.group0.numel())
+    """Rounds 3 to 7 in place: `words` (int32) receives four elements for each (row, group), `scratch` (int64) has six.
+
+    The groups are a vector, or (rows, 1) if each row has its own.
+    """
+    shape = (first.row0.numel(), first.group0.shape[-1])
     state, *products = scratch.view(3, 2, *shape).unbind()  # a product and the last one, in turn
     # Lane 0 holds what c0 and c1 come from, lane 1 what c2 and c3 come from. A product stays 64 bits wide: the next round takes its low half, the words c1 and
     # c3, into the exclusive ors of its lane, and one mask a round removes the other half.
@@ -125,6 +128,16 @@ def philox_words(seed: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
     words = torch.empty(4 * counters, dtype=torch.int32, device=rows.device)
     _last_rounds(_first_rounds(seed, rows, groups), torch.empty(6 * counters, dtype=torch.int64, device=rows.device), words)
     return words.view(rows.numel(), groups.numel(), 4)
+
+
+def noise_at(seed: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
+    """The draw of each pair (rows[i], classes[i]), int64 (N,) both: (N,) float32, bitwise equal to the elements of `fill_noise`."""
+    radii, circle = (table.view(torch.float32).view(-1, 2) for table in _tables(rows.device))
+    words = torch.empty(4 * rows.numel(), dtype=torch.int32, device=rows.device)
+    _last_rounds(_first_rounds(seed, rows, classes.unsqueeze(1) // _GROUP), torch.empty(6 * rows.numel(), dtype=torch.int64, device=rows.device), words)
+    word = words.view(-1, 4).gather(1, (classes % _GROUP // 2).unsqueeze(1))[:, 0].to(torch.int64)
+    odd = classes % 2
+    return (radii[word & 0xFFFF, odd] * circle[word >> 16 & 0xFFFF, odd]).clamp_max_(1.0)
 
 
 def fill_noise(out: Tensor, seed: Tensor, row_offset: int = 0, class_offset: int = 0) -> None:

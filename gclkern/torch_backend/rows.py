@@ -10,6 +10,9 @@ to 1. It stores a row's gradient as a few numbers (`RowGradients`):
 
     dz_ij = exp(u_ij - anchor_i) slope_i - smooth_i weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
+Where an angle is added to the targets' (`LossTerms.turns_targets`), the values of the targets are kept bare, scale * cosine, and grad_a and grad_b are
+gradients by these; where one is added to every class's, dz_ij is multiplied by the derivative of u_ij by scale * cosine_ij.
+
 Rows and classes are masked by selection, never by multiplication with 0, so that a NaN stays in its row.
 """
 
@@ -25,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gclkern.kernels.terms import ClassShards, LossTerms
+from gclkern.torch_backend.angles import TargetLogit, target_logit, turn
 from gclkern.torch_backend.noise import fill_noise
 
 # Logits of a block, for each thread of a CPU: with their noise 2 MB in float32, so that a block stays in the cache while torch's operators, which give a
@@ -92,12 +96,18 @@ def row_targets(terms: LossTerms) -> list[Tensor]:
     return [terms.target] if terms.target_b is None else [terms.target, terms.target_b]
 
 
-def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None) -> None:
-    """Turns scale * cosine into u, in place."""
+def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None, slopes: Tensor | None = None) -> None:
+    """Turns scale * cosine into u, in place. Where the noise is one of angles, `slopes` receives the derivatives of u by scale * cosine."""
     if terms.cloud is not None and terms.seed is not None and scratch is not None:
         noise = scratch[: block.numel()].view(block.shape)
         fill_noise(noise, terms.seed, terms.row_offset + rows.start, terms.class_offset + classes.start)
-        block.addcmul_(noise, terms.cloud[classes], value=-terms.scale)
+        if terms.angular:
+            value, by_cosine, _ = turn(block / terms.scale, noise * (math.pi / 2 * terms.cloud[classes]), easy=terms.easy_margin)
+            torch.mul(value, terms.scale, out=block)
+            if slopes is not None:
+                slopes.copy_(by_cosine)
+        else:
+            block.addcmul_(noise, terms.cloud[classes], value=-terms.scale)
     if terms.bias is not None:
         block.add_(terms.bias[classes])
 
@@ -115,6 +125,27 @@ class RowSums:
     def __init__(self, num_rows: int, terms: LossTerms, dtype: torch.dtype, device: torch.device) -> None:
         self.terms = terms
         self.peak, self.rest, self.blend, *self.values = torch.empty((3 + len(row_targets(terms)), num_rows), dtype=dtype, device=device).unbind()
+        # the largest scale * cosine of a class that is no target
+        self.hardest = torch.empty(num_rows, dtype=dtype, device=device) if terms.difficulty_margin else None
+
+    def add_bare(self, block: Tensor, rows: slice, classes: slice) -> None:
+        """Where angles are added to the targets': what is needed of scale * cosine of a block, before its noise and `add_`."""
+        if not self.terms.turns_targets:
+            return
+        first = classes.start == 0
+        places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
+        self._gather(block, places, rows, first)
+        if self.hardest is not None:
+            others = block.clone()
+            for columns, inside in places:
+                others.scatter_(1, columns, others.gather(1, columns).masked_fill_(inside, -math.inf))
+            largest = others.amax(1)
+            self.hardest[rows] = largest if first else torch.maximum(self.hardest[rows], largest)
+
+    def _gather(self, block: Tensor, places: list[tuple[Tensor, Tensor]], rows: slice, first: bool) -> None:
+        for (columns, inside), value in zip(places, self.values, strict=True):
+            found = block.gather(1, columns)  # undefined where the label is in none of the chunks
+            value[rows] = (found if first else torch.where(inside, found, value[rows].unsqueeze(1)))[:, 0]
 
     def add_(self, block: Tensor, rows: slice, classes: slice) -> None:
         """Add the u of a block, and overwrite it with exp(u - peak), 0 at the targets; `peak` is the row's peak so far."""
@@ -124,9 +155,8 @@ class RowSums:
             blend = block.sum(1) if weight is None else block.mv(weight[classes])
             self.blend[rows] = blend if first else self.blend[rows] + blend
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
-        for (columns, inside), value in zip(places, self.values, strict=True):
-            found = block.gather(1, columns)  # undefined where the label is in none of the chunks
-            value[rows] = (found if first else torch.where(inside, found, value[rows].unsqueeze(1)))[:, 0]
+        if not self.terms.turns_targets:
+            self._gather(block, places, rows, first)
         for columns, inside in places:
             block.scatter_(1, columns, block.gather(1, columns).masked_fill_(inside, -math.inf))
         peak = block.amax(1)
@@ -143,8 +173,10 @@ class RowSums:
         whole = copy.copy(self)
         whole.terms = shards.terms
         blended = self.blend[None] if self.terms.smoothed else None
-        peak, rest, blend, whole.values = shards.merge(self.peak[None], self.rest[None], blended, self.values, 1.0)
+        hardest = None if self.hardest is None else self.hardest[None]
+        peak, rest, blend, hardest, whole.values = shards.merge(self.peak[None], self.rest[None], blended, hardest, self.values, 1.0)
         whole.peak, whole.rest = peak[0], rest[0]
+        whole.hardest = None if hardest is None else hardest[0]
         if blend is not None:
             whole.blend = blend[0]
         return whole
@@ -220,6 +252,15 @@ def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor
     return blend
 
 
+def _turned_targets(sums: RowSums, labels: list[Tensor]) -> list[TargetLogit]:
+    """The targets' logits where angles are added to them."""
+    hardest = [sums.hardest] * len(labels)
+    if sums.hardest is not None and len(labels) == 2:  # to each target, the other one is one of the other classes
+        same = labels[0] == labels[1]
+        hardest = [torch.maximum(sums.hardest, other.masked_fill(same, -math.inf)) for other in reversed(sums.values)]
+    return [target_logit(value, largest, label, sums.terms) for value, largest, label in zip(sums.values, hardest, labels, strict=True)]
+
+
 def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tuple[Tensor, RowGradients]:
     """The loss of each row (N,), 0 if it is ignored and NaN if a label is out of range, and its gradient."""
     terms = sums.terms
@@ -228,15 +269,19 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
     labels = [target.clamp(0, num_classes - 1) for target in row_targets(terms)]
     # a label that is out of range, or an infinite logit of the target
     bad = [(target != label) | value.isposinf() for target, label, value in zip(row_targets(terms), labels, sums.values, strict=True)]
-    values = [(value - anchor).masked_fill_(wrong, math.nan) for value, wrong in zip(sums.values, bad, strict=True)]
     weights = [None if terms.weight is None else terms.weight[label] for label in labels]
-    drops = [None if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
+    turned = _turned_targets(sums, labels) if terms.turns_targets else []
+    plain = [logit.plain for logit in turned] or sums.values
+    values = [(value - anchor).masked_fill_(wrong, math.nan) for value, wrong in zip(plain, bad, strict=True)]
+    drops: list[Tensor | None] = [None if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
+    if turned:
+        drops = [logit.plain - logit.own for logit in turned]
     owns = [value if drop is None else value - drop for value, drop in zip(values, drops, strict=True)]
     blends = [_blend_of(sums, anchor, weight, drop, num_classes) for weight, drop in zip(weights, drops, strict=True)]
     smoothings = [terms.label_smoothing if terms.smoothing is None else terms.smoothing[label] for label in labels]
     if terms.target_b is None or terms.lam is None:
         a = _one_target(terms, owns[0], None, log_rest, blends[0], smoothings[0], None, weights[0], num_classes)
-        loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad]
+        loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad * turned[0].own_slope if turned else a.grad]
     else:
         same = labels[0] == labels[1]
         others = [value.masked_fill(same, -math.inf) for value in values]
@@ -244,8 +289,12 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
         b = _one_target(terms, owns[1], others[0], log_rest, blends[1], smoothings[1], 1 - terms.lam, weights[1], num_classes)
         across_a = b.others * torch.exp(others[0] - b.log_others) - (b.smooth if weights[0] is None else b.smooth * weights[0])
         across_b = a.others * torch.exp(others[1] - a.log_others) - (a.smooth if weights[1] is None else a.smooth * weights[1])
-        grad_a = a.grad + torch.where(same, b.grad, across_a)
-        grads = [grad_a, torch.where(same, grad_a, b.grad + across_b)]
+        own_a, own_b = a.grad, b.grad
+        if turned:
+            own_a, own_b = own_a * turned[0].own_slope, own_b * turned[1].own_slope
+            across_a, across_b = across_a * turned[0].plain_slope, across_b * turned[1].plain_slope
+        grad_a = own_a + torch.where(same, own_b, across_a)
+        grads = [grad_a, torch.where(same, grad_a, own_b + across_b)]
         loss, slope, smooth = a.loss + b.loss, _slope(a) + _slope(b), a.smooth + b.smooth
     parts = without(ignored, torch.stack((slope, smooth if isinstance(smooth, Tensor) else torch.full_like(slope, smooth), *grads)))
     if ignored is not None:
@@ -253,8 +302,10 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
     return without(ignored, loss), RowGradients(anchor, parts)
 
 
-def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice, out: Tensor) -> None:
-    """dz of a block from its exp(u - anchor); `out` may be the same tensor."""
+def gradient_(
+    exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice, out: Tensor, slopes: Tensor | None = None
+) -> None:  # fmt: skip
+    """dz of a block from its exp(u - anchor), times `slopes` where the noise is one of angles; `out` may be the same tensor as the exponentials."""
     slope, smooth, *grads = stats.parts[:, rows].unsqueeze(2).unbind()
     torch.mul(exponentials, slope, out=out)
     if terms.smoothed:
@@ -262,6 +313,8 @@ def gradient_(exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows:
             out.sub_(smooth)
         else:
             out.addcmul_(smooth, terms.weight[classes], value=-1)
+    if slopes is not None:
+        out.mul_(slopes)
     for target, grad in zip(row_targets(terms), grads, strict=True):
         columns, inside = _places(target[rows], classes)
         out.scatter_(1, columns, torch.where(inside, grad, out.gather(1, columns)))

@@ -80,6 +80,29 @@ def class_smoothing_sets(rows: int, classes: int) -> dict[str, Options]:
     }
 
 
+def angle_sets(rows: int, classes: int) -> dict[str, Options]:
+    """Margins, clouds or both that add to the angle, as the methods use them, and all options at once."""
+    cloud: Options = {"cloud": vector(classes, 0.0, 0.8, seed=6), "seed": 5}
+    margin = vector(classes, 0.0, 0.7, seed=4)
+    weight = vector(classes, 0.1, 3.0, seed=5)
+    everything: Options = {
+        "bias": vector(classes, -3.0, 3.0, seed=3), "weight": weight, "gamma": 1.5, "focal_detach": False, "label_smoothing": 0.2, "row_offset": 3,
+        "class_offset": 5, "scale": 8.0, "margin": margin, **cloud, **mixed(rows, classes),
+    }  # fmt: skip
+    return {
+        "plain": {"angular": True},
+        "arcface": {"angular": True, "margin": 0.5, "scale": 8.0},
+        "agcl": {"angular": True, "scale": 8.0, **cloud},
+        "agcl stage 2": {"angular": True, "scale": 8.0, "margin": 0.3, "gamma": 1.0, **cloud},
+        "agcl easy": {"angular": True, "easy_margin": True, "scale": 8.0, "margin": margin, **cloud},
+        "dbm": {"difficulty_margin": True, "margin": margin, "scale": 8.0, "bias": vector(classes, -3.0, 3.0, seed=3)},
+        "dbm and clouds": {"difficulty_margin": True, "margin": margin, "scale": 8.0, "weight": weight, "label_smoothing": 0.2, **cloud},
+        "dbm mixed": {"difficulty_margin": True, "scale": 8.0, **everything},
+        "dbm easy": {"difficulty_margin": True, "easy_margin": True, "margin": margin, "scale": 8.0, **mixed(rows, classes)},
+        "everything": {"angular": True, "difficulty_margin": True, **everything},
+    }
+
+
 def moved(options: Options, device: torch.device | str) -> Options:
     """The options with their tensors on `device`, none of which requires a gradient."""
     return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in options.items()}

@@ -16,8 +16,8 @@ from torch import Tensor
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
 from gclkern.kernels.terms import PREFIXES
 from tests.support import oracle
-from tests.support.cases import PLANS, Options, cosines, labels, option_sets, vector
-from tests.support.wrong_arguments import BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
+from tests.support.cases import PLANS, Options, angle_sets, cosines, labels, option_sets, vector
+from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
 
 CLASSES, DIM = 37, 19  # no multiple of a vector, an alignment or a group of the noise
 
@@ -107,6 +107,17 @@ def _head_samples(rows: int) -> dict[str, Options]:
     return samples | {"plain product": given | option_sets(rows, CLASSES)["everything"] | {"normalize": False, "scale": 1.0}}
 
 
+def _angle_samples(rows: int) -> dict[str, Options]:
+    # within (-1, 1): at the ends the formula has no derivative
+    given = {"cosine": 0.9 * cosines(rows, CLASSES), "target": labels(rows, CLASSES)}
+    return {name: given | options for name, options in angle_sets(rows, CLASSES).items()}
+
+
+def _angle_head_samples(rows: int) -> dict[str, Options]:
+    matrices = {name: _head_samples(rows)["plain"][name] for name in ("features", "linear_weight", "target")}
+    return {name: matrices | angle_sets(rows, CLASSES)[name] for name in ("plain", "agcl easy", "dbm and clouds", "everything")}
+
+
 def _bound_samples(rows: int) -> dict[str, Options]:
     generator = torch.Generator().manual_seed(0)
     features, centroids = torch.randn(rows, DIM, generator=generator), torch.randn(CLASSES, DIM, generator=generator)
@@ -162,6 +173,18 @@ OPERATIONS = [
             f"linear_gcl_cross_entropy {plan}", functools.partial(linear_gcl_cross_entropy, plan=plan), oracle.linear_gcl_cross_entropy, _head_samples,
             {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight", "bias"),
             narrow=("features", "linear_weight"), wrong=(*FAMILY, *HEAD) if plan == "materialised" else (),  # arguments are checked before the plan is chosen
+        )
+        for plan in PLANS
+    ),
+    Operation(
+        "gcl_cross_entropy by angles", gcl_cross_entropy, oracle.gcl_cross_entropy, _angle_samples, {"cosine": "rows classes", **_FAMILY}, leaves=("cosine",),
+        narrow=("cosine",), backends=("torch", "triton"), wrong=ANGLES,
+    ),
+    *(
+        Operation(
+            f"linear_gcl_cross_entropy by angles {plan}", functools.partial(linear_gcl_cross_entropy, plan=plan), oracle.linear_gcl_cross_entropy,
+            _angle_head_samples, {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight"),
+            narrow=("features", "linear_weight"), backends=("torch", "triton"),
         )
         for plan in PLANS
     ),

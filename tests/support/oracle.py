@@ -44,6 +44,14 @@ def noise(seed: int, rows: int, columns: int, row_offset: int = 0, class_offset:
     return torch.tensor(grid, dtype=torch.float64)
 
 
+def added_to_angle(cosine: Tensor, angle: Tensor, easy: bool) -> Tensor:
+    """The cosine of the angle plus another."""
+    if easy and cosine <= 0:
+        return cosine
+    theta = torch.acos(cosine)
+    return torch.cos(theta + angle) if theta + angle < math.pi else cosine - angle * torch.sin(angle)
+
+
 def clouded_logits(
     cosine: Tensor,  # (N, C)
     target: Tensor,  # (N,)
@@ -52,16 +60,26 @@ def clouded_logits(
     scale: float,
     margin: Tensor | float | None,
     bias: Tensor | None,  # (C,)
+    angular: bool = False,
+    difficulty_margin: bool = False,
+    easy_margin: bool = False,
 ) -> Tensor:
-    """z_ij = s (cos_ij - cloud_j e_ij - margin_j [j = t_i]) + bias_j, sample by sample."""
+    """z_ij = s (cos_ij - cloud_j e_ij - margin_j [j = t_i]) + bias_j, sample by sample; some of it may add to the angle instead."""
     rows, columns = cosine.shape
     margins = torch.zeros(columns, dtype=torch.float64) if margin is None else torch.as_tensor(margin, dtype=torch.float64).expand(columns)
     logits = []
     for i in range(rows):
         is_target = torch.arange(columns) == target[i]
-        row = cosine[i] - margins * is_target
-        if cloud is not None and e is not None:
-            row = row - cloud * e[i]
+        subtracted = torch.zeros(columns, dtype=torch.float64) if cloud is None or e is None else cloud * e[i]
+        if angular or difficulty_margin:
+            own, added = cosine[i, target[i]] if target[i] in range(columns) else cosine[i, 0], margins * is_target
+            if difficulty_margin and (cosine[i].detach() > own.detach()).any():
+                added = added * (1 + (1 - own) / 2)
+            if angular:
+                added, subtracted = added + math.pi / 2 * subtracted, torch.zeros(columns, dtype=torch.float64)
+            row = torch.stack([added_to_angle(c, angle, easy_margin) for c, angle in zip(cosine[i], added, strict=True)]) - subtracted
+        else:
+            row = cosine[i] - margins * is_target - subtracted
         logits.append(scale * row + (0.0 if bias is None else bias))
     return torch.stack(logits)
 
@@ -109,6 +127,9 @@ def gcl_cross_entropy(
     gamma: float = 0.0,
     focal_detach: bool = True,
     label_smoothing: Tensor | float = 0.0,
+    angular: bool = False,
+    difficulty_margin: bool = False,
+    easy_margin: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
     seed: int = 0,
@@ -131,7 +152,7 @@ def gcl_cross_entropy(
     losses = torch.zeros(rows, dtype=torch.float64)
     denominator = torch.zeros((), dtype=torch.float64)
     for labels, part in pairs:
-        logits = clouded_logits(cosine, labels, e, cloud, scale, margin, bias)
+        logits = clouded_logits(cosine, labels, e, cloud, scale, margin, bias, angular, difficulty_margin, easy_margin)
         loss = cross_entropy(logits, labels, weights, label_smoothing, kept)
         losses = losses + part * focal(loss, gamma, focal_detach)
         for i in range(rows):

@@ -27,6 +27,7 @@ def _labels() -> torch.Tensor:
 
 VALID: dict[str, Options] = {
     "gcl_cross_entropy": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels()},
+    "gcl_cross_entropy by angles": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels(), "angular": True, "margin": 0.5},
     "linear_gcl_cross_entropy materialised": {"features": torch.ones(ROWS, WIDTH), "linear_weight": torch.ones(CLASSES, WIDTH), "target": _labels()},
     "dro_lt_loss": {"features": torch.zeros(5, 4), "target": torch.zeros(5, dtype=torch.int64), "centroids": torch.zeros(3, 4), "epsilon": 0.5},
     "class_centroids": {"features": torch.zeros(3, 2), "target": torch.zeros(3, dtype=torch.int64), "num_classes": 2},
@@ -110,6 +111,17 @@ LOGITS: tuple[Wrong, ...] = (
         for dtype in (torch.int64, torch.complex64, torch.bool)
     ),
     Wrong("cosine", TypeError, "", {"cosine": [[0.0, 1.0]]}),
+)  # fmt: skip
+
+
+ANGLES: tuple[Wrong, ...] = (
+    *_types(("angular", 1), ("difficulty_margin", None), ("easy_margin", "yes")),
+    Wrong("easy_margin", ValueError, "True", {"easy_margin": True, "angular": False}),
+    Wrong("margin", ValueError, "1.6", {"margin": 1.6}),
+    Wrong("margin", ValueError, "-0.1", {"margin": torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0])}),
+    Wrong("margin", ValueError, "0.8", {"margin": 0.8, "difficulty_margin": True}),
+    Wrong("cloud", ValueError, "1.5", {"cloud": torch.full((CLASSES,), 1.5)}),
+    Wrong("bias", ValueError, "requires a gradient", {"bias": torch.zeros(CLASSES, requires_grad=True)}),
 )  # fmt: skip
 
 
