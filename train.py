@@ -29,7 +29,7 @@ from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
-from gclkern.training.data.augment import PARTS, parse_augmentation
+from gclkern.training.data.augment import PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
@@ -37,13 +37,12 @@ from gclkern.training.network import Network, gather_classifier, load_network, n
 from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
-from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, plan_run
+from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, list_by_family, plan_run
 from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
 from gclkern.training.trainer import AMP, Trainer, build_trainer
-from gclkern.weights import DeferredReweighting
 
 # Errors whose messages are for the user.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
@@ -72,9 +71,6 @@ def main(arguments: Arguments) -> None:
         image_size=config.image_size or (checkpoint and checkpoint["image_size"]), workers=config.workers, skip_corrupt=config.skip_corrupt,
         train_list=config.train_list, test_list=config.test_list,
     )  # fmt: skip
-    if config.augment or (config.method.endswith("dro-lt") and config.data.startswith("cifar")):
-        data.train.augment = config.augment or "crop,flip,autoaugment,cutout"  # DRO-LT's release has it
-        parse_augmentation(data.train.augment)
     if processes.rank == 0:
         report_notes(data)
     if arguments.evaluate:
@@ -156,7 +152,7 @@ def train_phase(
     config = run.config
     batches = PhaseBatches(phase, data.train, config.seed, processes)
     trainer = build_trainer(phase, network, data.class_counts, config, processes)
-    reweighting = None if phase.drw is None else DeferredReweighting(trainer.module.loss, data.class_counts, round(phase.drw * phase.epochs))
+    objective = trainer.module.objective
     progress = Progress.start(processes.device)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint["trainer"])
@@ -166,14 +162,15 @@ def train_phase(
         while progress.epoch < phase.epochs:
             rate = phase.schedule.rate(phase.lr, progress.epoch, phase.epochs)
             trainer.set_rate(rate)
-            if reweighting is not None:
-                reweighting.set_epoch(progress.epoch)
-            if phase.robust and progress.step == 0:
-                progress.centroids = epoch_centroids(network, batches.epoch("centroids", progress.epoch), data.num_classes, processes)
+            objective.set_epoch(network, progress.epoch, phase.epochs, rate)
+            if progress.step == 0:
+                if objective.needs_centroids(progress.epoch):
+                    progress.centroids = epoch_centroids(network, batches.epoch("centroids", progress.epoch), data.num_classes, processes)
+                objective.begin_epoch(network, progress.epoch, progress.centroids)
             trainer.module.train()
-            for images, target in batches.epoch("training", progress.epoch, progress.step):
+            for samples in batches.training(progress.epoch, progress.step):
                 seed = derive_seed(config.seed, phase.name, progress.epoch, progress.step)
-                progress.total += trainer.step(images, target, seed, progress.epoch * batches.steps + progress.step, **progress.centroids)
+                progress.total += trainer.step(samples, seed, progress.epoch * batches.steps + progress.step, **progress.centroids)
                 progress.step += 1
                 bar.update(phase.batch_size)
                 if progress.step < batches.steps and (processes.world == 1 or progress.step % 20 == 1) and timer.due():
@@ -231,8 +228,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; flags are named after the fields of RunConfig. Flags that are not given are absent from its result, since RunConfig defines the defaults."""
+    lists = f"methods (--method):\n{list_by_family(METHODS)}\n\nre-trainings (--retrain):\n{list_by_family(RETRAINS)}"
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+        usage="%(prog)s [options]", description=__doc__, epilog=lists, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )  # fmt: skip
     default = RunConfig()
     add = parser.add_argument_group("data").add_argument
@@ -253,8 +251,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=number(int, 0), metavar="N", help=f"processes that read image files (default {default.workers})")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add = parser.add_argument_group("method", "Defaults are the published settings of the method and the data set; a run prints them.").add_argument
-    add("--method", choices=METHODS, help=f"loss of stage 1 (default {default.method})")
-    add("--retrain", choices=RETRAINS, help="stage 2, which re-trains the classifier (default gcl for gcl and gcl+dro-lt, else none)")
+    add("--method", choices=METHODS, metavar="NAME", help=f"loss of stage 1, see the list below (default {default.method})")
+    again = "stage 2, which re-trains the classifier, see the list below (default gcl for gcl and gcl+dro-lt, else none)"
+    add("--retrain", choices=RETRAINS, metavar="NAME", help=again)
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1; it replaces training stage 1")
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced)")
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")

@@ -37,6 +37,10 @@ def vectorised(features: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
     return (total - torch.where(positives, logits, 0.0).sum(1) / positives.sum(1)).mean()
 
 
+def loss_of(function: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
+    return lambda inputs: function(*inputs.leaves, inputs.target)
+
+
 def supcon(inputs: Inputs, phase: str) -> Call:
     from pytorch_metric_learning.losses import SupConLoss
 
@@ -52,8 +56,8 @@ def least_flops(shape: Shape, dtype: str, phase: str) -> float:
 
 SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (TWO_VIEWS, LARGE), "cuda": (LARGE, TWO_VIEWS)}
 CONTESTANTS = {
-    "gclkern": Contestant("normalisation, loss, gradients of features and prototypes", step_of(lambda inputs: OURS(*inputs.leaves, inputs.target))),
-    "plain torch": Contestant("the same formula over the matrix of logits", step_of(lambda inputs: vectorised(*inputs.leaves, inputs.target))),
+    "gclkern": Contestant("normalisation, loss, gradients of features and prototypes", step_of(loss_of(OURS))),
+    "plain torch": Contestant("the same formula over the matrix of logits", step_of(loss_of(vectorised))),
     "torch.compile": Contestant(
         "plain torch under torch.compile, compilation left out",
         step_of(lambda inputs: compiled(vectorised, inputs)(*inputs.leaves, inputs.target)),

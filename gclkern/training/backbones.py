@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gclkern.training.composed_backbones import KINDS, TwoBranchBackbone, embed, modulate
 from gclkern.training.extras import need
 
 
@@ -39,6 +40,10 @@ class SmallCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of images (B, C, H, W)."""
         return self.layers(images).mean((2, 3))
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The network without its last block, a convolution with batch normalisation and ReLU, and that block."""
+        return self.layers[:-3], self.layers[-3:]
 
 
 class _BasicBlock(nn.Module):
@@ -86,12 +91,17 @@ class ResNet32(nn.Module):
         """Features (B, 64) of images (B, C, H, W)."""
         return self.blocks(F.relu(self.bn1(self.conv1(images)))).mean((2, 3))
 
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The network without its last block, and that block."""
+        return nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.blocks[:-1]), self.blocks[-1]
+
 
 def build_backbone(name: str, *, image_size: int | None = None, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
     """A network without its classifier. Its attribute `feature_dim` is D; `fewest_images` is the smallest batch that it can be trained on.
 
     Args:
-        name: "small-cnn", "resnet32", a classification network of torchvision such as "resnet50", or "timm:" and a name of timm.
+        name: "small-cnn", "resnet32", "resnet10", a classification network of torchvision such as "resnet50", or "timm:" and a name of timm; or a network made
+            from one of them, see :mod:`gclkern.training.composed_backbones`.
         image_size: height and width in pixels. If given, the network is tried on one image, which raises an error if it cannot take this size;
             small-cnn and vision transformers are built for it. None is the network's usual size.
         in_channels: channels of an image; torchvision's networks take three.
@@ -111,19 +121,49 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
         >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.feature_dim
         (torch.Size([2, 64]), 64)
     """
-    if pretrained and name in ("small-cnn", "resnet32"):
+    if pretrained and name in ("small-cnn", "resnet32", "resnet10"):
         raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take a network of torchvision or timm")
     backbone: Any
+    kind, _, plain = name.partition(":")
+    if kind in KINDS:
+        return _composed(kind, plain, image_size, in_channels, pretrained)
     if name == "small-cnn":
         backbone, usual = SmallCNN(in_channels, image_size or 32), 32
     elif name == "resnet32":
         backbone, usual = ResNet32(in_channels), 32
+    elif name == "resnet10":
+        backbone, usual = _resnet10(in_channels), 224
     elif name.startswith("timm:"):
         backbone, usual = _from_timm(name.removeprefix("timm:"), image_size, in_channels, pretrained)
     else:
         backbone, usual = _from_torchvision(name, image_size, in_channels, pretrained)
     backbone.fewest_images = 1 if image_size is None else _try(backbone, name, torch.zeros(1, in_channels, image_size, image_size), usual)
     return backbone
+
+
+def _composed(kind: str, plain: str, image_size: int | None, in_channels: int, pretrained: bool) -> Any:
+    """A network of this kind, made from that of the name `plain`."""
+    first: Any = build_backbone(plain, image_size=image_size, in_channels=in_channels, pretrained=pretrained)
+    backbone: Any
+    if kind == "two-branch":
+        backbone = TwoBranchBackbone(first, build_backbone(plain, image_size=image_size, in_channels=in_channels, pretrained=pretrained), plain)
+    else:
+        backbone = embed(first, plain) if kind.startswith("embedded") else first
+        if kind.endswith("modulated"):
+            side = image_size or (32 if plain in ("small-cnn", "resnet32") else 224)
+            backbone = modulate(backbone, plain, torch.zeros(1, in_channels, side, side))
+    backbone.fewest_images = first.fewest_images
+    return backbone
+
+
+def _resnet10(in_channels: int) -> Any:
+    """ResNet-10, which torchvision has not: one block in each of its four layers."""
+    resnet = need("torchvision.models.resnet", "the network resnet10")
+    if in_channels != 3:
+        raise ValueError(f"resnet10 takes images of 3 channels, but these have {in_channels}; take small-cnn, resnet32 or a network of timm")
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    model.feature_dim, model.fc = model.fc.in_features, nn.Identity()
+    return model
 
 
 @torch.no_grad()

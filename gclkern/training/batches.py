@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DataSplits, Epoch, ImageSet
 from gclkern.training.network import Network
+from gclkern.training.objectives import Samples, build_objective
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import SAMPLERS, Phase, build_loss
+from gclkern.training.recipes import SAMPLERS, Phase
 from gclkern.training.seeds import derive_seed
 
 
@@ -35,17 +38,39 @@ class PhaseBatches:
         self.phase, self.images, self.seed, self.processes = phase, images, seed, processes
         self.steps = max(1, (phase.epoch_samples or len(images)) // phase.batch_size)
         self._local = phase.batch_size // processes.world
-        self._sampler = SAMPLERS[phase.sampler](
-            images.labels, num_samples=self.steps * phase.batch_size, seed=derive_seed(seed, phase.name, "order"), num_replicas=processes.world,
-            rank=processes.rank, **phase.sampler_options,
+        self._sampler = self._new_sampler(phase.sampler, "order", **phase.sampler_options)
+        self._second = None if phase.second_sampler is None else self._new_sampler(phase.second_sampler, "second order")
+
+    def _new_sampler(self, name: str, purpose: str, **options: Any) -> Any:
+        return SAMPLERS[name](
+            self.images.labels, num_samples=self.steps * self.phase.batch_size, seed=derive_seed(self.seed, self.phase.name, purpose),
+            num_replicas=self.processes.world, rank=self.processes.rank, **options,
         )  # fmt: skip
 
     def epoch(self, purpose: str, epoch: int, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of the steps of an epoch, starting at `step`."""
+        return self._draw(self._sampler, (purpose,), epoch, step, self.phase.augment)
+
+    def training(self, epoch: int, step: int = 0) -> Iterator[Samples]:
+        """The samples of the training steps of an epoch, starting at `step`, with further views and the second batch where the phase has them."""
+        streams = [self.epoch("training", epoch, step)]
+        for place, augment in enumerate(self.phase.views):
+            streams.append(self._draw(self._sampler, ("training", "view", place), epoch, step, augment))
+        if self._second is not None:
+            streams.append(self._draw(self._second, ("training", "second"), epoch, step, self.phase.augment))
+        for (images, target), *others in zip(*streams, strict=True):
+            samples: Samples = {"images": images, "target": target}
+            if self.phase.views:
+                samples["views"] = torch.stack([view for view, _ in others[: len(self.phase.views)]], 1)
+            if self._second is not None:
+                samples["second_images"], samples["second_target"] = others[-1]
+            yield samples
+
+    def _draw(self, sampler: Any, purpose: tuple[object, ...], epoch: int, step: int, augment: str | None) -> Iterator[tuple[Tensor, Tensor]]:
         done = step * self._local
-        self._sampler.set_epoch(epoch, position=done)
-        place = Epoch(derive_seed(self.seed, self.phase.name, purpose, epoch), done, self.processes.world, self.processes.rank)
-        return self.images.loader(step_batches(iter(self._sampler), self._local), device=self.processes.device, epoch=place)
+        sampler.set_epoch(epoch, position=done)
+        place = Epoch(derive_seed(self.seed, self.phase.name, *purpose, epoch), done, self.processes.world, self.processes.rank, augment)
+        return self.images.loader(step_batches(iter(sampler), self._local), device=self.processes.device, epoch=place)
 
 
 def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, config: RunConfig, processes: Processes) -> None:
@@ -58,8 +83,8 @@ def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, co
         if not phase.epochs:
             continue
         PhaseBatches(phase, data.train, config.seed, processes)
-        build_loss(phase, data.class_counts)
+        build_objective(phase, data.class_counts, network.backbone.feature_dim)
         part, fewest = phase.batch_size // (processes.world * config.accumulate), getattr(network.backbone, "fewest_images", 1)
-        if part < fewest and phase.trains in ("all", "last-block", "backbone"):
+        if part < fewest and phase.trains_backbone:
             remedy = "take a larger `batch_size` or a smaller `accumulate`"
             raise ValueError(f"{phase.name}: the batch normalisation of this network needs {fewest} images at a time, but it is given {part}; {remedy}")

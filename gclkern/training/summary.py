@@ -40,8 +40,10 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
         f"{model_name(run.config, data)} on {device}, results in {run.path}",
-        f"augmentation of training images: {data.train.augment}",
     ]
+    augmentations = {" and ".join([phase.augment or data.train.augment, *phase.views]): phase.name for phase in phases if phase.epochs}
+    one = len(augmentations) == 1
+    lines += [f"augmentation of training images{'' if one else ' of ' + name}: {parts}" for parts, name in augmentations.items()]
     if family(run.config.data) == "own":
         lines.append(own_data.reasons(data.class_counts, pretrained=bool(run.config.pretrained)))
     for phase in phases:

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gclkern.distributed import ShardedCosineLinear, ShardedLinearGCLLoss
-from gclkern.losses import DROLTLoss, GCLLoss, LinearGCLLoss
+from gclkern.distributed import ShardedCosineLinear
 from gclkern.training.config import RunConfig
 from gclkern.training.network import Network, shard_classifier, whole_state
+from gclkern.training.objectives import Batch, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import Phase, build_loss
+from gclkern.training.recipes import Phase
 from gclkern.training.seeds import derive_seed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStep(nn.Module):
-    """Images to loss as one module, so that it can be compiled, captured or wrapped for data parallelism."""
+    """Samples to loss as one module, so that it can be compiled, captured or wrapped for data parallelism. It decides what is trained, and in which mode.
 
-    loss: Any
+    Args:
+        network: its parameters train as `trains` says; those of the objective always do, with weight decay.
+        objective: computes the loss.
+        trains, batch_norm: as in :class:`gclkern.training.recipes.Phase`.
+    """
 
-    def __init__(self, network: Network, loss: nn.Module, *, trains: str, robust: DROLTLoss | None = None, robust_weight: float = 0.0) -> None:
+    def __init__(self, network: Network, objective: Objective, *, trains: str = "all", batch_norm: str = "train") -> None:
         super().__init__()
-        self.network, self.loss, self.robust = network, loss, robust
-        self.trains, self.robust_weight = trains, robust_weight
+        self.network, self.objective = network, objective
+        self.trains, self.batch_norm = trains, batch_norm
 
     def _learning(self) -> list[nn.Module]:
         """The trained modules."""
@@ -41,47 +46,38 @@ class TrainingStep(nn.Module):
             raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; take `train=all`")
         return [backbone.layer4, head]
 
-    def learn(self) -> list[nn.Parameter]:
-        """Set requires_grad for the phase and return the trained parameters. They include epsilon of DRO-LT, which therefore has weight decay."""
+    def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
+        """Set requires_grad for the phase and return the trained parameters as an optimizer's groups, each with the factor on its learning rate.
+
+        Args:
+            lr_factors: factors by the beginning of a parameter's name here, such as "network.head.weight"; all others have 1.
+        """
         self.network.requires_grad_(False)
         for module in self._learning():
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_((name == "factor") is (self.trains == "scale"))
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                factor = next((factor for start, factor in lr_factors.items() if name.startswith(start)), 1.0)
+                groups.setdefault(factor, []).append(parameter)
+        return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
     def train(self, mode: bool = True) -> TrainingStep:
-        """Modules that are not trained stay in eval mode; otherwise their batch-norm statistics would change."""
+        """Modules that are not trained stay in eval mode, because their batch-norm statistics would change; `batch_norm` makes exceptions."""
         super().train(mode)
         self.network.eval()
         for module in self._learning():
             module.train(mode)
+        if self.batch_norm != "train":
+            for module in self.network.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train(mode and self.batch_norm == "shifted")
         return self
 
-    def forward(
-        self,
-        images: Tensor,  # (N, C, H, W)
-        target: Tensor,  # (N,)
-        seed: Tensor,  # ()
-        row_offset: int,
-        target_b: Tensor | None = None,  # (N,)
-        lam: Tensor | None = None,  # ()
-        centroids: Tensor | None = None,  # (C, D)
-        counts: Tensor | None = None,  # (C,)
-    ) -> Tensor:
-        with torch.set_grad_enabled(self.trains not in ("head", "scale") and torch.is_grad_enabled()):
-            features = self.network.backbone(images)
-        mixed: dict[str, Any] = {"target_b": target_b, "lam": lam}
-        if isinstance(self.loss, ShardedLinearGCLLoss):
-            row_offset -= self.loss.ranks.rank * len(target)  # the sharded loss counts rows from those of the first process
-        if isinstance(self.loss, GCLLoss | LinearGCLLoss):
-            mixed |= {"seed": seed, "row_offset": row_offset}
-        if isinstance(self.loss, LinearGCLLoss):
-            loss = self.loss(features, self.network.head.weight, target, **mixed)
-        else:
-            loss = self.loss(self.network.classify(features), target, **mixed)
-        if self.robust is not None:
-            assert centroids is not None
-            loss = loss + self.robust_weight * self.robust(features, target, centroids, counts)
+    def forward(self, row_offset: int, **samples: Tensor) -> Tensor:
+        """The loss; `samples` are the other fields of :class:`gclkern.training.objectives.Batch`."""
+        loss: Tensor = self.objective(self.network, Batch(row_offset=row_offset, **samples))
         return loss
 
 
@@ -163,7 +159,8 @@ class Trainer:
     Args:
         module: computes the loss; its :meth:`TrainingStep.learn` selects the trained parameters.
         processes: this process among all.
-        weight_decay: of all trained parameters.
+        weight_decay, nesterov: of SGD, for all trained parameters.
+        lr_factors: factors on the learning rate of some parameters, see :meth:`TrainingStep.learn`.
         mixup: alpha of the Beta distribution, 0 for none.
         accumulate: number of parts that a batch is split into.
         amp: torch.bfloat16 or torch.float16 for autocast, None for none.
@@ -177,7 +174,8 @@ class Trainer:
     """
 
     def __init__(
-        self, module: TrainingStep, processes: Processes, *, weight_decay: float, mixup: float = 0.0, accumulate: int = 1, amp: torch.dtype | None = None,
+        self, module: TrainingStep, processes: Processes, *, weight_decay: float, nesterov: bool = False,
+        lr_factors: Mapping[str, float] = MappingProxyType({}), mixup: float = 0.0, accumulate: int = 1, amp: torch.dtype | None = None,
         ema: float = 0.0, compiled: bool = False, capture: bool | None = None, channels_last: bool = False,
     ) -> None:  # fmt: skip
         device = processes.device
@@ -187,10 +185,12 @@ class Trainer:
         capture = possible if capture is None else capture
         self.module, self.processes, self.channels_last = module, processes, channels_last
         self.mixup, self.accumulate, self.amp, self.ema = mixup, accumulate, amp, ema
-        rate = torch.zeros((), device=device) if capture else 0.0  # a captured step reads the rate from the device
+        groups = module.learn(lr_factors)
+        for group in groups:
+            group["lr"] = torch.zeros((), device=device) if capture else 0.0  # a captured step reads the rate from the device
         # Not with a gradient scaler: on overflow, common in the first steps, the fused kernel skips the step but leaves the momentum buffer uninitialised.
         fused = device.type == "cuda" and amp != torch.float16
-        self.optimizer = torch.optim.SGD(module.learn(), lr=rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = copy.deepcopy(module.network) if ema else None
         self.runnable: Any = parallel(module) if processes.world > 1 else module
@@ -203,11 +203,12 @@ class Trainer:
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next steps."""
         for group in self.optimizer.param_groups:
+            own = rate * group["factor"]
             # a captured step reads this tensor; the checkpoint of a run without capture holds a number
-            group["lr"] = rate if self.captured is None else torch.as_tensor(group["lr"], device=self.processes.device).fill_(rate)
+            group["lr"] = own if self.captured is None else torch.as_tensor(group["lr"], device=self.processes.device).fill_(own)
 
-    def step(self, images: Tensor, target: Tensor, seed: int, count: int, **centroids: Tensor) -> Tensor:
-        """Train on this process's images and return their loss: () float32. All randomness depends on `seed`; `count` steps of the phase came before."""
+    def step(self, samples: Samples, seed: int, count: int, **centroids: Tensor) -> Tensor:
+        """Train on this process's samples and return their loss: () float32. All randomness depends on `seed`; `count` steps of the phase came before."""
         loss = torch.zeros((), device=self.processes.device)
         if self.captured is None:
             self.optimizer.zero_grad()
@@ -215,11 +216,12 @@ class Trainer:
             # Samples of a step are assigned to blocks in turn, so that two processes train as one process that accumulates two parts.
             block = part * self.processes.world + self.processes.rank
             torch.manual_seed(derive_seed(seed, "layers", block))  # for layers that draw, such as dropout
-            inputs = {"images": images[part :: self.accumulate], "target": target[part :: self.accumulate], **centroids}
+            inputs: dict[str, Tensor] = {name: value[part :: self.accumulate] for name, value in samples.items()}  # type: ignore[index]
             if self.mixup:
                 inputs["images"], inputs["target_b"], inputs["lam"] = mixup(inputs["images"], inputs["target"], self.mixup, seed, block)
             if self.channels_last:
-                inputs["images"] = inputs["images"].contiguous(memory_format=torch.channels_last)
+                inputs |= {name: value.contiguous(memory_format=torch.channels_last) for name, value in inputs.items() if value.dim() == 4}
+            inputs |= centroids
             inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor, this does not synchronise with the GPU
             with self.no_sync() if part + 1 < self.accumulate else nullcontext():
                 loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
@@ -250,7 +252,8 @@ class Trainer:
     def _of_classes(self, optimizer: dict[str, Any], change: Callable[[ShardedCosineLinear, Tensor], Tensor]) -> dict[str, Any]:
         """An optimizer's state with `change` applied to the entries of a sharded classifier's weight; unchanged without one."""
         head = self.module.network.head
-        place = next((i for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]) if parameter is head.weight), None)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        place = next((i for i, parameter in enumerate(parameters) if parameter is head.weight), None)
         if not isinstance(head, ShardedCosineLinear) or place not in optimizer["state"]:
             return optimizer
         changed = {name: change(head, value) for name, value in optimizer["state"][place].items()}
@@ -258,10 +261,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of everything but the network, with the sharded parts gathered; a collective call."""
-        robust = self.module.robust
         optimizer = self._of_classes(self.optimizer.state_dict(), ShardedCosineLinear.gather)
         return {
-            "optimizer": optimizer, "scaler": self.scaler.state_dict(), "robust": None if robust is None else robust.state_dict(),
+            "optimizer": optimizer, "scaler": self.scaler.state_dict(), "objective": self.module.objective.state_dict(),
             "average": None if self.average is None else whole_state(self.average),
         }  # fmt: skip
 
@@ -270,9 +272,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["fused"] = self.optimizer.defaults["fused"]  # this device's; the run may have started on another
         self.scaler.load_state_dict(state["scaler"])
-        for module, name in ((self.module.robust, "robust"), (self.average, "average")):
-            if module is not None:
-                module.load_state_dict(state[name])
+        self.module.objective.load_state_dict(state["objective"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
 def build_trainer(phase: Phase, network: Network, class_counts: list[int], config: RunConfig, processes: Processes) -> Trainer:
@@ -282,7 +284,7 @@ def build_trainer(phase: Phase, network: Network, class_counts: list[int], confi
         ValueError: a process would run fewer images at once than the network's batch normalisation can be trained on.
     """
     together = phase.batch_size // (processes.world * config.accumulate)
-    if together < getattr(network.backbone, "fewest_images", 1) and phase.trains in ("all", "last-block", "backbone"):
+    if together < getattr(network.backbone, "fewest_images", 1) and phase.trains_backbone:
         raise ValueError(
             f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
             f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"
@@ -290,11 +292,11 @@ def build_trainer(phase: Phase, network: Network, class_counts: list[int], confi
     sharded = config.shard_classes and phase.loss == "gcl"
     if sharded:
         shard_classifier(network)
-    loss: Any = build_loss(phase, class_counts, sharded=sharded).to(processes.device)
-    network.scale.fill_(loss.scale)
-    robust = DROLTLoss(class_counts).to(processes.device) if phase.robust else None
+    torch.manual_seed(derive_seed(config.seed, phase.name, "objective"))  # for the initial weights of its layers
+    objective = build_objective(phase, class_counts, network.backbone.feature_dim, sharded=sharded).to(processes.device)
+    network.scale.fill_(objective.scale)
     return Trainer(
-        TrainingStep(network, loss, trains=phase.trains, robust=robust, robust_weight=phase.robust), processes, weight_decay=phase.weight_decay,
-        mixup=phase.mixup, accumulate=config.accumulate, amp=AMP[config.amp], ema=config.ema, compiled=config.compile, capture=config.capture,
-        channels_last=config.channels_last,
+        TrainingStep(network, objective, trains=phase.trains, batch_norm=phase.batch_norm), processes, weight_decay=phase.weight_decay,
+        nesterov=phase.nesterov, lr_factors=phase.lr_factors, mixup=phase.mixup, accumulate=config.accumulate, amp=AMP[config.amp], ema=config.ema,
+        compiled=config.compile, capture=config.capture, channels_last=config.channels_last,
     )  # fmt: skip

@@ -27,8 +27,9 @@ from gclkern.distributed import (
 from gclkern.distributed.shards import Shards, _known
 from gclkern.training.evaluation import epoch_centroids, predict
 from gclkern.training.network import Network, build_head, shard_classifier
+from gclkern.training.objectives import Samples, build_objective
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import build_loss, plan
+from gclkern.training.recipes import plan
 from gclkern.training.trainer import Trainer, TrainingStep
 
 WORLD, RANK = 2, 1
@@ -198,13 +199,12 @@ def test_training_and_evaluation(rules: Rules, sharded: bool, monkeypatch: pytes
     network = Network(Backbone(), build_head("cosine", WIDTH, CLASSES)).to(META).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if sharded:
         shard_classifier(network)
-    step = TrainingStep(
-        network, build_loss(phase, COUNTS, sharded=sharded).to(META), trains="all", robust=gclkern.DROLTLoss(COUNTS).to(META), robust_weight=1.0
-    )
+    step = TrainingStep(network, build_objective(phase, COUNTS, WIDTH, sharded=sharded).to(META))
     trainer = Trainer(step, ranks, weight_decay=1e-4, mixup=0.2, accumulate=2, ema=0.9, channels_last=True)
     centroids = epoch_centroids(network, Images().loader([range(ROWS)], device=META), CLASSES, ranks)
     step.train()
-    loss = trainer.step(torch.randn(2 * ROWS, 3, 8, 8, device=META), torch.zeros(2 * ROWS, dtype=torch.int64, device=META), 3, 0, **centroids)
+    samples: Samples = {"images": torch.randn(2 * ROWS, 3, 8, 8, device=META), "target": torch.zeros(2 * ROWS, dtype=torch.int64, device=META)}
+    loss = trainer.step(samples, 3, 0, **centroids)
     assert ranks.mean(loss).device == META
     logits, features = predict(trainer.eval_network, Images(), ranks, batch_size=2)
     assert (logits.shape, features.shape) == ((ROWS + 1, CLASSES), (ROWS + 1, WIDTH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from gclkern.training.backbones import build_backbone
+from gclkern.training.composed_backbones import modulate
 
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 
@@ -148,3 +150,70 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "torchvision.models", None)
     with pytest.raises(ImportError, match=r"the network resnet50 needs torchvision, which is not installed; run: pip install 'gclkern\[train\]'"):
         build_backbone("resnet50")
+
+
+@pytest.mark.parametrize(("plain", "dim", "options"), [
+    ("small-cnn", 64, {"image_size": 8, "in_channels": 1}),
+    ("resnet32", 64, {"image_size": 32}),
+    pytest.param("resnet10", 512, {"image_size": 64}, marks=needs_torchvision),
+])  # fmt: skip
+def test_the_branches_of_a_network_share_its_trunk(plain: str, dim: int, options: dict[str, int]) -> None:
+    """One branch alone is the plain network: it gives its features with the same weights."""
+    torch.manual_seed(0)
+    backbone: Any = build_backbone(f"two-branch:{plain}", **options).eval()  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    whole = build_backbone(plain, **options).eval()  # type: ignore[arg-type]
+    images = torch.randn(2, options.get("in_channels", 3), options["image_size"], options["image_size"])
+    features = backbone(images)
+    assert features.shape == (2, backbone.feature_dim) == (2, 2 * dim)
+    assert torch.equal(features[:, :dim], whole(images))
+    assert not torch.equal(features[:, :dim], features[:, dim:]), "the second block has weights of its own"
+    for place in (0, 1):
+        assert torch.equal(backbone.branch(images, place), features[:, place * dim : (place + 1) * dim])
+
+
+def test_bbn_s_network_is_the_papers() -> None:
+    """5-5-4 shared blocks, then two blocks of 64 channels, each two convolutions of 64 x 64 x 9 weights and two batch normalisations."""
+    assert sum(parameter.numel() for parameter in build_backbone("two-branch:resnet32").parameters()) == 463_504 + 2 * 64 * 64 * 9 + 4 * 64 == 537_488
+
+
+@needs_torchvision
+def test_resnet10_has_ten_layers() -> None:
+    backbone = build_backbone("resnet10")
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
+    assert len(convolutions) == 9, "and the classifier is the tenth"
+    assert backbone(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("embedded", 512), ("modulated", 64), ("embedded-modulated", 512)])
+def test_embedding_and_attention(kind: str, dim: int) -> None:
+    torch.manual_seed(0)
+    backbone: Any = build_backbone(f"{kind}:small-cnn", image_size=8, in_channels=1).eval()
+    torch.manual_seed(0)
+    whole = build_backbone("small-cnn", image_size=8, in_channels=1).eval()
+    images = torch.randn(2, 1, 8, 8)
+    features = backbone(images)
+    assert features.shape == (2, backbone.feature_dim) == (2, dim)
+    # attention starts as the identity
+    torch.testing.assert_close(features, torch.relu(backbone.embedding(whole(images))))
+    features.sum().backward()
+    unused = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
+    assert unused == set()
+    assert [name for name, parameter in backbone.named_parameters() if name.startswith("attention")] == [] or "modulated" in kind
+
+
+def test_attention_is_added_to_a_trained_network() -> None:
+    """The embedding stays, and so does the trunk."""
+    first = build_backbone("embedded:small-cnn", image_size=8, in_channels=1).eval()
+    images = torch.randn(2, 1, 8, 8)
+    before = first(images)
+    second = modulate(first, "small-cnn", images[:1]).eval()
+    assert torch.equal(second(images), before)
+    names = build_backbone("embedded-modulated:small-cnn", image_size=8, in_channels=1).state_dict().keys()
+    assert second.state_dict().keys() == names
+
+
+def test_networks_whose_last_block_is_not_known() -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ValueError, match=r"last block of the network, which is known for .*torchvision's ResNets, not for mobilenet_v3_small"):
+        build_backbone("two-branch:mobilenet_v3_small")

@@ -13,6 +13,7 @@ from gclkern.clouds import cloud_sizes
 from gclkern.losses import LinearGCLLoss
 from gclkern.training.config import RunConfig
 from gclkern.training.network import build_head
+from gclkern.training.objectives import build_objective
 from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan, plan_run
 from gclkern.training.schedules import Schedule
 from gclkern.training.seeds import derive_seed
@@ -29,8 +30,9 @@ def test_every_combination_has_a_plan(method: str, retrain: str | None, dataset:
     assert phases[0].epochs == sum(phase.epochs for phase in phases[1:])
     assert phases[1].start == "fresh"
     for phase in phases:
-        build_loss(phase, COUNTS)
+        build_objective(phase, COUNTS, 4)
         assert phase.sampler in SAMPLERS
+        assert phase.second_sampler is None or phase.second_sampler in SAMPLERS
         build_head(phase.head, 4, 3)
 
 
@@ -99,7 +101,7 @@ def test_dro_lt_on_cifar_is_the_released_recipe() -> None:
 
 def test_gcl_with_dro_lt_is_gcl_with_a_stretch_of_dro_lt_between_its_stages() -> None:
     first, robust, second = plan("gcl+dro-lt", None, "cifar100-lt", COUNTS)
-    assert (first, second) == tuple(plan("gcl", None, "cifar100-lt", COUNTS))
+    assert (first, second) == tuple(plan("gcl", None, "cifar100-lt", COUNTS, augment="crop,flip,autoaugment,cutout"))  # dro-lt's
     alone = plan("dro-lt", None, "cifar100-lt", COUNTS)[1]
     assert robust == replace(alone, loss="gcl", options=first.options, head="cosine")
 
@@ -133,6 +135,22 @@ def test_clouds_are_the_same_in_both_stages(cloud: str, exponent: float | None) 
     expected = cloud_sizes(COUNTS, cloud.split("-")[0], exponent)
     for phase in plan("gcl", None, "cifar10-lt", COUNTS, cloud=cloud):
         torch.testing.assert_close(build_loss(phase, COUNTS).cloud, 0.5 * expected)
+
+
+def test_a_given_augmentation_is_that_of_every_phase() -> None:
+    """Published numbers with strong augmentation and without are no comparison of methods."""
+    for method in METHODS:
+        phases = plan(method, "crt", "cifar100-lt", COUNTS, baseline=True, augment="crop,flip,cutout")
+        assert {phase.augment for phase in phases} == {"crop,flip,cutout"}
+    assert {phase.augment for phase in plan("gcl+dro-lt", None, "cifar100-lt", COUNTS, baseline=True)} == {"crop,flip,autoaugment,cutout"}
+    assert {phase.augment for phase in plan("dro-lt", "gcl", "imagenet-lt", COUNTS)} == {None}
+    with pytest.raises(ValueError, match="unknown augmentation 'blur'"):
+        plan("ce", None, "cifar100-lt", COUNTS, augment="blur")
+
+
+def test_a_given_sampler_has_its_own_options() -> None:
+    robust = plan("dro-lt", None, "cifar100-lt", COUNTS, stage1={"sampler": "class-balanced"})[0]
+    assert (robust.sampler, robust.sampler_options) == ("class-balanced", {})
 
 
 def test_a_cloud_without_clouds_is_refused() -> None:

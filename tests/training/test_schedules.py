@@ -33,6 +33,13 @@ def test_cifar_steps_at_160_and_180(method: str, settings: dict[str, float], fac
     assert [found[159], found[160], found[179], found[180], found[199]] == pytest.approx([0.1, *([0.1 * factors[0]] * 2), *([0.1 * factors[1]] * 2)])
 
 
+def test_a_warm_up_may_start_from_a_third() -> None:
+    """BBN's: a third of the rate in the first epoch, all of it from the fifth on, steps at 120 and 160 of 200."""
+    bbn = Schedule("steps", warmup=5, milestones=(120 / 200, 160 / 200), factors=(0.01, 0.0001), warmup_start=1 / 3)
+    found = [bbn.rate(0.3, epoch, 200) for epoch in (0, 1, 4, 5, 119, 120, 159, 160)]
+    assert found == pytest.approx([0.1, 0.14, 0.26, 0.3, 0.3, 0.003, 0.003, 0.00003])
+
+
 def test_places_steps_at_60_and_80() -> None:
     found = rates("gcl", "places-lt")
     assert len(found) == 90

@@ -17,6 +17,7 @@ from gclkern.training.backbones import build_backbone
 from gclkern.training.batches import step_batches
 from gclkern.training.config import RunConfig
 from gclkern.training.network import Network, build_head
+from gclkern.training.objectives import Batch, Classification, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
 from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, build_trainer, mixup
@@ -37,9 +38,13 @@ class Backbone(torch.nn.Module):
         return features
 
 
+def cross_entropy() -> Objective:
+    return build_objective(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS, 4)
+
+
 def plain_step(backbone: torch.nn.Module) -> TrainingStep:
     """Cross entropy of a linear classifier."""
-    return TrainingStep(Network(backbone, build_head("linear", 4, 3)), build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    return TrainingStep(Network(backbone, build_head("linear", 4, 3)), cross_entropy())
 
 
 @pytest.mark.parametrize(("trains", "head", "learned"), [
@@ -54,11 +59,11 @@ def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
     network = Network(Backbone(), build_head(head, 4, 3))
     if trains == "scale":
         torch.nn.init.normal_(network.head.weight)
-    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains=trains)
+    step = TrainingStep(network, cross_entropy(), trains=trains)
     optimizer = torch.optim.SGD(step.learn(), lr=0.1)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     step.train()
-    step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor(1), 0).backward()
+    step(0, images=torch.randn(6, 1, 2, 2), target=torch.tensor([0, 1, 2, 0, 1, 0]), seed=torch.tensor(1)).backward()
     optimizer.step()
     changed = {name.partition(".")[2] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     statistics = {"layers.2.running_mean", "layers.2.running_var", "layers.2.num_batches_tracked"}
@@ -76,22 +81,22 @@ def test_clouds_of_a_scaled_classifier_are_those_of_the_plain_one() -> None:
         phase = plan("gcl", retrain, "cifar10-lt", COUNTS)[-1]
         network = Network(backbone, build_head(phase.head, 4, 3))
         network.head.weight.data.copy_(weight)
-        step = TrainingStep(network, build_loss(phase, COUNTS), trains=phase.trains)
-        found.append(step.train()(images, target, torch.tensor(7), 5, other, torch.tensor(0.25)))
+        step = TrainingStep(network, build_objective(phase, COUNTS, 4), trains=phase.trains)
+        found.append(step.train()(5, images=images, target=target, seed=torch.tensor(7), target_b=other, lam=torch.tensor(0.25)))
     torch.testing.assert_close(*found)  # float32, and the products are summed alike up to their order
 
 
 def test_only_the_last_block_learns() -> None:
     network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
-    step = TrainingStep(network, build_loss(plan("ce", None, "places-lt", COUNTS)[0], COUNTS), trains="last-block")
+    step = TrainingStep(network, cross_entropy(), trains="last-block")
     assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
-    learned = {id(parameter) for parameter in step.learn()}
+    learned = {id(parameter) for group in step.learn() for parameter in group["params"]}
     assert learned == {id(parameter) for module in (network.backbone.layer4, network.head) for parameter in module.parameters()}
     step.train()
     assert network.backbone.layer4.training
     assert not network.backbone.layer3.training
     with pytest.raises(ValueError, match="`train=all`"):
-        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.loss, trains="last-block").learn()
+        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.objective, trains="last-block").learn()
 
 
 def test_mixup_is_a_function_of_the_seed() -> None:
@@ -110,13 +115,13 @@ def test_batches_are_full() -> None:
 
 def test_the_average_is_what_is_evaluated() -> None:
     network = Network(Backbone(), build_head("linear", 4, 3))
-    step = TrainingStep(network, build_loss(plan("ce", None, "cifar10-lt", COUNTS)[0], COUNTS), trains="all")
+    step = TrainingStep(network, cross_entropy())
     ranks = Processes.single(torch.device("cpu"))
     assert Trainer(step, ranks, weight_decay=0.0).eval_network is network
     trainer = Trainer(step, ranks, weight_decay=0.0, ema=0.9)
     before = network.head.weight.detach().clone()
     trainer.set_rate(0.1)
-    trainer.step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 0, 0)
+    trainer.step({"images": torch.randn(6, 1, 2, 2), "target": torch.tensor([0, 1, 2, 0, 1, 0])}, 0, 0)
     # in the first step the decay is (1 + 0) / (10 + 0)
     torch.testing.assert_close(trainer.eval_network.head.weight, 0.1 * before + 0.9 * network.head.weight)
     with pytest.raises(ValueError, match="`capture` needs a GPU"):
@@ -199,7 +204,7 @@ def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
     network = Network(Backbone(), build_head("cosine", 4, 3))
     loss: Any = build_loss(plan("ldam-drw", None, "cifar10-lt", COUNTS)[0], COUNTS)
     DeferredReweighting(loss, COUNTS, 0)
-    trainer = Trainer(TrainingStep(network, loss, trains="all").train(), Processes.single(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
+    trainer = Trainer(TrainingStep(network, Classification(loss)).train(), Processes.single(torch.device("cpu")), weight_decay=1e-3, mixup=1.0)
     if captured:
         trainer.captured = CapturedStep(trainer.optimizer)
         trainer.optimizer.param_groups[0]["fused"] = True  # reads the rate from its tensor, as on a GPU
@@ -208,7 +213,8 @@ def trained(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
         trainer.set_rate(0.1 / (1 + step))
         loss.weight.fill_(1.0).narrow(0, 0, 1).fill_(1.0 + step // 3)
         generator = torch.Generator().manual_seed(step)
-        losses.append(trainer.step(torch.randn(6, 1, 2, 2, generator=generator), torch.randint(3, (6,), generator=generator), step, step))
+        samples: Samples = {"images": torch.randn(6, 1, 2, 2, generator=generator), "target": torch.randint(3, (6,), generator=generator)}
+        losses.append(trainer.step(samples, step, step))
     return trainer, torch.stack(losses)
 
 
@@ -269,7 +275,9 @@ def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPa
         ranks, backbone = Processes.single(torch.device("cpu")), Drawing()
         ranks.world, ranks.rank = world, rank
         step = plain_step(backbone)
-        Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+        Trainer(step, ranks, weight_decay=0.0, accumulate=accumulate).step(
+            {"images": torch.randn(6, 1, 2, 2), "target": torch.tensor([0, 1, 2, 0, 1, 0])}, 7, 0
+        )
         return backbone.drawn
 
     first, second = draws(2, 0, 1), draws(2, 1, 1)
@@ -299,7 +307,7 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Processes.single(torch.device("cpu"))
     ranks.world = 2
     step = plain_step(Backbone())
-    Trainer(step, ranks, weight_decay=0.0, accumulate=3).step(torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 0]), 7, 0)
+    Trainer(step, ranks, weight_decay=0.0, accumulate=3).step({"images": torch.randn(6, 1, 2, 2), "target": torch.tensor([0, 1, 2, 0, 1, 0])}, 7, 0)
     assert parts == ["kept:", "part", "kept:", "part", "part"]
 
 
@@ -309,3 +317,71 @@ def test_single_images_are_refused_where_batch_normalisation_cannot_take_them() 
     build_trainer(phase, network, COUNTS, RunConfig(accumulate=2), Processes("cpu"))
     with pytest.raises(ValueError, match=r"stage-1: batch normalisation cannot be trained on 1 image.*take a larger `batch_size`, a smaller `accumulate`"):
         build_trainer(phase, network, COUNTS, RunConfig(accumulate=4), Processes("cpu"))
+
+
+class Views(Objective):
+    """Reads all that a batch can hold, and has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(4, 4)
+        self.register_buffer("share", torch.zeros(()))
+        self.seen: list[Batch] = []
+
+    def forward(self, network: Network, batch: Batch) -> torch.Tensor:
+        self.seen.append(batch)
+        assert batch.views is not None
+        features = self.project(network.backbone(batch.views.flatten(0, 1)))
+        return network.classify(features).square().mean()
+
+
+def test_an_objective_gets_its_views_and_its_second_batch_in_parts() -> None:
+    """Every tensor is split along the samples alike, so that two processes train as one that accumulates two parts."""
+    objective = Views()
+    samples: Samples = {
+        "images": torch.randn(6, 1, 2, 2), "target": torch.arange(6) % 3, "views": torch.randn(6, 2, 1, 2, 2), "second_images": torch.randn(6, 1, 2, 2),
+        "second_target": torch.arange(6),
+    }  # fmt: skip
+    step = TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), objective)
+    trainer = Trainer(step, Processes.single(torch.device("cpu")), weight_decay=0.0, accumulate=2, lr_factors={"objective.": 0.5}, nesterov=True)
+    before = {name: value.clone() for name, value in step.named_parameters()}
+    trainer.set_rate(0.1)
+    trainer.step(samples, 3, 0)
+    for part, batch in enumerate(objective.seen):
+        assert batch.row_offset == 3 * part
+        for name, value in samples.items():
+            torch.testing.assert_close(getattr(batch, name), value[part::2])  # type: ignore[index]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.1, 0.05]
+    for name, value in step.named_parameters():
+        rate = 1.9 * (0.05 if name.startswith("objective.") else 0.1)  # the first step of Nesterov's momentum 0.9
+        assert value.grad is not None
+        torch.testing.assert_close(value.detach(), before[name] - rate * value.grad)
+    again = Trainer(TrainingStep(step.network, Views()), trainer.processes, weight_decay=0.0, lr_factors={"objective.": 0.5}, nesterov=True)
+    again.load_state_dict(trainer.state_dict())
+    torch.testing.assert_close(again.module.objective.state_dict(), objective.state_dict())
+    torch.testing.assert_close(again.optimizer.state_dict()["state"], trainer.optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(("batch_norm", "trains", "moves", "batch_statistics"), [
+    ("train", "all", True, True), ("train", "head", False, False), ("frozen", "all", False, False), ("shifted", "head", True, True),
+])  # fmt: skip
+def test_batch_normalisation_is_trained_frozen_or_shifted(batch_norm: str, trains: str, moves: bool, batch_statistics: bool) -> None:
+    network = Network(Backbone(), build_head("linear", 4, 3))
+    norm: Any = network.backbone.layers[2]
+    step = TrainingStep(network, cross_entropy(), trains=trains, batch_norm=batch_norm)
+    trainer = Trainer(step, Processes.single(torch.device("cpu")), weight_decay=0.0)
+    trainer.set_rate(0.1)
+    step.train()
+    assert norm.training is batch_statistics
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    trainer.step({"images": torch.randn(6, 1, 2, 2), "target": torch.tensor([0, 1, 2, 0, 1, 0])}, 0, 0)
+    assert torch.equal(norm.running_mean, before["running_mean"]) is not moves
+    assert torch.equal(norm.weight, before["weight"]) is (trains == "head")
+
+
+def test_mixup_without_a_second_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gclkern.training.objectives.build.OBJECTIVES", {"views": lambda phase, class_counts, feature_dim: Views()})
+    phase = replace(plan("ce", None, "cifar10-lt", COUNTS)[0], loss="views")
+    assert isinstance(build_objective(phase, COUNTS, 4), Views)
+    with pytest.raises(ValueError, match=r"stage-1: the loss views has no second target, which `mixup=0.5` needs"):
+        build_objective(replace(phase, mixup=0.5), COUNTS, 4)

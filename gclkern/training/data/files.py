@@ -269,7 +269,7 @@ class FileImages:
         return {"resize": _resize(self.image_size), "crop": self.image_size, "mean": list(self.mean), "std": list(self.std)}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = parse_augmentation(self.augment)
+        view = parse_augmentation((epoch and epoch.augment) or self.augment)
         requests: list[list[_Request]] = []
         done, drawn = 0, epoch or Epoch(seed=0)
         for batch in batches:

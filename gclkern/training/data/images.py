@@ -24,12 +24,13 @@ _CPU_PIXELS = 1 << 18
 
 
 class Epoch(NamedTuple):
-    """Seed and position of a rank in an epoch, on which the augmentation of its samples depends."""
+    """How an epoch's samples are augmented: seed and position of a rank, on which the random numbers depend, and by what."""
 
     seed: int
     position: int = 0  # samples of the epoch that this rank has already done, as for the samplers
     num_replicas: int = 1
     rank: int = 0
+    augment: str | None = None  # the augmentation, as parse_augmentation takes it; None is the set's
 
     def places(self, start: int, count: int) -> Tensor:
         """Positions in the epoch over all ranks, numbered as in gclkern.samplers, of this rank's samples `start` to `start + count - 1` after `position`."""
@@ -57,7 +58,7 @@ class ImageSet(Protocol):
     """Images with labels."""
 
     labels: Tensor  # (M,) int64, on the CPU
-    augment: str  # the augmentation of training, as parse_augmentation takes it
+    augment: str  # the default augmentation of training, as parse_augmentation takes it
 
     def __len__(self) -> int: ...
 
@@ -129,7 +130,7 @@ class DeviceImages:
         return {"resize": size, "crop": size, "mean": self.mean, "std": self.std}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = parse_augmentation(self.augment)
+        view = parse_augmentation((epoch and epoch.augment) or self.augment)
         if self.images.device != device:
             self.images, self._scale, self._shift = self.images.to(device), self._scale.to(device), self._shift.to(device)
             self.views = None if self.views is None else self.views.to(device)

@@ -1,0 +1,35 @@
+"""From a phase to its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gclkern.losses import DROLTLoss
+from gclkern.training.objectives.base import Objective
+from gclkern.training.objectives.classification import Classification
+from gclkern.training.recipes import Phase, build_loss
+from gclkern.weights import DeferredReweighting
+
+# By `Phase.loss`: built from the phase, the class counts and the dimensions of the features. All other names are losses of recipes/losses.py.
+OBJECTIVES: dict[str, Callable[[Phase, list[int], int], Objective]] = {}
+
+
+def build_objective(phase: Phase, class_counts: list[int], feature_dim: int, *, sharded: bool = False) -> Objective:
+    """The objective of a phase, on the CPU; with `sharded` that of a classifier whose classes are spread over the processes.
+
+    Raises:
+        ValueError: the phase has mixup, which its objective does not take.
+    """
+    if phase.loss in OBJECTIVES:
+        objective = OBJECTIVES[phase.loss](phase, class_counts, feature_dim)
+    else:
+        loss = build_loss(phase, class_counts, sharded=sharded)
+        objective = Classification(
+            loss,
+            robust=DROLTLoss(class_counts) if phase.robust else None,
+            robust_weight=phase.robust,
+            reweighting=None if phase.drw is None else DeferredReweighting(loss, class_counts, round(phase.drw * phase.epochs)),
+        )
+    if phase.mixup and not objective.takes_mixup:
+        raise ValueError(f"{phase.name}: the loss {phase.loss} has no second target, which `mixup={phase.mixup:g}` needs; leave it out")
+    return objective

@@ -1,0 +1,53 @@
+"""The loss of a phase, and the samplers and clouds by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gclkern.distributed import ShardedLinearGCLLoss
+from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler, ReversedSampler
+from gclkern.training.recipes.phase import Phase
+from gclkern.weights import effective_number_weights, ldam_margins
+
+SAMPLERS = {
+    "instance": InstanceBalancedSampler,
+    "class-balanced": ClassBalancedSampler,
+    "effective-number": EffectiveNumberSampler,
+    "cben": CBENSampler,
+    "class-aware": ClassAwareSampler,
+    "reversed": ReversedSampler,
+}
+# How cloud sizes follow from class counts: the strategies that GCL's paper compares.
+CLOUDS: dict[str, dict[str, Any]] = {
+    "log": {"strategy": "log"},
+    "cosine": {"strategy": "cosine"},
+    "power-1/3": {"strategy": "power", "exponent": 1 / 3},
+    "power-1/4": {"strategy": "power", "exponent": 1 / 4},
+}
+# Arguments of losses that a run may set, and their names in each loss.
+LOSS_OPTIONS = {"gcl": {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}, "ldam": {"margin": "max_margin", "scale": "scale"}}
+
+
+def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
+    """The loss of a phase. GCL's takes features and the weight of a cosine classifier, which may be `sharded`; all others, and GCL's with LWS, take logits."""
+    options = dict(phase.options)
+    if options.get("margin") == "ldam":
+        options["margin"] = ldam_margins(class_counts)
+    # all other arguments have the papers' values as defaults: beta 0.9999 of cb, tau 1 of la, margin 0.5 and scale 30 of ldam
+    if phase.loss == "gcl" and sharded:
+        return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
+    if phase.loss == "gcl":
+        return LinearGCLLoss(class_counts, **options) if phase.head == "cosine" else GCLLoss(class_counts, **options)
+    if phase.loss == "la":
+        return LogitAdjustedLoss(class_counts, **options)
+    if phase.loss == "ldam":
+        return LDAMLoss(class_counts, **options)
+    if phase.loss == "cb":
+        options["weight"] = effective_number_weights(class_counts)
+    elif options.get("weight") == "counts":
+        options["weight"] = torch.tensor(class_counts) / max(class_counts)
+    return FocalLoss(gamma=2.0 if phase.loss == "focal" else 0.0, **options)

@@ -1,0 +1,59 @@
+"""The methods and re-trainings by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains stage 1. Its numbers are in settings.py."""
+
+    family: str  # its heading in `train.py --help`
+    summary: str  # its line there
+    loss: str  # of stage 1: a loss of losses.py or an objective of training/objectives
+    head: str = "linear"
+    settings: str = "plain"  # key of its settings in STAGE_1; a data set without this key has those of "plain"
+    drw: float | None = None  # as in Phase
+    robust: bool = False  # DRO-LT's phases follow
+    retrain: str = "none"  # the re-training if none is chosen
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """What follows stage 1, on its features."""
+
+    family: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "ce": Method("Cross entropy and class weights", "cross entropy", "ce"),
+    "focal": Method("Cross entropy and class weights", "focal loss, gamma 2", "focal"),
+    "cb": Method("Cross entropy and class weights", "class-balanced: weights by effective numbers of samples", "cb"),
+    "ldam-drw": Method("Margins", "margins that grow for rare classes, class weights at the end (NeurIPS 2019)", "ldam", head="cosine", drw=0.8),
+    "la": Method("Logit adjustment", "cross entropy of logits + log prior (ICLR 2021)", "la"),
+    "balanced-softmax": Method("Logit adjustment", "the same with tau 1 (NeurIPS 2020)", "la"),
+    "gcl": Method("Gaussian clouds", "clouds around the cosines, large for rare classes (CVPR 2022)", "gcl", head="cosine", settings="gcl", retrain="gcl"),
+    "gcl-ldam-drw": Method("Gaussian clouds", "gcl's clouds and ldam-drw's margins and weights in one stage", "gcl", head="cosine", drw=0.8),
+    "dro-lt": Method("Robust features", "cross entropy, then features near their class's centroid (ICCV 2021)", "ce", robust=True),
+    "gcl+dro-lt": Method("Robust features", "dro-lt's robust phase between gcl's stages", "gcl", head="cosine", settings="gcl", robust=True, retrain="gcl"),
+}
+_LEARNED, _COMPUTED = "Trained", "Computed without training"
+RETRAINS: dict[str, Retrain] = {
+    "none": Retrain("None", "stage 1 is all"),
+    "crt": Retrain(_LEARNED, "a new classifier on class-balanced batches (ICLR 2020)"),
+    "lws": Retrain(_LEARNED, "a factor for each class (ICLR 2020)"),
+    "tau-norm": Retrain(_COMPUTED, "weights over a power of their norms (ICLR 2020)"),
+    "ncm": Retrain(_COMPUTED, "the nearest class mean (ICLR 2020)"),
+    "gcl": Retrain(_LEARNED, "gcl's second stage: the classifier with clouds and a margin (CVPR 2022)"),
+}
+
+
+def list_by_family(entries: Mapping[str, Method | Retrain]) -> str:
+    """The entries with a line each, under the heading of their family."""
+    lines: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        lines.setdefault(entry.family, []).append(f"    {name:<18}{entry.summary}")
+    return "\n".join(line for heading, part in lines.items() for line in (f"  {heading}", *part))

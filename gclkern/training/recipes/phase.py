@@ -1,0 +1,49 @@
+"""A part of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gclkern.training.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with one loss, one sampler, one schedule and one set of trained parameters."""
+
+    name: str  # of its files and of its row in the table
+    epochs: int
+    batch_size: int  # of one optimizer step, total over ranks and accumulated parts
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    loss: str  # a loss of recipes/losses.py or an objective of training/objectives
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the loss
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
+    sampler: str = "instance"
+    head: str = "linear"  # "linear" or "cosine"; "scaled" has a factor for each class as well
+    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest is frozen
+    start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
+    drw: float | None = None  # share of the epochs after which the class weights are used
+    robust: float = 0.0  # weight of the DRO-LT bound, which is added to the loss
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
+    augment: str | None = None  # augmentation, as data.augment.parse_augmentation takes it; None is the data set's
+    views: tuple[str, ...] = ()  # augmentations of further views of the same samples, for losses that compare views
+    second_sampler: str | None = None  # draws a second batch of equal size for each step
+    lr_factors: dict[str, float] = field(default_factory=dict)  # factor on the learning rate of parameters by the beginning of their name in TrainingStep
+    nesterov: bool = False
+    # Batch normalisation: "train" has batch statistics in the trained parts and running statistics in the frozen ones, "frozen" running statistics in all.
+    # "shifted" has batch statistics, which move the running ones, in a frozen backbone, whose other parameters stay (MiSLAS).
+    batch_norm: str = "train"
+
+    @property
+    def title(self) -> str:
+        """The name and the loss."""
+        return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether a part of the backbone is trained."""
+        return self.trains in ("all", "last-block", "backbone")

@@ -1,0 +1,206 @@
+"""From a method, a re-training and a data set to the phases of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from gclkern.training import own_data
+from gclkern.training.config import RunConfig
+from gclkern.training.data.augment import parse_augmentation
+from gclkern.training.recipes.losses import CLOUDS, LOSS_OPTIONS
+from gclkern.training.recipes.methods import METHODS
+from gclkern.training.recipes.phase import Phase
+from gclkern.training.recipes.settings import (
+    COSINE,
+    COSINE_SCALE,
+    GCL_OPTIONS,
+    GCL_STAGE_2,
+    INAT_CRT_EPOCHS,
+    LDAM_STEPS,
+    MISLAS_STEPS,
+    RETRAIN_EPOCHS,
+    ROBUST,
+    ROBUST_AUGMENT,
+    ROBUST_CLASSIFIER_LR,
+    ROBUST_EPOCHS,
+    Stage,
+    family,
+    stage1_settings,
+)
+
+
+def _of_stage(name: str, stage: Stage, **more: Any) -> Phase:
+    """A phase with these settings; `more` are fields that the settings do not decide."""
+    return Phase(name, stage.epochs, stage.batch_size, stage.lr, stage.weight_decay, stage.schedule, mixup=stage.mixup, **{**more, **stage.more})
+
+
+def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:
+    method, group = METHODS[name], family(dataset)
+    # LDAM-DRW with GCL's clouds on top: LDAM's margins
+    options = GCL_OPTIONS[group][0] | ({"margin": "ldam"} if method.drw else {}) if method.loss == "gcl" else {}
+    phase = _of_stage(
+        "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
+        start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
+        # a pretrained ResNet-152, as in GCL's release and earlier ones
+        trains="last-block" if group == "places" else "all",
+    )  # fmt: skip
+    if not method.robust:
+        return [phase]
+    # Combined with GCL, the features are trained by GCL's loss instead of the weighted cross entropy, because the classifier is a cosine classifier, and GCL's
+    # stage 2 replaces the epochs that train the classifier alone.
+    clouded = method.loss == "gcl"
+    epochs = max(1, round(own_data.ROBUST_SHARE * phase.epochs)) if group == "own" else ROBUST_EPOCHS.get(group, ROBUST.epochs)
+    robust = replace(
+        phase, name="stage-1-robust", epochs=epochs, batch_size=ROBUST.batch_size, lr=ROBUST.lr, weight_decay=ROBUST.weight_decay, schedule=ROBUST.schedule,
+        mixup=0.0, options=phase.options | ({} if clouded else {"weight": "counts"}), trains="backbone", start="previous", robust=1.0,
+        epoch_samples=None if group == "own" else max(class_counts) * len(class_counts), **ROBUST.more,
+    )  # fmt: skip
+    if clouded:
+        return [phase, robust]
+    return [phase, robust, replace(
+        robust, name="stage-1-classifier", epochs=max(1, robust.epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0,
+    )]  # fmt: skip
+
+
+# What later phases and the baseline do not take over from a stage 1 whose loss needs it.
+_PLAIN: dict[str, Any] = {"views": (), "second_sampler": None, "lr_factors": {}, "nesterov": False, "batch_norm": "train"}
+
+
+def _second_stage(retrain: str, group: str, first: Phase, class_counts: list[int]) -> Phase:
+    first = replace(first, **_PLAIN)
+    new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
+    own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if group == "own" else None
+    if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
+        # after a stage 1 with GCL's loss, all re-training methods use GCL's loss and differ in what they train, as in GCL's paper
+        epochs, batch_size, lr = own or GCL_STAGE_2[group]
+        phase = replace(
+            first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=COSINE, loss="gcl", options=GCL_OPTIONS[group][1],
+            sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
+        )  # fmt: skip
+        return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
+    epochs = INAT_CRT_EPOCHS if (retrain, group) == ("crt", "inat") else RETRAIN_EPOCHS.get(retrain, 0)
+    options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
+    if own is not None and epochs:
+        epochs = own[0]
+    plain = replace(first, name="stage-2", epochs=epochs, schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
+    if retrain == "crt":
+        return replace(plain, trains="head", start="new head")
+    if retrain == "lws":
+        return replace(plain, trains="scale", head=f"scaled {first.head}", start="previous")
+    return replace(plain, trains=retrain, head=f"scaled {first.head}" if retrain == "tau-norm" else "cosine", start="previous")
+
+
+def _scaled(phase: Phase, factor: float) -> Phase:
+    """The phase with epochs and warm-up scaled by `factor`, but with at least one epoch if it had any."""
+    epochs = max(min(1, phase.epochs), round(factor * phase.epochs))
+    return replace(phase, epochs=epochs, schedule=replace(phase.schedule, warmup=math.ceil(factor * phase.schedule.warmup)))
+
+
+def _given(phase: Phase, fields: dict[str, Any]) -> Phase:
+    """The phase with fields that were given; the published options of its sampler are those of the published sampler."""
+    own_sampler: dict[str, Any] = {"sampler_options": {}} if "sampler" in fields else {}
+    return replace(phase, **own_sampler, **fields)
+
+
+def plan(
+    method: str, retrain: str | None, dataset: str, class_counts: list[int], *, baseline: bool = False, epochs_scale: float = 1.0, cloud: str | None = None,
+    stage1: dict[str, Any] | None = None, stage2: dict[str, Any] | None = None, pretrained: bool = False, augment: str | None = None,
+) -> list[Phase]:  # fmt: skip
+    """The phases of a run.
+
+    Args:
+        method: one of METHODS.
+        retrain: one of RETRAINS; None is the default of the method: "gcl" for "gcl" and "gcl+dro-lt", else "none".
+        dataset: decides the published settings.
+        class_counts: training images of each class.
+        baseline: whether to train another network first, which differs from stage 1 only in its loss, cross entropy, and in its epochs, those of all other
+            phases together.
+        epochs_scale: factor on the published epochs and warm-up of every phase, which keeps at least one epoch. If it is 1 and `stage1` has `epochs`, later
+            phases are scaled by the same ratio.
+        cloud: one of CLOUDS; None is "log", the paper's choice.
+        stage1, stage2: fields of :class:`Phase` that replace the published ones.
+        pretrained: whether stage 1 starts from pretrained weights; it only affects data sets without published settings.
+        augment: augmentation of all phases; None is the published one.
+
+    Example:
+        >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
+        ['baseline', 'stage-1', 'stage-2']
+    """
+    group = family(dataset)
+    published = _first_stage(method, dataset, class_counts, pretrained=pretrained)
+    given1 = stage1 or {}
+    later_scale = given1["epochs"] / published[0].epochs if "epochs" in given1 and epochs_scale == 1 else epochs_scale
+    phases = [_given(_scaled(published[0], epochs_scale), given1), *(_scaled(phase, later_scale) for phase in published[1:])]
+    if group == "cifar" and phases[0].mixup and phases[0].schedule.factors == LDAM_STEPS.factors and method != "ldam-drw":
+        # published runs with mixup are MiSLAS's, whose steps are smaller
+        phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=MISLAS_STEPS.factors))
+    phases[1:] = [replace(phase, weight_decay=given1.get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
+    retrain = retrain or METHODS[method].retrain
+    given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
+    if retrain != "none":
+        second = _second_stage(retrain, group, phases[0], class_counts)
+        second = _scaled(second, 1.0 if group == "own" else later_scale)  # own settings are derived from stage 1's, which are scaled already
+        if stage2 and not second.epochs:
+            raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
+        phases.append(_given(second, stage2 or {}))
+    elif stage2:
+        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose `retrain`")
+    if cloud is not None:
+        phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
+        if not any(phase.loss == "gcl" for phase in phases):
+            raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or choose gcl")
+    if augment is not None:
+        parse_augmentation(augment)
+        phases = [replace(phase, augment=augment) for phase in phases]
+    if baseline:
+        epochs = sum(phase.epochs for phase in phases)
+        phases.insert(0, replace(phases[0], name="baseline", epochs=epochs, loss="ce", options={}, head="linear", drw=None, **_PLAIN))
+    return phases
+
+
+def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> list[Phase]:
+    """The phases with the given arguments set in their losses; raises ValueError for an argument that no loss has."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not any(name in LOSS_OPTIONS.get(phase.loss, {}) for phase in phases):
+            takers = " and ".join(loss for loss, names in LOSS_OPTIONS.items() if name in names)
+            raise ValueError(f"`{name}` does nothing here: only the losses {takers} have it; leave it out, or choose another method")
+        phases = [
+            replace(phase, options=phase.options | {LOSS_OPTIONS[phase.loss][name]: value}) if name in LOSS_OPTIONS.get(phase.loss, {}) else phase
+            for phase in phases
+        ]
+    return phases
+
+
+def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list[Phase]:
+    """The phases of a run on a number of processes.
+
+    Raises:
+        ValueError: settings that do not go together; the message names them.
+    """
+    stage1 = {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "sampler": config.stage1_sampler, "mixup": config.mixup}
+    stage1 |= {"weight_decay": config.weight_decay, "trains": config.train}
+    stage2 = {"epochs": config.retrain_epochs, "batch_size": config.retrain_batch_size, "lr": config.retrain_lr, "sampler": config.sampler}
+    phases = plan(
+        config.method, config.retrain, config.data, class_counts, baseline=config.data == "digits-lt" if config.baseline is None else config.baseline,
+        epochs_scale=config.epochs_scale, cloud=config.cloud, pretrained=bool(config.pretrained), augment=config.augment,
+        stage1={name: value for name, value in stage1.items() if value is not None},
+        stage2={name: value for name, value in stage2.items() if value is not None},
+    )  # fmt: skip
+    phases = _with_loss_options(phases, {"noise_mul": config.noise_mul, "margin": config.margin, "scale": config.scale})
+    whole = [phase.name for phase in phases if phase.name != "baseline" and (phase.loss, phase.head) != ("gcl", "cosine")]
+    if config.shard_classes and config.amp == "fp16":
+        raise ValueError("`shard_classes`: with `amp=fp16` each process would skip steps of its own; take `amp=bf16`")
+    if config.shard_classes and whole:
+        remedy = "take `method=gcl` or `method=gcl+dro-lt`, with `retrain=gcl`, `retrain=crt` or `retrain=none`"
+        raise ValueError(f"`shard_classes`: the loss of {whole[0]} takes the logits of all classes; {remedy}")
+    if config.stage1 and phases[-1].name != "stage-2":
+        raise ValueError(f"`stage1`: there is no stage 2 to go on with after {config.stage1}; choose one with `retrain`")
+    for phase in phases:
+        if phase.batch_size % (processes * config.accumulate):
+            parts = f"{processes} processes times `accumulate={config.accumulate}`"
+            raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {parts}")
+    return phases

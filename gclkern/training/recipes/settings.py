@@ -1,0 +1,113 @@
+"""The published settings: data, each number with its source.
+
+[P] is a paper, [C] its authors' released code, [A] their word in an issue or README, [H] chosen here, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from gclkern.training import own_data
+from gclkern.training.schedules import Schedule
+
+COSINE_SCALE = 30.0
+
+
+class Stage(NamedTuple):
+    """Settings of a phase, in the order of :class:`gclkern.training.recipes.Phase`."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    mixup: float = 0.0
+    more: Mapping[str, Any] = MappingProxyType({})  # other fields of Phase
+
+
+# A linear warm-up of 5 epochs, then steps at epochs 160 and 180 of 200.
+LDAM_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.01, 0.0001))  # [C] LDAM-DRW
+MISLAS_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 0.01))  # [C] MiSLAS, GCL
+PLACES_STEPS = Schedule("steps", milestones=(60 / 90, 80 / 90), factors=(0.1, 0.01))  # [C] GCL
+COSINE = Schedule("cosine")
+
+# Stage 1 by data set or family of data sets, and by `Method.settings`; see `stage1_settings`.
+STAGE_1: dict[str, dict[str, Stage]] = {
+    "digits": {  # [H] a minute on two cores
+        "plain": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5)),
+        "gcl": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), mixup=0.2),
+    },
+    "cifar": {
+        "plain": Stage(200, 128, 0.1, 2e-4, LDAM_STEPS),  # [C] LDAM-DRW
+        "gcl": Stage(200, 64, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] GCL
+    },
+    "imagenet": {
+        "plain": Stage(90, 512, 0.2, 5e-4, COSINE),  # [C] decoupling
+        "gcl": Stage(200, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS, but [A] 200 epochs
+    },
+    "inat": {
+        "plain": Stage(90, 512, 0.2, 1e-4, COSINE),  # [C] decoupling
+        "gcl": Stage(200, 256, 0.1, 1e-4, COSINE, mixup=0.2),  # [C] MiSLAS
+    },
+    "places": {
+        "plain": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS),  # [H] GCL's without mixup
+        "gcl": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS, mixup=0.2),  # [C] GCL
+    },
+}
+
+
+class Stage2(NamedTuple):
+    """Settings of a second stage."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+
+
+# GCL's second stage: [C] for CIFAR, whose `--lr 0.1` is 0.002 after its schedule has divided it; [H] the large sets have the same with stage 1's batch size.
+# [H] Digits have few steps and need a higher rate.
+GCL_STAGE_2 = {
+    "digits": Stage2(10, 64, 0.02), "cifar": Stage2(30, 64, 0.002), "imagenet": Stage2(30, 256, 0.002), "inat": Stage2(30, 256, 0.002),
+    "places": Stage2(30, 512, 0.002),
+}  # fmt: skip
+_GCL_LARGE: tuple[dict[str, Any], dict[str, Any]] = ({"noise_mul": 1.0, "scale": COSINE_SCALE}, {"noise_mul": 1.0, "margin": 0.1, "scale": 15.0})
+_GCL_SMALL: tuple[dict[str, Any], dict[str, Any]] = (
+    {"noise_mul": 0.5, "scale": COSINE_SCALE}, {"noise_mul": 0.5, "margin": 0.1, "scale": 20.0, "gamma": 1.0}
+)  # fmt: skip
+# Arguments of GCL's loss in stages 1 and 2: [C] for CIFAR and Places-LT; [H] the other large sets have those of Places-LT, all others those of CIFAR.
+GCL_OPTIONS = {"digits": _GCL_SMALL, "cifar": _GCL_SMALL, "own": _GCL_SMALL, "imagenet": _GCL_LARGE, "inat": _GCL_LARGE, "places": _GCL_LARGE}
+
+# Epochs of cRT and LWS after a plain stage 1: [C] decoupling, for the large sets, with stage 1's batch and learning rate, by cosine and without mixup.
+RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
+INAT_CRT_EPOCHS = 30  # [C] decoupling
+
+# DRO-LT [C] for CIFAR, [H] used for all sets: the robust phase trains the features, then a quarter of its epochs the classifier. Digits: [H] as many steps.
+ROBUST = Stage(80, 128, 0.005, 1e-4, Schedule(), more={"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}})
+ROBUST_EPOCHS = {"digits": 10}
+ROBUST_CLASSIFIER_LR = 0.01
+ROBUST_AUGMENT = "crop,flip,autoaugment,cutout"  # on CIFAR, in all phases
+
+
+def family(dataset: str) -> str:
+    """The group of data sets with the same settings; "own" is for sets without published ones, see own_data.py."""
+    known = {"digits-lt": "digits", "cifar10-lt": "cifar", "cifar100-lt": "cifar", "imagenet-lt": "imagenet", "places-lt": "places", "inat18": "inat"}
+    return known.get(dataset, "own")
+
+
+def stage1_settings(dataset: str, name: str, class_counts: list[int], *, pretrained: bool) -> Stage:
+    """Settings of stage 1: those of the data set or of its family by `name`, which is `Method.settings`, else the family's "plain" ones."""
+    group = family(dataset)
+    if group == "own":
+        return Stage(*own_data.stage1_settings(class_counts, pretrained=pretrained))
+    of_set, of_family = STAGE_1.get(dataset, {}), STAGE_1[group]
+    return of_set.get(name) or of_family.get(name) or of_family["plain"]
+
+
+def default_model(dataset: str, image_size: int, images: int) -> str:
+    """The backbone of the published results on a data set; for other sets it depends on the size and number of the images."""
+    group = family(dataset)
+    if group == "own":
+        return own_data.default_model(image_size, images)
+    return {"digits": "small-cnn", "cifar": "resnet32", "places": "resnet152"}.get(group, "resnet50")
