@@ -70,6 +70,7 @@ METHODS = {
     "gcl-class-balanced": _gcl("GCL, class-balanced sampling", "--retrain", "gcl", "--sampler", "class-balanced"),
     "gcl": _gcl("GCL", "--retrain", "gcl", "--sampler", "cben"),
     "dro-lt": Method("DRO-LT", ("--method", "dro-lt")),
+    "gcl-ldam-drw": Method("GCL + LDAM-DRW", ("--method", "gcl-ldam-drw")),
     "gcl-dro-lt": Method("GCL + DRO-LT", ("--method", "gcl+dro-lt")),
     "cloud-cosine": Method("GCL, clouds by cosine", ("--method", "gcl", "--cloud", "cosine")),
     "cloud-power-1/3": Method("GCL, clouds by power 1/3", ("--method", "gcl", "--cloud", "power-1/3")),

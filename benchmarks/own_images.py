@@ -1,0 +1,172 @@
+"""Do the defaults for images of one's own work? An image folder, every method with the same defaults: python -m benchmarks.own_images --cifar data
+
+The folder is written from CIFAR-100: 40 classes with 270 to 5 training images each (imbalance 50), 2,766 in all, and 100 test images each, as PNG. Runs of
+train.py differ in the method, the number of epochs and the seed alone. A finished run leaves a JSON file in --results and is not run again, an unfinished one is
+resumed from its checkpoint, so the same command continues. At the end the table is printed, as docs/accuracy.md has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.accuracy import METHODS, Bench, Run, results_of, run_all
+from benchmarks.common import RESULTS
+from benchmarks.provenance import ROOT
+from gclkern.training.arguments import number
+from gclkern.training.calibration import fit_temperature
+from gclkern.training.checkpoint import load_checkpoint
+from gclkern.training.data import load_data
+from gclkern.training.data.cifar import load_cifar
+from gclkern.training.data.longtail import choose_subset, profile_counts, stratified_split
+from gclkern.training.evaluation import evaluate_logits, predict
+from gclkern.training.network import load_network
+from gclkern.training.processes import Processes
+
+OWN_IMAGES = RESULTS / "own_images"
+CLASSES, LARGEST, IMBALANCE = 40, 270, 50.0
+COMPARED = ("ce", "ldam-drw", "gcl", "gcl-ldam-drw")
+EPOCHS = (24, 60)
+HEADER = ("epochs", "method", "seeds", "top-1", "frequent", "middle", "rare", "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
+
+
+def write_folder(cifar: Path, folder: Path) -> None:
+    """Write train/CLASS/*.png and test/CLASS/*.png from the official files of CIFAR-100; an existing folder is kept."""
+    if folder.exists():
+        return
+    whole = load_cifar("cifar100-lt", cifar, 1.0, "exp", 0, download=False)
+    counts = profile_counts(CLASSES, LARGEST, IMBALANCE)
+    chosen = {"train": (whole.train, choose_subset(whole.train.labels, counts, 0)), "test": (whole.test, (whole.test.labels < CLASSES).nonzero().flatten())}
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    for part, (images, places) in chosen.items():
+        for place in places.tolist():
+            label = int(images.labels[place])
+            name = str(label) if whole.class_names is None else whole.class_names[label]
+            path = unfinished / part / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(images.images[place].permute(1, 2, 0).numpy())).save(path)
+    unfinished.rename(folder)
+
+
+@dataclass(frozen=True)
+class OwnRun(Run):
+    """A run on the image folder, with defaults but for the method, the seed and the number of epochs."""
+
+    epochs: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"folder-{self.epochs}-{self.method}-seed{self.seed}"
+
+    @property
+    def base(self) -> None:
+        return None
+
+    @property
+    def arguments(self) -> list[str]:
+        return [
+            *("--data", "folder", "--method", self.method, "--epochs", str(self.epochs), "--seed", str(self.seed)),
+            *("--eval-every", str(self.epochs), "--no-pictures", *self.options),
+        ]
+
+
+@dataclass(frozen=True)
+class OwnBench(Bench):
+    """Adds the calibration by one temperature to the result of a run."""
+
+    def collect(self, run: Run) -> dict[str, Any]:
+        assert isinstance(run, OwnRun)
+        result = super().collect(run)
+        data, alone = load_data("folder", data_dir=self.data_dir), Processes.alone(torch.device("cpu"))
+        calibrated = {}
+        for phase in result["reports"]:
+            network = load_network(load_checkpoint(self.folder(run) / f"{phase}.pt"), alone.device)
+            calibrated[phase] = one_temperature(predict(network, data.test, alone)[0], data.test.labels)
+        result |= {"epochs": run.epochs, "calibrated": calibrated}
+        del result["curves"]
+        self.result(run).write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+
+def one_temperature(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """ECE and NLL after division by a temperature. It is fitted on half of the test images and judged on the others, then the other way round."""
+    halves = stratified_split(labels, 0.5, 0)
+    classes = logits.shape[1]
+    found = []
+    for fitted, judged in (halves, halves[::-1]):
+        temperature = fit_temperature(logits[fitted], labels[fitted])
+        found.append(evaluate_logits(logits[judged] / temperature, labels[judged], {}, classes))
+    return {"ece": statistics.mean(report.ece for report in found), "nll": statistics.mean(report.nll for report in found)}
+
+
+def _cell(values: Sequence[float], digits: int = 1) -> str:
+    """Mean over seeds, with the sample standard deviation where there are two or more."""
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _row(found: Sequence[dict[str, Any]], phase: str, label: str) -> list[str]:
+    reports, calibrated = ([result[kind][phase] for result in found] for kind in ("reports", "calibrated"))
+    percent = lambda values: _cell([100 * value for value in values])  # noqa: E731
+    return [
+        str(found[0]["epochs"]),
+        label,
+        str(len(found)),
+        percent([report["top1"] for report in reports]),
+        *(percent([report["groups"][group] for report in reports]) for group in ("many", "medium", "few")),
+        percent([report["ece"] for report in reports]),
+        percent([report["ece"] for report in calibrated]),
+        _cell([report["nll"] for report in reports], 2),
+        _cell([report["nll"] for report in calibrated], 2),
+    ]
+
+
+def table(results: Path) -> str:
+    """The table of all results in a folder, in Markdown; GCL has a row for its first stage, too."""
+    found = sorted(results_of(results), key=lambda result: (result["epochs"], COMPARED.index(result["method"]), result["seed"]))
+    lines: list[Sequence[str]] = [HEADER, ("---:", "---", *("---:",) * (len(HEADER) - 2))]
+    for (_, method), part in groupby(found, key=lambda result: (result["epochs"], result["method"])):
+        group = list(part)
+        phases = list(group[0]["reports"])
+        for phase in phases:
+            label = METHODS[method].label
+            lines.append(_row(group, phase, label if phase == phases[-1] else f"{label}, {phase.replace('-', ' ')}"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cifar", type=Path, default=Path("data"), help="folder of CIFAR-100's official files (default data)")
+    add("--methods", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME", help=f"of {', '.join(COMPARED)} (default all)")
+    add("--epochs", nargs="+", type=number(int, 1), default=EPOCHS, metavar="N", help="of stage 1 (default 24 and 60)")
+    add("--seeds", nargs="+", type=number(int, 0), default=(0, 1, 2), metavar="SEED", help="default 0 1 2")
+    add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1)")
+    add("--seconds", type=number(float, 0), default=float("inf"), help="stop after so long, with checkpoints (default never)")
+    add("--runs", type=Path, default=ROOT / "runs" / "own_images", help="folder of the images and the runs' folders (default runs/own_images)")
+    add("--results", type=Path, default=OWN_IMAGES, help="folder of the results (default benchmarks/results/own_images)")
+    args = parser.parse_args(argv)
+    folder = args.runs.resolve() / "images"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(args.cifar, folder)
+    bench = OwnBench(args.runs.resolve(), args.results.resolve(), str(folder), threads=max(1, torch.get_num_threads() // args.jobs))
+    runs = [OwnRun("folder", IMBALANCE, method, seed, 1.0, ("--channels-last",), epochs) for epochs in args.epochs for seed in args.seeds for method in args.methods]
+    failed = run_all(bench, runs, jobs=args.jobs, seconds=args.seconds)
+    print("\n" + table(bench.results))
+    if failed:
+        sys.exit(f"failed: {', '.join(run.name for run in failed)}")
+
+
+if __name__ == "__main__":
+    main()
