@@ -1,0 +1,108 @@
+"""The recipes of docs/frameworks.md run; those for several processes as two, whose samplers deal out an epoch as one process would see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gclkern.samplers import CBENSampler
+from tests.support.processes import ROOT
+
+PAGE = (ROOT / "docs" / "frameworks.md").read_text()
+CODE, SECTION = (re.compile(pattern, re.MULTILINE | re.DOTALL) for pattern in (r"^```python\n(.*?)^```", r"^## (.*?)\n(.*?)(?=^## |\Z)"))
+SECTIONS = {title: CODE.findall(text) for title, text in SECTION.findall(PAGE)}
+SHARED = "".join(SECTIONS.pop("What all share"))
+LABELS, EPOCHS = [0] * 40 + [1] * 16 + [2] * 8, 2
+
+# Between what all recipes share and a recipe: the data set writes down which images are read.
+RECORD = """
+import json, os, sys
+torch.manual_seed(0)
+seen = []
+class Recorded(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(labels)
+    def __getitem__(self, index):
+        seen.append(index)
+        return images[index], torch.tensor(labels[index])
+dataset = Recorded()
+"""
+# After a recipe: the loss is a number, and each process says what it has read and what came of the weights.
+REPORT = """
+full = [getattr(parameter.detach(), "full_tensor", parameter.detach)() for parameter in model.parameters()] if "fully_shard" not in globals() else []
+with open(os.path.join(sys.argv[1], os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), "w") as file:
+    json.dump({"seen": seen, "weights": [float(part.double().sum()) for part in full]}, file)
+"""
+
+
+def start(title: str, folder: Path, processes: int) -> list[dict[str, list[float]]]:
+    """What the processes of a recipe report."""
+    script = folder / "script.py"
+    script.write_text(SHARED + RECORD + "".join(SECTIONS[title]) + REPORT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *launcher, str(script), str(folder)], env=environment, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(processes)]
+
+
+def test_every_recipe_is_tested() -> None:
+    assert set(SECTIONS) == {"A plain loop", "timm", "torch.compile", *SEVERAL}
+
+
+def run(title: str) -> dict[str, Any]:
+    """The variables that a recipe for one process leaves."""
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(SHARED + "".join(SECTIONS[title]), names)
+    return names
+
+
+def trained(model: torch.nn.Module) -> bool:
+    """Whether the loss has reached every weight."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return all(gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in gradients)
+
+
+def test_plain_loop() -> None:
+    names = run("A plain loop")
+    assert trained(names["model"])
+
+
+def test_timm() -> None:
+    pytest.importorskip("timm")
+    names = run("timm")
+    names["loss"].backward()
+    assert trained(names["network"].fc)
+
+
+@pytest.mark.slow  # the compiler of torch takes half a minute
+def test_torch_compile() -> None:
+    names = run("torch.compile")
+    assert trained(names["model"])
+
+
+SEVERAL = {"Lightning": "lightning", "Hugging Face Trainer": "transformers", "Accelerate": "accelerate", "DistributedDataParallel": "torch", "FSDP2": "torch"}
+
+
+@pytest.mark.slow  # processes that import large libraries
+@pytest.mark.parametrize(("title", "library"), SEVERAL.items(), ids=SEVERAL)
+def test_two_processes(title: str, library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    first, second = start(title, tmp_path, 2)
+    assert first["weights"] == second["weights"]
+    each = len(LABELS) // 2
+    assert len(first["seen"]) == len(second["seen"]) == EPOCHS * each
+    sampler = CBENSampler(LABELS)
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        mine = slice(epoch * each, (epoch + 1) * each)
+        assert sorted(first["seen"][mine] + second["seen"][mine]) == sorted(sampler)
