@@ -30,7 +30,7 @@ from benchmarks.provenance import ROOT
 from gclkern.training.arguments import number
 from gclkern.training.calibration import fit_temperature
 from gclkern.training.checkpoint import load_checkpoint
-from gclkern.training.data import load_data
+from gclkern.training.data import DeviceImages, load_data
 from gclkern.training.data.cifar import load_cifar
 from gclkern.training.data.longtail import choose_subset, profile_counts, stratified_split
 from gclkern.training.evaluation import evaluate_logits, predict
@@ -53,6 +53,7 @@ def write_folder(cifar: Path, folder: Path, pixels: int) -> None:
     chosen = {"train": (whole.train, choose_subset(whole.train.labels, counts, 0)), "test": (whole.test, (whole.test.labels < CLASSES).nonzero().flatten())}
     unfinished = folder.with_name(folder.name + ".unfinished")
     for part, (images, places) in chosen.items():
+        assert isinstance(images, DeviceImages)
         for place in places.tolist():
             label = int(images.labels[place])
             name = str(label) if whole.class_names is None else whole.class_names[label]
@@ -93,7 +94,7 @@ class OwnBench(Bench):
     def collect(self, run: Run) -> dict[str, Any]:
         assert isinstance(run, OwnRun)
         result = super().collect(run)
-        data, alone = load_data("folder", data_dir=self.data_dir), Processes.alone(torch.device("cpu"))
+        data, alone = load_data("folder", data_dir=self.data_dir), Processes.single(torch.device("cpu"))
         calibrated = {}
         for phase in result["reports"]:
             network = load_network(load_checkpoint(self.folder(run) / f"{phase}.pt"), alone.device)

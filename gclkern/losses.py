@@ -130,6 +130,26 @@ class _ClassLoss(PreciseBuffers):
             vectors["cloud"] = None
         return {**vectors, "backend": self.backend, **self._options()}
 
+    def undisturbed(self, *inputs: Tensor) -> Tensor:
+        """The cross entropy of the prediction, softmax(scale * cosine): without noise, margins, bias, class weights, smoothing and focal factor.
+
+        Training and validation losses by this name can be compared, in both modes of the module and between losses of the same scale.
+
+        Args:
+            inputs: those of the loss itself: (cosine, target), or (features, linear_weight, target).
+
+        Example:
+            >>> import torch
+            >>> from gclkern import GCLLoss
+            >>> cosine, target = torch.tensor([[0.5, 0.25]]), torch.tensor([0])
+            >>> GCLLoss([9, 1], margin=0.1, scale=4.0).undisturbed(cosine, target) == torch.nn.functional.cross_entropy(4 * cosine, target)
+            tensor(True)
+        """
+        return self._cross_entropy(*inputs, **{name: getattr(self, name) for name in ("scale", "ignore_index", "reduction", "backend")})
+
+    def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
+        return gcl_cross_entropy(*inputs, **options)
+
     def extra_repr(self) -> str:
         parts = []
         for name in VECTORS:
@@ -297,6 +317,9 @@ class LinearGCLLoss(_CloudedLoss):
 
         @same_signature(forward)
         def __call__(self) -> None: ...
+
+    def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
+        return linear_gcl_cross_entropy(*inputs, plan=self.plan, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, plan={self.plan!r}"

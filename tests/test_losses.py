@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gclkern.angular_losses import ArcFaceLoss
 from gclkern.clouds import cloud_sizes
+from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.layers import CosineLinear
 from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
@@ -133,6 +135,21 @@ def test_no_cloud_draws_no_noise(counts: list[int]) -> None:
     state = torch.get_rng_state()
     criterion(cosine, target)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_undisturbed_is_the_cross_entropy_of_the_prediction() -> None:
+    cosine, target = batch()
+    weight, margin = vector(CLASSES, 0.1, 2.0), vector(CLASSES)
+    disturbed = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
+    for criterion in (GCLLoss(COUNTS, scale=20, margin=margin, gamma=1.0, **disturbed), LDAMLoss(COUNTS, scale=20, **disturbed),
+                      LogitAdjustedLoss(COUNTS, scale=20, **disturbed), CosFaceLoss(scale=20, **disturbed), FocalLoss(scale=20, **disturbed),
+                      ArcFaceLoss(scale=20, **disturbed)):  # fmt: skip
+        for mode in (True, False):
+            assert torch.allclose(criterion.train(mode).undisturbed(cosine, target), F.cross_entropy(20 * cosine, target, reduction="sum"), rtol=1e-10)
+    features, classifier = torch.randn(ROWS, 6), CosineLinear(6, CLASSES)
+    for kind in (LinearGCLLoss, ShardedLinearGCLLoss):
+        loss = kind(COUNTS, margin=0.1, gamma=1.0).undisturbed(features, classifier.weight, target)
+        assert torch.allclose(loss, F.cross_entropy(30 * classifier(features), target), rtol=1e-5)  # float32
 
 
 def test_two_targets_in_every_loss() -> None:

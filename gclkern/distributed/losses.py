@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch.distributed as dist
 from torch import Tensor
@@ -113,6 +113,9 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
             features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, group=self.ranks.group,
             averaged_gradients=self.averaged_gradients, **{**arguments, "ignore_index": ignore_index},
         )  # fmt: skip
+
+    def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
+        return sharded_linear_gcl_cross_entropy(*inputs, plan=self.plan, group=self.ranks.group, averaged_gradients=self.averaged_gradients, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate:g}, ranks={self.ranks.world}"
