@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_START] = time.monotonic()
     config.stash[_ROUNDS] = {}
     config.stash[_MEASURED] = []
+    if not any(str(argument).startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        config.option.benchmark_columns = ["median", "iqr", "rounds"]  # the table of all columns is wider than a terminal
 
 
 _START = pytest.StashKey[float]()

@@ -112,7 +112,7 @@ def cpu_head(results: Path) -> str:
         [
             name,
             f"{row['milliseconds']:.0f}",
-            f"{row['times_bare_products']:.2f}",
+            f"{row['times_bare_products']:.2f}" + (" ({:.2f} to {:.2f})".format(*row["interval"]) if "interval" in row else ""),
             *(f"{row[key] / 1e6:.0f}" if key in row else "" for key in ("peak_bytes", "peak_bytes_beyond_gradients")),
             row["includes"],
         ]
