@@ -39,8 +39,9 @@ def test_one_temperature() -> None:
 def test_table(tmp_path: Path) -> None:
     def result(seed: int, top1: float) -> dict[str, Any]:
         report = {"top1": top1, "groups": {"many": 0.5, "medium": 0.25, "few": 0.125}, "ece": 0.1, "nll": 2.0}
+        calibrated = {"ece": 0.03, "nll": 1.5}
         return {"pixels": 16, "epochs": 24, "method": "gcl", "seed": seed, "reports": {"stage-1": report, "stage-2": report},
-                "calibrated": dict.fromkeys(("stage-1", "stage-2"), {"ece": 0.03, "nll": 1.5})}  # fmt: skip
+                "calibrated": {"stage-1": calibrated, "stage-2": calibrated}}  # fmt: skip
 
     for seed, top1 in enumerate((0.25, 0.35)):
         (tmp_path / f"{seed}.json").write_text(json.dumps(result(seed, top1)))
