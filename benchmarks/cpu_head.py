@@ -180,8 +180,8 @@ def main() -> None:
     print(verdict(seconds))
     if args.json is not None:
         shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads")} | {"rounds": len(seconds["plain torch"])}
-        machine: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "cpu_code": cpu_backend.summary()}
-        machine |= {"load": round(load, 2), "cores": cores}
+        machine: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        machine |= {"cpu_code": cpu_backend.summary(), "load": round(load, 2), "cores": cores}
         results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in names}
         replace_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
 
