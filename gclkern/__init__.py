@@ -11,7 +11,7 @@ from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
 from gclkern.contrastive_losses import BalancedContrastiveLoss, PrototypicalContrastiveLoss, SupConLoss
 from gclkern.devices import set_debug
-from gclkern.layers import CosineLinear
+from gclkern.layers import AdaptiveCalibration, CosineLinear
 from gclkern.losses import (
     CosFaceLoss,
     DROLTLoss,
@@ -27,7 +27,7 @@ from gclkern.oltr import MemoryLoss, MetaEmbeddingClassifier, ModulatedAttention
 from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
 from gclkern.tde import TDEClassifier
-from gclkern.weights import DeferredReweighting, effective_number_weights, label_aware_smoothing
+from gclkern.weights import DeferredReweighting, effective_number_weights, inverse_frequency_weights, label_aware_smoothing
 
 if TYPE_CHECKING:
     from gclkern import distributed, training
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AGCLLoss",
+    "AdaptiveCalibration",
     "ArcFaceLoss",
     "BalancedContrastiveLoss",
     "ClassCentroids",
@@ -61,6 +62,7 @@ __all__ = [
     "distributed",
     "effective_number_weights",
     "functional",
+    "inverse_frequency_weights",
     "label_aware_smoothing",
     "mixed_targets",
     "samplers",

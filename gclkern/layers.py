@@ -1,4 +1,4 @@
-"""The cosine classifier."""
+"""The cosine classifier, and a calibration of logits."""
 
 from __future__ import annotations
 
@@ -73,3 +73,63 @@ class CosineLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}"
+
+
+class AdaptiveCalibration(nn.Module):
+    r"""Moves the logits of a trained classifier, by class and as far as the sample's confidence says: the second stage of DisAlign.
+
+        z'_ij = c_i (a_j z_ij + b_j) + (1 - c_i) z_ij,    c_i = sigmoid(<v, f_i> + d)
+
+    (Zhang et al., "Distribution alignment: a unified framework for long-tail visual recognition", CVPR 2021, section 3.2.) It starts as the identity: a = 1,
+    b = 0, and v = d = 0, so that every c is 1/2. The released code for classification computes (1 + c a) z + c b with v = 0.1 instead: it starts from (1 + c) z,
+    and with 2048 features after a ReLU c starts close to 1, where it hardly learns. The two are one family: a - 1 here is a there.
+
+    Args:
+        in_features: dimensions D of a feature.
+        num_classes: classes C.
+        device, dtype: of the parameters, as in torch's layers.
+
+    Attributes:
+        scale, offset: a and b, (C,). confidence: the linear layer of v and d.
+
+    Shapes: logits (..., C), features (..., D) -> (..., C).
+
+    Raises:
+        TypeError, ValueError: a size that is not a positive int; logits or features of another last dimension.
+
+    Example:
+        >>> import torch
+        >>> calibration = AdaptiveCalibration(16, 3)
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5]])
+        >>> calibration(logits, torch.randn(1, 16))
+        tensor([[ 2.0000, -1.0000,  0.5000]], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.num_classes = check_int("num_classes", num_classes, 1)
+        self.scale = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype))
+        self.offset = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype))
+        self.confidence = nn.Linear(check_int("in_features", in_features, 1), 1, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Become the identity again."""
+        nn.init.ones_(self.scale)
+        for parameter in (self.offset, self.confidence.weight, self.confidence.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        logits: Tensor,  # (..., C)
+        features: Tensor,  # (..., D)
+    ) -> Tensor:  # (..., C)
+        if logits.dim() == 0 or logits.shape[-1] != self.num_classes:
+            raise ValueError(f"logits must have shape (..., {self.num_classes}), got {list(logits.shape)}")
+        if features.dim() == 0 or features.shape[-1] != self.confidence.in_features:
+            raise ValueError(f"features must have shape (..., {self.confidence.in_features}), got {list(features.shape)}")
+        confidence = torch.sigmoid(self.confidence(features))
+        return logits + confidence * ((self.scale - 1) * logits + self.offset)  # the same, and exact where it starts
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"

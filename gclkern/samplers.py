@@ -2,6 +2,8 @@
 
     InstanceBalancedSampler   every sample once, shuffled                                      p_j ~ n_j
     ClassBalancedSampler      a class, then one of its samples                                 p_j = 1 / C
+    SquareRootSampler         a class by the root of its count, then one of its samples        p_j ~ sqrt(n_j)
+    ProgressiveSampler        from instance-balanced to class-balanced over the epochs         (1 - t/T) n_j / N + (t/T) / C
     EffectiveNumberSampler    by effective numbers                                             p_j ~ n_j (1 - beta) / (1 - beta^n_j)
     ReversedSampler           a class, the rarer the likelier, then one of its samples         p_j ~ 1 / n_j
     CBENSampler               by effective numbers whose beta grows with the cloud             p_j ~ n_j (1 - beta_j) / (1 - beta_j^n_j)
@@ -206,6 +208,59 @@ class ClassBalancedSampler(_WeightedSampler):
 
     def _class_mass(self, counts: Tensor) -> Tensor:
         return torch.ones_like(counts)
+
+
+class SquareRootSampler(_WeightedSampler):
+    """Every class with a probability proportional to sqrt(n_j), and then one of its samples, with replacement.
+
+    (Mahajan et al., "Exploring the limits of weakly supervised pretraining", ECCV 2018; Kang et al., ICLR 2020, Eq. 1 with q = 1/2.)
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`.
+
+    Example:
+        >>> sampler = SquareRootSampler([0] * 90 + [1] * 10, num_samples=1000)
+        >>> 200 < sum(index >= 90 for index in sampler) < 300
+        True
+    """
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        return counts.sqrt()
+
+
+class ProgressiveSampler(_WeightedSampler):
+    r"""From instance-balanced in the first epoch to nearly class-balanced in the last, with replacement (Kang et al., ICLR 2020, Eq. 2).
+
+        p_j(t) = (1 - t / T) n_j / N + (t / T) / C,    t the epoch from 0, T = epochs
+
+    Args:
+        labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.
+        epochs: T, the epochs of the training; later ones are class-balanced.
+        num_samples: draws in an epoch of all ranks together; default the number of labels.
+
+    Raises:
+        TypeError, ValueError: as :class:`InstanceBalancedSampler`; epochs below 1.
+
+    Example:
+        >>> sampler = ProgressiveSampler([0] * 90 + [1] * 10, epochs=2, num_samples=1000)
+        >>> sampler.set_epoch(1)
+        >>> 250 < sum(index >= 90 for index in sampler) < 350
+        True
+    """
+
+    def __init__(
+        self, labels: Vector, *, epochs: int, num_samples: int | None = None, seed: int = 0, num_replicas: int | None = None, rank: int | None = None
+    ) -> None:
+        super().__init__(labels, num_samples=num_samples, seed=seed, num_replicas=num_replicas, rank=rank)
+        self.epochs = check_int("epochs", epochs, 1)
+
+    def _class_mass(self, counts: Tensor) -> Tensor:
+        done = min(1.0, self.epoch / self.epochs)
+        return (1 - done) * counts / counts.sum() + done / counts.numel()
 
 
 class ReversedSampler(_WeightedSampler):

@@ -55,6 +55,33 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
     return (values * (values.numel() / values.sum())).to(device_of(class_counts), torch.float32)
 
 
+def inverse_frequency_weights(class_counts: ClassCounts, exponent: float = 1.0) -> Tensor:
+    r"""Class weights proportional to a power of the inverse class frequency: the generalized re-weighting of DisAlign.
+
+        w_j = C * v_j / sum_k v_k,    v_j = (N / n_j)^exponent
+
+    (Zhang et al., "Distribution alignment: a unified framework for long-tail visual recognition", CVPR 2021, section 3.3.)
+
+    Args:
+        class_counts: training samples of each class (C,), all positive.
+        exponent: rho, at least 0; 0 gives every class weight 1. DisAlign's release has 1.2 for ImageNet-LT.
+
+    Returns:
+        (C,) float32 of sum C, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
+
+    Raises:
+        TypeError, ValueError: counts that are not positive numbers, or a negative exponent.
+
+    Example:
+        >>> inverse_frequency_weights([100, 50, 25])
+        tensor([0.4286, 0.8571, 1.7143])
+    """
+    counts = check_class_counts(class_counts)
+    # over the rarest class, so that no power overflows
+    values = (counts.min() / counts) ** check_number("exponent", exponent, 0.0)
+    return (values * (values.numel() / values.sum())).to(device_of(class_counts), torch.float32)
+
+
 class DeferredReweighting:
     r"""Class weights that a loss has from an epoch on (Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019,
     Algorithm 1).

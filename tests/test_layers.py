@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gclkern.layers import CosineLinear
+from gclkern.layers import AdaptiveCalibration, CosineLinear
 
 
 def features(rows: int = 5, width: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,3 +145,45 @@ def test_refusals(call: Any, error: type[Exception], words: list[str]) -> None:
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_calibration_is_the_papers_formula() -> None:
+    layer = AdaptiveCalibration(7, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    logits, batch = torch.randn(5, 3, generator=generator, dtype=torch.float64), features(dtype=torch.float64)
+    v, d = layer.confidence.weight[0], layer.confidence.bias[0]
+    for i, row in enumerate(layer(logits, batch)):
+        confidence = 1 / (1 + torch.exp(-(sum(v[k] * batch[i, k] for k in range(7)) + d)))
+        for j in range(3):
+            moved = layer.scale[j] * logits[i, j] + layer.offset[j]
+            torch.testing.assert_close(row[j], confidence * moved + (1 - confidence) * logits[i, j])
+
+    def calibrated(logits: Tensor, batch: Tensor, *parameters: Tensor) -> Tensor:
+        names = [name for name, _ in layer.named_parameters()]
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (logits, batch))
+
+    assert torch.autograd.gradcheck(calibrated, (logits.requires_grad_(), batch.requires_grad_(), *layer.parameters()))
+
+
+def test_calibration_starts_as_the_identity_and_learns_from_there() -> None:
+    """The confidence has no gradient while scale and offset change nothing; after one step of these it has."""
+    layer = AdaptiveCalibration(7, 3)
+    logits, target = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 1, 2, 2, 2])
+    assert torch.equal(layer(logits, features()), logits)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for moving in (False, True):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(logits, features()), target).backward()
+        assert layer.scale.grad is not None and layer.confidence.weight.grad is not None
+        assert bool(layer.scale.grad.any())
+        assert bool(layer.confidence.weight.grad.any()) is moving
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("logits", "width", "message"), [((5, 4), 7, "logits must have shape"), ((5, 3), 6, "features must have shape")])
+def test_calibration_refuses_other_shapes(logits: tuple[int, int], width: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveCalibration(7, 3)(torch.zeros(logits), torch.zeros(5, width))

@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler, ReversedSampler
+from gclkern.samplers import (
+    CBENSampler,
+    ClassAwareSampler,
+    ClassBalancedSampler,
+    EffectiveNumberSampler,
+    InstanceBalancedSampler,
+    ProgressiveSampler,
+    ReversedSampler,
+    SquareRootSampler,
+)
 
 # Labels out of order and with gaps, as a data set may give them.
 COUNTS = {7: 400, 0: 90, 3: 40, 12: 9, 5: 1}
@@ -25,6 +34,8 @@ LABELS = torch.tensor([label for label, count in COUNTS.items() for _ in range(c
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "instance-balanced": InstanceBalancedSampler,
     "class-balanced": ClassBalancedSampler,
+    "square-root": SquareRootSampler,
+    "progressive": lambda labels, **options: ProgressiveSampler(labels, epochs=8, **options),
     "reversed": ReversedSampler,
     "effective-number": EffectiveNumberSampler,
     "cben": CBENSampler,
@@ -47,6 +58,8 @@ def cben_beta(count: int) -> float:
 
 SHARES: dict[str, tuple[Callable[..., Any], Callable[[int], float]]] = {
     "class-balanced": (ClassBalancedSampler, lambda count: 1.0),
+    "square-root": (SquareRootSampler, lambda count: count**0.5),
+    "progressive": (lambda labels, **options: ProgressiveSampler(labels, epochs=4, **options), lambda count: count / 540),
     "reversed": (ReversedSampler, lambda count: 1 / count),
     "effective-number": (EffectiveNumberSampler, lambda count: count * weight(count, 0.9999)),
     "effective-number 0.99": (lambda labels, **options: EffectiveNumberSampler(labels, beta=0.99, **options), lambda count: count * weight(count, 0.99)),
@@ -65,6 +78,15 @@ def test_samples_come_with_their_probabilities(name: str) -> None:
     assert scipy.stats.chisquare(seen.numpy(), expected.numpy()).pvalue > 1e-3
     by_class = {label: float(seen[label == LABELS].sum()) for label in COUNTS}
     assert scipy.stats.chisquare(list(by_class.values()), [200_000 * share(count) / total for count in COUNTS.values()]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("epoch", "done"), [(1, 0.25), (3, 0.75), (4, 1.0), (7, 1.0)])
+def test_progressive_sampling_ends_class_balanced(epoch: int, done: float) -> None:
+    sampler = ProgressiveSampler(LABELS, epochs=4, num_samples=50_000, seed=2)
+    sampler.set_epoch(epoch)
+    seen = Counter(LABELS[torch.tensor(list(sampler))].tolist())
+    expected = [50_000 * ((1 - done) * count / 540 + done / len(COUNTS)) for count in COUNTS.values()]
+    assert scipy.stats.chisquare([seen[label] for label in COUNTS], expected).pvalue > 1e-3
 
 
 def test_successive_draws_are_independent() -> None:
@@ -170,6 +192,8 @@ def test_the_default_device_does_not_matter(make: Callable[..., Any]) -> None:
 FIRST_DRAWS = {
     "instance-balanced": [370, 400, 150, 1, 309, 145, 93, 202],
     "class-balanced": [416, 404, 76, 525, 315, 213, 309, 171],
+    "square-root": [416, 404, 76, 525, 315, 213, 309, 171],
+    "progressive": [416, 350, 48, 525, 315, 213, 309, 76],
     "reversed": [76, 76, 76, 525, 76, 76, 226, 76],
     "effective-number": [416, 404, 76, 525, 315, 213, 309, 171],
     "cben": [416, 404, 76, 525, 315, 213, 309, 171],

@@ -79,8 +79,8 @@ CALLS_OF_TORCH: dict[str, Callable[[str], Any]] = {
     "samplers": lambda _: [
         _draws(kind)
         for kind in (
-            samplers.InstanceBalancedSampler, samplers.ClassBalancedSampler, samplers.ReversedSampler, samplers.EffectiveNumberSampler, samplers.CBENSampler,
-            samplers.ClassAwareSampler,
+            samplers.InstanceBalancedSampler, samplers.SquareRootSampler, samplers.ClassBalancedSampler, samplers.ReversedSampler,
+            samplers.EffectiveNumberSampler, samplers.CBENSampler, samplers.ClassAwareSampler,
         )
     ],
     "sharded": lambda _: [*_sharded(), *_centroids(ShardedClassCentroids), sharded_dro_lt_loss(FEATURES, TARGET, CENTROIDS, 0.1, CLASSES)],

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gclkern.losses import GCLLoss, LDAMLoss
-from gclkern.weights import DeferredReweighting, cben_weights, effective_number_weights, ldam_margins, log_prior
+from gclkern.weights import DeferredReweighting, cben_weights, effective_number_weights, inverse_frequency_weights, ldam_margins, log_prior
 
 CIFAR = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
@@ -42,6 +42,24 @@ def test_effective_number_weights_sum_to_the_classes(counts: list[int], beta: fl
     assert float(weights.double().sum()) == pytest.approx(len(counts), rel=1e-5)
     assert bool((weights > 0).all())
     assert int(weights.argmax()) == int(torch.tensor(counts).argmin()) or weights.max() == weights[counts.index(min(counts))]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 1.2, 2.0])
+def test_inverse_frequency_weights(exponent: float) -> None:
+    counts = [1280, 120, 7, 5]
+    values = [(sum(counts) / n) ** exponent for n in counts]
+    weights = inverse_frequency_weights(counts, exponent)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx([4 * value / sum(values) for value in values], rel=1e-6)
+
+
+def test_inverse_frequency_weights_of_imagenet_lt_span_776_to_1() -> None:
+    """Classes of 1280 to 5 images and DisAlign's exponent 1.2."""
+    weights = inverse_frequency_weights([1280, 5], 1.2)
+    assert float(weights[1] / weights[0]) == pytest.approx(776, abs=1)
+    assert bool(torch.isfinite(inverse_frequency_weights([10**9, 1], 100.0)).all())
+    with pytest.raises(ValueError, match="exponent must be"):
+        inverse_frequency_weights([2, 1], -1.0)
 
 
 def test_cben_weights() -> None:

@@ -42,6 +42,8 @@ class PhaseBatches:
         self._second = None if phase.second_sampler is None else self._new_sampler(phase.second_sampler, "second order")
 
     def _new_sampler(self, name: str, purpose: str, **options: Any) -> Any:
+        if name == "progressive":
+            options["epochs"] = self.phase.epochs
         return SAMPLERS[name](
             self.images.labels, num_samples=self.steps * self.phase.batch_size, seed=derive_seed(self.seed, self.phase.name, purpose),
             num_replicas=self.processes.world, rank=self.processes.rank, **options,

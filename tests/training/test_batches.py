@@ -49,3 +49,9 @@ def test_batches_do_not_depend_on_views_ranks_or_where_a_run_resumes() -> None:
     for rank in range(2):
         for samples, part in zip(whole, steps(PHASE, world=2, rank=rank), strict=True):
             assert all(torch.equal(value[rank::2], part[name]) for name, value in samples.items())  # type: ignore[literal-required, index]
+
+
+def test_progressive_sampling_takes_the_epochs_of_its_phase() -> None:
+    phase = replace(PHASE, views=(), second_sampler=None, epochs=3, sampler="progressive")
+    rare = sum(int((samples["target"] >= 5).sum()) for samples in steps(phase))
+    assert rare > sum(int((samples["target"] >= 5).sum()) for samples in steps(replace(phase, epochs=300)))

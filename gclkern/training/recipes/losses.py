@@ -9,12 +9,23 @@ from torch import nn
 
 from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
-from gclkern.samplers import CBENSampler, ClassAwareSampler, ClassBalancedSampler, EffectiveNumberSampler, InstanceBalancedSampler, ReversedSampler
+from gclkern.samplers import (
+    CBENSampler,
+    ClassAwareSampler,
+    ClassBalancedSampler,
+    EffectiveNumberSampler,
+    InstanceBalancedSampler,
+    ProgressiveSampler,
+    ReversedSampler,
+    SquareRootSampler,
+)
 from gclkern.training.recipes.phase import Phase
 from gclkern.weights import effective_number_weights, ldam_margins
 
 SAMPLERS = {
     "instance": InstanceBalancedSampler,
+    "square-root": SquareRootSampler,
+    "progressive": ProgressiveSampler,
     "class-balanced": ClassBalancedSampler,
     "effective-number": EffectiveNumberSampler,
     "cben": CBENSampler,
