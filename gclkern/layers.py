@@ -81,7 +81,7 @@ class AdaptiveCalibration(nn.Module):
         z'_ij = c_i (a_j z_ij + b_j) + (1 - c_i) z_ij,    c_i = sigmoid(<v, f_i> + d)
 
     (Zhang et al., "Distribution alignment: a unified framework for long-tail visual recognition", CVPR 2021, section 3.2.) It starts as the identity: a = 1,
-    b = 0, and v = d = 0, so that every c is 1/2. The released code for classification computes (1 + c a) z + c b with v = 0.1 instead: it starts from (1 + c) z,
+    b = 0, and v = d = 0, so that every c is 1/2. The released code for classification has (1 + c a) z + c b with v = 0.1 instead: it starts from (1 + c) z,
     and with 2048 features after a ReLU c starts close to 1, where it hardly learns. The two are one family: a - 1 here is a there.
 
     Args:
