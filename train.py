@@ -29,7 +29,7 @@ from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
-from gclkern.training.data.augment import PARTS
+from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
 from gclkern.training.extras import need
@@ -262,7 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in all stages with GCL's or LDAM's loss")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
-    parts = f"{', '.join(PARTS)}, joined by commas, or none, or sim (default: depends on the data set)"
+    parts = f"{', '.join(PARTS)}, joined by commas, or {', '.join(COMBINED)} (default: depends on the data set)"
     add("--augment", metavar="PARTS", help=f"augmentation of training images: {parts}")
     add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline by cross entropy for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, a network of torchvision, such as resnet50, or timm:NAME (default: depends on the data set)")

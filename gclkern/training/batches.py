@@ -57,7 +57,7 @@ class PhaseBatches:
         """The samples of the training steps of an epoch, starting at `step`, with further views and the second batch where the phase has them."""
         streams = [self.epoch("training", epoch, step)]
         for place, augment in enumerate(self.phase.views):
-            streams.append(self._draw(self._sampler, ("training", "view", place), epoch, step, augment))
+            streams.append(self._draw(self._sampler, ("training", "view", place), epoch, step, augment or self.phase.augment))
         if self._second is not None:
             streams.append(self._draw(self._second, ("training", "second"), epoch, step, self.phase.augment))
         for (images, target), *others in zip(*streams, strict=True):

@@ -41,7 +41,11 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
         f"{model_name(run.config, data)} on {device}, results in {run.path}",
     ]
-    augmentations = {" and ".join([phase.augment or data.train.augment, *phase.views]): phase.name for phase in phases if phase.epochs}
+    augmentations = {}
+    for phase in phases:
+        if phase.epochs:
+            own = phase.augment or data.train.augment
+            augmentations[" and ".join([own, *(view or own for view in phase.views)])] = phase.name
     one = len(augmentations) == 1
     lines += [f"augmentation of training images{'' if one else ' of ' + name}: {parts}" for parts, name in augmentations.items()]
     if family(run.config.data) == "own":

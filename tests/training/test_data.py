@@ -25,6 +25,7 @@ from gclkern.training.data import CorruptImageError, DeviceImages, Epoch, ImageS
 from gclkern.training.data.augment import (
     _POLICY,
     COLUMNS,
+    COMBINED,
     PARTS,
     Operation,
     _grey_shares,
@@ -219,7 +220,7 @@ class TestAugmentation:
             assert (same.int() - expected.int()).abs().max() <= 2
         assert torch.equal(color_jitter(images, numbers, tuple(amounts), 0.5), images), "not applied"  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("augment", [*PARTS, "sim", "none"])
+    @pytest.mark.parametrize("augment", [*(part for part in PARTS if part != "grey"), *COMBINED])
     @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 224)])
     def test_every_part_takes_every_image(self, augment: str, channels: int, side: int) -> None:
         data = DeviceImages(random_images(4, channels, side), torch.arange(4), mean=[0.0] * channels, std=[1.0] * channels, augment=augment)
@@ -228,6 +229,14 @@ class TestAugmentation:
         assert all(images.shape == data.images.shape and images.min() >= 0 and images.max() < 255.5 for images in found)
         changed = sum(not torch.allclose(images[i], data.images[i].float(), atol=0.5) for images in found for i in range(4))
         assert (changed > 3) is (augment != "none")
+
+    def test_a_fifth_of_the_images_becomes_grey(self) -> None:
+        from torchvision.transforms import functional
+
+        images, numbers = random_images(40), torch.linspace(0.0, 0.99, 40)[:, None].expand(-1, COLUMNS.grey.stop)
+        found = augment_batch(images, numbers, parse_augmentation("grey"))
+        assert torch.equal(found[8:], images[8:])
+        assert (found[:8].int() - functional.rgb_to_grayscale(images[:8], 3)).abs().max() <= 1  # torchvision cuts where this rounds
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -302,7 +311,7 @@ class TestDeviceImages:
         assert labels.tolist() == [3, 4]
         assert [len(batch) for batch, _ in rest] == [1]
 
-    @pytest.mark.parametrize("augment", ["crop,flip", "crop,flip,autoaugment,cutout", "none", "sim"])
+    @pytest.mark.parametrize("augment", ["crop,flip", "crop,flip,autoaugment,cutout", "none", "sim", "sim-sharp"])
     def test_resumed_and_divided_epochs_see_the_same_images(self, augment: str) -> None:
         data = device_images(augment)
         order = torch.randperm(300, generator=torch.Generator().manual_seed(2)).tolist()

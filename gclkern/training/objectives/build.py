@@ -6,12 +6,20 @@ from collections.abc import Callable
 
 from gclkern.losses import DROLTLoss
 from gclkern.training.objectives.base import Objective
+from gclkern.training.objectives.bcl import BalancedContrast
 from gclkern.training.objectives.classification import Classification
+from gclkern.training.objectives.hybrid import Hybrid
+from gclkern.training.objectives.proco import ProbabilisticContrast
 from gclkern.training.recipes import Phase, build_loss
 from gclkern.weights import DeferredReweighting
 
 # By `Phase.loss`: built from the phase, the class counts and the dimensions of the features. All other names are losses of recipes/losses.py.
-OBJECTIVES: dict[str, Callable[[Phase, list[int], int], Objective]] = {}
+OBJECTIVES: dict[str, Callable[[Phase, list[int], int], Objective]] = {
+    "bcl": lambda phase, class_counts, feature_dim: BalancedContrast(class_counts, feature_dim, **phase.options),
+    "proco": lambda phase, class_counts, feature_dim: ProbabilisticContrast(class_counts, feature_dim, **phase.options),
+    "hybrid-sc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=False, **phase.options),
+    "hybrid-psc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=True, **phase.options),
+}
 
 
 def build_objective(phase: Phase, class_counts: list[int], feature_dim: int, *, sharded: bool = False) -> Objective:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Method:
     drw: float | None = None  # as in Phase
     robust: bool = False  # DRO-LT's phases follow
     retrain: str = "none"  # the re-training if none is chosen
+    more: Mapping[str, Any] = field(default_factory=dict)  # other fields of Phase, whatever the data set
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,23 @@ METHODS: dict[str, Method] = {
     "gcl-ldam-drw": Method("Gaussian clouds", "gcl's clouds and ldam-drw's margins and weights in one stage", "gcl", head="cosine", drw=0.8),
     "dro-lt": Method("Robust features", "cross entropy, then features near their class's centroid (ICCV 2021)", "ce", robust=True),
     "gcl+dro-lt": Method("Robust features", "dro-lt's robust phase between gcl's stages", "gcl", head="cosine", settings="gcl", robust=True, retrain="gcl"),
-}
+    "bcl": Method(
+        "Contrast", "balanced contrast of two views and class prototypes, beside logit adjustment (CVPR 2022)", "bcl", settings="bcl",
+        more={"views": ("sim", "sim")},
+    ),
+    "proco": Method(
+        "Contrast", "contrast with a distribution of each class, beside logit adjustment (TPAMI 2024)", "proco", settings="proco",
+        more={"views": ("sim-sharp", "sim-sharp")},
+    ),
+    "hybrid-sc": Method(
+        "Contrast", "contrast of samples that fades out, a classifier on class-balanced batches (CVPR 2021)", "hybrid-sc", settings="hybrid-sc",
+        more={"views": (None,), "second_sampler": "class-balanced"},
+    ),
+    "hybrid-psc": Method(
+        "Contrast", "the same with learned prototypes of the classes in place of samples (CVPR 2021)", "hybrid-psc", settings="hybrid-psc",
+        more={"second_sampler": "class-balanced"},
+    ),
+}  # fmt: skip
 _LEARNED, _COMPUTED = "Trained", "Computed without training"
 RETRAINS: dict[str, Retrain] = {
     "none": Retrain("None", "stage 1 is all"),

@@ -30,7 +30,7 @@ class Phase:
     sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
     augment: str | None = None  # augmentation, as data.augment.parse_augmentation takes it; None is the data set's
-    views: tuple[str, ...] = ()  # augmentations of further views of the same samples, for losses that compare views
+    views: tuple[str | None, ...] = ()  # augmentations of further views of the same samples, for losses that compare views; None is the phase's
     second_sampler: str | None = None  # draws a second batch of equal size for each step
     lr_factors: dict[str, float] = field(default_factory=dict)  # factor on the learning rate of parameters by the beginning of their name in TrainingStep
     nesterov: bool = False

@@ -44,7 +44,7 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
         # a pretrained ResNet-152, as in GCL's release and earlier ones
-        trains="last-block" if group == "places" else "all",
+        trains="last-block" if group == "places" else "all", **method.more,
     )  # fmt: skip
     if not method.robust:
         return [phase]

@@ -1,6 +1,6 @@
 """The published settings: data, each number with its source.
 
-[P] is a paper, [C] its authors' released code, [A] their word in an issue or README, [H] chosen here, with the reason.
+[P] is a paper, [C] its authors' released code, [A] their word in an issue or README, [R] code by others that repeats it, [H] chosen here, with the reason.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ LDAM_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.01, 0
 MISLAS_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 0.01))  # [C] MiSLAS, GCL
 PLACES_STEPS = Schedule("steps", milestones=(60 / 90, 80 / 90), factors=(0.1, 0.01))  # [C] GCL
 COSINE = Schedule("cosine")
+CONTRAST_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 0.01))  # [C] ProCo, [R] BCL in ConCutMix
+HYBRID_STEPS = Schedule("steps", milestones=(0.6, 0.8), factors=(0.1, 0.01))  # [R] a reproduction of Hybrid-SC
+
+# Contrastive methods. On the large sets the classifier is a cosine classifier.
+_STRONG_SMALL = "crop,flip,autoaugment,cutout"  # [C] ProCo
+_STRONG_LARGE = "resized-crop,flip,color,rand-augment"  # [C] BCL, ProCo
+_GREY = "crop,flip,grey"  # [R]
+_KEYS_LARGE: dict[str, Any] = {"hidden": 2048, "dim": 1024, "temperature": 0.07, "scale": COSINE_SCALE}  # [C] BCL, ProCo
+_BCL_LARGE: dict[str, Any] = {
+    "augment": _STRONG_LARGE, "views": ("sim-sharp", "sim-sharp"), "head": "cosine", "options": {**_KEYS_LARGE, "weight": 1.0, "contrast_weight": 0.35},
+}  # fmt: skip
+_PROCO_LARGE: dict[str, Any] = {"augment": _STRONG_LARGE, "head": "cosine", "options": _KEYS_LARGE}
 
 # Stage 1 by data set or family of data sets, and by `Method.settings`; see `stage1_settings`.
 STAGE_1: dict[str, dict[str, Stage]] = {
@@ -42,14 +54,25 @@ STAGE_1: dict[str, dict[str, Stage]] = {
     "cifar": {
         "plain": Stage(200, 128, 0.1, 2e-4, LDAM_STEPS),  # [C] LDAM-DRW
         "gcl": Stage(200, 64, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] GCL
+        "bcl": Stage(200, 256, 0.15, 5e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [R] ConCutMix, which leaves out cutout; [C] none for CIFAR
+        "proco": Stage(200, 256, 0.3, 2e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [C] ProCo
+        "hybrid-sc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R] a reproduction, no release
+        "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R]
+    },
+    "cifar10-lt": {
+        "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY, "options": {"temperature": 1.0}}),  # [R]
     },
     "imagenet": {
         "plain": Stage(90, 512, 0.2, 5e-4, COSINE),  # [C] decoupling
         "gcl": Stage(200, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS, but [A] 200 epochs
+        "bcl": Stage(90, 256, 0.1, 5e-4, COSINE, more=_BCL_LARGE),  # [C] BCL
+        "proco": Stage(90, 256, 0.1, 5e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
     },
     "inat": {
         "plain": Stage(90, 512, 0.2, 1e-4, COSINE),  # [C] decoupling
         "gcl": Stage(200, 256, 0.1, 1e-4, COSINE, mixup=0.2),  # [C] MiSLAS
+        "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
+        "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
     },
     "places": {
         "plain": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS),  # [H] GCL's without mixup

@@ -1,0 +1,48 @@
+"""Balanced contrastive learning."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gclkern.contrastive_losses import BalancedContrastiveLoss
+from gclkern.distributed import gather_batch
+from gclkern.losses import LogitAdjustedLoss
+from gclkern.training.network import Network
+from gclkern.training.objectives.base import Batch, Objective
+from gclkern.training.objectives.views import features_of, flat_views, projection_head
+
+
+class BalancedContrast(Objective):
+    """BCL (Zhu et al., CVPR 2022): logit adjustment of the first view, and balanced contrast of the others with each other and with a key of each class.
+
+        loss = weight * logit_adjusted(logits, y) + contrast_weight * balanced_contrast(project(features), project_classes(classifier's weight), y)
+
+    The contrast runs over the samples of all processes, within each part of an accumulated batch. The projection heads are not part of the network: they do not
+    take part in evaluation.
+
+    Args:
+        class_counts: training images of each class.
+        feature_dim: dimensions of the features.
+        hidden, dim: width of the projection heads, and dimensions of the keys.
+        temperature: of the contrast.
+        weight, contrast_weight: factors on the two losses.
+        scale: factor on the classifier's output: 1 for a linear one, 30 for a cosine classifier.
+    """
+
+    def __init__(
+        self, class_counts: list[int], feature_dim: int, *, hidden: int = 512, dim: int = 128, temperature: float = 0.1, weight: float = 2.0,
+        contrast_weight: float = 0.6, scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.classification = LogitAdjustedLoss(class_counts, scale=scale)
+        self.contrast = BalancedContrastiveLoss(temperature=temperature)
+        self.project = projection_head(feature_dim, hidden, dim, batch_norm=True)
+        self.project_classes = projection_head(feature_dim, hidden, dim, batch_norm=True)
+        self.weight, self.contrast_weight, self.scale = weight, contrast_weight, scale
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        assert batch.views is not None
+        first, others = features_of(network, batch.images, flat_views(batch.views))
+        keys, target = gather_batch(self.project(others), batch.target.repeat(batch.views.shape[1]), averaged_gradients=True)
+        contrast = self.contrast(keys, self.project_classes(network.head.weight), target)
+        return self.weight * self.classification(network.classify(first), batch.target) + self.contrast_weight * contrast
