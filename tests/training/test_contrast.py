@@ -102,12 +102,12 @@ def test_proco_is_logit_adjustment_of_logits_and_of_the_contrast() -> None:
     given = samples("proco")
     views = given["views"]
     keys, target = objective.project(network.backbone(torch.cat([views[:, 0], views[:, 1]]))), given["target"].repeat(2)
-    objective.begin_epoch(0, {})
+    objective.begin_epoch(network, 0, {})
     loss = objective(network, batch(given))
     assert objective.contrast.counts[1].sum() == 16
     contrast = objective.contrast.eval()(keys, target)  # around the distributions that the step has estimated
     torch.testing.assert_close(loss, adjusted(network, given["images"], given["target"]) + contrast)
-    objective.begin_epoch(1, {})
+    objective.begin_epoch(network, 1, {})
     assert objective.contrast.counts[0].sum() == 16
     assert objective.contrast.counts[1].sum() == 0
 
@@ -219,7 +219,7 @@ def test_a_resumed_step_is_bitwise_that_of_a_run_left_alone(method: str) -> None
         trainer.set_rate(0.1)
         trainer.module.objective.set_epoch(trainer.module.network, epoch, phase.epochs, 0.1)
         if start == 0:
-            trainer.module.objective.begin_epoch(epoch, {})
+            trainer.module.objective.begin_epoch(trainer.module.network, epoch, {})
         trainer.module.train()
         for step, given in enumerate(itertools.islice(batches.training(epoch, start), stop - start), start):
             trainer.step(given, seed=100 * epoch + step, count=step)

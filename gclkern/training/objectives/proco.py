@@ -40,7 +40,7 @@ class ProbabilisticContrast(Objective):
         self.project = projection_head(feature_dim, hidden, dim, batch_norm=True)
         self.contrast_weight, self.scale = contrast_weight, scale
 
-    def begin_epoch(self, epoch: int, centroids: Mapping[str, Tensor]) -> None:
+    def begin_epoch(self, network: Network, epoch: int, centroids: Mapping[str, Tensor]) -> None:
         self.contrast.start_epoch()
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
