@@ -11,25 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.devices import refuse_transforms, without_autocast
-from gclkern.dispatch import operator
+from gclkern.devices import refuse_transforms
+from gclkern.dispatch import call_operator
 from gclkern.kernels.terms import LossTerms
 
 # save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
-_TENSOR_TERMS = tuple("Tensor" in str(LossTerms.__annotations__[name]) for name in LossTerms._fields)
+_TENSORS = [place for place, name in enumerate(LossTerms._fields) if "Tensor" in str(LossTerms.__annotations__[name])]
+_OTHERS = [place for place in range(len(LossTerms._fields)) if place not in _TENSORS]
+_ORDER = [(_TENSORS + _OTHERS).index(place) for place in range(len(LossTerms._fields))]
 
 
 def save_terms(ctx: Any, tensors: tuple[Tensor | None, ...], terms: LossTerms) -> None:
     """Saves a Function's tensors and its terms for backward."""
-    ctx.save_for_backward(*tensors, *(value for value, is_tensor in zip(terms, _TENSOR_TERMS, strict=True) if is_tensor))
-    ctx.plain_terms = tuple(value for value, is_tensor in zip(terms, _TENSOR_TERMS, strict=True) if not is_tensor)
+    ctx.save_for_backward(*tensors, *[terms[place] for place in _TENSORS])
+    ctx.other_terms = [terms[place] for place in _OTHERS]
 
 
 def saved_terms(ctx: Any) -> tuple[tuple[Tensor, ...], LossTerms]:
     """What `save_terms` saved."""
-    tensors, count = ctx.saved_tensors, sum(_TENSOR_TERMS)
-    saved, plain = iter(tensors[-count:]), iter(ctx.plain_terms)
-    return tensors[:-count], LossTerms(*(next(saved) if is_tensor else next(plain) for is_tensor in _TENSOR_TERMS))
+    tensors = ctx.saved_tensors
+    values = [*tensors[-len(_TENSORS) :], *ctx.other_terms]
+    return tensors[: -len(_TENSORS)], LossTerms(*[values[place] for place in _ORDER])
 
 
 # `bias` is an argument of its own beside `terms`, because autograd does not track tensors within a tuple.
@@ -40,9 +42,9 @@ class LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool, backend: str) -> Tensor:
-        terms = terms._replace(bias=bias)
-        with without_autocast(cosine.device.type):
-            loss, saved = operator("logit_forward", backend, cosine)(cosine, *terms, for_backward)
+        if bias is not None:
+            terms = terms._replace(bias=bias)
+        loss, saved = call_operator("logit_forward", backend, cosine, cosine, *terms, for_backward)
         save_terms(ctx, (cosine, *saved), terms)
         ctx.backend = backend
         return loss
@@ -52,8 +54,7 @@ class LogitLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (cosine, *saved), terms = saved_terms(ctx)
         bias_grad = ctx.needs_input_grad[1]
-        with without_autocast(cosine.device.type):
-            grad_cosine, grad_bias = operator("logit_backward", ctx.backend, cosine)(grad_loss, cosine, saved, *terms, bias_grad)
+        grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, cosine, grad_loss, cosine, saved, *terms, bias_grad)
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
@@ -64,9 +65,9 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, backend: str
     ) -> Tensor:
-        terms = terms._replace(bias=bias)
-        with without_autocast(features.device.type):
-            loss, saved = operator("head_forward", backend, features)(features, linear_weight, *terms, normalize, plan, for_backward)
+        if bias is not None:
+            terms = terms._replace(bias=bias)
+        loss, saved = call_operator("head_forward", backend, features, features, linear_weight, *terms, normalize, plan, for_backward)
         save_terms(ctx, (features, linear_weight, *saved), terms)
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
         return loss
@@ -76,8 +77,7 @@ class HeadLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
-        with without_autocast(features.device.type):
-            grads = operator("head_backward", ctx.backend, features)(grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+        grads = call_operator("head_backward", ctx.backend, features, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5
 
 
@@ -89,8 +89,7 @@ class DROLTBound(torch.autograd.Function):
         ctx: Any, features: Tensor, epsilon: Tensor, target: Tensor, centroids: Tensor, class_weight: Tensor | None,
         temperature: float, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
-        with without_autocast(features.device.type):
-            loss, saved = operator("dro_lt_forward", backend, features)(features, target, centroids, epsilon, class_weight, temperature, reduction)
+        loss, saved = call_operator("dro_lt_forward", backend, features, features, target, centroids, epsilon, class_weight, temperature, reduction)
         ctx.save_for_backward(features, epsilon, target, centroids, *saved)
         ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
         return loss
@@ -100,10 +99,9 @@ class DROLTBound(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        with without_autocast(features.device.type):
-            grads = operator("dro_lt_backward", ctx.backend, features)(
-                grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
-            )
+        grads = call_operator(
+            "dro_lt_backward", ctx.backend, features, grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
+        )
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -116,8 +114,7 @@ class SupervisedContrast(torch.autograd.Function):
         include_own_class: bool, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
         options = (temperature, include_samples, include_own_class)
-        with without_autocast(features.device.type):
-            loss, saved = operator("contrastive_forward", backend, features)(features, prototypes, target, class_counts, *options, reduction)
+        loss, saved = call_operator("contrastive_forward", backend, features, features, prototypes, target, class_counts, *options, reduction)
         ctx.save_for_backward(features, prototypes, class_counts, *saved)
         ctx.options, ctx.backend = options, backend
         return loss
@@ -127,6 +124,5 @@ class SupervisedContrast(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         features, prototypes, class_counts, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        with without_autocast(features.device.type):
-            grads = operator("contrastive_backward", ctx.backend, features)(grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
+        grads = call_operator("contrastive_backward", ctx.backend, features, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gclkern.buffers import RankState
-from gclkern.dispatch import operator, resolve_backend
+from gclkern.dispatch import call_operator, resolve_backend
 from gclkern.validation import check_int, check_matrix, check_target
 
 
@@ -67,7 +67,7 @@ class ClassCentroids(RankState):
     def _add(self, features: Tensor, target: Tensor) -> None:
         """Samples whose label is out of range are left out."""
         features = features.detach()
-        sums, counts = operator("segment_sums", resolve_backend("auto", features), features)(features, target, self.sums.shape[0])
+        sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features, features, target, self.sums.shape[0])
         self.sums += sums
         self.counts += counts
 

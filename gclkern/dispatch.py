@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
+from gclkern.devices import autocast_is_on, without_autocast
 from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES, LossTerms
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
@@ -87,8 +88,6 @@ def backend_without_loops(backend: str, tensor: Tensor, what: str) -> str:
 
 def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
     """`resolve_backend` for a loss of these terms."""
-    if terms.smoothing is not None:
-        return backend_without_loops(backend, tensor, "label_smoothing of one value for each class")
     if terms.turns_targets:
         return backend_without_loops(backend, tensor, "angular and no difficulty_margin")
     return resolve_backend(backend, tensor)
@@ -110,18 +109,26 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
     return "chunked" if backend == "triton" else "recompute"
 
 
-def operator(name: str, backend: str, tensor: Tensor) -> Any:
-    """The operator of a resolved backend for the operation `name`, one of gclkern.kernels.terms.SCHEMAS, in a call on `tensor`.
+def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Calls the operator of a resolved backend for `name`, one of gclkern.kernels.terms.SCHEMAS, with autocast off; `tensor` is one of `arguments`.
 
-    At small sizes torch's dispatcher takes longer than the compiled loops. So where nothing listens to it (no gradient, tracer or fake tensor) a call gets the
-    function behind the operator.
+    At small sizes torch's dispatcher takes longer than the compiled loops. So where nothing listens to it (no gradient, tracer or fake tensor) a call goes to
+    the function behind the operator.
     """
-    nobody_listens = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-    if backend == "cpu" and nobody_listens and type(tensor) in _PLAIN:
-        return FUNCTIONS[PREFIXES[backend] + name]
-    if backend == "triton":
-        from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
-    return getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default
+    if backend == "cpu" and type(tensor) in _PLAIN and _nobody_listens():
+        function = FUNCTIONS[PREFIXES[backend] + name]
+    else:
+        if backend == "triton":
+            from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
+        function = getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default
+    if autocast_is_on(tensor.device.type):
+        with without_autocast(tensor.device.type):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def _nobody_listens() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def head_implementation(backend: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.dispatch import operator, resolve_backend
+from gclkern.dispatch import call_operator, resolve_backend
 from gclkern.validation import MAX_CLASSES, check_offset, check_size, resolve_seed
 
 
@@ -55,4 +55,4 @@ def cloud_noise(
         device = seed.device
     # An empty tensor resolves the default device, and which of several GPUs "cuda" means.
     seed = resolve_seed(seed, torch.empty(0, device=device).device)
-    return operator("cloud_noise", resolve_backend("auto", seed), seed)(seed, num_rows, num_classes, row_offset, class_offset)
+    return call_operator("cloud_noise", resolve_backend("auto", seed), seed, seed, num_rows, num_classes, row_offset, class_offset)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gclkern.buffers import RankState
 from gclkern.contrastive_losses import _ContrastiveLoss
-from gclkern.dispatch import operator, resolve_backend
+from gclkern.dispatch import call_operator, resolve_backend
 from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
@@ -139,7 +139,7 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         unit = unit_rows(features)
         if self.training:
             detached = unit.detach().float()
-            sums, counts = operator("segment_sums", resolve_backend("auto", detached), detached)(detached, target, self.num_classes)
+            sums, counts = call_operator("segment_sums", resolve_backend("auto", detached), detached, detached, target, self.num_classes)
             self.sums += sums
             self.counts += counts
         directions, concentration = self.distributions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -246,17 +247,15 @@ def _check_angles(cloud: Tensor | None, margin: Tensor | None, largest_margin: f
         raise ValueError("bias requires a gradient, but none is defined for it beside angular or difficulty_margin; pass bias.detach()")
 
 
-def _smoothing(value: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """Label smoothing as a vector (C,) or as a number."""
-    if not isinstance(value, Tensor):
-        return None, check_number("label_smoothing", value, 0.0, 1.0)
+def _smoothing(value: Tensor, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Label smoothing of each class (C,)."""
     vector = class_vector("label_smoothing", value, num_classes, reference_name, reference, dtype)
     if vector is not None and values_may_be_read(vector):
         wrong = ~((vector >= 0) & (vector <= 1))
         if bool(wrong.any()):
             index = int(wrong.nonzero()[0])
             raise ValueError(f"label_smoothing[{index}] is {float(vector[index]):g}, but it must be in [0, 1]")
-    return vector, 0.0
+    return vector
 
 
 def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor:
@@ -370,6 +369,37 @@ def check_epsilon(epsilon: Tensor | float, num_classes: int, features: Tensor, d
     return epsilon.to(dtype).contiguous()
 
 
+def _check_options(
+    rows: int, num_classes: int, scale: object, gamma: object, label_smoothing: object, ignore_index: object, row_offset: object, class_offset: object,
+    reduction: str, focal_detach: object, angular: object, difficulty_margin: object, easy_margin: object,
+) -> tuple[float, float, float, int, int, int, str]:  # fmt: skip
+    """The options of a loss that are no tensors."""
+    switches = {"focal_detach": focal_detach, "angular": angular, "difficulty_margin": difficulty_margin, "easy_margin": easy_margin}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if easy_margin and not (angular or difficulty_margin):
+        raise ValueError("easy_margin is True, but no angle is added; it needs angular=True or difficulty_margin=True")
+    check_choice("reduction", reduction, REDUCTIONS)
+    return (
+        check_number("scale", scale, 0.0, open_low=True), check_number("gamma", gamma, 0.0), check_number("label_smoothing", label_smoothing, 0.0, 1.0),
+        check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1), check_offset("row_offset", row_offset, rows, 2**63),
+        check_offset("class_offset", class_offset, num_classes, MAX_CLASSES), reduction,
+    )  # fmt: skip
+
+
+_options_seen_before = functools.lru_cache(maxsize=64, typed=True)(_check_options)  # a training passes the same options at every step
+
+
+def _checked_options(*options: Any) -> tuple[float, float, float, int, int, int, str]:
+    if not torch.compiler.is_compiling():
+        try:
+            return _options_seen_before(*options)
+        except TypeError:
+            pass  # a wrong option, or one without a hash; here its message would not name it
+    return _check_options(*options)
+
+
 def loss_terms(
     reference_name: str,
     reference: Tensor,  # (N, ...) the matrix whose rows are the samples
@@ -398,21 +428,20 @@ def loss_terms(
     """The validated terms of a loss over `num_classes` classes; raises ValueError or TypeError by argument name."""
     rows = reference.shape[0]
     dtype = statistics_dtype(reference)
-    ignore_index = check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    switches = {"focal_detach": focal_detach, "angular": angular, "difficulty_margin": difficulty_margin, "easy_margin": easy_margin}
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if easy_margin and not (angular or difficulty_margin):
-        raise ValueError("easy_margin is True, but no angle is added; it needs angular=True or difficulty_margin=True")
-    check_choice("reduction", reduction, REDUCTIONS)
+    smoothing = None
+    if isinstance(label_smoothing, Tensor):
+        smoothing, label_smoothing = _smoothing(label_smoothing, num_classes, reference_name, reference, dtype), 0.0
+    switches = (focal_detach, angular, difficulty_margin, easy_margin)
+    scale, gamma, label_smoothing, ignore_index, row_offset, class_offset, reduction = _checked_options(
+        rows, num_classes, scale, gamma, label_smoothing, ignore_index, row_offset, class_offset, reduction, *switches
+    )
     if (target_b is None) != (lam is None):
         given, missing = ("lam", "target_b") if target_b is None else ("target_b", "lam")
         raise ValueError(f"{given} is given without {missing}; two targets need both")
-    if holds_soft_labels(target) and target.shape != (rows, num_classes):
-        raise ValueError(f"target holds soft labels, so it must have shape ({rows}, {num_classes}), got {tuple(target.shape)}")
-    target, target_b, lam, ignore_index = hard_labels(target, target_b, lam, ignore_index)
-    smoothing, label_smoothing = _smoothing(label_smoothing, num_classes, reference_name, reference, dtype)
+    if holds_soft_labels(target):
+        if target.shape != (rows, num_classes):
+            raise ValueError(f"target holds soft labels, so it must have shape ({rows}, {num_classes}), got {tuple(target.shape)}")
+        target, target_b, lam, ignore_index = hard_labels(target, target_b, lam, ignore_index)
     weight = class_vector("weight", weight, num_classes, reference_name, reference, dtype)
     if weight is not None and values_may_be_read(weight):
         wrong = ~(weight >= 0)
@@ -424,24 +453,13 @@ def loss_terms(
     if angular or difficulty_margin:
         _check_angles(cloud if angular else None, margins, math.pi / 4 if difficulty_margin else math.pi / 2, bias)
     return LossTerms(
-        target=check_target("target", target, rows, num_classes, ignore_index, reference_name, reference),
-        target_b=None if target_b is None else check_target("target_b", target_b, rows, num_classes, ignore_index, reference_name, reference),
-        lam=None if target_b is None else _mixing_share(lam, rows, reference_name, reference, dtype),
-        cloud=cloud,
-        margin=margins,
-        bias=class_vector("bias", bias, num_classes, reference_name, reference, dtype, differentiable=True),
-        weight=weight,
-        seed=None if cloud is None else resolve_seed(seed, reference.device),
-        scale=check_number("scale", scale, 0.0, open_low=True),
-        gamma=check_number("gamma", gamma, 0.0),
-        focal_detach=focal_detach,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        angular=angular,
-        difficulty_margin=difficulty_margin,
-        easy_margin=easy_margin,
-        ignore_index=ignore_index,
-        row_offset=check_offset("row_offset", row_offset, rows, 2**63),
-        class_offset=check_offset("class_offset", class_offset, num_classes, MAX_CLASSES),
-        reduction=reduction,
-    )
+        check_target("target", target, rows, num_classes, ignore_index, reference_name, reference),
+        None if target_b is None else check_target("target_b", target_b, rows, num_classes, ignore_index, reference_name, reference),
+        None if target_b is None else _mixing_share(lam, rows, reference_name, reference, dtype),
+        cloud,
+        margins,
+        class_vector("bias", bias, num_classes, reference_name, reference, dtype, differentiable=True),
+        weight,
+        None if cloud is None else resolve_seed(seed, reference.device),
+        scale, gamma, focal_detach, label_smoothing, ignore_index, row_offset, class_offset, reduction, smoothing, angular, difficulty_margin, easy_margin,
+    )  # fmt: skip

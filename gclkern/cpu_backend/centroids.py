@@ -19,7 +19,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     tensors = (target, order, starts, sums, counts)
     call(
         "segment_sums",
-        Segments(
+        Segments.pack(
             rows, num_classes, dim, features.data_ptr(), DTYPES[features.dtype], *features.stride(), *(tensor.data_ptr() for tensor in tensors),
             torch.get_num_threads(),
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.library import REDUCTIONS, Bound, address, call
+from gclkern.cpu_backend.library import NULL, REDUCTIONS, Bound, address, call
 from gclkern.kernels.terms import implements, shapes_of
 
 
@@ -30,10 +30,10 @@ def dro_lt_forward(
     losses = centroids.new_empty(features.shape[0])
     loss = losses if reduction == "none" else centroids.new_empty(())
     members = target.new_empty(centroids.shape[0])
-    arguments = Bound(
+    arguments = Bound.pack(
         *features.shape[:1], *centroids.shape, saved[2].shape[0], features.data_ptr(), target.data_ptr(), centroids.data_ptr(), epsilon.data_ptr(),
         _epsilon_stride(epsilon), address(class_weight), temperature, REDUCTIONS[reduction], *map(address, saved), members.data_ptr(), losses.data_ptr(),
-        loss.data_ptr(), None, 0, None, None, None, None, torch.get_num_threads(),
+        loss.data_ptr(), NULL, 0, NULL, NULL, NULL, NULL, torch.get_num_threads(),
     )  # fmt: skip
     call("bound_forward", arguments)
     return loss, saved
@@ -51,10 +51,10 @@ def dro_lt_backward(
     pull, row_epsilon = torch.empty_like(distance), distance.new_empty(classes.shape[0])
     grad_features = torch.empty_like(features) if features_grad else features.new_empty(0)
     grad_epsilon = torch.empty_like(epsilon) if epsilon_grad else epsilon.new_empty(0)
-    arguments = Bound(
+    arguments = Bound.pack(
         *features.shape[:1], *centroids.shape, classes.shape[0], features.data_ptr(), target.data_ptr(), centroids.data_ptr(), epsilon.data_ptr(),
-        _epsilon_stride(epsilon), None, temperature, 0, *map(address, saved), None, None, None, grad_loss.data_ptr(), 0 if grad_loss.dim() == 0 else 1,
-        pull.data_ptr(), grad_features.data_ptr() if features_grad else None, grad_epsilon.data_ptr() if epsilon_grad else None, row_epsilon.data_ptr(),
+        _epsilon_stride(epsilon), NULL, temperature, 0, *map(address, saved), NULL, NULL, NULL, grad_loss.data_ptr(), 0 if grad_loss.dim() == 0 else 1,
+        pull.data_ptr(), grad_features.data_ptr() if features_grad else NULL, grad_epsilon.data_ptr() if epsilon_grad else NULL, row_epsilon.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     call("bound_backward", arguments)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.library import DTYPES, Logits, Rows, address, call
+from gclkern.cpu_backend.library import DTYPES, NULL, Logits, Rows, address, call
 from gclkern.cpu_backend.logit_loss import STATISTICS, pass_terms
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
@@ -32,15 +32,15 @@ def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
 
 def _inverse_norms(matrix: Tensor, no_direction: float, inverse: Tensor) -> None:
     """1 / |row|; `no_direction` where the norm counts as 0, NaN where it is not finite."""
-    arguments = Rows(
-        *matrix.shape, matrix.data_ptr(), DTYPES[matrix.dtype], *matrix.stride(), no_direction, inverse.data_ptr(), None, None, None, 0, torch.get_num_threads()
+    arguments = Rows.pack(
+        *matrix.shape, matrix.data_ptr(), DTYPES[matrix.dtype], *matrix.stride(), no_direction, inverse.data_ptr(), NULL, NULL, NULL, 0, torch.get_num_threads()
     )
     call("inverse_norms", arguments)
 
 
 def _project(products: Tensor, matrix: Tensor, inverse: Tensor | None, no_direction: float, factor: Tensor | None, out: Tensor) -> None:
     """out = factor * (p - <p, w> w / |w|^2); 0 where w has no direction or the factor is 0. Without `inverse` the products are only multiplied."""
-    arguments = Rows(
+    arguments = Rows.pack(
         *matrix.shape, matrix.data_ptr(), DTYPES[matrix.dtype], *matrix.stride(), no_direction, address(inverse), products.data_ptr(), address(factor),
         out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -100,10 +100,10 @@ class _Head:
         """Call a function of the library on a chunk; `in_place` overwrites the products by the gradient, divided by the norms of the classes."""
         columns = chunk.stop - chunk.start
         kept = None if block_peaks is None else matrix
-        arguments = Logits(
-            *pass_terms(self.num_rows, self.num_classes, self.terms), matrix.data_ptr(), 0, columns, 1, None if inverse is None else inverse[chunk].data_ptr(),
+        arguments = Logits.pack(
+            *pass_terms(self.num_rows, self.num_classes, self.terms), matrix.data_ptr(), 0, columns, 1, NULL if inverse is None else inverse[chunk].data_ptr(),
             address(kept), address(block_peaks), address(sums), chunk.start, columns, statistics.data_ptr(), address(losses), address(loss),
-            address(denominator), None, matrix.data_ptr() if in_place else None, inverse is not None, None, None, 0, torch.get_num_threads(),
+            address(denominator), NULL, matrix.data_ptr() if in_place else NULL, inverse is not None, NULL, NULL, 0, torch.get_num_threads(),
         )  # fmt: skip
         call(name, arguments)
 

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -21,32 +22,27 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
-def _structure(name: str, pointers_and_numbers: str) -> type[ctypes.Structure]:
-    """A structure of native.h from the names of its members: `*` marks a pointer, `.` a double; others are int64."""
-    types = {"*": ctypes.c_void_p, ".": ctypes.c_double}
-    fields = [(field.rstrip("*."), types.get(field[-1], ctypes.c_int64)) for field in pointers_and_numbers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+def _structure(members: str) -> struct.Struct:
+    """A structure of native.h from the names of its members: `*` marks a pointer, `.` a double; others are int64. Its `pack` takes their values."""
+    return struct.Struct("".join({"*": "P", ".": "d"}.get(member[-1], "q") for member in members.split()))
 
 
 Logits = _structure(
-    "Logits",
-    "num_rows num_classes target* target_b* lam* cloud* margin* bias* weight* seed* scale. gamma. label_smoothing. focal_detach ignore_index row_offset "
-    "class_offset reduction weight_sum. matrix* dtype row_stride class_stride class_factor* kept* block_peaks* sums* first_class num_columns statistics* "
-    "losses* loss* denominator* grad_loss* gradient* over_factor grad_bias* partial_sums* strips threads",
+    "num_rows num_classes target* target_b* lam* cloud* margin* bias* weight* smoothing* seed* scale. gamma. label_smoothing. focal_detach ignore_index "
+    "row_offset class_offset reduction weight_sum. matrix* dtype row_stride class_stride class_factor* kept* block_peaks* sums* first_class num_columns "
+    "statistics* losses* loss* denominator* grad_loss* gradient* over_factor grad_bias* partial_sums* strips threads"
 )
-Rows = _structure("Rows", "num_rows dim matrix* dtype row_stride column_stride no_direction. inverse* products* factor* out* out_dtype threads")
-Noise = _structure("Noise", "num_rows num_classes seed* row_offset class_offset out* threads")
+Rows = _structure("num_rows dim matrix* dtype row_stride column_stride no_direction. inverse* products* factor* out* out_dtype threads")
+Noise = _structure("num_rows num_classes seed* row_offset class_offset out* threads")
 Bound = _structure(
-    "Bound",
     "num_samples num_classes dim max_rows features* target* centroids* epsilon* epsilon_stride class_weight* temperature. reduction distance* statistics* "
-    "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads",
+    "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads"
 )
-Segments = _structure("Segments", "num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* sums* counts* threads")
+Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* sums* counts* threads")
 
-_FUNCTIONS = {
-    "logit_forward": Logits, "logit_finish": Logits, "logit_backward": Logits, "head_gradient": Logits, "inverse_norms": Rows, "project": Rows,
-    "noise": Noise, "bound_forward": Bound, "bound_backward": Bound, "segment_sums": Segments,
-}  # fmt: skip
+_FUNCTIONS = (
+    "logit_forward", "logit_finish", "logit_backward", "head_gradient", "inverse_norms", "project", "noise", "bound_forward", "bound_backward", "segment_sums",
+)  # fmt: skip
 
 
 def source_hash(folder: Path = _FOLDER / "native") -> str:
@@ -68,9 +64,9 @@ def _parallel_for() -> int | None:
 def load(path: Path) -> ctypes.CDLL:
     """The library at `path`, set up for this process."""
     library = ctypes.CDLL(str(path))
-    for name, structure in _FUNCTIONS.items():
+    for name in _FUNCTIONS:
         function = getattr(library, f"gclkern_{name}")
-        function.argtypes, function.restype = [ctypes.POINTER(structure)], None
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     library.gclkern_instructions.restype = library.gclkern_sources.restype = ctypes.c_char_p
     library.gclkern_setup.argtypes, library.gclkern_setup.restype = [ctypes.c_void_p], None
     library.gclkern_setup(_parallel_for())
@@ -111,13 +107,16 @@ def summary() -> str:
     return f"compiled loops ({_library.gclkern_instructions().decode()}) on {torch.get_num_threads()} threads"
 
 
-def call(name: str, arguments: ctypes.Structure) -> None:
-    """Runs the library's function `name`."""
+def call(name: str, arguments: bytes) -> None:
+    """Runs the library's function `name`, which does not write to the packed structure `arguments`."""
     if _library is None:
         raise RuntimeError(missing)
     getattr(_library, f"gclkern_{name}")(arguments)
 
 
-def address(tensor: Tensor | None) -> int | None:
+NULL = 0
+
+
+def address(tensor: Tensor | None) -> int:
     """The address of a tensor's first element. The tensor is contiguous, or its strides are passed too."""
-    return None if tensor is None else tensor.data_ptr()
+    return NULL if tensor is None else tensor.data_ptr()

@@ -2,6 +2,8 @@
 
 Forward saves a few numbers for each row and, because the noise takes longer than everything else, the exponentials of the logits with noise. Backward reads
 these. Without noise, or where that matrix would be too large, it computes them again, from the cosines and the same noise.
+
+At small sizes a call of torch takes longer than the loops, so what forward leaves for backward is one tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.library import DTYPES, REDUCTIONS, Logits, address, call
+from gclkern.cpu_backend.library import DTYPES, NULL, REDUCTIONS, Logits, address, call
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 STATISTICS = 5  # float32 numbers that backward needs of a row
@@ -22,32 +24,30 @@ _STRIPS = 16  # of rows, with one partial sum per class; it fixes the order of a
 
 def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, ...]:
     """The members of `struct terms`."""
-    vectors = (terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.seed)
+    vectors = (terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, terms.seed)
     numbers = (terms.scale, terms.gamma, terms.label_smoothing, terms.focal_detach, terms.ignore_index, terms.row_offset, terms.class_offset)
-    return num_rows, num_classes, *map(address, vectors), *numbers, REDUCTIONS[terms.reduction], 0.0
+    return num_rows, num_classes, *[NULL if vector is None else vector.data_ptr() for vector in vectors], *numbers, REDUCTIONS[terms.reduction], 0.0
 
 
-def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) -> bool:
-    return for_backward and terms.cloud is not None and 4 * cosine.numel() <= _KEPT_BYTES
-
-
-def _saved(cosine: Tensor, terms: LossTerms, for_backward: bool) -> list[Tensor]:
-    """Buffers for statistics, denominator, exponentials and the peaks of their blocks."""
+def _workspace(cosine: Tensor, terms: LossTerms, for_backward: bool) -> Tensor:
+    """Memory for statistics (STATISTICS, N), losses (N,), denominator () and, where backward reads them, exponentials (N, C) and the peaks of their blocks."""
     num_rows, num_classes = cosine.shape
-    keeps = _keeps_exponentials(cosine, terms, for_backward)
-    shapes = ((STATISTICS, num_rows), (), *(((num_rows, num_classes), (num_rows, -(-num_classes // _BLOCK))) if keeps else ((0,), (0,))))
-    return [cosine.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    size = (STATISTICS + 1) * num_rows + 1
+    if for_backward and terms.cloud is not None and 4 * num_rows * num_classes <= _KEPT_BYTES:
+        size += num_rows * (num_classes + -(-num_classes // _BLOCK))
+    return torch.empty(size, dtype=torch.float32, device=cosine.device)
 
 
-def _losses(cosine: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
-    """Buffers for the loss of each row and for the reduced loss."""
-    losses = cosine.new_empty(cosine.shape[:1], dtype=torch.float32)
-    return losses, losses if terms.reduction == "none" else cosine.new_empty((), dtype=torch.float32)
+def _places(workspace: Tensor, num_rows: int, num_classes: int) -> tuple[int, int, int, int, int]:
+    """The addresses of exponentials, peaks, statistics, losses and denominator in a workspace."""
+    start = workspace.data_ptr()
+    rest = start + 4 * (workspace.numel() - (STATISTICS + 1) * num_rows - 1)
+    kept, peaks = (start, start + 4 * num_rows * num_classes) if rest > start else (NULL, NULL)
+    return kept, peaks, rest, rest + 4 * STATISTICS * num_rows, rest + 4 * (STATISTICS + 1) * num_rows
 
 
-def _kept(saved: list[Tensor]) -> tuple[int | None, int | None]:
-    *_, kept, block_peaks = saved
-    return (kept.data_ptr(), block_peaks.data_ptr()) if kept.numel() > 0 else (None, None)
+def _loss(cosine: Tensor, terms: LossTerms) -> Tensor:
+    return torch.empty(cosine.shape[:1] if terms.reduction == "none" else (), dtype=torch.float32, device=cosine.device)
 
 
 @implements("logit_forward", "cpu")
@@ -56,15 +56,16 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, for_backward = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
-    saved = _saved(cosine, terms, for_backward)
-    losses, loss = _losses(cosine, terms)
-    statistics, denominator, *_ = saved
-    arguments = Logits(
-        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), None, *_kept(saved), None, 0, num_classes,
-        statistics.data_ptr(), losses.data_ptr(), loss.data_ptr(), denominator.data_ptr(), None, None, 0, None, None, 0, torch.get_num_threads(),
+    loss, workspace = _loss(cosine, terms), _workspace(cosine, terms, for_backward)
+    kept, peaks, statistics, losses, denominator = _places(workspace, num_rows, num_classes)
+    if terms.reduction == "none":
+        losses = loss.data_ptr()
+    arguments = Logits.pack(
+        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL, kept, peaks, NULL, 0, num_classes,
+        statistics, losses, loss.data_ptr(), denominator, NULL, NULL, 0, NULL, NULL, 0, torch.get_num_threads(),
     )  # fmt: skip
     call("logit_forward", arguments)
-    return loss, saved
+    return loss, [workspace]
 
 
 @implements("logit_backward", "cpu")
@@ -73,16 +74,17 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     *some, bias_grad = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
-    statistics, denominator, *_ = saved
-    grad_loss = grad_loss.to(torch.float32).contiguous()
+    kept, peaks, statistics, _, denominator = _places(saved[0], num_rows, num_classes)
+    if grad_loss.dtype != torch.float32 or not grad_loss.is_contiguous():
+        grad_loss = grad_loss.to(torch.float32).contiguous()
     grad_cosine = torch.empty((num_rows, num_classes), dtype=cosine.dtype, device="cpu")
     grad_bias = torch.empty(num_classes if bias_grad else 0, dtype=torch.float32, device="cpu")
     strips = min(num_rows, _STRIPS)
     partial_sums = torch.empty((strips, num_classes), dtype=torch.float32, device="cpu") if bias_grad else None
-    arguments = Logits(
-        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), None, *_kept(saved), None, 0, num_classes,
-        statistics.data_ptr(), None, None, denominator.data_ptr(), grad_loss.data_ptr(), grad_cosine.data_ptr(), 0,
-        grad_bias.data_ptr() if bias_grad else None, address(partial_sums), strips, torch.get_num_threads(),
+    arguments = Logits.pack(
+        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL, kept, peaks, NULL, 0, num_classes,
+        statistics, NULL, NULL, denominator, grad_loss.data_ptr(), grad_cosine.data_ptr(), 0, grad_bias.data_ptr() if bias_grad else NULL,
+        address(partial_sums), strips, torch.get_num_threads(),
     )  # fmt: skip
     call("logit_backward", arguments)
     return grad_cosine, grad_bias
@@ -92,7 +94,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     *some, for_backward = args
     terms = LossTerms(*some)
-    return _losses(cosine, terms)[1], _saved(cosine, terms, for_backward)
+    return _loss(cosine, terms), [_workspace(cosine, terms, for_backward)]
 
 
 @shapes_of("logit_backward", "cpu")

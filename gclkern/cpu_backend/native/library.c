@@ -44,7 +44,7 @@ EXPORT const char *gclkern_sources(void) { return GCLKERN_SOURCES; }
 
 struct job {
     loop *body;
-    void *call;
+    const void *call;
     int64_t count, step;
     atomic_llong next;
 };
@@ -62,7 +62,7 @@ static void work(int64_t begin, int64_t end, void *context) {
 }
 
 /* `count` parts of `cost` elements each. No result depends on who computes a part. */
-static void run(loop *body, void *call, int64_t count, int64_t cost, int64_t threads) {
+static void run(loop *body, const void *call, int64_t count, int64_t cost, int64_t threads) {
     int64_t step = cost >= GRAIN ? 1 : GRAIN / (cost > 0 ? cost : 1);
     int64_t steps = (count + step - 1) / step;
     if (threads > steps) threads = steps;
@@ -108,28 +108,32 @@ static void reduce(const struct logits *call) {
     *call->loss = (float)total;
 }
 
-static void sum_weights(struct terms *terms) {
+/* The call with the sum of its weights. */
+static struct logits prepared(const struct logits *given) {
+    struct logits call = *given;
+    struct terms *terms = &call.terms;
     terms->weight_sum = (double)terms->num_classes;
-    if (terms->weight == NULL || terms->label_smoothing == 0.0) return;
+    if (terms->weight == NULL || (terms->smoothing == NULL && terms->label_smoothing == 0.0)) return call;
     terms->weight_sum = 0.0;
     for (int64_t k = 0; k < terms->num_classes; k++) terms->weight_sum += (double)terms->weight[k];
+    return call;
 }
 
 /* The loss of logits, from all classes or, with `sums`, what a chunk of classes adds to it. */
-EXPORT void gclkern_logit_forward(struct logits *call) {
-    sum_weights(&call->terms);
-    run(loops->logit_forward, call, call->terms.num_rows, call->num_columns, call->threads);
-    if (call->sums == NULL) reduce(call);
+EXPORT void gclkern_logit_forward(const struct logits *given) {
+    struct logits call = prepared(given);
+    run(loops->logit_forward, &call, call.terms.num_rows, call.num_columns, call.threads);
+    if (call.sums == NULL) reduce(&call);
 }
 
 /* The loss from the sums over all chunks. */
-EXPORT void gclkern_logit_finish(struct logits *call) {
-    sum_weights(&call->terms);
-    run(loops->logit_finish, call, call->terms.num_rows, 64, call->threads);
-    reduce(call);
+EXPORT void gclkern_logit_finish(const struct logits *given) {
+    struct logits call = prepared(given);
+    run(loops->logit_finish, &call, call.terms.num_rows, 64, call.threads);
+    reduce(&call);
 }
 
-EXPORT void gclkern_logit_backward(struct logits *call) {
+EXPORT void gclkern_logit_backward(const struct logits *call) {
     int64_t num_rows = call->terms.num_rows, columns = call->num_columns;
     if (call->grad_bias == NULL) {
         run(loops->logit_backward, call, num_rows, columns, call->threads);
@@ -144,17 +148,17 @@ EXPORT void gclkern_logit_backward(struct logits *call) {
 }
 
 /* The loss, and in place of the products its gradient without the upstream one. */
-EXPORT void gclkern_head_gradient(struct logits *call) {
-    sum_weights(&call->terms);
-    run(loops->head_gradient, call, call->terms.num_rows, call->num_columns, call->threads);
-    reduce(call);
+EXPORT void gclkern_head_gradient(const struct logits *given) {
+    struct logits call = prepared(given);
+    run(loops->head_gradient, &call, call.terms.num_rows, call.num_columns, call.threads);
+    reduce(&call);
 }
 
-EXPORT void gclkern_inverse_norms(struct rows *call) { run(loops->inverse_norms, call, call->num_rows, call->dim, call->threads); }
+EXPORT void gclkern_inverse_norms(const struct rows *call) { run(loops->inverse_norms, call, call->num_rows, call->dim, call->threads); }
 
-EXPORT void gclkern_project(struct rows *call) { run(loops->project, call, call->num_rows, call->dim, call->threads); }
+EXPORT void gclkern_project(const struct rows *call) { run(loops->project, call, call->num_rows, call->dim, call->threads); }
 
-EXPORT void gclkern_noise(struct noise *call) { run(loops->noise, call, call->num_rows, call->num_classes, call->threads); }
+EXPORT void gclkern_noise(const struct noise *call) { run(loops->noise, call, call->num_rows, call->num_classes, call->threads); }
 
 /* The classes with a term, ascending, and each sample's class; their number. */
 static int64_t find_classes(const struct bound *call) {
@@ -179,7 +183,7 @@ static int64_t used_rows(const struct bound *call) {
     return rows;
 }
 
-EXPORT void gclkern_bound_forward(struct bound *call) {
+EXPORT void gclkern_bound_forward(const struct bound *call) {
     int64_t rows = find_classes(call);
     for (int64_t j = 0; j < call->num_samples; j++) {
         int inside = call->target[j] >= 0 && call->target[j] < call->num_classes;
@@ -198,7 +202,7 @@ EXPORT void gclkern_bound_forward(struct bound *call) {
     *call->loss = (float)total;
 }
 
-EXPORT void gclkern_bound_backward(struct bound *call) {
+EXPORT void gclkern_bound_backward(const struct bound *call) {
     int64_t rows = used_rows(call);
     run(loops->bound_pull, call, rows, call->num_samples, call->threads);
     if (call->grad_features != NULL) run(loops->bound_features, call, call->num_samples, rows * call->dim, call->threads);
@@ -213,7 +217,7 @@ EXPORT void gclkern_bound_backward(struct bound *call) {
     for (int64_t row = 0; row < rows; row++) call->grad_epsilon[call->classes[row]] = call->row_epsilon[row];
 }
 
-EXPORT void gclkern_segment_sums(struct segments *call) {
+EXPORT void gclkern_segment_sums(const struct segments *call) {
     int64_t num_classes = call->num_classes;
     memset(call->counts, 0, (size_t)num_classes * sizeof *call->counts);
     for (int64_t row = 0; row < call->num_rows; row++) {

@@ -8,7 +8,7 @@
 #define STRINGIFY(name) #name
 #define NAME_OF(name) STRINGIFY(name)
 
-static void logit_forward(void *context, int64_t begin, int64_t end) {
+static void logit_forward(const void *context, int64_t begin, int64_t end) {
     const struct logits *call = context;
     for (int64_t row = begin; row < end; row++) {
         if (call->sums == NULL) {
@@ -22,7 +22,7 @@ static void logit_forward(void *context, int64_t begin, int64_t end) {
     }
 }
 
-static void logit_finish(void *context, int64_t begin, int64_t end) {
+static void logit_finish(const void *context, int64_t begin, int64_t end) {
     const struct logits *call = context;
     for (int64_t row = begin; row < end; row++) finish_row(call, row, &call->sums[row]);
 }
@@ -33,7 +33,7 @@ static float upstream_of(const struct logits *call, int64_t row) {
 }
 
 /* Rows, or with grad_bias strips of rows. */
-static void logit_backward(void *context, int64_t begin, int64_t end) {
+static void logit_backward(const void *context, int64_t begin, int64_t end) {
     const struct logits *call = context;
     if (call->grad_bias == NULL) {
         for (int64_t row = begin; row < end; row++) row_gradient(call, row, upstream_of(call, row), call->over_factor != 0, NULL);
@@ -50,7 +50,7 @@ static void logit_backward(void *context, int64_t begin, int64_t end) {
 }
 
 /* Forward and backward of rows whose products stay in the cache between the two. */
-static void head_gradient(void *context, int64_t begin, int64_t end) {
+static void head_gradient(const void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
         logit_forward(context, row, row + 1);
         logit_backward(context, row, row + 1);
@@ -69,7 +69,7 @@ static double squared_norm(const struct rows *call, int64_t row) {
     return sum;
 }
 
-static void inverse_norms(void *context, int64_t begin, int64_t end) {
+static void inverse_norms(const void *context, int64_t begin, int64_t end) {
     const struct rows *call = context;
     for (int64_t row = begin; row < end; row++) {
         double sum = squared_norm(call, row);
@@ -88,7 +88,7 @@ static void inverse_norms(void *context, int64_t begin, int64_t end) {
 }
 
 /* out = factor * (p - <p, w> w / |w|^2) for the products p and the rows w; 0 where w has no direction, and where the factor is 0. */
-static void project(void *context, int64_t begin, int64_t end) {
+static void project(const void *context, int64_t begin, int64_t end) {
     const struct rows *call = context;
     int64_t dim = call->dim;
     for (int64_t row = begin; row < end; row++) {
@@ -122,7 +122,7 @@ static void project(void *context, int64_t begin, int64_t end) {
     }
 }
 
-static void noise(void *context, int64_t begin, int64_t end) {
+static void noise(const void *context, int64_t begin, int64_t end) {
     const struct noise *call = context;
     float room[NOISE_ROOM];
     for (int64_t row = begin; row < end; row++) {
@@ -134,15 +134,15 @@ static void noise(void *context, int64_t begin, int64_t end) {
     }
 }
 
-static void bound_forward(void *context, int64_t begin, int64_t end) {
+static void bound_forward(const void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) bound_row(context, row);
 }
 
-static void bound_pull(void *context, int64_t begin, int64_t end) {
+static void bound_pull(const void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) pull_row(context, row);
 }
 
-static void bound_features(void *context, int64_t begin, int64_t end) {
+static void bound_features(const void *context, int64_t begin, int64_t end) {
     const struct bound *call = context;
     int64_t rows = used_rows(call);
     for (int64_t first = 0; first < call->dim; first += STRIP) {
@@ -178,7 +178,7 @@ static int64_t sum_whole_strips(const struct segments *call, int64_t label, int6
 }
 
 /* Parts are a class and BLOCK dimensions each. */
-static void segment_sums(void *context, int64_t begin, int64_t end) {
+static void segment_sums(const void *context, int64_t begin, int64_t end) {
     const struct segments *call = context;
     int64_t blocks = num_blocks(call->dim);
     double sums[BLOCK];

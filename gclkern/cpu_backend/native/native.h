@@ -1,6 +1,6 @@
 /* What the library exports, the structures that gclkern.cpu_backend.library fills, and the table of loops that each instruction set has.
  *
- * Every member of a structure takes 8 bytes. A pointer is NULL where there is no such tensor; all tensors but `matrix` are contiguous.
+ * Every member of a structure takes 8 bytes. The library does not write to a structure that it is given. A pointer is NULL where there is no such tensor; all tensors but `matrix` are contiguous.
  */
 #ifndef GCLKERN_NATIVE_H
 #define GCLKERN_NATIVE_H
@@ -21,10 +21,11 @@ struct terms {
     const int64_t *target, *target_b; /* (N,) */
     const float *lam;                 /* (N,) */
     const float *cloud, *margin, *bias, *weight; /* (C,) */
+    const float *smoothing;           /* (C,), gathered at each target, in the place of label_smoothing */
     const int64_t *seed;
     double scale, gamma, label_smoothing;
     int64_t focal_detach, ignore_index, row_offset, class_offset, reduction;
-    double weight_sum; /* of all classes, or their number without weights; the library sets it */
+    double weight_sum; /* of all classes, or their number without weights; the library sets it in a copy */
 };
 
 /* The sums over a row's classes so far. */
@@ -123,7 +124,7 @@ struct segments {
 };
 
 /* The loops of one instruction set: each takes a range of rows, or of other parts that do not depend on each other. */
-typedef void loop(void *call, int64_t begin, int64_t end);
+typedef void loop(const void *call, int64_t begin, int64_t end);
 
 struct loops {
     const char *name;

@@ -77,6 +77,9 @@ INLINE int64_t place_of(const int64_t *target, int64_t row, int64_t first, int64
     return label >= first && label < first + count ? label - first : -1;
 }
 
+/* Whether some of a target's weight is spread over all classes. */
+INLINE int is_smoothed(const struct terms *terms) { return terms->smoothing != NULL || terms->label_smoothing > 0.0; }
+
 INLINE struct sums no_sums(void) {
     struct sums sums = {.peak = (double)-INFINITY, .rest = 0.0, .blend = 0.0, .value = {0.0, 0.0}};
     return sums;
@@ -90,7 +93,7 @@ INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
     for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
         int64_t count = smaller(BLOCK, columns - first), padded = round_up(count, LANES);
         load_logits(call, row, first, count, scratch);
-        if (terms->label_smoothing > 0.0) {
+        if (is_smoothed(terms)) {
             sums->blend += (double)weighted_sum(scratch, terms->weight == NULL ? NULL : terms->weight + call->first_class + first, count);
         }
         int64_t place = place_of(terms->target, row, call->first_class + first, count);
@@ -123,17 +126,25 @@ struct target_part {
     double loss, gradient, others, log_others, smooth;
 };
 
-/* `own` is the target's logit with its margin; `other` the second target's without, -infinity where that is the same class. All are over the anchor. */
-INLINE struct target_part one_target(const struct terms *terms, double own, double other, double log_rest, double blend, double share, double weight) {
+/* What the row's target is, with a label that is no class, and an infinite logit, made NaN. */
+struct row_target {
+    double value; /* its logit without margin, over the anchor */
+    double weight, drop, smoothing;
+    int64_t label;
+};
+
+/* `other` is the second target's logit without margin, -infinity where that is the same class. `blend` is that of the row, over the anchor. */
+INLINE struct target_part one_target(const struct terms *terms, struct row_target target, double other, double log_rest, double blend, double share) {
     double log_others = other == (double)-INFINITY ? log_rest : log_add(log_rest, other);
+    double own = target.value - target.drop, weight = target.weight;
     double odds = log_others - own, ratio = exp(-fabs(odds));
     double loss = weight * ((odds > 0.0 ? odds : 0.0) + log1p(ratio));
     double missed = (odds > 0.0 ? 1.0 : ratio) / (1.0 + ratio);
     double others = weight * missed, gradient = -others, smooth = 0.0;
-    if (terms->label_smoothing > 0.0) {
-        double kept = 1.0 - terms->label_smoothing;
-        smooth = terms->label_smoothing / (double)terms->num_classes;
-        loss = kept * loss + smooth * (terms->weight_sum * log_add(log_others, own) - blend);
+    if (is_smoothed(terms)) {
+        double kept = 1.0 - target.smoothing;
+        smooth = target.smoothing / (double)terms->num_classes;
+        loss = kept * loss + smooth * (terms->weight_sum * log_add(log_others, own) - (blend - weight * target.drop));
         others = kept * others + smooth * terms->weight_sum * missed;
         gradient = smooth * (terms->weight_sum - weight) - others;
     }
@@ -156,12 +167,6 @@ INLINE double slope_of(struct target_part part) {
     return part.others * (scale > 1.0 ? 1.0 : scale);
 }
 
-/* What the row's target is, with a label that is no class, and an infinite logit, made NaN. */
-struct row_target {
-    double value, weight, drop;
-    int64_t label;
-};
-
 INLINE struct row_target target_of(const struct terms *terms, int64_t label, double value, double anchor) {
     int inside = label >= 0 && label < terms->num_classes;
     int64_t safe = inside ? label : 0;
@@ -169,6 +174,7 @@ INLINE struct row_target target_of(const struct terms *terms, int64_t label, dou
         .value = inside && value != (double)INFINITY ? value - anchor : (double)NAN,
         .weight = terms->weight == NULL ? 1.0 : (double)terms->weight[safe],
         .drop = terms->margin == NULL ? 0.0 : terms->scale * (double)terms->margin[safe],
+        .smoothing = terms->smoothing == NULL ? terms->label_smoothing : (double)terms->smoothing[safe],
         .label = label,
     };
     return target;
@@ -183,7 +189,7 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
         struct row_target a = target_of(terms, terms->target[row], sums->value[0], anchor);
         statistics[ANCHOR] = anchor;
         if (terms->target_b == NULL) {
-            struct target_part part = one_target(terms, a.value - a.drop, (double)-INFINITY, log_rest, blend - a.weight * a.drop, 1.0, a.weight);
+            struct target_part part = one_target(terms, a, (double)-INFINITY, log_rest, blend, 1.0);
             loss = part.loss;
             statistics[SLOPE] = slope_of(part);
             statistics[SMOOTH] = part.smooth;
@@ -192,8 +198,8 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
             struct row_target b = target_of(terms, terms->target_b[row], sums->value[1], anchor);
             double lam = (double)terms->lam[row];
             int same = a.label == b.label;
-            struct target_part of_a = one_target(terms, a.value - a.drop, same ? (double)-INFINITY : b.value, log_rest, blend - a.weight * a.drop, lam, a.weight);
-            struct target_part of_b = one_target(terms, b.value - b.drop, same ? (double)-INFINITY : a.value, log_rest, blend - b.weight * b.drop, 1.0 - lam, b.weight);
+            struct target_part of_a = one_target(terms, a, same ? (double)-INFINITY : b.value, log_rest, blend, lam);
+            struct target_part of_b = one_target(terms, b, same ? (double)-INFINITY : a.value, log_rest, blend, 1.0 - lam);
             loss = of_a.loss + of_b.loss;
             statistics[SLOPE] = slope_of(of_a) + slope_of(of_b);
             statistics[SMOOTH] = of_a.smooth + of_b.smooth;
@@ -231,7 +237,7 @@ INLINE void row_gradient(const struct logits *call, int64_t row, float upstream,
             for (int64_t k = 0; k < count; k++) block[k] = exponential(block[k] - part[ANCHOR]) * factor;
         }
         int64_t column = call->first_class + first;
-        if (terms->label_smoothing > 0.0) {
+        if (is_smoothed(terms)) {
             float smooth = part[SMOOTH] * upstream;
             const float *weight = terms->weight == NULL ? NULL : terms->weight + column;
             for (int64_t k = 0; k < count; k++) block[k] -= weight == NULL ? smooth : smooth * weight[k];
