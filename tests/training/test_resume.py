@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gclkern.training.recipes import METHODS
 from tests.support.processes import ROOT, finish, start_train
 
+TINY = ["--epochs", "1", "--retrain-epochs", "1", "--batch-size", "128", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
 SHORT = ["--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
 
 
@@ -28,24 +30,44 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object]:
     return outcome(folder)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_again_and_again(kills: int, tmp_path: Path, undisturbed: tuple[str, object]) -> None:
-    """SIGKILL at random moments; with a checkpoint after each step, many fall into the middle of a write."""
+@pytest.mark.slow
+def test_killed(tmp_path: Path, undisturbed: tuple[str, object]) -> None:
+    """SIGKILL after a checkpoint."""
     folder = tmp_path / "run"
-    dice = random.Random(0)
     process = start_train(*SHORT, "--out", folder)
-    for _ in range(kills):
-        while not (folder / "last.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        before = (folder / "last.pt").stat().st_mtime_ns
-        while (folder / "last.pt").stat().st_mtime_ns == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0.0, 0.3))
-        process.kill()
-        process.communicate()
-        process = start_train("--resume", folder)
-    finish(process)
+    while not (folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    finish(start_train("--resume", folder))
     assert outcome(folder) == undisturbed
+
+
+def check(module: str, *arguments: object) -> None:
+    """Run a module of tests.support on the shortest run that has both stages."""
+    command = [sys.executable, "-m", f"tests.support.{module}", *map(str, arguments), *TINY]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "every"),
+    [
+        pytest.param(["--holdout", "0.2"], 1, 16, id="some"),
+        pytest.param(["--holdout", "0.2"], 1, 1, id="all", marks=pytest.mark.slow),
+        pytest.param(["--method", "gcl+dro-lt", "--ema", "0.9"], 1, 1, id="all of three phases and an average", marks=pytest.mark.slow),
+        pytest.param(["--method", "gcl+dro-lt"], 2, 3, id="two processes", marks=pytest.mark.slow),
+    ],
+)
+def test_crashed_at_every_change_of_a_file(settings: list[str], ranks: int, every: int, tmp_path: Path) -> None:
+    check("crash_points", tmp_path / "runs", "--ranks", ranks, "--every", every, *settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
+    """200 times in all; with a checkpoint after each step, many fall into the middle of a write."""
+    check("random_kills", tmp_path / "runs", -(-200 // len(METHODS)), "--method", method)
 
 
 def test_interrupted(tmp_path: Path, undisturbed: tuple[str, object]) -> None:
