@@ -96,7 +96,7 @@ def main(arguments: Arguments) -> None:
             for phase in phases_to_come:
                 if phase != phases_to_come[0]:
                     network = prepare(phase, network, data, config, processes.device)
-                if phase.trains in ("ncm", "tau-norm"):
+                if not phase.epochs:
                     retrain_without_gradients(phase.trains, network, data, processes, config.tau)
                 else:
                     train_phase(phase, network, data, run, processes, timer, checkpoint)
@@ -165,7 +165,8 @@ def train_phase(
             objective.set_epoch(network, progress.epoch, phase.epochs, rate)
             if progress.step == 0:
                 if objective.needs_centroids(progress.epoch):
-                    progress.centroids = epoch_centroids(network, batches.epoch("centroids", progress.epoch), data.num_classes, processes)
+                    loader = batches.epoch("centroids", progress.epoch)
+                    progress.centroids = epoch_centroids(network, loader, data.num_classes, processes, objective.centroid_features)
                 objective.begin_epoch(network, progress.epoch, progress.centroids)
             trainer.module.train()
             for samples in batches.training(progress.epoch, progress.step):
@@ -256,6 +257,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retrain", choices=RETRAINS, metavar="NAME", help=again)
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1; it replaces training stage 1")
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced)")
+    layers = "layers that DRO-LT's bound is on, joined by commas: features, or modules of the network such as layer3 (default features)"
+    add("--robust-layers", metavar="NAMES", help=layers)
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
     add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
     add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
@@ -277,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retrain-epochs", type=number(int, 1), metavar="N", help="epochs of stage 2")
     add("--retrain-batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 2")
     add("--retrain-lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 2")
-    add("--tau", type=number(float, 0, 100), metavar="POWER", help="exponent of tau-norm (default: the best of 0 to 2 on held-out images, else 1)")
+    add("--tau", type=number(float, 0, 100), metavar="POWER", help="tau of tau-norm and post-hoc-la (default: the best of 0 to 2 on held-out images, else 1)")
     add("--accumulate", type=number(int, 1), metavar="PARTS", help=f"split the images of a step into parts, to save memory (default {default.accumulate})")
     add("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=f"evaluate an average of the weights, such as 0.999 (default {default.ema:g}: none)")
     add("--seed", type=number(int, 0), metavar="N", help=f"random seed of training; which images are used does not depend on it (default {default.seed})")

@@ -11,7 +11,7 @@ from torch import Tensor
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DataSplits, Epoch, ImageSet
 from gclkern.training.network import Network
-from gclkern.training.objectives import Samples, build_objective
+from gclkern.training.objectives import Samples, build_objective, check_layers
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import SAMPLERS, Phase
 from gclkern.training.seeds import derive_seed
@@ -86,7 +86,9 @@ def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, co
             continue
         PhaseBatches(phase, data.train, config.seed, processes)
         build_objective(phase, data.class_counts, network.backbone.feature_dim)
+        if phase.robust:
+            check_layers(network.backbone, phase.robust_layers)
         part, fewest = phase.batch_size // (processes.world * config.accumulate), getattr(network.backbone, "fewest_images", 1)
-        if part < fewest and phase.trains_backbone:
+        if part < fewest and phase.has_batch_statistics:
             remedy = "take a larger `batch_size` or a smaller `accumulate`"
             raise ValueError(f"{phase.name}: the batch normalisation of this network needs {fewest} images at a time, but it is given {part}; {remedy}")

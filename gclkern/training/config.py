@@ -42,6 +42,7 @@ class RunConfig:
     retrain: str | None = None
     stage1: str | None = None  # checkpoint of a finished stage 1; None trains one
     sampler: str | None = None
+    robust_layers: str | None = None
     cloud: str | None = None
     noise_mul: float | None = None  # for all phases whose loss has it, like the next two
     margin: float | None = None
@@ -121,8 +122,8 @@ class RunConfig:
         files = self.data != "digits-lt" and self.data not in CIFAR
         lists = files and self.data != "folder"
         used = {"train_list": lists, "test_list": lists, "image_size": files, "skip_corrupt": files, "imbalance": not files, "profile": not files}
-        used |= {"data_dir": self.data != "digits-lt", "workers": files, "download": self.data in CIFAR, "tau": self.retrain == "tau-norm"}
+        used |= {"data_dir": self.data != "digits-lt", "workers": files, "download": self.data in CIFAR, "tau": self.retrain in ("tau-norm", "post-hoc-la")}
         for name in given:
             if not used.get(name, True):
-                choice = "without `retrain=tau-norm`" if name == "tau" else f"with `data={self.data}`"
+                choice = "without `retrain=tau-norm` or `retrain=post-hoc-la`" if name == "tau" else f"with `data={self.data}`"
                 raise ValueError(f"`{name}` does nothing {choice}; leave it out")

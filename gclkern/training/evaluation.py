@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -172,13 +172,24 @@ def predict(network: Network, images: ImageSet, processes: Processes, *, amp: to
 
 
 @torch.no_grad()
-def epoch_centroids(network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, processes: Processes) -> dict[str, Tensor]:
-    """Mean feature and count of each class over an epoch's batches of all processes, in eval mode: DRO-LT's "centroids" and "counts"."""
+def epoch_centroids(
+    network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, processes: Processes,
+    features: Callable[[Network, Tensor], Tensor] = lambda network, images: network.backbone(images),
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mean and count of each class over an epoch's batches of all processes, in eval mode: DRO-LT's "centroids" and "counts".
+
+    Args:
+        features: from the network and images to what is averaged, (N, D); default the features.
+    """
     network.eval()
     processes.share_buffers(network)
-    means = ClassCentroids(num_classes, network.backbone.feature_dim).to(processes.device)
+    means: ClassCentroids | None = None
     for images, target in loader:
-        means.update(network.backbone(images).float(), target)
+        found = features(network, images).float()
+        if means is None:
+            means = ClassCentroids(num_classes, found.shape[1]).to(processes.device)
+        means.update(found, target)
+    assert means is not None  # every process has a batch
     return dict(zip(("centroids", "counts"), means.compute(), strict=True))
 
 

@@ -6,45 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear
-from gclkern.layers import CosineLinear, unit_rows
+from gclkern.layers import CosineLinear
 from gclkern.training.backbones import build_backbone
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_data, load_checkpoint
 from gclkern.training.config import STAGE_1_IGNORES, RunConfig
 from gclkern.training.data import DataSplits
+from gclkern.training.heads import CalibratedClassifier, NearestClassMean, ScaledClassifier
 from gclkern.training.recipes import Phase, default_model
 from gclkern.training.seeds import derive_seed
 
 
-class ScaledClassifier(nn.Module):
-    """A classifier with a factor for each class: what LWS learns and tau-norm sets (Kang et al., ICLR 2020, section 4.2).
-
-    logit_ij = factor_j * (<f_i, w_j> + bias_j); with `normalize` f and w have unit length, as in a cosine classifier.
-    """
-
-    def __init__(self, in_features: int, num_classes: int, *, normalize: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_classes, in_features))
-        self.bias = None if normalize else nn.Parameter(torch.zeros(num_classes))
-        self.factor = nn.Parameter(torch.ones(num_classes))
-        self.normalize = normalize
-
-    def forward(self, features: Tensor) -> Tensor:
-        if self.normalize:
-            return F.linear(unit_rows(features), unit_rows(self.weight), self.bias) * self.factor
-        return F.linear(features, self.weight, self.bias) * self.factor
-
-
 def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
-    """The classifier of a phase: "linear", "cosine", "scaled linear" or "scaled cosine"."""
+    """The classifier of a phase: "linear", "cosine", one of them "scaled" or "calibrated", "adjusted cosine", which has a bias, or "nearest mean"."""
     if kind == "linear":
         return nn.Linear(in_features, num_classes)
     if kind == "cosine":
         return CosineLinear(in_features, num_classes)
-    return ScaledClassifier(in_features, num_classes, normalize=kind == "scaled cosine")
+    if kind == "nearest mean":
+        return NearestClassMean(in_features, num_classes)
+    if kind.startswith("calibrated"):
+        return CalibratedClassifier(in_features, num_classes, normalize=kind.endswith("cosine"))
+    return ScaledClassifier(in_features, num_classes, normalize=kind.endswith("cosine"), bias=kind != "scaled cosine")
 
 
 class Network(nn.Module):

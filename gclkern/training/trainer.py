@@ -23,6 +23,15 @@ from gclkern.training.seeds import derive_seed
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+# Kinds of a classifier's parameters that a phase trains by `Phase.trains`; all others train the weights.
+_TRAINED_KINDS = {"scale": {"scale"}, "head-and-scale": {"weights", "scale"}, "calibration": {"calibration"}}
+
+
+def _kind(name: str) -> str:
+    """The kind of a trained module's parameter."""
+    return "scale" if name == "factor" else "calibration" if name.startswith("calibration.") else "weights"
+
+
 class TrainingStep(nn.Module):
     """Samples to loss as one module, so that it can be compiled, captured or wrapped for data parallelism. It decides what is trained, and in which mode.
 
@@ -40,11 +49,16 @@ class TrainingStep(nn.Module):
     def _learning(self) -> list[nn.Module]:
         """The trained modules."""
         head, backbone = self.network.head, self.network.backbone
-        if self.trains != "last-block":
-            return {"all": [self.network], "backbone": [backbone], "head": [head], "scale": [head]}[self.trains]
-        if not isinstance(getattr(backbone, "layer4", None), nn.Module):
-            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {type(backbone).__name__} has not; take `train=all`")
-        return [backbone.layer4, head]
+        if self.trains == "last-block":
+            return [self._last_block(), head]
+        return {"all": [self.network], "backbone": [backbone]}.get(self.trains, [head])
+
+    def _last_block(self) -> nn.Module:
+        block = getattr(self.network.backbone, "layer4", None)
+        if not isinstance(block, nn.Module):
+            name = type(self.network.backbone).__name__
+            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {name} has not; take `train=all`")
+        return block
 
     def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
         """Set requires_grad for the phase and return the trained parameters as an optimizer's groups, each with the factor on its learning rate.
@@ -55,7 +69,7 @@ class TrainingStep(nn.Module):
         self.network.requires_grad_(False)
         for module in self._learning():
             for name, parameter in module.named_parameters():
-                parameter.requires_grad_((name == "factor") is (self.trains == "scale"))
+                parameter.requires_grad_(_kind(name) in _TRAINED_KINDS.get(self.trains, {"weights"}))
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -70,9 +84,9 @@ class TrainingStep(nn.Module):
         for module in self._learning():
             module.train(mode)
         if self.batch_norm != "train":
-            for module in self.network.backbone.modules():
+            for module in (self._last_block() if self.batch_norm == "shifted-last-block" else self.network.backbone).modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train(mode and self.batch_norm == "shifted")
+                    module.train(mode and self.batch_norm != "frozen")
         return self
 
     def forward(self, row_offset: int, **samples: Tensor) -> Tensor:
@@ -284,7 +298,7 @@ def build_trainer(phase: Phase, network: Network, class_counts: list[int], confi
         ValueError: a process would run fewer images at once than the network's batch normalisation can be trained on.
     """
     together = phase.batch_size // (processes.world * config.accumulate)
-    if together < getattr(network.backbone, "fewest_images", 1) and phase.trains_backbone:
+    if together < getattr(network.backbone, "fewest_images", 1) and phase.has_batch_statistics:
         raise ValueError(
             f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
             f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"

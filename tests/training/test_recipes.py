@@ -163,7 +163,7 @@ def test_weight_decay_is_that_of_all_phases() -> None:
     assert [phase.weight_decay for phase in phases] == [0.01] * 4
 
 
-@pytest.mark.parametrize("retrain", ["none", "ncm", "tau-norm"])
+@pytest.mark.parametrize("retrain", ["none", "ncm", "tau-norm", "post-hoc-la"])
 def test_settings_that_nothing_takes_are_refused(retrain: str) -> None:
     with pytest.raises(ValueError, match=r"settings of .*`retrain_lr`"):
         plan("ce", retrain, "digits-lt", COUNTS, stage2={"lr": 0.1})
@@ -202,9 +202,8 @@ OWN_COUNTS = [1500, 1000, 260]
 @pytest.mark.parametrize("dataset", ["list", "folder"])
 def test_on_a_set_of_ones_own_every_method_has_the_same_budget(dataset: str) -> None:
     first = {method: plan(method, None, dataset, OWN_COUNTS)[0] for method in METHODS}
-    assert {(p.epochs, p.batch_size, p.lr, p.weight_decay, p.mixup, p.schedule) for p in first.values()} == {
-        (145, 64, 0.05, 5e-4, 0.0, Schedule("cosine", warmup=5))
-    }
+    assert {(p.epochs, p.batch_size, p.lr, p.weight_decay, p.schedule) for p in first.values()} == {(145, 64, 0.05, 5e-4, Schedule("cosine", warmup=5))}
+    assert {name for name, p in first.items() if p.mixup} == {"mixup"}
     assert first["gcl"].options == {"noise_mul": 0.5, "scale": 30.0}
     robust = plan("dro-lt", None, dataset, OWN_COUNTS)[1]
     assert (robust.epochs, robust.epoch_samples) == (58, None)

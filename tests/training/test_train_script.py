@@ -129,7 +129,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str], train: 
     (["--data", "folder", "--imbalance", "10"], "--imbalance does nothing with --data folder"),
     (["--data", "folder", "--train-list", "train.txt"], "--train-list does nothing with --data folder"),
     (["--download"], "--download does nothing with --data digits-lt"),
-    (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm"),
+    (["--tau", "0.5"], "--tau does nothing without --retrain tau-norm or --retrain post-hoc-la"),
     (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
     (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
     (["--shard-classes", "--amp", "fp16"], "take --amp bf16"),

@@ -53,12 +53,17 @@ def plain_step(backbone: torch.nn.Module) -> TrainingStep:
     ("head", "linear", {"weight", "bias"}),
     ("scale", "scaled linear", {"factor"}),
     ("scale", "scaled cosine", {"factor"}),
+    ("head-and-scale", "scaled linear", {"weight", "bias", "factor"}),
+    ("head-and-scale", "scaled cosine", {"weight", "factor"}),
+    ("calibration", "calibrated linear", {"calibration.scale", "calibration.offset", "calibration.confidence.weight", "calibration.confidence.bias"}),
 ])  # fmt: skip
 def test_what_learns(trains: str, head: str, learned: set[str]) -> None:
     torch.manual_seed(0)
     network = Network(Backbone(), build_head(head, 4, 3))
-    if trains == "scale":
+    if head != "linear":
         torch.nn.init.normal_(network.head.weight)
+    if trains == "calibration":
+        torch.nn.init.ones_(network.head.calibration.offset)  # where it is the identity its confidence has no gradient
     step = TrainingStep(network, cross_entropy(), trains=trains)
     optimizer = torch.optim.SGD(step.learn(), lr=0.1)
     before = {name: value.clone() for name, value in network.state_dict().items()}

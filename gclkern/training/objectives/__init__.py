@@ -16,5 +16,6 @@ that needs more has an :class:`Objective` in a file of its own here, and a line 
 from gclkern.training.objectives.base import Batch, Objective, Samples
 from gclkern.training.objectives.build import OBJECTIVES, build_objective
 from gclkern.training.objectives.classification import Classification
+from gclkern.training.objectives.robust import check_layers
 
-__all__ = ["OBJECTIVES", "Batch", "Classification", "Objective", "Samples", "build_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Classification", "Objective", "Samples", "build_objective", "check_layers"]

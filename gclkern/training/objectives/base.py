@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     views: Tensor | None = None  # (N, V, C, H, W), further views of the same samples
     second_images: Tensor | None = None  # (N, C, H, W), of another sampler
     second_target: Tensor | None = None  # (N,)
-    centroids: Tensor | None = None  # (C, D), class means of the features at the beginning of the epoch
+    centroids: Tensor | None = None  # (C, D), class means of `centroid_features` at the beginning of the epoch
     counts: Tensor | None = None  # (C,), their numbers of samples
 
 
@@ -66,6 +66,11 @@ class Objective(nn.Module):
     def needs_centroids(self, epoch: int) -> bool:
         """Whether the class means of the features are to be computed before this epoch: they are then in the batches until they are computed again."""
         return False
+
+    def centroid_features(self, network: Network, images: Tensor) -> Tensor:
+        """What is averaged for the centroids, (N, D); default the features."""
+        features: Tensor = network.backbone(images)
+        return features
 
     def begin_epoch(self, network: Network, epoch: int, centroids: Mapping[str, Tensor]) -> None:
         """Called once before an epoch, not when a run resumes within it: may reset buffers or parameters of the objective or the network.

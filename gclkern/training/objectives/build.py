@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gclkern.losses import DROLTLoss
 from gclkern.training.objectives.base import Objective
 from gclkern.training.objectives.bcl import BalancedContrast
 from gclkern.training.objectives.classification import Classification
 from gclkern.training.objectives.hybrid import Hybrid
 from gclkern.training.objectives.proco import ProbabilisticContrast
+from gclkern.training.objectives.robust import RobustLayers
 from gclkern.training.recipes import Phase, build_loss
 from gclkern.weights import DeferredReweighting
 
@@ -34,7 +34,7 @@ def build_objective(phase: Phase, class_counts: list[int], feature_dim: int, *, 
         loss = build_loss(phase, class_counts, sharded=sharded)
         objective = Classification(
             loss,
-            robust=DROLTLoss(class_counts) if phase.robust else None,
+            robust=RobustLayers(class_counts, phase.robust_layers) if phase.robust else None,
             robust_weight=phase.robust,
             reweighting=None if phase.drw is None else DeferredReweighting(loss, class_counts, round(phase.drw * phase.epochs)),
         )

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedLinearGCLLoss
-from gclkern.losses import DROLTLoss, GCLLoss, LinearGCLLoss
+from gclkern.losses import GCLLoss, LinearGCLLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
+from gclkern.training.objectives.robust import RobustLayers
 from gclkern.weights import DeferredReweighting
 
 
@@ -18,7 +19,7 @@ class Classification(Objective):
 
     Args:
         loss: the loss.
-        robust: the DRO-LT bound of the features, None for none. Its epsilon has weight decay, since all parameters of an objective do.
+        robust: the DRO-LT bound of some layers, None for none. Its epsilon has weight decay, since all parameters of an objective do.
         robust_weight: factor on it.
         reweighting: sets class weights in the loss from an epoch on, None for none.
     """
@@ -27,7 +28,7 @@ class Classification(Objective):
     takes_mixup = True
 
     def __init__(
-        self, loss: nn.Module, *, robust: DROLTLoss | None = None, robust_weight: float = 0.0, reweighting: DeferredReweighting | None = None
+        self, loss: nn.Module, *, robust: RobustLayers | None = None, robust_weight: float = 0.0, reweighting: DeferredReweighting | None = None
     ) -> None:  # fmt: skip
         super().__init__()
         self.loss, self.robust = loss, robust
@@ -41,8 +42,15 @@ class Classification(Objective):
     def needs_centroids(self, epoch: int) -> bool:
         return self.robust is not None
 
+    def centroid_features(self, network: Network, images: Tensor) -> Tensor:
+        return super().centroid_features(network, images) if self.robust is None else self.robust.joined(network.backbone, images)
+
     def forward(self, network: Network, batch: Batch) -> Tensor:
-        features = network.backbone(batch.images)
+        outputs: list[Tensor] = []
+        if self.robust is None:
+            features = network.backbone(batch.images)
+        else:
+            features, outputs = self.robust.outputs(network.backbone, batch.images)
         mixed: dict[str, Any] = {"target_b": batch.target_b, "lam": batch.lam}
         if isinstance(self.loss, GCLLoss | LinearGCLLoss):
             row_offset = batch.row_offset
@@ -55,5 +63,5 @@ class Classification(Objective):
             loss = self.loss(network.classify(features), batch.target, **mixed)
         if self.robust is not None:
             assert batch.centroids is not None
-            loss = loss + self.robust_weight * self.robust(features, batch.target, batch.centroids, batch.counts)
+            loss = loss + self.robust_weight * self.robust(outputs, batch.target, batch.centroids, batch.counts)
         return loss

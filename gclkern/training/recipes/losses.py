@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gclkern.distributed import ShardedLinearGCLLoss
-from gclkern.losses import FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.losses import FocalLoss, GCLLoss, LabelAwareSmoothingLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.samplers import (
     CBENSampler,
     ClassAwareSampler,
@@ -20,7 +20,7 @@ from gclkern.samplers import (
     SquareRootSampler,
 )
 from gclkern.training.recipes.phase import Phase
-from gclkern.weights import effective_number_weights, ldam_margins
+from gclkern.weights import effective_number_weights, inverse_frequency_weights, ldam_margins
 
 SAMPLERS = {
     "instance": InstanceBalancedSampler,
@@ -57,7 +57,11 @@ def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) 
         return LogitAdjustedLoss(class_counts, **options)
     if phase.loss == "ldam":
         return LDAMLoss(class_counts, **options)
-    if phase.loss == "cb":
+    if phase.loss == "label-aware-smoothing":
+        return LabelAwareSmoothingLoss(class_counts, **options)
+    if phase.loss == "inverse-frequency":
+        options["weight"] = inverse_frequency_weights(class_counts, options.pop("exponent"))
+    elif phase.loss == "cb":
         options["weight"] = effective_number_weights(class_counts)
     elif options.get("weight") == "counts":
         options["weight"] = torch.tensor(class_counts) / max(class_counts)

@@ -32,6 +32,7 @@ class Retrain:
 
 METHODS: dict[str, Method] = {
     "ce": Method("Cross entropy and class weights", "cross entropy", "ce"),
+    "mixup": Method("Cross entropy and class weights", "cross entropy with mixup: stage 1 of mislas (CVPR 2021)", "ce", settings="mixup"),
     "focal": Method("Cross entropy and class weights", "focal loss, gamma 2", "focal"),
     "cb": Method("Cross entropy and class weights", "class-balanced: weights by effective numbers of samples", "cb"),
     "ldam-drw": Method("Margins", "margins that grow for rare classes, class weights at the end (NeurIPS 2019)", "ldam", head="cosine", drw=0.8),
@@ -64,8 +65,11 @@ RETRAINS: dict[str, Retrain] = {
     "crt": Retrain(_LEARNED, "a new classifier on class-balanced batches (ICLR 2020)"),
     "lws": Retrain(_LEARNED, "a factor for each class (ICLR 2020)"),
     "tau-norm": Retrain(_COMPUTED, "weights over a power of their norms (ICLR 2020)"),
-    "ncm": Retrain(_COMPUTED, "the nearest class mean (ICLR 2020)"),
+    "ncm": Retrain(_COMPUTED, "the nearest class mean of centred, normalised features (ICLR 2020)"),
+    "post-hoc-la": Retrain(_COMPUTED, "logits - tau log prior (ICLR 2021)"),
     "gcl": Retrain(_LEARNED, "gcl's second stage: the classifier with clouds and a margin (CVPR 2022)"),
+    "mislas": Retrain(_LEARNED, "classifier and factors, smoother labels for frequent classes, shifted batch norm (CVPR 2021)"),
+    "disalign": Retrain(_LEARNED, "a calibration of the logits with re-weighted classes (CVPR 2021)"),
 }
 
 

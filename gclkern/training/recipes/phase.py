@@ -22,11 +22,12 @@ class Phase:
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the loss
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
-    head: str = "linear"  # "linear" or "cosine"; "scaled" has a factor for each class as well
-    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", "scale"; the rest is frozen
+    head: str = "linear"  # a kind of network.build_head
+    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", its "scale", "head-and-scale", its "calibration"; the rest is frozen
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
     drw: float | None = None  # share of the epochs after which the class weights are used
     robust: float = 0.0  # weight of the DRO-LT bound, which is added to the loss
+    robust_layers: tuple[str, ...] = ("features",)  # what it bounds: the features, or modules of the backbone by name
     sampler_options: dict[str, Any] = field(default_factory=dict)
     epoch_samples: int | None = None  # draws of an epoch; None is the size of the training set
     augment: str | None = None  # augmentation, as data.augment.parse_augmentation takes it; None is the data set's
@@ -35,7 +36,8 @@ class Phase:
     lr_factors: dict[str, float] = field(default_factory=dict)  # factor on the learning rate of parameters by the beginning of their name in TrainingStep
     nesterov: bool = False
     # Batch normalisation: "train" has batch statistics in the trained parts and running statistics in the frozen ones, "frozen" running statistics in all.
-    # "shifted" has batch statistics, which move the running ones, in a frozen backbone, whose other parameters stay (MiSLAS).
+    # "shifted" has batch statistics, which move the running ones, in a frozen backbone, whose parameters stay (MiSLAS); "shifted-last-block" has them in
+    # the last block of a ResNet alone.
     batch_norm: str = "train"
 
     @property
@@ -47,3 +49,8 @@ class Phase:
     def trains_backbone(self) -> bool:
         """Whether a part of the backbone is trained."""
         return self.trains in ("all", "last-block", "backbone")
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether batch normalisation in the backbone normalises by the statistics of the batch."""
+        return self.batch_norm.startswith("shifted") or (self.trains_backbone and self.batch_norm == "train")

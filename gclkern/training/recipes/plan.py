@@ -15,18 +15,26 @@ from gclkern.training.recipes.phase import Phase
 from gclkern.training.recipes.settings import (
     COSINE,
     COSINE_SCALE,
+    DISALIGN_EPOCHS,
+    DISALIGN_EXPONENT,
+    DISALIGN_EXPONENTS,
+    DISALIGN_STAGE_2,
     GCL_OPTIONS,
     GCL_STAGE_2,
     INAT_CRT_EPOCHS,
     LDAM_STEPS,
+    MISLAS_SAMPLER,
+    MISLAS_STAGE_2,
     MISLAS_STEPS,
     RETRAIN_EPOCHS,
+    RETRAIN_RATES,
     ROBUST,
     ROBUST_AUGMENT,
     ROBUST_CLASSIFIER_LR,
     ROBUST_EPOCHS,
     Stage,
     family,
+    mislas,
     stage1_settings,
 )
 
@@ -68,8 +76,8 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
 _PLAIN: dict[str, Any] = {"views": (), "second_sampler": None, "lr_factors": {}, "nesterov": False, "batch_norm": "train"}
 
 
-def _second_stage(retrain: str, group: str, first: Phase, class_counts: list[int]) -> Phase:
-    first = replace(first, **_PLAIN)
+def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[int]) -> Phase:
+    first, group = replace(first, **_PLAIN), family(dataset)
     new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
     own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if group == "own" else None
     if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
@@ -80,16 +88,29 @@ def _second_stage(retrain: str, group: str, first: Phase, class_counts: list[int
             sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
         )  # fmt: skip
         return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
-    epochs = INAT_CRT_EPOCHS if (retrain, group) == ("crt", "inat") else RETRAIN_EPOCHS.get(retrain, 0)
-    options = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
-    if own is not None and epochs:
-        epochs = own[0]
-    plain = replace(first, name="stage-2", epochs=epochs, schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None)
-    if retrain == "crt":
-        return replace(plain, trains="head", start="new head")
-    if retrain == "lws":
-        return replace(plain, trains="scale", head=f"scaled {first.head}", start="previous")
-    return replace(plain, trains=retrain, head=f"scaled {first.head}" if retrain == "tau-norm" else "cosine", start="previous")
+    options: dict[str, Any] = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
+    plain = replace(first, name="stage-2", schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None, start="previous")
+    if retrain == "mislas":
+        values = mislas(dataset, class_counts)
+        epochs, lr = MISLAS_STAGE_2 if own is None else (own[0], first.lr)
+        return replace(
+            plain, epochs=epochs, lr=lr, loss="label-aware-smoothing", options=options | {"head": values.head, "tail": values.tail}, trains="head-and-scale",
+            head=f"scaled {first.head}", lr_factors={f"network.head.{name}": values.lr_factor for name in ("weight", "bias")}, batch_norm=values.batch_norm,
+            **MISLAS_SAMPLER,
+        )  # fmt: skip
+    if retrain == "disalign":
+        epochs, batch_size, lr = DISALIGN_STAGE_2.get(group, (DISALIGN_EPOCHS if own is None else own[0], first.batch_size, first.lr))
+        return replace(
+            plain, epochs=epochs, batch_size=batch_size, lr=lr, loss="inverse-frequency", trains="calibration", head=f"calibrated {first.head}",
+            options=options | {"exponent": DISALIGN_EXPONENTS.get(group, DISALIGN_EXPONENT)}, sampler="instance",
+        )  # fmt: skip
+    if retrain in RETRAIN_EPOCHS:
+        batch_size, lr = RETRAIN_RATES.get(group, (first.batch_size, first.lr))
+        epochs = own[0] if own is not None else INAT_CRT_EPOCHS if (retrain, group) == ("crt", "inat") else RETRAIN_EPOCHS[retrain]
+        plain = replace(plain, epochs=epochs, batch_size=batch_size, lr=lr)
+        return replace(plain, trains="head", start="new head") if retrain == "crt" else replace(plain, trains="scale", head=f"scaled {first.head}")
+    heads = {"tau-norm": f"scaled {first.head}", "ncm": "nearest mean", "post-hoc-la": "adjusted cosine" if first.head == "cosine" else first.head}
+    return replace(plain, epochs=0, trains=retrain, head=heads[retrain])
 
 
 def _scaled(phase: Phase, factor: float) -> Phase:
@@ -140,7 +161,7 @@ def plan(
     retrain = retrain or METHODS[method].retrain
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
-        second = _second_stage(retrain, group, phases[0], class_counts)
+        second = _second_stage(retrain, dataset, phases[0], class_counts)
         second = _scaled(second, 1.0 if group == "own" else later_scale)  # own settings are derived from stage 1's, which are scaled already
         if stage2 and not second.epochs:
             raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
@@ -197,6 +218,13 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
     if config.shard_classes and whole:
         remedy = "take `method=gcl` or `method=gcl+dro-lt`, with `retrain=gcl`, `retrain=crt` or `retrain=none`"
         raise ValueError(f"`shard_classes`: the loss of {whole[0]} takes the logits of all classes; {remedy}")
+    if config.robust_layers is not None:
+        layers = tuple(name.strip() for name in config.robust_layers.split(","))
+        if not any(phase.robust for phase in phases):
+            raise ValueError(f"`robust_layers`: the method {config.method} has no robust phase; leave it out, or choose dro-lt or gcl+dro-lt")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"`robust_layers={config.robust_layers}` names a layer twice; name each once")
+        phases = [replace(phase, robust_layers=layers) if phase.robust else phase for phase in phases]
     if config.stage1 and phases[-1].name != "stage-2":
         raise ValueError(f"`stage1`: there is no stage 2 to go on with after {config.stage1}; choose one with `retrain`")
     for phase in phases:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -50,10 +51,12 @@ STAGE_1: dict[str, dict[str, Stage]] = {
     "digits": {  # [H] a minute on two cores
         "plain": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5)),
         "gcl": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), mixup=0.2),
+        "mixup": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), mixup=0.2),
     },
     "cifar": {
         "plain": Stage(200, 128, 0.1, 2e-4, LDAM_STEPS),  # [C] LDAM-DRW
         "gcl": Stage(200, 64, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] GCL
+        "mixup": Stage(200, 128, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] MiSLAS
         "bcl": Stage(200, 256, 0.15, 5e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [R] ConCutMix, which leaves out cutout; [C] none for CIFAR
         "proco": Stage(200, 256, 0.3, 2e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [C] ProCo
         "hybrid-sc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R] a reproduction, no release
@@ -65,18 +68,21 @@ STAGE_1: dict[str, dict[str, Stage]] = {
     "imagenet": {
         "plain": Stage(90, 512, 0.2, 5e-4, COSINE),  # [C] decoupling
         "gcl": Stage(200, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS, but [A] 200 epochs
+        "mixup": Stage(180, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS
         "bcl": Stage(90, 256, 0.1, 5e-4, COSINE, more=_BCL_LARGE),  # [C] BCL
         "proco": Stage(90, 256, 0.1, 5e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
     },
     "inat": {
         "plain": Stage(90, 512, 0.2, 1e-4, COSINE),  # [C] decoupling
         "gcl": Stage(200, 256, 0.1, 1e-4, COSINE, mixup=0.2),  # [C] MiSLAS
+        "mixup": Stage(200, 256, 0.1, 1e-4, COSINE, mixup=0.2),  # [C] MiSLAS
         "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
         "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
     },
     "places": {
         "plain": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS),  # [H] GCL's without mixup
         "gcl": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS, mixup=0.2),  # [C] GCL
+        "mixup": Stage(90, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS
     },
 }
 
@@ -102,9 +108,46 @@ _GCL_SMALL: tuple[dict[str, Any], dict[str, Any]] = (
 # Arguments of GCL's loss in stages 1 and 2: [C] for CIFAR and Places-LT; [H] the other large sets have those of Places-LT, all others those of CIFAR.
 GCL_OPTIONS = {"digits": _GCL_SMALL, "cifar": _GCL_SMALL, "own": _GCL_SMALL, "imagenet": _GCL_LARGE, "inat": _GCL_LARGE, "places": _GCL_LARGE}
 
-# Epochs of cRT and LWS after a plain stage 1: [C] decoupling, for the large sets, with stage 1's batch and learning rate, by cosine and without mixup.
+# cRT and LWS after a plain stage 1: [C] decoupling, for the large sets; by cosine and without mixup. Other sets have the epochs of ImageNet-LT.
 RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
-INAT_CRT_EPOCHS = 30  # [C] decoupling
+INAT_CRT_EPOCHS = 30
+RETRAIN_RATES = {"places": (256, 0.1)}  # batch size and learning rate; of other sets those of stage 1
+
+# MiSLAS's second stage: [C] 10 epochs by cosine with stage 1's batch size and weight decay; the factors learn at 0.1, weights and bias at a share of it.
+MISLAS_STAGE_2 = (10, 0.1)
+MISLAS_SAMPLER: dict[str, Any] = {"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}}
+
+
+class MiSLAS(NamedTuple):
+    """What MiSLAS's second stage has for each data set."""
+
+    head: float  # label smoothing of the most frequent class
+    tail: float  # of the rarest
+    lr_factor: float  # share of the learning rate that weights and bias have
+    batch_norm: str  # as in Phase
+
+
+# [C] MiSLAS, by data set and, for CIFAR, imbalance. Its settings for imbalance 200 were not released.
+MISLAS: dict[tuple[str, int | None], MiSLAS] = {
+    ("cifar10-lt", 100): MiSLAS(0.3, 0.0, 0.5, "frozen"),
+    ("cifar10-lt", 50): MiSLAS(0.2, 0.0, 0.2, "frozen"),
+    ("cifar10-lt", 10): MiSLAS(0.1, 0.0, 0.2, "frozen"),
+    ("cifar100-lt", 100): MiSLAS(0.4, 0.1, 0.2, "shifted"),
+    ("cifar100-lt", 50): MiSLAS(0.3, 0.0, 0.1, "shifted"),
+    ("cifar100-lt", 10): MiSLAS(0.2, 0.0, 0.1, "shifted"),
+    ("imagenet-lt", None): MiSLAS(0.3, 0.0, 0.05, "shifted"),
+    ("inat18", None): MiSLAS(0.3, 0.0, 0.05, "shifted"),
+    ("places-lt", None): MiSLAS(0.4, 0.1, 0.05, "shifted-last-block"),
+    ("digits-lt", None): MiSLAS(0.3, 0.0, 0.5, "frozen"),  # [H] those of CIFAR-10-LT, which also has ten classes
+}
+_MISLAS_OWN = MiSLAS(0.3, 0.0, 0.2, "shifted")  # [H] the most frequent values
+
+# DisAlign's second stage: epochs, batch size, learning rate, by cosine, and rho, the exponent of its class weights. [C] ImageNet-LT, whose settings the other
+# large sets have [H], with the rho of which the paper searches 0.8 to 1.5; other sets have stage 1's batch size and learning rate [H].
+DISALIGN_STAGE_2 = {"imagenet": Stage2(10, 256, 0.1), "inat": Stage2(10, 256, 0.1), "places": Stage2(10, 256, 0.1)}
+DISALIGN_EPOCHS = 10
+DISALIGN_EXPONENTS = {"imagenet": 1.2}
+DISALIGN_EXPONENT = 1.0
 
 # DRO-LT [C] for CIFAR, [H] used for all sets: the robust phase trains the features, then a quarter of its epochs the classifier. Digits: [H] as many steps.
 ROBUST = Stage(80, 128, 0.005, 1e-4, Schedule(), more={"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}})
@@ -123,9 +166,17 @@ def stage1_settings(dataset: str, name: str, class_counts: list[int], *, pretrai
     """Settings of stage 1: those of the data set or of its family by `name`, which is `Method.settings`, else the family's "plain" ones."""
     group = family(dataset)
     if group == "own":
-        return Stage(*own_data.stage1_settings(class_counts, pretrained=pretrained))
+        own = Stage(*own_data.stage1_settings(class_counts, pretrained=pretrained))
+        return own._replace(mixup=0.2) if name == "mixup" else own  # [H] that of the large sets
     of_set, of_family = STAGE_1.get(dataset, {}), STAGE_1[group]
     return of_set.get(name) or of_family.get(name) or of_family["plain"]
+
+
+def mislas(dataset: str, class_counts: list[int]) -> MiSLAS:
+    """MiSLAS's settings; for CIFAR those of the nearest imbalance by its logarithm."""
+    imbalance = max(class_counts) / min(class_counts)
+    known = [key for key in MISLAS if key[0] == dataset]
+    return MISLAS[min(known, key=lambda key: abs(math.log(imbalance / (key[1] or imbalance))))] if known else _MISLAS_OWN
 
 
 def default_model(dataset: str, image_size: int, images: int) -> str:

@@ -1,0 +1,88 @@
+"""The DRO-LT bound on several layers at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gclkern.losses import DROLTLoss
+from gclkern.training.backbones import build_backbone
+from gclkern.training.config import RunConfig
+from gclkern.training.evaluation import epoch_centroids
+from gclkern.training.network import Network, build_head
+from gclkern.training.objectives import Batch, build_objective, check_layers
+from gclkern.training.objectives.robust import pooled
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import RETRAINS, Phase, plan, plan_run
+
+COUNTS = [50, 20, 5]
+LAYERS = ("layers.2", "features", "layers.8")
+TARGET = torch.tensor([0, 1, 2, 0, 1, 0])
+
+
+def robust_phase(*layers: str) -> Phase:
+    config = RunConfig(data="cifar10-lt", method="dro-lt", robust_layers=",".join(layers))
+    return next(phase for phase in plan_run(config, COUNTS, 1) if phase.robust)
+
+
+def test_each_layer_has_its_centroids_and_its_epsilon() -> None:
+    """The mean of the bounds of pooled layers, from centroids of one pass, equals cross entropy plus the bounds one by one."""
+    torch.manual_seed(0)
+    network = Network(build_backbone("small-cnn", image_size=8, in_channels=1), build_head("linear", 64, 3))
+    objective = build_objective(robust_phase(*LAYERS), COUNTS, 64)
+    epsilons = [value for name, value in objective.named_parameters() if name.endswith("epsilon")]
+    assert len(epsilons) == 3
+    with torch.no_grad():
+        for place, epsilon in enumerate(epsilons):
+            epsilon.fill_(0.1 * (1 + place))
+    images = torch.randn(6, 1, 8, 8)
+    loader = iter([(images, TARGET)])
+    centroids = epoch_centroids(network, loader, 3, Processes.single(torch.device("cpu")), objective.centroid_features)
+    outputs: dict[str, Tensor] = {}
+    network.eval()
+    whole = network.backbone.layers
+    outputs["layers.2"], outputs["layers.8"] = whole[:3](images).mean((2, 3)), whole[:9](images).mean((2, 3))
+    outputs["features"] = network.backbone(images)
+    expected = nn.functional.cross_entropy(network.head(outputs["features"]), TARGET, weight=torch.tensor([1.0, 0.4, 0.1]))
+    for place, name in enumerate(LAYERS):
+        means = torch.stack([outputs[name][label == TARGET].mean(0) for label in range(3)])
+        expected = expected + DROLTLoss(COUNTS, epsilon=0.1 * (1 + place))(outputs[name], TARGET, means.detach()) / 3
+    loss = objective(network, Batch(images, TARGET, torch.tensor(0), centroids=centroids["centroids"], counts=centroids["counts"]))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(epsilon.grad is not None and bool(epsilon.grad.any()) for epsilon in epsilons)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_features_alone_are_the_default() -> None:
+    phase = plan("dro-lt", None, "cifar10-lt", COUNTS)[1]
+    assert phase == robust_phase("features")
+    assert [name for name, _ in build_objective(phase, COUNTS, 64).named_parameters()] == ["robust.losses.0.epsilon"]
+
+
+def test_pooling() -> None:
+    tokens = torch.randn(2, 5, 3)
+    torch.testing.assert_close(pooled(tokens), tokens.mean(1))
+    torch.testing.assert_close(pooled(torch.ones(2, 3, 4, 4)), torch.ones(2, 3))
+    assert pooled(tokens[:, 0]).shape == (2, 3)
+
+
+def test_unknown_layers_are_refused() -> None:
+    backbone = build_backbone("small-cnn", image_size=8, in_channels=1)
+    check_layers(backbone, LAYERS)
+    with pytest.raises(ValueError, match=r"`robust_layers`: SmallCNN has no layer 'layer9'; take one of features, layers, or a module within one"):
+        check_layers(backbone, ["features", "layer9"])
+    with pytest.raises(ValueError, match="names a layer twice"):
+        robust_phase("features", "features")
+    with pytest.raises(ValueError, match="the method gcl has no robust phase"):
+        plan_run(RunConfig(method="gcl", robust_layers="features"), COUNTS, 1)
+
+
+@pytest.mark.parametrize("retrain", [name for name in RETRAINS if name != "none"])
+@pytest.mark.parametrize("method", ["dro-lt", "gcl+dro-lt"])
+def test_robust_features_go_with_every_re_training(method: str, retrain: str) -> None:
+    *first, robust, last = [phase for phase in plan(method, retrain, "cifar100-lt", COUNTS) if phase.name != "stage-1-classifier"]
+    assert [phase.name for phase in first] == ["stage-1"]
+    assert (robust.robust, last.robust, last.name) == (1.0, 0.0, "stage-2")
+    assert not last.trains_backbone
