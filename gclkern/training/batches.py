@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,28 +52,34 @@ class PhaseBatches:
 
     def epoch(self, purpose: str, epoch: int, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of the steps of an epoch, starting at `step`."""
-        return self._draw(self._sampler, (purpose,), epoch, step, self.phase.augment)
+        return self.images.loader(self._batches(self._sampler, epoch, step), device=self.processes.device, epoch=self._place(epoch, step, purpose))
 
     def training(self, epoch: int, step: int = 0) -> Iterator[Samples]:
         """The samples of the training steps of an epoch, starting at `step`, with further views and the second batch where the phase has them."""
-        streams = [self.epoch("training", epoch, step)]
-        for place, augment in enumerate(self.phase.views):
-            streams.append(self._draw(self._sampler, ("training", "view", place), epoch, step, augment or self.phase.augment))
+        device = self.processes.device
+        epochs = [self._place(epoch, step, "training")]
+        epochs += [self._place(epoch, step, "training", "view", place, augment=augment) for place, augment in enumerate(self.phase.views)]
+        first = self.images.view_loader(self._batches(self._sampler, epoch, step), device=device, epochs=epochs)
+        second: Iterator[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
         if self._second is not None:
-            streams.append(self._draw(self._second, ("training", "second"), epoch, step, self.phase.augment))
-        for (images, target), *others in zip(*streams, strict=True):
+            second = self.images.loader(self._batches(self._second, epoch, step), device=device, epoch=self._place(epoch, step, "training", "second"))
+        for ((images, *views), target), other in zip(first, second, strict=False):
             samples: Samples = {"images": images, "target": target}
-            if self.phase.views:
-                samples["views"] = torch.stack([view for view, _ in others[: len(self.phase.views)]], 1)
-            if self._second is not None:
-                samples["second_images"], samples["second_target"] = others[-1]
+            if views:
+                samples["views"] = torch.stack(views, 1)
+            if other is not None:
+                samples["second_images"], samples["second_target"] = other
             yield samples
 
-    def _draw(self, sampler: Any, purpose: tuple[object, ...], epoch: int, step: int, augment: str | None) -> Iterator[tuple[Tensor, Tensor]]:
-        done = step * self._local
-        sampler.set_epoch(epoch, position=done)
-        place = Epoch(derive_seed(self.seed, self.phase.name, *purpose, epoch), done, self.processes.world, self.processes.rank, augment)
-        return self.images.loader(step_batches(iter(sampler), self._local), device=self.processes.device, epoch=place)
+    def _batches(self, sampler: Any, epoch: int, step: int) -> Iterator[list[int]]:
+        """The indices of the steps of an epoch, starting at `step`."""
+        sampler.set_epoch(epoch, position=step * self._local)
+        return step_batches(iter(sampler), self._local)
+
+    def _place(self, epoch: int, step: int, *purpose: object, augment: str | None = None) -> Epoch:
+        """What the augmentation of an epoch depends on; without `augment` it is the phase's."""
+        seed = derive_seed(self.seed, self.phase.name, *purpose, epoch)
+        return Epoch(seed, step * self._local, self.processes.world, self.processes.rank, augment or self.phase.augment)
 
 
 def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, config: RunConfig, processes: Processes) -> None:

@@ -573,6 +573,11 @@ class TestFolder:
         assert torch.equal(epoch([batch[1::2] for batch in batches], num_replicas=2, rank=1), whole[1::2])
         data.train.workers = 2  # type: ignore[attr-defined] # of no use in memory
         assert torch.equal(epoch(batches), whole)
+        views = [Epoch(3), Epoch(4, augment="flip"), Epoch(3, augment="sim")]
+        loader = data.train.view_loader(batches, device=CPU, epochs=views)
+        for place, images in enumerate(zip(*(images for images, _ in loader), strict=True)):
+            alone = data.train.loader(batches, device=CPU, epoch=views[place])
+            assert torch.equal(torch.cat(images), torch.cat([images for images, _ in alone])), "a view does not depend on the others"
 
     def test_workers_outlive_a_signal_to_all_processes(self, folder: Path) -> None:
         """As Ctrl-C and torchrun send it: the main process, which stops after its step, still gets its images."""

@@ -61,7 +61,7 @@ class _Request(NamedTuple):
     """A request for one sample, sent to a worker."""
 
     place: int
-    seed: int
+    seeds: list[int]  # of each view's crop
 
 
 def _resize(image_size: int) -> int:
@@ -70,28 +70,31 @@ def _resize(image_size: int) -> int:
 
 
 class _Files(Dataset[Any]):
-    """Decodes image files in worker processes: a random crop of at least `least_area` for training, the centre crop if that is None."""
+    """Decodes image files in worker processes: for each view a random crop of at least that share of the image, for training, or the centre crop for None."""
 
-    def __init__(self, images: ImageFiles, image_size: int, least_area: float | None) -> None:
+    def __init__(self, images: ImageFiles, image_size: int, least_areas: Sequence[float | None]) -> None:
         self.images, self.size = images, image_size
-        self.crop = None
-        if least_area is not None:
-            self.crop = need("torchvision.transforms", "a data set of image files").RandomResizedCrop(image_size, scale=(least_area, 1))
+        self.crops = [None if area is None else self._random_crop(area) for area in least_areas]
+
+    def _random_crop(self, least_area: float) -> Any:
+        return need("torchvision.transforms", "a data set of image files").RandomResizedCrop(self.size, scale=(least_area, 1))
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, int] | str:
-        """Pixels (3, H, W) uint8 and label, or an error message, because an exception would arrive with the worker's traceback as its message."""
+        """Pixels (V, 3, H, W) uint8 and label, or an error message, because an exception would arrive with the worker's traceback as its message."""
         try:
             image = open_image(self.images.paths[request.place])
         except CorruptImageError as error:
             return str(error)
-        if self.crop is None:
-            image = resize_and_crop(image, resize=_resize(self.size), crop=self.size)
-        else:
-            # torchvision's transforms use torch's global generator: seed it for each sample, and restore it for the main process
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(request.seed)
-                image = self.crop(image)
-        return _pixels(image), int(self.images.labels[request.place])
+        views = [self._view(image, crop, seed) for crop, seed in zip(self.crops, request.seeds, strict=True)]
+        return torch.stack(views), int(self.images.labels[request.place])
+
+    def _view(self, image: Any, crop: Any, seed: int) -> Tensor:
+        if crop is None:
+            return _pixels(resize_and_crop(image, resize=_resize(self.size), crop=self.size))
+        # torchvision's transforms use torch's global generator: seed it for each sample, and restore it for the main process
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return _pixels(crop(image))
 
 
 def _pixels(image: Any) -> Tensor:
@@ -269,17 +272,23 @@ class FileImages:
         return {"resize": _resize(self.image_size), "crop": self.image_size, "mean": list(self.mean), "std": list(self.std)}
 
     def loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epoch: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = parse_augmentation((epoch and epoch.augment) or self.augment)
+        for (images,), labels in self._loader(batches, device, [epoch]):
+            yield images, labels
+
+    def view_loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epochs: Sequence[Epoch]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """A file is decoded once for all of its views."""
+        return self._loader(batches, device, epochs)
+
+    def _loader(self, batches: Iterable[Sequence[int]], device: torch.device, epochs: Sequence[Epoch | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        views = [parse_augmentation((epoch and epoch.augment) or self.augment) for epoch in epochs]
         requests: list[list[_Request]] = []
-        done, drawn = 0, epoch or Epoch(seed=0)
+        done = 0
         for batch in batches:
-            places = drawn.places(done, len(batch))
+            seeds = torch.stack([_crop_seeds(epoch or Epoch(seed=0), done, len(batch)) for epoch in epochs], 1)
+            requests.append([_Request(*pair) for pair in zip(batch, seeds.tolist(), strict=True)])
             done += len(batch)
-            numbers = uniform_numbers(drawn.seed, places, COLUMNS.resized_crop.stop)[:, COLUMNS.resized_crop]
-            seeds = (numbers[:, :2].double() * 2**24).to(torch.int64)  # whole numbers of 24 bits
-            requests.append([_Request(index, (high << 24) | low) for index, (high, low) in zip(batch, seeds.tolist(), strict=True)])
         loader: DataLoader[Any] = DataLoader(
-            _Files(self.files, self.image_size, view.least_area if epoch is not None else None),
+            _Files(self.files, self.image_size, [None if epoch is None else view.least_area for epoch, view in zip(epochs, views, strict=True)]),
             batch_sampler=requests,  # type: ignore[arg-type]
             collate_fn=_collate,
             worker_init_fn=_own_group,
@@ -293,10 +302,22 @@ class FileImages:
             if isinstance(answer, str):
                 raise CorruptImageError(f"{answer}; {_REPAIR}")
             pixels, labels = (column.to(device, non_blocking=True) for column in answer)
-            if epoch is not None and view.numbers:
-                pixels = augment_batch(pixels, uniform_numbers(epoch.seed, epoch.places(done, len(labels)).to(device), view.numbers), view)
+            images = []
+            for part, epoch, view in zip(pixels.unbind(1), epochs, views, strict=True):
+                if epoch is not None and view.numbers:
+                    numbers = uniform_numbers(epoch.seed, epoch.places(done, len(labels)).to(device), view.numbers)
+                    images.append(augment_batch(part, numbers, view))
+                else:
+                    images.append(part)
             done += len(labels)
-            yield pixels.to(torch.float32).div_(255).sub_(mean).div_(std), labels
+            yield [part.to(torch.float32).div_(255).sub_(mean).div_(std) for part in images], labels
+
+
+def _crop_seeds(epoch: Epoch, start: int, count: int) -> Tensor:
+    """Seeds of 48 bits for the random crops of this rank's samples from `start` on."""
+    numbers = uniform_numbers(epoch.seed, epoch.places(start, count), COLUMNS.resized_crop.stop)[:, COLUMNS.resized_crop]
+    high, low = (numbers[:, :2].double() * 2**24).to(torch.int64).unbind(1)  # whole numbers of 24 bits
+    return (high << 24) | low
 
 
 def _sizes(paths: Sequence[str]) -> list[tuple[int, int]]:

@@ -82,6 +82,10 @@ class ImageSet(Protocol):
         """
         ...
 
+    def view_loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epochs: Sequence[Epoch]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """As `loader`, but with several views of the same samples, one for each of `epochs`: (list of images, labels) of each batch."""
+        ...
+
 
 class DeviceImages:
     """A set of images that is stored on the device as uint8 and augmented there in large batches."""
@@ -154,6 +158,11 @@ class DeviceImages:
                 images = augment_batch(images, numbers, view)
             done += indices.numel()
             yield from zip(images.to(torch.float32).mul_(self._scale).add_(self._shift).split(sizes), labels.split(sizes), strict=True)
+
+    def view_loader(self, batches: Iterable[Sequence[int]], *, device: torch.device, epochs: Sequence[Epoch]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        drawn = list(batches)
+        for parts in zip(*(self.loader(drawn, device=device, epoch=epoch) for epoch in epochs), strict=True):
+            yield [images for images, _ in parts], parts[0][1]
 
 
 def _chunks(batches: Iterable[Sequence[int]], least: int) -> Iterator[list[Sequence[int]]]:
