@@ -74,6 +74,7 @@ class EmbeddedBackbone(nn.Module):
         super().__init__()
         self.trunk, self.embedding, self.attention = trunk, embedding, attention
         self.feature_dim = embedding.out_features
+        self.fewest_images = 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of images (B, C, H, W)."""
@@ -102,5 +103,6 @@ def modulate(backbone: Any, name: str, images: Tensor) -> EmbeddedBackbone:
     training = trunk.training
     channels, height, width = trunk.eval()(images).shape[1:]
     trunk.train(training)
-    attention = ModulatedAttention(channels, height, width)
-    return EmbeddedBackbone(trunk, embedding.to(images.device), attention.to(images.device))
+    modulated = EmbeddedBackbone(trunk, embedding, ModulatedAttention(channels, height, width)).to(images.device)
+    modulated.fewest_images = getattr(backbone, "fewest_images", 1)
+    return modulated

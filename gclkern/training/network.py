@@ -10,23 +10,32 @@ from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear
 from gclkern.layers import CosineLinear
+from gclkern.oltr import MetaEmbeddingClassifier
+from gclkern.tde import TDEClassifier
 from gclkern.training.backbones import build_backbone
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_data, load_checkpoint
+from gclkern.training.composed_backbones import KINDS, modulate
 from gclkern.training.config import STAGE_1_IGNORES, RunConfig
 from gclkern.training.data import DataSplits
 from gclkern.training.heads import CalibratedClassifier, NearestClassMean, ScaledClassifier
-from gclkern.training.recipes import Phase, default_model
+from gclkern.training.recipes import METHODS, Phase, default_model, family
 from gclkern.training.seeds import derive_seed
 
 
 def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
-    """The classifier of a phase: "linear", "cosine", one of them "scaled" or "calibrated", "adjusted cosine", which has a bias, or "nearest mean"."""
+    """The classifier of a phase: "linear", "cosine", one of them "scaled" or "calibrated", "adjusted cosine", which has a bias, "nearest mean", "tde" or
+    "meta-embedding".
+    """
     if kind == "linear":
         return nn.Linear(in_features, num_classes)
     if kind == "cosine":
         return CosineLinear(in_features, num_classes)
     if kind == "nearest mean":
         return NearestClassMean(in_features, num_classes)
+    if kind == "tde":
+        return TDEClassifier(in_features, num_classes)
+    if kind == "meta-embedding":
+        return MetaEmbeddingClassifier(in_features, num_classes)
     if kind.startswith("calibrated"):
         return CalibratedClassifier(in_features, num_classes, normalize=kind.endswith("cosine"))
     return ScaledClassifier(in_features, num_classes, normalize=kind.endswith("cosine"), bias=kind != "scaled cosine")
@@ -61,13 +70,20 @@ def replace_head(network: Network, kind: str, *, keep: bool) -> None:
     features = network.backbone.feature_dim
     new = build_head(kind, features, old.weight.shape[0]).to(old.weight.device)
     if keep:
-        new.load_state_dict(old.state_dict(), strict=False)
+        part = new.hallucinator if isinstance(new, MetaEmbeddingClassifier) else new  # OLTR's begins as stage 1's classifier
+        part.load_state_dict(old.state_dict(), strict=False)
     network.head = new
 
 
 def model_name(config: RunConfig, data: DataSplits) -> str:
-    """The backbone of a run: that of the settings, or the default of the data set."""
-    return config.model or default_model(config.data, data.image_size, len(data.train))
+    """The backbone of a run: that of the settings, or the default of the method or the data set."""
+    return config.model or METHODS[config.method].models.get(family(config.data)) or default_model(config.data, data.image_size, len(data.train))
+
+
+def backbone_name(phase: Phase, config: RunConfig, data: DataSplits) -> str:
+    """The backbone of a phase, with the kind that it is made into."""
+    name = model_name(config, data)
+    return f"{phase.backbone}:{name}" if phase.backbone and not name.startswith(KINDS) else name
 
 
 def build_network(
@@ -83,12 +99,14 @@ def prepare(phase: Phase, network: Network | None, data: DataSplits, config: Run
     """The network that a phase starts from: a new one, or the previous phase's, whose classifier is kept, converted or replaced."""
     if network is None or phase.start == "fresh":
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        pretrained = config.data == "places-lt" if config.pretrained is None else config.pretrained
+        pretrained = phase.pretrained if config.pretrained is None else config.pretrained
         return build_network(
-            model_name(config, data), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size, channels_last=config.channels_last,
-            pretrained=pretrained,
+            backbone_name(phase, config, data), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size,
+            channels_last=config.channels_last, pretrained=pretrained,
         ).to(device)  # fmt: skip
     torch.manual_seed(derive_seed(config.seed, "new head"))
+    if phase.backbone.endswith("modulated") and getattr(network.backbone, "attention", None) is None:
+        network.backbone = modulate(network.backbone, model_name(config, data), torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     replace_head(network, phase.head, keep=phase.start == "previous")
     return network
 
@@ -119,7 +137,7 @@ def whole_state(network: Network) -> dict[str, Tensor]:
 def network_checkpoint(network: Network, phase: Phase, data: DataSplits, config: RunConfig, temperature: float | None = None) -> Checkpoint:
     """The contents of a checkpoint of a network; a collective call."""
     return {
-        "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": model_name(config, data),
+        "kind": "network", "name": phase.name, "config": config.to_dict(), "network": whole_state(network), "model": backbone_name(phase, config, data),
         "head": phase.head, "in_channels": data.channels, "image_size": data.image_size, "transform": data.test.evaluation_transform(),
         "temperature": temperature,
         "groups": data.groups, "data": data.identity,

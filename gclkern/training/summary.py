@@ -19,7 +19,7 @@ from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits, ImageSet
 from gclkern.training.evaluation import Report, evaluate, format_table, predict
 from gclkern.training.extras import need
-from gclkern.training.network import load_network, model_name
+from gclkern.training.network import backbone_name, load_network
 from gclkern.training.output import echo
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase, family
@@ -36,10 +36,11 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
     """The plan of a run: data, network and the settings of every phase."""
     groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in data.groups.items())
     held = "" if data.holdout is None else f", {len(data.holdout)} held out"
+    networks = " then ".join(dict.fromkeys(backbone_name(phase, run.config, data) for phase in phases))
     lines = [
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
-        f"{model_name(run.config, data)} on {device}, results in {run.path}",
+        f"{networks} on {device}, results in {run.path}",
     ]
     augmentations = {}
     for phase in phases:
@@ -60,6 +61,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
             f"batch {phase.batch_size}",
         ]
         parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
+        parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
         parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
         lines.append(", ".join(parts))

@@ -49,6 +49,8 @@ class TrainingStep(nn.Module):
     def _learning(self) -> list[nn.Module]:
         """The trained modules."""
         head, backbone = self.network.head, self.network.backbone
+        if self.trains == "embedding":
+            return [backbone.embedding, backbone.attention, head]
         if self.trains == "last-block":
             return [self._last_block(), head]
         return {"all": [self.network], "backbone": [backbone]}.get(self.trains, [head])

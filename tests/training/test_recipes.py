@@ -24,7 +24,9 @@ DATASETS = ["digits-lt", "cifar10-lt", "imagenet-lt", "places-lt", "inat18", "fo
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize(("method", "retrain"), list(product(METHODS, [None, *RETRAINS])))
+@pytest.mark.parametrize(("method", "retrain"), [
+    (method, retrain) for method, retrain in product(METHODS, [None, *RETRAINS]) if retrain in (METHODS[method].retrains or {None, *RETRAINS})
+])  # fmt: skip
 def test_every_combination_has_a_plan(method: str, retrain: str | None, dataset: str) -> None:
     phases = plan(method, retrain, dataset, COUNTS, baseline=True)
     assert phases[0].epochs == sum(phase.epochs for phase in phases[1:])
@@ -47,6 +49,26 @@ STAGE_1 = {
     ("inat18", "gcl"): (200, 256, 0.1, 1e-4, 0.2, "cosine"),
     ("places-lt", "gcl"): (90, 512, 0.2, 5e-4, 0.2, "steps"),
     ("places-lt", "focal"): (90, 512, 0.2, 5e-4, 0.0, "steps"),
+    ("cifar10-lt", "tde"): (200, 256, 0.2, 5e-4, 0.0, "steps"),
+    ("cifar100-lt", "tde"): (200, 256, 0.2, 5e-4, 0.0, "steps"),
+    ("imagenet-lt", "tde"): (90, 512, 0.2, 5e-4, 0.0, "cosine"),
+    ("places-lt", "tde"): (90, 512, 0.2, 5e-4, 0.0, "cosine"),
+    ("cifar100-lt", "bbn"): (200, 128, 0.1, 2e-4, 0.0, "steps"),
+    ("inat18", "bbn"): (180, 128, 0.05, 1e-4, 0.0, "steps"),
+    ("imagenet-lt", "oltr"): (30, 128, 0.1, 5e-4, 0.0, "steps"),
+    ("places-lt", "oltr"): (30, 128, 0.001, 5e-4, 0.0, "steps"),
+}
+# The rate of these methods' first phase by epoch: BBN and De-confound-TDE warm up from a third of it, and OLTR takes a tenth in each third of its epochs.
+RATES = {
+    ("cifar100-lt", "tde"): {0: 0.2 / 3, 4: 0.2 * 13 / 15, 5: 0.2, 119: 0.2, 120: 0.002, 159: 0.002, 160: 2e-5, 199: 2e-5},
+    ("cifar10-lt", "bbn"): {0: 0.1 / 3, 4: 0.1 * 13 / 15, 5: 0.1, 119: 0.1, 120: 0.001, 160: 1e-5},
+    ("inat18", "bbn"): {0: 0.05, 119: 0.05, 120: 0.005, 160: 0.0005},
+    ("imagenet-lt", "oltr"): {0: 0.1, 9: 0.1, 10: 0.01, 20: 0.001},
+}
+# OLTR's second phase: epochs, batch size, learning rate, its milestones, factors on it, what learns and the backbone.
+OLTR_2 = {
+    "imagenet-lt": (60, 128, 0.01, (20, 40), {"network.head.memory": 1.0, "network.head": 10.0}, "all", "modulated"),
+    "places-lt": (30, 128, 0.0001, (10, 20), {"network.head": 100.0}, "embedding", "embedded-modulated"),
 }
 # Method, data set, re-training: epochs, batch size, learning rate, sampler, loss, what learns and the classifier it starts from.
 # The released GCL says `--lr 0.1`, which its schedule divides to 0.002, and takes cben in the paper's table 5.
@@ -70,6 +92,31 @@ def test_stage_1_is_the_published_one(dataset: str, method: str) -> None:
     assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay, phase.mixup, phase.schedule.kind) == STAGE_1[dataset, method]
     assert phase.sampler == "instance"
     assert phase.drw == (0.8 if method == "ldam-drw" else None)
+
+
+@pytest.mark.parametrize(("dataset", "method"), RATES)
+def test_rates_are_the_published_ones(dataset: str, method: str) -> None:
+    phase = plan(method, None, dataset, COUNTS)[0]
+    found = {epoch: phase.schedule.rate(phase.lr, epoch, phase.epochs) for epoch in RATES[dataset, method]}
+    assert found == pytest.approx(RATES[dataset, method])
+
+
+@pytest.mark.parametrize("dataset", OLTR_2)
+def test_oltr_s_second_phase_is_the_released_one(dataset: str) -> None:
+    phase = plan("oltr", None, dataset, COUNTS)[1]
+    milestones = tuple(round(share * phase.epochs) for share in phase.schedule.milestones)
+    assert (phase.epochs, phase.batch_size, phase.lr, milestones, phase.lr_factors, phase.trains, phase.backbone) == OLTR_2[dataset]
+    assert (phase.sampler, phase.sampler_options, phase.weight_decay, phase.schedule.factors) == ("class-aware", {"samples_per_class": 4}, 5e-4, (0.1, 0.01))
+
+
+def test_networks_of_the_rivals_are_the_released_ones() -> None:
+    """BBN's network on CIFAR has two last blocks, and De-confound-TDE takes it; on the large sets it has a ResNeXt-50, on Places-LT from random weights."""
+    for method in ("bbn", "tde"):
+        assert plan(method, None, "cifar10-lt", COUNTS)[0].backbone == "two-branch"
+    assert (METHODS["tde"].models["places"], METHODS["oltr"].models["imagenet"]) == ("resnext50_32x4d", "resnet10")
+    for method, kind, trains, pretrained in (("tde", "", "all", False), ("oltr", "embedded", "all", True), ("gcl", "", "last-block", True)):
+        phase = plan(method, None, "places-lt", COUNTS)[0]
+        assert (phase.backbone, phase.trains, phase.pretrained) == (kind, trains, pretrained)
 
 
 @pytest.mark.parametrize(("method", "dataset", "retrain"), STAGE_2)
@@ -140,7 +187,8 @@ def test_clouds_are_the_same_in_both_stages(cloud: str, exponent: float | None) 
 def test_a_given_augmentation_is_that_of_every_phase() -> None:
     """Published numbers with strong augmentation and without are no comparison of methods."""
     for method in METHODS:
-        phases = plan(method, "crt", "cifar100-lt", COUNTS, baseline=True, augment="crop,flip,cutout")
+        retrain = None if METHODS[method].retrains else "crt"
+        phases = plan(method, retrain, "cifar100-lt", COUNTS, baseline=True, augment="crop,flip,cutout")
         assert {phase.augment for phase in phases} == {"crop,flip,cutout"}
     assert {phase.augment for phase in plan("gcl+dro-lt", None, "cifar100-lt", COUNTS, baseline=True)} == {"crop,flip,autoaugment,cutout"}
     assert {phase.augment for phase in plan("dro-lt", "gcl", "imagenet-lt", COUNTS)} == {None}

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 from gclkern.training.objectives.base import Objective
 from gclkern.training.objectives.bcl import BalancedContrast
+from gclkern.training.objectives.bilateral import BilateralBranch
+from gclkern.training.objectives.causal import CausalClassification
 from gclkern.training.objectives.classification import Classification
 from gclkern.training.objectives.hybrid import Hybrid
+from gclkern.training.objectives.memory import MemoryClassification
 from gclkern.training.objectives.proco import ProbabilisticContrast
 from gclkern.training.objectives.robust import RobustLayers
 from gclkern.training.recipes import Phase, build_loss
@@ -19,6 +22,9 @@ OBJECTIVES: dict[str, Callable[[Phase, list[int], int], Objective]] = {
     "proco": lambda phase, class_counts, feature_dim: ProbabilisticContrast(class_counts, feature_dim, **phase.options),
     "hybrid-sc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=False, **phase.options),
     "hybrid-psc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=True, **phase.options),
+    "tde": lambda phase, class_counts, feature_dim: CausalClassification(**phase.options),
+    "bbn": lambda phase, class_counts, feature_dim: BilateralBranch(**phase.options),
+    "oltr": lambda phase, class_counts, feature_dim: MemoryClassification(),
 }
 
 

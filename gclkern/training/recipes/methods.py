@@ -20,6 +20,9 @@ class Method:
     robust: bool = False  # DRO-LT's phases follow
     retrain: str = "none"  # the re-training if none is chosen
     more: Mapping[str, Any] = field(default_factory=dict)  # other fields of Phase, whatever the data set
+    retrains: frozenset[str] | None = None  # re-trainings that its network can have; None for all
+    models: Mapping[str, str] = field(default_factory=dict)  # network by family of data sets, where its published results have another one
+    memory: bool = False  # OLTR's second phase follows
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Retrain:
     summary: str
 
 
+_NEW_HEADS = frozenset({"none", "crt", "ncm", "gcl"})  # re-trainings that need nothing of stage 1's classifier
 METHODS: dict[str, Method] = {
     "ce": Method("Cross entropy and class weights", "cross entropy", "ce"),
     "mixup": Method("Cross entropy and class weights", "cross entropy with mixup: stage 1 of mislas (CVPR 2021)", "ce", settings="mixup"),
@@ -57,6 +61,18 @@ METHODS: dict[str, Method] = {
     "hybrid-psc": Method(
         "Contrast", "the same with learned prototypes of the classes in place of samples (CVPR 2021)", "hybrid-psc", settings="hybrid-psc",
         more={"second_sampler": "class-balanced"},
+    ),
+    "tde": Method(
+        "Other networks", "two normalised heads; predictions without the mean feature's direction (NeurIPS 2020)", "tde", head="tde", settings="tde",
+        more={"backbone": "two-branch"}, models=dict.fromkeys(("imagenet", "places", "inat"), "resnext50_32x4d"), retrains=_NEW_HEADS,
+    ),
+    "bbn": Method(
+        "Other networks", "two branches, one on rare classes, whose shares shift (CVPR 2020)", "bbn", settings="bbn",
+        more={"backbone": "two-branch", "second_sampler": "reversed", "nesterov": True}, models={"places": "resnet50"},
+    ),
+    "oltr": Method(
+        "Other networks", "cross entropy, then features that draw on a memory of class means (CVPR 2019)", "ce", settings="oltr", memory=True,
+        models={"imagenet": "resnet10"}, retrains=frozenset({"none"}),
     ),
 }  # fmt: skip
 _LEARNED, _COMPUTED = "Trained", "Computed without training"

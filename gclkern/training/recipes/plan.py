@@ -23,6 +23,7 @@ from gclkern.training.recipes.settings import (
     GCL_STAGE_2,
     INAT_CRT_EPOCHS,
     LDAM_STEPS,
+    MEMORY_STAGE,
     MISLAS_SAMPLER,
     MISLAS_STAGE_2,
     MISLAS_STEPS,
@@ -32,6 +33,7 @@ from gclkern.training.recipes.settings import (
     ROBUST_AUGMENT,
     ROBUST_CLASSIFIER_LR,
     ROBUST_EPOCHS,
+    THIRDS,
     Stage,
     family,
     mislas,
@@ -52,8 +54,10 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
         # a pretrained ResNet-152, as in GCL's release and earlier ones
-        trains="last-block" if group == "places" else "all", **method.more,
+        trains="last-block" if group == "places" else "all", pretrained=group == "places", **method.more,
     )  # fmt: skip
+    if method.memory:
+        return [phase, _memory_phase(phase, group)]
     if not method.robust:
         return [phase]
     # Combined with GCL, the features are trained by GCL's loss instead of the weighted cross entropy, because the classifier is a cosine classifier, and GCL's
@@ -70,6 +74,18 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
     return [phase, robust, replace(
         robust, name="stage-1-classifier", epochs=max(1, robust.epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0,
     )]  # fmt: skip
+
+
+def _memory_phase(first: Phase, group: str) -> Phase:
+    """OLTR's second phase: attention, an embedding and a classifier with a memory, on class-aware batches."""
+    if group == "own":
+        epochs = max(1, round(own_data.ROBUST_SHARE * first.epochs))
+        stage = Stage(epochs, first.batch_size, first.lr / 10, first.weight_decay, THIRDS, more=MEMORY_STAGE["digits"].more)
+    else:
+        stage = MEMORY_STAGE[group]
+    return _of_stage(
+        "stage-1-memory", stage, loss="oltr", head="meta-embedding", backbone="modulated", sampler="class-aware", sampler_options={"samples_per_class": 4}
+    )
 
 
 # What later phases and the baseline do not take over from a stage 1 whose loss needs it.
@@ -159,6 +175,11 @@ def plan(
         phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=MISLAS_STEPS.factors))
     phases[1:] = [replace(phase, weight_decay=given1.get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
     retrain = retrain or METHODS[method].retrain
+    possible = METHODS[method].retrains
+    if possible is not None and retrain not in possible:
+        raise ValueError(
+            f"`retrain={retrain}`: the classifier of {method} cannot be re-trained so; take {' or '.join(f'`retrain={r}`' for r in sorted(possible))}"
+        )
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
         second = _second_stage(retrain, dataset, phases[0], class_counts)

@@ -46,6 +46,18 @@ _BCL_LARGE: dict[str, Any] = {
 }  # fmt: skip
 _PROCO_LARGE: dict[str, Any] = {"augment": _STRONG_LARGE, "head": "cosine", "options": _KEYS_LARGE}
 
+# Methods with networks of their own.
+# [C] BBN and De-confound-TDE on CIFAR: a warm-up from a third of the rate, then steps at epochs 120 and 160 of 200.
+BBN_STEPS = Schedule("steps", warmup=5, warmup_start=1 / 3, milestones=(0.6, 0.8), factors=(0.01, 0.0001))
+BBN_INAT_STEPS = Schedule("steps", milestones=(120 / 180, 160 / 180), factors=(0.1, 0.01))  # [C] BBN
+THIRDS = Schedule("steps", milestones=(1 / 3, 2 / 3), factors=(0.1, 0.01))  # [C] OLTR
+
+_FROM_SCRATCH: dict[str, Any] = {"trains": "all", "pretrained": False}  # on Places-LT, where others train a part of a pretrained network
+# [C] De-confound-TDE: the network itself, and a momentum that follows the learning rate. Its cosine is an epoch ahead, so that the last one learns nothing.
+_TDE_LARGE: dict[str, Any] = {"backbone": "", "options": {"alpha": 3.0, "momentum_by_rate": True}}
+# [C] BBN: shares as if there were 200 epochs, and colours are left alone.
+_BBN_LARGE: dict[str, Any] = {"options": {"period": 200 / 180}, "augment": "resized-crop,flip"}
+
 # Stage 1 by data set or family of data sets, and by `Method.settings`; see `stage1_settings`.
 STAGE_1: dict[str, dict[str, Stage]] = {
     "digits": {  # [H] a minute on two cores
@@ -61,9 +73,14 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "proco": Stage(200, 256, 0.3, 2e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [C] ProCo
         "hybrid-sc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R] a reproduction, no release
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R]
+        "bbn": Stage(200, 128, 0.1, 2e-4, BBN_STEPS),  # [C] BBN
     },
     "cifar10-lt": {
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY, "options": {"temperature": 1.0}}),  # [R]
+        "tde": Stage(200, 256, 0.2, 5e-4, BBN_STEPS, more={"options": {"alpha": 1.0}}),  # [C] De-confound-TDE
+    },
+    "cifar100-lt": {
+        "tde": Stage(200, 256, 0.2, 5e-4, BBN_STEPS, more={"options": {"alpha": 1.5}}),  # [C] De-confound-TDE
     },
     "imagenet": {
         "plain": Stage(90, 512, 0.2, 5e-4, COSINE),  # [C] decoupling
@@ -71,6 +88,9 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "mixup": Stage(180, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS
         "bcl": Stage(90, 256, 0.1, 5e-4, COSINE, more=_BCL_LARGE),  # [C] BCL
         "proco": Stage(90, 256, 0.1, 5e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
+        "tde": Stage(90, 512, 0.2, 5e-4, COSINE, more=_TDE_LARGE),  # [C] De-confound-TDE
+        "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE),  # [H] its iNaturalist's
+        "oltr": Stage(30, 128, 0.1, 5e-4, THIRDS),  # [C] OLTR
     },
     "inat": {
         "plain": Stage(90, 512, 0.2, 1e-4, COSINE),  # [C] decoupling
@@ -78,11 +98,17 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "mixup": Stage(200, 256, 0.1, 1e-4, COSINE, mixup=0.2),  # [C] MiSLAS
         "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
         "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
+        "tde": Stage(90, 512, 0.2, 1e-4, COSINE, more=_TDE_LARGE),  # [H] its ImageNet-LT's, with this set's weight decay
+        "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE),  # [C] BBN, "2x"
+        "oltr": Stage(30, 128, 0.1, 1e-4, THIRDS),  # [H] its ImageNet-LT's, with this set's weight decay
     },
     "places": {
         "plain": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS),  # [H] GCL's without mixup
         "gcl": Stage(90, 512, 0.2, 5e-4, PLACES_STEPS, mixup=0.2),  # [C] GCL
         "mixup": Stage(90, 256, 0.1, 5e-4, COSINE, mixup=0.2),  # [C] MiSLAS
+        "tde": Stage(90, 512, 0.2, 5e-4, COSINE, more=_TDE_LARGE | _FROM_SCRATCH),  # [C] De-confound-TDE
+        "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE | _FROM_SCRATCH),  # [H] its iNaturalist's
+        "oltr": Stage(30, 128, 0.001, 5e-4, THIRDS, more={"trains": "all", "backbone": "embedded", "lr_factors": {"network.head": 100.0}}),  # [C] OLTR
     },
 }
 
@@ -154,6 +180,17 @@ ROBUST = Stage(80, 128, 0.005, 1e-4, Schedule(), more={"sampler": "class-aware",
 ROBUST_EPOCHS = {"digits": 10}
 ROBUST_CLASSIFIER_LR = 0.01
 ROBUST_AUGMENT = "crop,flip,autoaugment,cutout"  # on CIFAR, in all phases
+
+# OLTR's second phase: [C] for ImageNet-LT and Places-LT; [H] iNaturalist has ImageNet-LT's, all others a tenth of stage 1's rate as ImageNet-LT has, too.
+# Classifier and memory have rates of their own.
+_MEMORY: dict[str, Any] = {"lr_factors": {"network.head.memory": 1.0, "network.head": 10.0}}
+MEMORY_STAGE = {
+    "digits": Stage(20, 64, 0.01, 5e-4, THIRDS, more=_MEMORY),
+    "cifar": Stage(60, 128, 0.01, 2e-4, THIRDS, more=_MEMORY),
+    "imagenet": Stage(60, 128, 0.01, 5e-4, THIRDS, more=_MEMORY),
+    "inat": Stage(60, 128, 0.01, 1e-4, THIRDS, more=_MEMORY),
+    "places": Stage(30, 128, 0.0001, 5e-4, THIRDS, more={"lr_factors": {"network.head": 100.0}, "trains": "embedding", "backbone": "embedded-modulated"}),
+}
 
 
 def family(dataset: str) -> str:
