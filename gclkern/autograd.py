@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gclkern.devices import refuse_transforms
 from gclkern.dispatch import call_operator
 from gclkern.kernels.terms import LossTerms
+from gclkern.torch_backend.vmf import vmf_contrast, vmf_contrast_grad
 
 # save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
 _TENSORS = [place for place, name in enumerate(LossTerms._fields) if "Tensor" in str(LossTerms.__annotations__[name])]
@@ -126,3 +128,19 @@ class SupervisedContrast(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         grads = call_operator("contrastive_backward", ctx.backend, features, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
+
+
+class VMFContrast(torch.autograd.Function):
+    """The contrast of cosines (N, C) with von Mises-Fisher distributions: torch's operators on every device."""
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+        ctx.save_for_backward(cosine, concentration)
+        ctx.options = order, temperature
+        return vmf_contrast(cosine, concentration, order, temperature)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the contrast", grad)
+        return vmf_contrast_grad(grad, *ctx.saved_tensors, *ctx.options), None, None, None

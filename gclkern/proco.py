@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gclkern.autograd import VMFContrast
 from gclkern.buffers import RankState
 from gclkern.contrastive_losses import _ContrastiveLoss
 from gclkern.dispatch import call_operator, resolve_backend
@@ -12,7 +13,7 @@ from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
 from gclkern.options import Backend, Reduction
-from gclkern.validation import ClassCounts, check_int, check_matrix, check_number, check_same_device, check_target
+from gclkern.validation import ClassCounts, check_int, check_matrix, check_number, check_same_device, check_target, refuse_gradient
 from gclkern.weights import log_prior
 
 _MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
@@ -36,23 +37,8 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
     Returns:
         (N, C), in the dtype of `cosine`.
     """
-    order = dim / 2 - 1
-    base = (order**2 + concentration.square()).sqrt()
-    grown = 1 / temperature**2 + (2 / temperature) * concentration * cosine  # k_ij^2 - kappa_j^2
-    root = (base.square() + grown).clamp(min=order**2).sqrt()
-    step = grown / (root + base)  # root - base
-    return (
-        step
-        - order * torch.log1p(step / (order + base))
-        - 0.5 * torch.log1p(step / base)
-        + torch.log1p(_correction(root, order))
-        - torch.log1p(_correction(base, order))
-    )
-
-
-def _correction(root: Tensor, order: float) -> Tensor:
-    p = order / root
-    return p * (3 - 5 * p.square()) / (24 * order)
+    refuse_gradient("concentration", concentration)
+    return VMFContrast.apply(cosine, concentration, dim / 2 - 1, temperature)
 
 
 class ProCoLoss(_ContrastiveLoss, RankState):

@@ -9,6 +9,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from benchmarks.memory import allocated_peak
 from gclkern import LogitAdjustedLoss, ProCoLoss
 from gclkern.proco import vmf_contrast
 from tests.support.cases import cosines, labels
@@ -40,6 +41,41 @@ def test_contrast_and_its_derivative(dim: int, error: float, temperature: float)
         assert (found.detach()[:, 0] - value[:, column]).abs().max() < error
         grad = torch.autograd.grad(found.sum(), cosine)[0][:, 0]
         torch.testing.assert_close(grad, slope[:, column], rtol=2e-3, atol=10 * error)
+
+
+def test_the_derivative_is_that_of_the_series(device: torch.device) -> None:
+    """Over more rows than a CPU's tile, against autograd through the series as it is written."""
+    cosine = cosines(70, 1000).double().clamp(-1.0, 1.0).to(device).requires_grad_()
+    concentration = torch.logspace(-2, 4, 1000, dtype=torch.float64, device=device)
+    order, upstream = 15.0, torch.linspace(-1.0, 2.0, 1000, dtype=torch.float64, device=device)
+
+    def series(k: Tensor) -> Tensor:
+        root = (order**2 + k.square()).sqrt()
+        p = order / root
+        return root - order * (order + root).log() - root.log() / 2 + (1 + p * (3 - 5 * p**2) / (24 * order)).log()
+
+    expected = series((concentration.square() + 1 / T**2 + 2 * concentration * cosine / T).sqrt()) - series(concentration)
+    found = vmf_contrast(cosine, concentration, 32, T)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    grads = (torch.autograd.grad((value * upstream).sum(), cosine)[0] for value in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_no_vector_of_a_sample_and_a_class_is_in_memory() -> None:
+    """Of 64 samples, 2000 classes and 64 dimensions they would have 33 MB; a matrix over samples and classes has 0.5 MB."""
+    criterion = ProCoLoss([1] * 2000, 64)
+    features, target = torch.randn(64, 64, requires_grad=True), torch.arange(64)
+
+    def step() -> Tensor:
+        return torch.autograd.grad(criterion(features, target), features)[0]
+
+    peak = allocated_peak(step, torch.device("cpu"))
+    assert peak < 8 * 4 * 64 * 2000 + 4 * 4 * 2000 * 64
+
+
+def test_a_concentration_has_no_gradient() -> None:
+    with pytest.raises(ValueError, match="concentration"):
+        vmf_contrast(cosines(2, 3), torch.ones(3, requires_grad=True), 16, T)
 
 
 @pytest.mark.parametrize("concentration", [0.0, 1e-3, 1e5])
