@@ -100,8 +100,8 @@ def gcl_cross_entropy(
         angular: cloud and margin add to the angle. The cloud is in right angles, in [0, 1], and the margin in radians, in [0, pi/2]. Where theta + a would pass
             pi, with a the angle added, cosine - a sin(a) takes the place of cos(theta + a), as in ArcFace's release. 1 - cosine^2, whose root has no derivative
             at 0, is at least 1e-6, so gradients are finite at cosines of 1 and -1.
-        difficulty_margin: the margin, in radians, adds to the angle and is up to twice as large for samples that are not classified by their bare cosines. The
-            gradient includes that factor's. With `angular` the cloud adds to the angle, too.
+        difficulty_margin: the margin, in radians, in [0, pi/4], adds to the angle and is up to twice as large for samples that are not classified by their
+            bare cosines; the gradient includes that factor's. The cloud is subtracted. It excludes `angular`.
         easy_margin: angles are added to positive cosines alone, as in ArcFace's and AGCL's releases for `easy_margin`.
         ignore_index: a sample with this label, in either target, has no loss and no gradient.
         reduction: "mean" divides by the kept samples' sum of lam * weight[target] + (1 - lam) * weight[target_b] (torch's rule, mixed), with

@@ -66,12 +66,18 @@ class _ClassLoss(PreciseBuffers):
         scale: float,
         gamma: float = 0.0,
         focal_detach: bool = True,
+        angular: bool = False,
+        difficulty_margin: bool = False,
+        easy_margin: bool = False,
         label_smoothing: Tensor | float = 0.0,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.angular = angular
+        self.difficulty_margin = difficulty_margin
+        self.easy_margin = easy_margin
         self.scale = scale
         self.gamma = gamma
         self.focal_detach = focal_detach
@@ -121,7 +127,8 @@ class _ClassLoss(PreciseBuffers):
                 )
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "ignore_index", "reduction")}
+        angles = [name for name in ("angular", "difficulty_margin", "easy_margin") if getattr(self, name) is not False]
+        return {name: getattr(self, name) for name in ("scale", "gamma", "focal_detach", "ignore_index", "reduction", *angles)}
 
     def _arguments(self) -> dict[str, Any]:
         """The keywords that this loss passes to the functional layer."""
@@ -201,11 +208,20 @@ class _CloudedLoss(_ClassLoss):
         margin: Tensor | float = 0.0,
         gamma: float = 0.0,
         focal_detach: bool = True,
+        angular: bool = False,
+        difficulty_margin: bool = False,
+        easy_margin: bool = False,
+        tau: float = 0.0,
         **options: Unpack[LossOptions],
     ) -> None:
-        cloud = check_number("noise_mul", noise_mul, 0.0) * cloud_sizes(class_counts, strategy, exponent)
+        # in right angles where it is an angle, of which one is the most
+        cloud = check_number("noise_mul", noise_mul, 0.0, 1.0 if angular is True else math.inf) * cloud_sizes(class_counts, strategy, exponent)
         nonzero = cloud if bool(cloud.any()) else None  # a cloud of zeros needs no noise
-        super().__init__(cloud.numel(), cloud=nonzero, margin=margin, scale=scale, gamma=gamma, focal_detach=focal_detach, **options)
+        bias = check_number("tau", tau) * log_prior(class_counts) if tau != 0.0 else None
+        super().__init__(
+            cloud.numel(), cloud=nonzero, margin=margin, bias=bias, scale=scale, gamma=gamma, focal_detach=focal_detach, angular=angular,
+            difficulty_margin=difficulty_margin, easy_margin=easy_margin, **options,
+        )  # fmt: skip
 
 
 class GCLLoss(_CloudedLoss):
@@ -228,6 +244,9 @@ class GCLLoss(_CloudedLoss):
         weight: class weights (C,), as in torch's cross entropy. None: the paper re-balances by sampling, in stage 2.
         gamma: focal exponent; 0 turns the factor off, as in stage 1.
         focal_detach: the focal factor counts as a constant in backward, as in the release; False is the standard focal loss.
+        angular, difficulty_margin, easy_margin: the margin, and with `angular` the cloud, add to the angle; see
+            :func:`gclkern.functional.gcl_cross_entropy`, :class:`gclkern.AGCLLoss` and :class:`gclkern.DBMLoss`.
+        tau: strength of a logit adjustment, tau * log prior is added to the logits in eval mode, too; see :class:`gclkern.LogitAdjustedLoss`.
         label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
     Shapes: cosine (N, C), target and target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none", float32 (float64 for float64).

@@ -37,6 +37,10 @@ class GCLOptions(LossOptions, total=False):
     margin: Tensor | float  # or (C,)
     gamma: float
     focal_detach: bool
+    angular: bool
+    difficulty_margin: bool
+    easy_margin: bool
+    tau: float
 
 
 class LinearGCLOptions(GCLOptions, total=False):

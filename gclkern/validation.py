@@ -378,6 +378,8 @@ def _check_options(
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    if angular and difficulty_margin:
+        raise ValueError("angular and difficulty_margin are both True; difficulty_margin adds the margin to the angle by itself, so leave out angular")
     if easy_margin and not (angular or difficulty_margin):
         raise ValueError("easy_margin is True, but no angle is added; it needs angular=True or difficulty_margin=True")
     check_choice("reduction", reduction, REDUCTIONS)

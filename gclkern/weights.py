@@ -136,14 +136,15 @@ class DeferredReweighting:
             weight.copy_(self._weights)
 
 
-def ldam_margins(class_counts: ClassCounts, max_margin: float = 0.5) -> Tensor:
+def ldam_margins(class_counts: ClassCounts, max_margin: float = 0.5, exponent: float = 0.25) -> Tensor:
     r"""Label-distribution-aware margins (Cao et al., NeurIPS 2019, section 3.2), scaled so that the rarest class has the largest.
 
-        m_j = max_margin * (n_min / n_j)^(1/4)
+        m_j = max_margin * (n_min / n_j)^exponent
 
     Args:
         class_counts: training samples of each class (C,), all positive.
-        max_margin: margin of the rarest class, in units of cosine, at least 0. 0.5 is the released code's value.
+        max_margin: margin of the rarest class, at least 0; in units of cosine, 0.5 is the released code's value. DBM's is 0.1, in radians.
+        exponent: how fast margins shrink with the class count, at least 0: 1/4 is LDAM's, 1 is DBM's.
 
     Returns:
         (C,) float32, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
@@ -156,7 +157,7 @@ def ldam_margins(class_counts: ClassCounts, max_margin: float = 0.5) -> Tensor:
         tensor([0.0500, 0.1000, 0.5000])
     """
     counts = check_class_counts(class_counts)
-    margins = check_number("max_margin", max_margin, 0.0) * (counts.min() / counts) ** 0.25
+    margins = check_number("max_margin", max_margin, 0.0) * (counts.min() / counts) ** check_number("exponent", exponent, 0.0)
     return margins.to(device_of(class_counts), torch.float32)
 
 

@@ -111,11 +111,23 @@ def empty_lanes(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def accumulate_hardest(hardest, cosine, columns, present, target, target_b, MASKED: tl.constexpr, TWO: tl.constexpr):
+    """Add the bare cosines of a tile to the running maximum of its lanes."""
+    ROWS: tl.constexpr = cosine.shape[0]
+    outside = columns[None, :] == target[:, None]
+    if TWO:
+        outside |= columns[None, :] == target_b[:, None]
+    if MASKED:
+        outside |= ~present[None, :]
+    others = tl.where(outside, -float("inf"), cosine).reshape(ROWS, cosine.shape[1] // 8, 8)
+    return tl.maximum(hardest, tl.max(others, axis=2))
+
+
+@triton.jit
 def accumulate_tile(
-    peak, rest, blend, hardest, v, cosine, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr,
-    HARDEST: tl.constexpr,
+    peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED: tl.constexpr, TWO: tl.constexpr, BLEND: tl.constexpr
 ):  # fmt: skip
-    """Add a tile of v and cosine to the running statistics of its lanes; see row_loss.py."""
+    """Add a tile of v to the running statistics of its lanes; see row_loss.py."""
     ROWS: tl.constexpr = v.shape[0]
     LANES: tl.constexpr = v.shape[1] // 8
     if BLEND:
@@ -128,13 +140,11 @@ def accumulate_tile(
         outside |= columns[None, :] == target_b[:, None]
     if MASKED:
         outside |= ~present[None, :]
-    if HARDEST:
-        hardest = tl.maximum(hardest, tl.max(tl.where(outside, -float("inf"), cosine).reshape(ROWS, LANES, 8), axis=2))
     v = tl.where(outside, -float("inf"), v).reshape(ROWS, LANES, 8)
     top = tl.maximum(peak, tl.max(v, axis=2))
     anchor = scale2 * tl.where(top == -float("inf"), 0.0, top)  # a lane with only targets so far adds nothing
     rest = rest * tl.exp2(scale2 * peak - anchor) + tl.sum(tl.exp2(scale2 * v - anchor[:, :, None]), axis=2)
-    return top, rest, blend, hardest
+    return top, rest, blend
 
 
 @triton.jit
@@ -330,11 +340,14 @@ def _stats_tile(
         cosine_ptr, stride_n_units, stride_c, rows, in_batch, classes, tile * COLUMNS, readable, MASKED, STRIDE_UNIT, CONTIGUOUS, PAIRED
     )  # fmt: skip
     cosine = _unpack_cosines(loaded, cosine_ptr.dtype.element_ty, PAIRED)
+    if HARDEST:
+        hardest = accumulate_hardest(hardest, cosine, columns, present, target, target_b, MASKED, TWO)
     v, _ = add_noise_and_bias(
         cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
         cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
     )  # fmt: skip
-    return accumulate_tile(peak, rest, blend, hardest, v, cosine, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND, HARDEST)
+    peak, rest, blend = accumulate_tile(peak, rest, blend, v, columns, present, weight, target, target_b, scale2, MASKED, TWO, BLEND)
+    return peak, rest, blend, hardest
 
 
 @batch_kernel

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import runtime
 from .logit_loss import (
     Statistics,
+    accumulate_hardest,
     accumulate_tile,
     add_noise_and_bias,
     empty_lanes,
@@ -237,13 +238,14 @@ def _fused_stats_kernel(
             ROWS, COLUMNS, DEPTH, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         cloud, bias, class_weight = load_class_terms(cloud_ptr, bias_ptr, class_weight_ptr, classes, present)
+        if hardest_ptr is not None:
+            hardest = accumulate_hardest(hardest, cosine, columns, present, target, target_b, True, target_b_ptr is not None)
         v, _ = add_noise_and_bias(
             cosine, rows + row_offset, first_group + tile * (COLUMNS // 8), seed, cloud, bias, inverse_scale,
             cloud_ptr is not None, bias_ptr is not None, ANGULAR, EASY, COLUMNS // 8, NVIDIA,
         )  # fmt: skip
-        peak, rest, blend, hardest = accumulate_tile(
-            peak, rest, blend, hardest, v, cosine, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None,
-            blend_ptr is not None, hardest_ptr is not None,
+        peak, rest, blend = accumulate_tile(
+            peak, rest, blend, v, columns, present, class_weight, target, target_b, scale2, True, target_b_ptr is not None, blend_ptr is not None
         )  # fmt: skip
     at = split.to(tl.int64) * num_rows + rows
     store_lanes(peak_ptr, rest_ptr, blend_ptr, hardest_ptr, at, in_batch, peak, rest, blend, hardest, scale2, RESUME)

@@ -39,6 +39,18 @@ def loss_fp32() -> None:
     _loss(torch.float32)
 
 
+def loss_by_angles() -> None:
+    _loss(torch.bfloat16, angular=True)
+
+
+def head_by_angles() -> None:
+    _head(torch.bfloat16, torch.bfloat16, angular=True)
+
+
+def head_by_difficulty() -> None:
+    _head(torch.bfloat16, torch.bfloat16, difficulty_margin=True)
+
+
 def head_bf16() -> None:
     _head(torch.bfloat16, torch.bfloat16)
 
@@ -111,34 +123,39 @@ FIT: list[Any] = [
     ),
     *(pytest.param(case, "gfx942", marks=pytest.mark.slow) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise)),
     (loss_of_many_rows, "sm_90"),
+    (loss_by_angles, "sm_90"),
+    *(
+        pytest.param(case, target, marks=pytest.mark.slow)
+        for case, target in ((head_by_angles, "sm_90"), (head_by_angles, "sm_80"), (head_by_difficulty, "sm_90"), (loss_by_angles, "gfx942"))
+    ),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163
     *(pytest.param(case, target, marks=pytest.mark.slow) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
     *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_bf16_of_200, head_mixed_of_300, head_fp32_of_1001)),
 ]
 
 
-def _terms(noise: bool, rows: int = ROWS) -> tuple[object, ...]:
+def _terms(noise: bool, rows: int = ROWS, **angles: bool) -> tuple[object, ...]:
     from gclkern.kernels.terms import LossTerms
 
     return LossTerms(
         target=torch.zeros(rows, dtype=torch.int64), target_b=None, lam=None, cloud=torch.ones(CLASSES) if noise else None, margin=None, bias=None, weight=None,
         seed=torch.zeros((), dtype=torch.int64) if noise else None, scale=30.0, gamma=0.0, focal_detach=True, label_smoothing=0.0, ignore_index=-100,
-        row_offset=0, class_offset=0, reduction="mean",
+        row_offset=0, class_offset=0, reduction="mean", **angles,
     )  # fmt: skip
 
 
-def _loss(dtype: torch.dtype, noise: bool = True, rows: int = ROWS) -> None:
+def _loss(dtype: torch.dtype, noise: bool = True, rows: int = ROWS, **angles: bool) -> None:
     from gclkern.kernels.logit_loss import logit_backward, logit_forward
 
-    cosine, terms = torch.empty(rows, CLASSES, dtype=dtype), _terms(noise, rows)
+    cosine, terms = torch.empty(rows, CLASSES, dtype=dtype), _terms(noise, rows, **angles)
     loss, saved = logit_forward(cosine, *terms, True)
     logit_backward(loss, cosine, saved, *terms, False)
 
 
-def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM) -> None:
+def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM, **angles: bool) -> None:
     from gclkern.kernels.head import head_backward, head_forward
 
-    features, weight, terms = torch.empty(ROWS, dim, dtype=dtype), torch.empty(CLASSES, dim, dtype=weight_dtype), _terms(True)
+    features, weight, terms = torch.empty(ROWS, dim, dtype=dtype), torch.empty(CLASSES, dim, dtype=weight_dtype), _terms(True, **angles)
     for plan in PLANS:
         loss, saved = head_forward(features, weight, *terms, True, plan, True)
         head_backward(loss, features, weight, saved, *terms, True, plan, True, True, False)
@@ -191,6 +208,8 @@ def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
         (loss_bf16, "_gradient_kernel", 24),
         (loss_bf16_without_noise, "_row_stats_kernel", 11),
         (loss_bf16_without_noise, "_gradient_kernel", 13),
+        (loss_by_angles, "_row_stats_kernel", 39),
+        (loss_by_angles, "_gradient_kernel", 43),
         (loss_fp32, "_row_stats_kernel", 24),
         (loss_fp32, "_gradient_kernel", 28),
         # in a head the cosines lie in a padded buffer; its gradient is also divided by norms and summed over rows

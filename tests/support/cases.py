@@ -97,9 +97,9 @@ def angle_sets(rows: int, classes: int) -> dict[str, Options]:
         "agcl easy": {"angular": True, "easy_margin": True, "scale": 8.0, "margin": margin, **cloud},
         "dbm": {"difficulty_margin": True, "margin": margin, "scale": 8.0, "bias": vector(classes, -3.0, 3.0, seed=3)},
         "dbm and clouds": {"difficulty_margin": True, "margin": margin, "scale": 8.0, "weight": weight, "label_smoothing": 0.2, **cloud},
-        "dbm mixed": {"difficulty_margin": True, "scale": 8.0, **everything},
+        "dbm and everything": {"difficulty_margin": True, **everything},
         "dbm easy": {"difficulty_margin": True, "easy_margin": True, "margin": margin, "scale": 8.0, **mixed(rows, classes)},
-        "everything": {"angular": True, "difficulty_margin": True, **everything},
+        "everything": {"angular": True, **everything},
     }
 
 

@@ -115,7 +115,7 @@ def _angle_samples(rows: int) -> dict[str, Options]:
 
 def _angle_head_samples(rows: int) -> dict[str, Options]:
     matrices = {name: _head_samples(rows)["plain"][name] for name in ("features", "linear_weight", "target")}
-    return {name: matrices | angle_sets(rows, CLASSES)[name] for name in ("plain", "agcl easy", "dbm and clouds", "everything")}
+    return {name: matrices | angle_sets(rows, CLASSES)[name] for name in ("plain", "agcl easy", "dbm and clouds", "dbm and everything", "everything")}
 
 
 def _bound_samples(rows: int) -> dict[str, Options]:

@@ -119,7 +119,8 @@ ANGLES: tuple[Wrong, ...] = (
     Wrong("easy_margin", ValueError, "True", {"easy_margin": True, "angular": False}),
     Wrong("margin", ValueError, "1.6", {"margin": 1.6}),
     Wrong("margin", ValueError, "-0.1", {"margin": torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0])}),
-    Wrong("margin", ValueError, "0.8", {"margin": 0.8, "difficulty_margin": True}),
+    Wrong("margin", ValueError, "0.8", {"margin": 0.8, "difficulty_margin": True, "angular": False}),
+    Wrong("difficulty_margin", ValueError, "angular", {"difficulty_margin": True}),
     Wrong("cloud", ValueError, "1.5", {"cloud": torch.full((CLASSES,), 1.5)}),
     Wrong("bias", ValueError, "requires a gradient", {"bias": torch.zeros(CLASSES, requires_grad=True)}),
 )  # fmt: skip

@@ -39,7 +39,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _BINARY = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _UNARY = {
-    "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos,
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt, "rcp": np.reciprocal, "rsqrt": lambda value: 1 / np.sqrt(value), "ex2": np.exp2,
+    "lg2": np.log2, "sin": np.sin, "cos": np.cos,
 }  # fmt: skip
 _TOKEN = re.compile(r"[^\s,\[\]{}]+|[\[\]{}]")
 
