@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common import CIFAR, DTYPES, IMAGENET, INATURALIST, SMOKE, Case, Contestant, Inputs, Operation, Shape
+from benchmarks.common import CIFAR, DTYPES, IMAGENET, INATURALIST, SMOKE, TORCH_BACKEND, Case, Contestant, Inputs, Operation, Shape, on_a_cpu
 from benchmarks.timing import Call
+from gclkern.dispatch import call_operator
 from gclkern.functional import class_centroids
 
 PASS = "pass"
@@ -36,6 +37,16 @@ def ours(inputs: FeatureInputs, phase: str) -> Call:
     return lambda: class_centroids(inputs.features, inputs.target, inputs.shape.classes)
 
 
+def torch_backend(inputs: FeatureInputs, phase: str) -> Call:
+    features, target = inputs.features, inputs.target
+
+    def run() -> Tensor:
+        sums, counts = call_operator("segment_sums", "torch", features, features, target, inputs.shape.classes)
+        return sums.div_(counts.clamp(min=1)[:, None])
+
+    return run
+
+
 def index_add(inputs: FeatureInputs, phase: str) -> Call:
     def run() -> Tensor:
         sums = torch.zeros(inputs.shape.classes, inputs.shape.dim, device=inputs.device)
@@ -58,6 +69,7 @@ def least_bytes(shape: Shape, dtype: str, phase: str) -> float:
 
 CONTESTANTS = {
     "gclkern": Contestant("centroids and counts; sums in a fixed order", ours),
+    **on_a_cpu({TORCH_BACKEND: Contestant("the same, by the torch backend", torch_backend)}),
     "plain torch": Contestant("index_add, bincount and a division; float32 sums in no fixed order on a GPU", index_add),
     "device copy": Contestant("floor: the features copied, one read and one write", copy, bytes_factor=2.0),
 }

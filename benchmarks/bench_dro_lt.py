@@ -16,6 +16,7 @@ from benchmarks.common import (
     IMAGENET,
     INATURALIST,
     SMOKE,
+    TORCH_BACKEND,
     Case,
     Contestant,
     Inputs,
@@ -23,9 +24,11 @@ from benchmarks.common import (
     Shape,
     compiled,
     draw_labels,
+    on_a_cpu,
     step_of,
 )
 from gclkern.functional import dro_lt_loss
+from gclkern.options import Backend
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def loss_compiled(inputs: DROInputs) -> Tensor:
     return compiled(vectorised, inputs)(*inputs.leaves, inputs.centroids, inputs.target)
 
 
-def ours(features: Tensor, epsilon: Tensor, centroids: Tensor, target: Tensor) -> Tensor:
-    return dro_lt_loss(features, target, centroids, epsilon)
+def ours(backend: Backend) -> Callable[[DROInputs], Tensor]:
+    return lambda inputs: dro_lt_loss(inputs.leaves[0], inputs.target, inputs.centroids, inputs.leaves[1], backend=backend)
 
 
 def least_bytes(shape: Shape, dtype: str, phase: str) -> float:
@@ -81,9 +84,10 @@ def least_bytes(shape: Shape, dtype: str, phase: str) -> float:
     return float(size * (1 if phase == "forward" else 2) + min(shape.rows, shape.classes) * shape.dim * 4)
 
 
-SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (CIFAR,), "cuda": (INATURALIST, IMAGENET, CIFAR)}
+SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (CIFAR, IMAGENET), "cuda": (INATURALIST, IMAGENET, CIFAR)}
 CONTESTANTS = {
-    "gclkern": Contestant("loss; gradients of features and epsilon", step_of(loss_of(ours))),
+    "gclkern": Contestant("loss; gradients of features and epsilon", step_of(ours("auto"))),
+    **on_a_cpu({TORCH_BACKEND: Contestant('the same, backend="torch"', step_of(ours("torch")))}),
     "plain torch": Contestant("the same formula, vectorised", step_of(loss_of(vectorised))),
     "torch.compile": Contestant(
         "plain torch under torch.compile, compilation left out",
@@ -94,6 +98,7 @@ CONTESTANTS = {
         "the same formula, class by class in a Python loop that reads labels from the device; less: centroids are given, the release finds them in every batch",
         step_of(loss_of(class_by_class)),
         (BOTH,),
+        shapes=lambda shape: shape is not IMAGENET or torch.cuda.is_available(),  # its graph takes gigabytes
     ),
 }
 OPERATION = Operation("DRO-LT bound", make_inputs, CONTESTANTS, dtypes=("fp32", "bf16"), shapes=SHAPE_GRIDS, least_bytes=least_bytes, cold=True)

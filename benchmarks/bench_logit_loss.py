@@ -13,9 +13,15 @@ import torch.nn.functional as F
 
 from benchmarks.common import (
     BOTH,
+    CIFAR,
     COMPILED_PHASES,
+    DIGITS,
     DTYPES,
+    IMAGENET,
+    INATURALIST,
     SCALE,
+    SHAPES,
+    TORCH_BACKEND,
     Case,
     Contestant,
     Inputs,
@@ -24,11 +30,13 @@ from benchmarks.common import (
     compiled,
     draw_labels,
     installed,
+    on_a_cpu,
     plain_gcl,
     step_of,
 )
 from benchmarks.timing import Call
 from gclkern.functional import gcl_cross_entropy
+from gclkern.options import Backend
 
 
 def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
@@ -54,10 +62,13 @@ def least_bytes(shape: Shape, dtype: str, phase: str) -> float:
     return float(elements * shape.rows * shape.classes * DTYPES[dtype].itemsize)
 
 
+def ours(backend: Backend) -> Callable[[Inputs, str], Call]:
+    return step_of(lambda inputs: gcl_cross_entropy(inputs.leaves[0], inputs.target, inputs.cloud, scale=SCALE, backend=backend))
+
+
 CONTESTANTS = {
-    "gclkern": Contestant(
-        "seed, noise, loss; gradient of the cosines", step_of(lambda inputs: gcl_cross_entropy(inputs.leaves[0], inputs.target, inputs.cloud, scale=SCALE))
-    ),
+    "gclkern": Contestant("seed, noise, loss; gradient of the cosines", ours("auto")),
+    **on_a_cpu({TORCH_BACKEND: Contestant('the same, backend="torch"', ours("torch"))}),
     "gclkern, no noise": Contestant(
         "cloud=None: loss; gradient of the cosines", step_of(lambda inputs: gcl_cross_entropy(inputs.leaves[0], inputs.target, scale=SCALE))
     ),
@@ -77,7 +88,8 @@ CONTESTANTS = {
 if installed("liger_kernel") and torch.cuda.is_available():
     CONTESTANTS["Liger cross entropy"] = Contestant("less: scale and Liger's cross entropy, no noise; its forward makes the gradient", liger, (BOTH,))
 
-OPERATION = Operation("logit loss", make_inputs, CONTESTANTS, dtypes=("fp32", "bf16"), least_bytes=least_bytes)
+SHAPE_GRIDS = {**SHAPES, "cpu": (DIGITS, CIFAR, IMAGENET, INATURALIST)}
+OPERATION = Operation("logit loss", make_inputs, CONTESTANTS, dtypes=("fp32", "bf16"), shapes=SHAPE_GRIDS, least_bytes=least_bytes)
 
 
 def test_logit_loss(case: Case, measure: Callable[[Case], None]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.common import Case, Contestant, Inputs, Operation, Shape
+from benchmarks.common import TORCH_BACKEND, Case, Contestant, Inputs, Operation, Shape, on_a_cpu
 from benchmarks.timing import Call
 from gclkern import cloud_noise
+from gclkern.dispatch import call_operator
 
 
 def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
@@ -18,6 +19,11 @@ def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
 def ours(inputs: Inputs, phase: str) -> Call:
     seed = torch.tensor(1, device=inputs.device)
     return lambda: cloud_noise(seed, inputs.shape.rows, inputs.shape.classes)
+
+
+def torch_backend(inputs: Inputs, phase: str) -> Call:
+    seed = torch.tensor(1, device=inputs.device)
+    return lambda: call_operator("cloud_noise", "torch", seed, seed, inputs.shape.rows, inputs.shape.classes, 0, 0)
 
 
 def randn(inputs: Inputs, phase: str) -> Call:
@@ -31,6 +37,7 @@ def fill(inputs: Inputs, phase: str) -> Call:
 
 CONTESTANTS = {
     "gclkern": Contestant("a pure function of seed, sample and class", ours),
+    **on_a_cpu({TORCH_BACKEND: Contestant("the same, by the torch backend", torch_backend)}),
     "plain torch": Contestant("randn, scaled, absolute, clamped in place; depends on batch and GPU model", randn),
     "device fill": Contestant("floor: one write", fill),
 }

@@ -53,6 +53,7 @@ class Shape:
 
 
 SMOKE = Shape("smoke", 8, 24, 16, 50, 2)
+DIGITS = Shape("digits", 8, 10, 64, 100, 10)
 CIFAR = Shape("CIFAR-100", 128, 100, 64, 500, 5)
 IMAGENET = Shape("ImageNet-LT", 512, 1000, 2048, 1280, 5, "counts_imagenet_lt.txt")
 INATURALIST = Shape("iNaturalist", 512, 8142, 2048, 1000, 2, "counts_inat18.txt")
@@ -128,6 +129,14 @@ class Contestant:
     dtypes: tuple[str, ...] | None = None
     shapes: Callable[[Shape], bool] = lambda shape: True
     bytes_factor: float = 1.0  # what it must move over the operation's least bytes
+
+
+TORCH_BACKEND = "gclkern, torch backend"  # the contestant that serves a CPU without the compiled loops
+
+
+def on_a_cpu(contestants: dict[str, Contestant]) -> dict[str, Contestant]:
+    """Contestants that take none of a GPU's time."""
+    return {} if torch.cuda.is_available() else contestants
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what thi
     status     which devices have run the code
     summary    the few figures that README shows
     cpu_head   of cpu_head.json, by `python -m benchmarks.cpu_head --json`
+    cpu_busy   of cpu_busy.json, by `python -m benchmarks.cpu_busy --json`
+    cpu_loops  the part of cpu.json that compares the compiled loops with their peers
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
@@ -26,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import results_of, tables
-from benchmarks.common import BOTH, RESULTS
+from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.atomic_files import replace_text
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "numerics.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics")))
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("status", "summary", "cpu_head", "cpu", "gpu", "accuracy", "errors")
+SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "errors")
+CPU_TABLES = ("cpu_head", "cpu_busy")  # files of their own beside the reports
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
 SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
@@ -83,6 +86,14 @@ def summary(results: Path) -> str:
         memory = [f"{row['peak_bytes_beyond_gradients'] / 1e6:.0f} MB" for row in (ours, plain)]
         rows.append(["memory of the same, beyond the gradients", memory[0], f"plain PyTorch {memory[1]}"])
         notes.append(measured_at("CPU code", [data["torch_hash"]], torch_hash()))
+    for path in _reports(results, gpu=False):
+        data = json.loads(path.read_text())
+        cells = {result["contestant"]: result for result in _whole(data) if (result["operation"], result["shape"]) == ("logit loss", INATURALIST.name)}
+        if "torch cross entropy" in cells:
+            ours, plain, other = (_milliseconds(cells[name]["seconds"]) for name in ("gclkern", "plain torch", "torch cross entropy"))
+            what = f"time of the loss alone, from cosines: {INATURALIST.rows} samples, {INATURALIST.classes} classes"
+            rows.append([what, f"{ours} ms", f"plain PyTorch {plain} ms; cross entropy without noise {other} ms"])
+            notes.append(measured_at("CPU code", [data["torch_hash"]], torch_hash()))
     trained = [result for result in results_of(results / "accuracy") if result["epochs_scale"] == 1 and result["method"] in ("ce", "gcl")]
     for data_set, imbalance in dict.fromkeys((result["data"], result["imbalance"]) for result in trained):
         found = [result for result in trained if (result["data"], result["imbalance"]) == (data_set, imbalance)]
@@ -96,7 +107,7 @@ def summary(results: Path) -> str:
         notes.append(measured_at("training code", [result["code"] for result in trained], training_hash()))
     if not rows:
         return "Not measured yet."
-    return "\n".join([_table(["what", "gclkern", "for comparison"], rows), "", *notes])
+    return "\n".join([_table(["what", "gclkern", "for comparison"], rows), "", *dict.fromkeys(notes)])
 
 
 def _top1(found: Iterable[dict[str, Any]]) -> str:
@@ -132,9 +143,71 @@ def cpu_head(results: Path) -> str:
     )
 
 
+def cpu_busy(results: Path) -> str:
+    data = json.loads((results / "cpu_busy.json").read_text())
+    software = data["software"]
+    rows = (
+        [
+            f"{row['operation']}: {row['rows']} x {row['classes']}" + (f" x {row['dim']}" if row["operation"] == "head" else ""),
+            row["contestant"],
+            *(_milliseconds(row[key]) for key in ("alone_seconds", "busy_seconds")),
+            f"{row['slowdown']:.2f}",
+        ]
+        for row in data["results"]
+    )
+    return "\n".join(
+        [
+            f"{software['machine']}, torch {software['torch']}, gclkern by {software['cpu_code']}; forward + backward, float32, noise on.",
+            f"Medians of {data['rounds']} rounds, alone and beside {software['cores']} processes that compute without end, one for each core.",
+            "",
+            _table(["", "", "ms alone", "ms beside others", "slowdown"], rows),
+            "",
+            measured_at("CPU code", [data["torch_hash"]], torch_hash()),
+            "By `python -m benchmarks.cpu_busy --json benchmarks/results/cpu_busy.json`.",
+        ]
+    )
+
+
+SIZES_OF = {"logit loss": ("rows", "classes"), "DRO-LT bound": ("rows", "classes", "dim"), "centroids": ("classes", "dim"), "noise": ("rows", "classes")}
+
+
+def cpu_loops(path: Path) -> str:
+    """The compiled loops beside the torch backend, plain torch and a cross entropy without noise."""
+    data = json.loads(path.read_text())
+    machine = data["machine"]
+    if not machine.get("cpu_code", "").startswith("compiled loops"):
+        return f"Not measured yet: {path.name} is of a machine without the loops."
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in _whole(data):
+        if result["dtype"] == "fp32" and result["operation"] in SIZES_OF:
+            groups.setdefault((result["operation"], result["shape"]), {})[result["contestant"]] = result
+    rows = []
+    for (operation, _), found in groups.items():
+        ours, plain = found["gclkern"], found["plain torch"]
+        size = " x ".join(str(ours[key]) for key in SIZES_OF[operation])
+        others = (found.get(name) for name in (TORCH_BACKEND, "plain torch", "torch cross entropy"))
+        rows.append(
+            [
+                f"{operation}, {size}", _milliseconds(ours["seconds"]), *("" if other is None else _milliseconds(other["seconds"]) for other in others),
+                f"{plain['seconds'] / ours['seconds']:.1f}", *(f"{result['peak_bytes'] / 1e6:.2g}" for result in (ours, plain)),
+            ]
+        )  # fmt: skip
+    header = ["", "loops, ms", "torch backend, ms", "plain torch, ms", "cross entropy without noise, ms", "plain torch / loops", "loops, MB", "plain torch, MB"]
+    return "\n".join(
+        [
+            f"{machine['cpu_code']}, {machine['cpu']}, torch {machine['versions']['torch']}, float32; medians. Losses: forward + backward. Memory: at the peak",
+            "beyond the inputs, with what is returned. Sizes: samples x classes x dimensions; centroids, classes x dimensions, are those of a training set.",
+            "",
+            _table(header, rows),
+            "",
+            f"{measured_at('CPU code', [data['torch_hash']], torch_hash())} By `python -m benchmarks.gpu_report` on a machine without a GPU.",
+        ]
+    )
+
+
 def _reports(results: Path, *, gpu: bool) -> list[Path]:
     """Reports that are complete: one that still runs is no result."""
-    files = (path for path in sorted(results.glob("*.json")) if path.name != "cpu_head.json" and (path.name != "cpu.json") == gpu)
+    files = (path for path in sorted(results.glob("*.json")) if path.stem not in CPU_TABLES and (path.name != "cpu.json") == gpu)
     return [path for path in files if json.loads(path.read_text())["complete"]]
 
 
@@ -275,8 +348,11 @@ def render(name: str, results: Path = RESULTS) -> str:
         raise ValueError(f"a page has the section {name!r}, but the results make {', '.join(SECTIONS)}")
     if name in ("status", "summary"):
         text = {"status": status, "summary": summary}[name](results)
-    elif name == "cpu_head":
-        text = cpu_head(results) if (results / "cpu_head.json").exists() else "Not measured yet: `python -m benchmarks.cpu_head`."
+    elif name in CPU_TABLES:
+        table = {"cpu_head": cpu_head, "cpu_busy": cpu_busy}[name]
+        text = table(results) if (results / f"{name}.json").exists() else f"Not measured yet: `python -m benchmarks.{name}`."
+    elif name == "cpu_loops":
+        text = "\n\n".join(map(cpu_loops, _reports(results, gpu=False))) or "Not measured yet: `python -m benchmarks.gpu_report` on a machine without a GPU."
     elif name == "accuracy":
         text = accuracy(results)
     elif name == "errors":
@@ -302,7 +378,7 @@ def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images
     sections = [(found[2], found[3]) for page in pages for found in _SECTION.finditer(page.read_text())]
     wrong = [f"section {name}" for name, body in sections if body != render(name, results)]
     for name, files in (
-        ("cpu_head", [*results.glob("cpu_head.json")]),
+        *((name, [*results.glob(f"{name}.json")]) for name in CPU_TABLES),
         ("cpu", _reports(results, gpu=False)),
         ("gpu", _reports(results, gpu=True)),
         ("accuracy", [*results.glob("accuracy/*.json")]),
