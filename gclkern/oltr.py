@@ -25,8 +25,8 @@ class MetaEmbeddingClassifier(nn.Module):
         v = 10 / min_c \|x - M_c\| (x + e * m)           far from all centroids, v is short
         z_j = scale \|v\| / (1 + \|v\|) cos(v, w_j)
 
-    Cross entropy of z sends no gradient to M: :class:`MemoryLoss` trains it, and needs it as an argument. The nearest centroid is found from distances (N, C);
-    only its own distance, taken by differences, enters the result. The release builds (N, C, D).
+    Cross entropy of z sends no gradient to M: :class:`MemoryLoss` trains it, and needs it as an argument. The nearest centroid is found by products
+    (N, C); its distance, which enters the result, is taken by differences. The release builds (N, C, D).
 
     Args:
         in_features: dimensions D of a feature.
@@ -81,7 +81,10 @@ class MetaEmbeddingClassifier(nn.Module):
         dtype = statistics_dtype(features)
         with torch.autocast(features.device.type, enabled=False):
             x, memory = features.to(dtype), self.memory.detach().to(dtype)
-            nearest = torch.cdist(x.detach(), memory, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+            # |x - M_c|^2 without |x|^2, about the memory's centre so that no digits are lost far from the origin; not torch.cdist, which ONNX has not
+            centre = memory.mean(0)
+            around = memory - centre
+            nearest = (around.square().sum(1) - 2.0 * (x.detach() - centre) @ around.t()).argmin(1)
             distance = torch.linalg.vector_norm(x - memory[nearest], dim=1, keepdim=True).clamp(min=_SMALLEST_DISTANCE)
             borrowed = _linear(self.hallucinator, x).softmax(1) @ memory
             embedding = 10.0 / distance * (x + _linear(self.selector, x).tanh() * borrowed)

@@ -138,6 +138,38 @@ def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == classifier.class_names
 
 
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("method", "phase"), [("tde", 0), ("bbn", 0), ("oltr", 1)])
+def test_methods_with_networks_of_their_own(method: str, phase: int, *, onnx: bool, digits: DataSplits, tmp_path: Path) -> None:
+    """A checkpoint is enough for their kind of network, too; what predicts, here and exported, is the form of inference: TDE's has its correction."""
+    torch.manual_seed(0)
+    planned = plan(method, None, "digits-lt", digits.class_counts)[phase]
+    network = build_network(f"{planned.backbone}:small-cnn", planned.head, 10, in_channels=1, image_size=8)
+    network.train()(torch.randn(64, 1, 8, 8))  # moves the mean feature and the statistics
+    if method == "oltr":
+        network.head.memory.data.normal_()
+    checkpoint = network_checkpoint(network, planned, digits, RunConfig(method=method))
+    checkpoint["temperature"] = 2.5
+    save_checkpoint(tmp_path / "model.pt", checkpoint)
+    classifier = load_classifier(tmp_path / "model.pt")
+    evaluated = predict_logits(network, digits.test, Processes.single(CPU))[0][:20]
+    images = torch.stack([classifier.transform(Image.fromarray(np.asarray(image[0]))) for image in digits.test.images[:20]])  # type: ignore[attr-defined]
+    torch.testing.assert_close(classifier(images), evaluated / 2.5, rtol=1e-5, atol=1e-5)
+    if method == "tde":
+        network.head.alpha.zero_()
+        assert float((network(images) - evaluated).detach().abs().max()) > 0.1, "predictions have the correction"
+    if onnx:
+        runtime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        export.main([str(tmp_path / "model.pt"), str(tmp_path / "model.onnx")])
+        (exported,) = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images[:3].numpy()})
+        found = torch.from_numpy(exported)
+    else:
+        export.main([str(tmp_path / "model.pt"), str(tmp_path / "model.pt2")])
+        found = torch.export.load(tmp_path / "model.pt2").module()(images[:3])
+    torch.testing.assert_close(found, classifier(images[:3]), rtol=1e-4, atol=1e-4)
+
+
 def test_images_in_memory_may_have_any_mode(classifier: Classifier) -> None:
     values = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     plain = classifier.transform(Image.fromarray(values))
