@@ -14,6 +14,7 @@ from torch import Tensor
 from gclkern import TDEClassifier
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.support.cases import labels
+from tests.support.processes import run_ranks
 
 ROWS, WIDTH, CLASSES = 5, 12, 4
 
@@ -166,6 +167,21 @@ def test_leading_dimensions() -> None:
     torch.testing.assert_close(layer(x[:, None]), expected[:, None])
     torch.testing.assert_close(layer.mean_feature, mean)
     assert layer.eval()(x[0]).shape == (CLASSES,)
+
+
+def _same_mean_on_all_ranks(rank: int, world: int) -> None:
+    layer, expected = classifier(), torch.zeros(WIDTH, dtype=torch.float64)
+    for seed in range(3):
+        layer(features(seed)[rank : 2 * world : world])
+        expected = 0.9 * expected + features(seed)[: 2 * world].mean(0)
+    if rank == 0:
+        layer.eval()(features(9))  # prediction is no collective call
+    torch.testing.assert_close(layer.mean_feature.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_average_their_features() -> None:
+    run_ranks(2, _same_mean_on_all_ranks)
 
 
 def test_state() -> None:

@@ -7,12 +7,23 @@ import json
 import os
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from gclkern.training import load_classifier
-from gclkern.training.recipes import METHODS
+from gclkern.training.batches import PhaseBatches
+from gclkern.training.checkpoint import load_checkpoint, save_checkpoint
+from gclkern.training.config import RunConfig
+from gclkern.training.data import load_data
+from gclkern.training.evaluation import epoch_centroids
+from gclkern.training.network import Network, load_network, network_checkpoint, prepare
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import METHODS, Phase, plan
+from gclkern.training.trainer import Trainer, build_trainer
 from tests.support.processes import finish, start_train
 
 SHORT = ["--epochs-scale", "0.025", "--no-baseline", "--no-pictures", "--device", "cpu", "--holdout", "0.1"]
@@ -51,3 +62,47 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     for name in reports:
         if (checkpoint := tmp_path / "whole" / f"{name}.pt").exists():
             assert not load_classifier(checkpoint).training
+
+
+DATA = load_data("digits-lt")
+ALONE = Processes.single(torch.device("cpu"))
+
+
+def train(phase: Phase, network: Network, trainer: Trainer, centroids: dict[str, Tensor], start: int, stop: int) -> list[float]:
+    """Losses of the steps from `start` to `stop` of the second epoch, as train.py computes them."""
+    batches = PhaseBatches(phase, DATA.train, 0, ALONE)
+    trainer.set_rate(0.1)
+    trainer.module.objective.set_epoch(network, 1, phase.epochs, 0.1)
+    trainer.module.train()
+    steps = enumerate(islice(batches.training(1, start), stop - start), start)
+    return [float(trainer.step(samples, 7 + step, step, **centroids)) for step, samples in steps]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_of_every_method_is_in_its_checkpoint(method: str, tmp_path: Path) -> None:
+    """The last phase of stage 1, with an average of the weights: steps after loading a checkpoint are bitwise those without it."""
+    torch.manual_seed(0)
+    config = RunConfig(method=method, ema=0.9)
+    *before, phase = plan(method, "none", "digits-lt", DATA.class_counts)
+    network = prepare(before[0], None, DATA, config, ALONE.device) if before else None
+    network = prepare(phase, network, DATA, config, ALONE.device)
+    trainer = build_trainer(phase, network, DATA.class_counts, config, ALONE)
+    objective = trainer.module.objective
+    objective.set_epoch(network, 0, phase.epochs, 0.1)
+    centroids = {}
+    if objective.needs_centroids(0):
+        centroids = epoch_centroids(network, PhaseBatches(phase, DATA.train, 0, ALONE).epoch("centroids", 0), DATA.num_classes, ALONE)
+    objective.begin_epoch(network, 0, centroids)
+
+    losses = train(phase, network, trainer, centroids, 0, 2)
+    save_checkpoint(tmp_path / "last.pt", {**network_checkpoint(network, phase, DATA, config), "trainer": trainer.state_dict()})
+    losses += train(phase, network, trainer, centroids, 2, 4)
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    resumed = load_network(checkpoint, ALONE.device)
+    again = build_trainer(phase, resumed, DATA.class_counts, config, ALONE)
+    again.load_state_dict(checkpoint["trainer"])
+    assert train(phase, resumed, again, centroids, 2, 4) == losses[2:]
+    for name, value in trainer.eval_network.state_dict().items():
+        assert torch.equal(again.eval_network.state_dict()[name], value), name
