@@ -75,6 +75,11 @@ def compilation(tiny: bool) -> dict[str, Any]:
     return {"processes": len(running), "failed": failed, "verdict": [f"{failed} of {len(running)} processes failed"] if failed else []}
 
 
+def _exponentials(pay: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside, the materialised head stores exponentials at any size, or at none."""
+    return mock.patch("gclkern.kernels.head.exponentials_pay", return_value=pay)
+
+
 def _terms_of(case: str, rows: int, classes: int) -> dict[str, Any]:
     options: dict[str, Any] = {"scale": SCALE, "seed": 7, "reduction": "none"}
     if case == "everything":
@@ -102,11 +107,12 @@ def correctness(tiny: bool) -> dict[str, Any]:
                 options = _terms_of(case, rows, classes)
                 wide = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in options.items()}
                 wanted = _gradients(features.double(), weight.double(), target, cloud.double(), "torch", plan="materialised", **wide)
-                for plan in PLANS:
-                    found = _gradients(features, weight, target, cloud, backend, plan=plan, **options)
+                for plan, exponentials in (*((plan, False) for plan in PLANS), ("materialised", True)):
+                    with _exponentials(exponentials):
+                        found = _gradients(features, weight, target, cloud, backend, plan=plan, **options)
                     for name, ours, theirs in zip(("loss", "features", "weight"), found, wanted, strict=True):
                         error = float((ours.double() - theirs).norm() / theirs.norm())
-                        key = f"{case}, {plan}, D = {dim}, {str(dtype).removeprefix('torch.')}: {name}"
+                        key = f"{case}, {plan}{' of exponentials' if exponentials else ''}, D = {dim}, {str(dtype).removeprefix('torch.')}: {name}"
                         errors[key] = error
                         if not error <= limit:
                             broken.append(f"{key} is off by {error:.1e}")
@@ -261,12 +267,38 @@ def gradient(tiny: bool) -> dict[str, Any]:
     verdict = []
     for shape in shapes(tiny) if DEVICE.type == "cuda" else ():
         inputs = make_inputs(shape, "bf16", DEVICE)
-        times = found[shape.name] = {"chosen": seconds(_head(inputs, "materialised"))}
-        for splits in (1, 3, 4, 8, 16, 32):
-            with mock.patch("gclkern.kernels.logit_loss.gradient_splits", return_value=splits):
-                times[f"{splits} splits"] = seconds(_head(inputs, "materialised"))
+        with _exponentials(False):
+            times = found[shape.name] = {"chosen": seconds(_head(inputs, "materialised"))}
+            for splits in (1, 3, 4, 8, 16, 32):
+                with mock.patch("gclkern.kernels.logit_loss.gradient_splits", return_value=splits):
+                    times[f"{splits} splits"] = seconds(_head(inputs, "materialised"))
         best = min(times, key=times.__getitem__)
         verdict.append(f"{shape.name}: the splits that are chosen are {times['chosen'] / times[best]:.2f} of the best ({best})")
+        release()
+    return {"seconds": found, "verdict": verdict or ["needs a GPU"]}
+
+
+def exponentials(tiny: bool) -> dict[str, Any]:
+    """The materialised head with cosines in its buffer, and with exponentials and the vendor's products, whose panels have several sizes."""
+    from gclkern.kernels.head import exponentials_pay
+
+    found: dict[str, dict[str, float]] = {}
+    verdict = []
+    for shape in shapes(tiny) if DEVICE.type == "cuda" else ():
+        inputs = make_inputs(shape, "bf16", DEVICE)
+        times = found[shape.name] = {}
+        with _exponentials(False):
+            times["cosines"] = seconds(_head(inputs, "materialised"))
+        with _exponentials(True):
+            times["exponentials"] = seconds(_head(inputs, "materialised"))
+            for power in (22, 23, 25, 26, 40):
+                with mock.patch("gclkern.kernels.exponentials.PANEL_BYTES", 2**power):
+                    times[f"exponentials, panels of 2^{power} bytes"] = seconds(_head(inputs, "materialised"))
+                release()
+        ratio, chosen = times["exponentials"] / times["cosines"], exponentials_pay(shape.rows, shape.classes, shape.dim)
+        verdict.append(f"{shape.name}: exponentials take {ratio:.2f} of cosines; " + ("the rule is right" if chosen == (ratio < 1) else "the rule is wrong"))
+        best = min((name for name in times if name != "cosines"), key=times.__getitem__)
+        verdict.append(f"{shape.name}: the size of panels is {times['exponentials'] / times[best]:.2f} of the best ({best})")
         release()
     return {"seconds": found, "verdict": verdict or ["needs a GPU"]}
 
@@ -278,6 +310,7 @@ STEPS: dict[str, tuple[Callable[[bool], dict[str, Any]], float]] = {
     "correctness": (correctness, 60.0),
     "repeats": (repeats, 40.0),
     "timings": (timings, 90.0),
+    "exponentials": (exponentials, 40.0),
     "products": (products, 60.0),
     "gradient": (gradient, 40.0),
 }

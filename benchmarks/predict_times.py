@@ -17,19 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SCALE, SMOKE, Shape
 from benchmarks.machine_code import aot
 from benchmarks.machine_code.aot import CompiledKernel
-from benchmarks.machine_code.launches import Launch, capture_launches
+from benchmarks.machine_code.launches import Launch, LibraryProduct, capture_launches
 from benchmarks.machine_code.sass import Instruction, Program
 
 if TYPE_CHECKING:
@@ -327,6 +328,25 @@ def _gradient_work(launch: Compiled) -> Work:
     return Work(_tiles(_tiles(launch["num_rows"], launch["ROWS"]), launch.grid[1]), read_bytes=_uncached(size), written=_uncached(size))
 
 
+def _exponentials_work(launch: Compiled) -> Work:
+    size = _uncached(2.0 * launch["num_rows"] * launch["num_classes"])
+    return Work(_tiles(_tiles(launch["num_classes"], launch["COLUMNS"]), launch.grid[1]), read_bytes=size, written=size)
+
+
+def _targets_work(launch: Compiled) -> Work:
+    return Work(1, read_bytes=64.0 * launch["num_rows"])  # a line of the buffer and some numbers for each row
+
+
+def _finish_weights_work(launch: Compiled) -> Work:
+    gradient, weight, out = launch["gradient_ptr"], launch["weight_ptr"], launch["out_ptr"]
+    return Work(1, read_bytes=_uncached(gradient.nbytes) + weight.nbytes, written=out.nbytes)
+
+
+def _unit_rows_work(launch: Compiled) -> Work:
+    copy = launch["copy_ptr"]
+    return Work(1, read_bytes=launch["x_ptr"].nbytes, written=0.0 if copy is None else _uncached(copy.nbytes))
+
+
 def _stream_work(launch: Compiled) -> Work:
     """A kernel that reads or writes each of its tensors once, but for those of which it gathers some rows."""
     gathered = ("weight_ptr", "cosine_a_ptr", "cosine_b_ptr")
@@ -341,6 +361,10 @@ WORK: dict[str, Callable[[Compiled], Work]] = {
     "_weight_gradient_kernel": _weight_gradient_work,
     "_row_stats_kernel": _row_stats_work,
     "_gradient_kernel": _gradient_work,
+    "_unit_rows_kernel": _unit_rows_work,
+    "_exponentials_kernel": _exponentials_work,
+    "_targets_kernel": _targets_work,
+    "_finish_weights_kernel": _finish_weights_work,
 }
 
 
@@ -351,7 +375,21 @@ class Operand(NamedTuple):
     nbytes: int
 
 
-def predict(launch: Compiled, repeats: int = 1) -> Prediction:
+def predict_product(product: LibraryProduct, repeats: int = 1) -> Prediction:
+    """By cuBLAS at its full rate, but for what the last wave of its tiles leaves idle. Fewer tiles than multiprocessors are split along the depth."""
+    moved = product.itemsize * product.depth * (product.rows + product.columns) + product.out_itemsize * product.rows * product.columns
+    flops = 2.0 * product.rows * product.depth * product.columns
+    waves = _tiles(product.rows, 128) * _tiles(product.columns, 256) / PROCESSORS
+    compute = flops / LIBRARY_RATE * (math.ceil(waves) / waves if waves > 0.9 else 1.0)
+    memory = moved / MEMORY_RATE
+    seconds = LAUNCH + smooth_maximum(compute, memory)
+    grid = (product.rows, product.columns, product.depth)
+    return Prediction("torch.mm", repeats, grid, 0, 1, waves, moved, "memory" if memory > compute else "tensor", repeats * seconds)
+
+
+def predict(launch: Compiled | LibraryProduct, repeats: int = 1) -> Prediction:
+    if isinstance(launch, LibraryProduct):
+        return predict_product(launch, repeats)
     kernel = launch.kernel
     work = WORK.get(kernel.name, _stream_work)(launch)
     parts = regions(kernel.program)
@@ -409,9 +447,10 @@ def _plain(launch: Launch) -> dict[str, Any]:
     return found
 
 
-def launches_of(shape: Shape, what: str) -> list[tuple[Compiled, int]]:
+def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct, int]]:
     """The launches of a plan, or of the "loss" of ready logits, in order, and how often each runs; in a worker of benchmarks.machine_code.aot."""
-    with aot.as_on("sm_90"), capture_launches(execute=False) as launches:
+    serves = mock.patch("gclkern.kernels.products.library_serves", lambda gradient, weight, device: gradient == weight)  # as on a GPU
+    with aot.as_on("sm_90"), serves, capture_launches(execute=False) as launches:
         if what in PLANS:
             _head(shape, what)
         else:
@@ -424,7 +463,7 @@ def launches_of(shape: Shape, what: str) -> list[tuple[Compiled, int]]:
         same = {name: value for name, value in arguments.items() if name not in ("target_shift", "first_group", "class_offset", "shift")}
         key = f"{kernel.name} {launch.grid} {same} {kernel.constants}"
         found[key] = Compiled(kernel, launch.grid, arguments), found.get(key, (None, 0))[1] + 1
-    return list(found.values())
+    return [*found.values(), *Counter(launches.products).items()]
 
 
 def predictions(shapes: Iterable[Shape] = SHAPES, whats: Iterable[str] = WHATS) -> Iterator[tuple[Shape, str, list[Prediction]]]:

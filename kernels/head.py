@@ -6,6 +6,8 @@ Plans differ in the cosines that they store:
     chunked        the cosines of one chunk, computed again in backward                  4 products
     recompute      none: cosines stay in registers                                       4 products
 
+At large sizes "materialised" keeps exponentials in place of cosines (exponentials.py), which leaves only products to backward.
+
 Backward writes the gradient of one chunk at a time, rounded for the products, into a panel: in the last two plans it has PANEL_ELEMENTS elements whatever C is.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import exponentials
 from .logit_loss import ROW_ALIGNMENT, Statistics, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
 from .products import (
     add_feature_gradient,
@@ -49,6 +52,20 @@ def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
     return min(num_classes, max(min(PANEL_ELEMENTS // num_rows, 2**20) // ROW_ALIGNMENT, 1) * ROW_ALIGNMENT)
 
 
+def exponentials_pay(num_rows: int, num_classes: int, dim: int) -> bool:
+    """Whether it is faster to store exponentials, by the model of benchmarks/predict_times.py.
+
+    They save the gradient's pass over (N, C) and what our products take longer than the vendor's; they cost passes over (C, D).
+    """
+    return num_rows >= 512 + dim // 4 and num_rows * num_classes >= 2**22
+
+
+def stores_exponentials(features: Tensor, num_classes: int, terms: LossTerms, normalize: bool, plan: str) -> bool:
+    """Whether the buffer of the plan holds exponentials in place of cosines (exponentials.py), which a bias, label smoothing or a large scale rule out."""
+    possible = plan == "materialised" and normalize and features.dtype.itemsize == 2 and exponentials.serves(terms, features.shape[1])
+    return possible and exponentials_pay(features.shape[0], num_classes, features.shape[1])
+
+
 def _cosine_dtype(features: Tensor, normalize: bool) -> torch.dtype:
     # |cosine| <= 1: float16 keeps three bits more of it than bfloat16; a plain product could overflow float16
     return torch.float16 if features.dtype.itemsize == 2 and normalize else torch.float32
@@ -75,6 +92,8 @@ def run_forward(
     """
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     with on_device(features):
+        if stores_exponentials(features, num_classes, terms, normalize, plan):
+            return exponentials.run_forward(features, linear_weight, terms, shards)
         unit, inverse_norm = unit_features(features, terms, normalize=normalize)
         own = target_cosine(features, linear_weight, terms.target, inverse_norm)
         own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
@@ -126,14 +145,16 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     def empty(*shape: int) -> Tensor:
         return features.new_empty(shape, dtype=torch.float32)
 
-    cosine = empty_rows(num_rows, num_classes, _cosine_dtype(features, normalize), features.device) if plan == "materialised" else features.new_empty(0)
+    exponential = stores_exponentials(features, num_classes, terms, normalize, plan)
+    stored = torch.bfloat16 if exponential else _cosine_dtype(features, normalize)
+    cosine = empty_rows(num_rows, num_classes, stored, features.device) if plan == "materialised" else features.new_empty(0)
     return empty(*((num_rows,) if terms.reduction == "none" else ())), [
         empty(ROW_STATS, num_rows),
         empty(),
-        aligned_rows(num_rows, dim, dtype=features.dtype, device=features.device),
+        aligned_rows(num_rows, dim, dtype=torch.float16 if exponential else features.dtype, device=features.device),
         empty(num_rows if normalize else 0),
         empty(num_classes if normalize else 0),
-        empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0),
+        empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) and not exponential else 0),
         cosine,
     ]
 
@@ -146,6 +167,8 @@ def run_backward(
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
     stats, denominator, unit, inverse_norm, inverse_norm_weight, row_scale, cosine = saved
     with on_device(features):
+        if stores_exponentials(features, num_classes, terms, normalize, plan):
+            return exponentials.run_backward(grad_loss, features, linear_weight, saved, terms, features_grad, weight_grad, shards)
         grad_loss = grad_loss.contiguous()
         size = chunk_size(plan, num_rows, num_classes)
         gradient = empty_rows(num_rows, size, _gradient_dtype(features), features.device)

@@ -203,7 +203,7 @@ _ROUND_PAIR = tl.constexpr(
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+def round_tile(value, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
     """`value` rounded to DTYPE, and the rounded value in float32."""
     if NVIDIA and DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
         stored, kept = tl.inline_asm_elementwise(_ROUND_PAIR, "=r,=r,=r,r,r", [value], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)
@@ -229,7 +229,7 @@ def finish_gradient_tile(
     bias_term = cosine
     if NORMS:
         # sum the same rounded gradient that enters the products, so that the projection removes exactly its component along the weights
-        gradient, rounded = _rounded(gradient * inverse_norm[None, :], DTYPE, NVIDIA)
+        gradient, rounded = round_tile(gradient * inverse_norm[None, :], DTYPE, NVIDIA)
         class_term = rounded * cosine
     else:
         gradient = gradient.to(DTYPE)

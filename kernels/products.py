@@ -94,8 +94,9 @@ def _inverse(norm, zero_norm):
 @batch_kernel
 def _unit_rows_kernel(
     x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, row_scale_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """Norms of rows, and a copy of the rows: with UNIT of those that have a direction and are not ignored, divided by their norms where these are asked for."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
     factor = tl.full((ROWS,), 1.0, tl.float32)
@@ -122,7 +123,7 @@ def _unit_rows_kernel(
             x = tl.load(x_ptr + (rows * stride_n)[:, None] + (at.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(tl.float32)
             if row_scale_ptr is not None:
                 x *= tl.load(row_scale_ptr + rows, mask=in_batch, other=0.0)[:, None]
-            if target_ptr is not None:
+            if UNIT:
                 x = tl.where(factor[:, None] == 0.0, 0.0, x * factor[:, None])  # 0 even if the row holds NaN
             wanted = in_batch[:, None] & (at < copy_stride)[None, :]  # the padding of the last vector is 0
             tl.store(copy_ptr + (rows * copy_stride)[:, None] + at[None, :], x.to(copy_ptr.dtype.element_ty), mask=wanted)
@@ -409,7 +410,9 @@ def _weight_gradient_kernel(
     tl.store(out_ptr + (place * dim)[:, None] + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None = None, terms: LossTerms | None = None) -> None:
+def _rows_pass(
+    x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_scale: Tensor | None = None, terms: LossTerms | None = None, *, unit: bool = False
+) -> None:
     num_rows, dim = x.shape
     depth = min(triton.next_power_of_2(dim), 1024)
     elements = 4096 if _is_aligned(x) else 2048  # of a program: fewer where loads are narrow, because each needs its own address
@@ -417,7 +420,7 @@ def _rows_pass(x: Tensor, copy: Tensor | None, inverse_norm: Tensor | None, row_
     _unit_rows_kernel[(triton.cdiv(num_rows, rows),)](
         x, x.stride(0), x.stride(1), copy, 0 if copy is None else copy.stride(0), inverse_norm, row_scale,
         terms and terms.target, terms and terms.target_b, num_rows, dim, terms.ignore_index if terms else 0, SMALLEST_NORM,
-        ROWS=rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
+        UNIT=unit, ROWS=rows, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -433,6 +436,11 @@ def aligned_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.empty((*leading, triton.cdiv(dim, vector) * vector), dtype=dtype, device=device)[..., :dim]
 
 
+def whole_vectors(rows: Tensor) -> Tensor:
+    """The rows of `aligned_rows` with what fills their last vector, which is 0 in the copies that are made here."""
+    return rows.as_strided((rows.shape[0], rows.stride(0)), rows.stride())
+
+
 def _is_aligned(rows: Tensor) -> bool:
     """Whether the products can read these rows without a copy."""
     size = rows.element_size()
@@ -441,14 +449,14 @@ def _is_aligned(rows: Tensor) -> bool:
     )
 
 
-def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """Features for the products: with `normalize` of unit length, and their inverse norms (N,). Rows that are ignored or have no direction are 0.
 
     So whatever such a row holds, even NaN, does not enter the products.
     """
-    unit = aligned_rows(*features.shape, dtype=features.dtype, device=features.device)
+    unit = aligned_rows(*features.shape, dtype=dtype or features.dtype, device=features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None
-    _rows_pass(features, unit, inverse_norm, terms=terms)
+    _rows_pass(features, unit, inverse_norm, terms=terms, unit=True)
     return unit, inverse_norm
 
 
@@ -474,6 +482,13 @@ def normalised_weight_rows(linear_weight: Tensor, dtype: torch.dtype) -> tuple[T
     _rows_pass(linear_weight, None, inverse_norm)
     row_scale = torch.where(inverse_norm > 0, inverse_norm.log2().floor().exp2(), 1.0)
     return weight_rows(linear_weight, dtype, row_scale), inverse_norm / row_scale, row_scale
+
+
+def unit_weights(linear_weight: Tensor, dtype: torch.dtype, inverse_norm: Tensor) -> Tensor:
+    """Weights of unit length, with aligned rows; `inverse_norm` (C,) receives the inverse norms of the weights."""
+    unit = aligned_rows(*linear_weight.shape, dtype=dtype, device=linear_weight.device)
+    _rows_pass(linear_weight, unit, inverse_norm, unit=True)
+    return unit
 
 
 def target_cosine(features: Tensor, linear_weight: Tensor, target: Tensor, inverse_norm: Tensor | None) -> Tensor:
@@ -546,8 +561,9 @@ def uses_cublas(gradient: torch.dtype, weight: torch.dtype, device: torch.device
     """Whether the features' gradient is computed by the vendor's matrix product instead of ours.
 
     It is a plain product of long depth, which cuBLAS computes at its full rate, so cuBLAS is used on NVIDIA GPUs. The other two products have an epilogue that
-    saves more than our slower product costs: cosines scale their columns, where cuBLAS would need a scaled copy of the weights; the weights' gradient includes
-    the backward of the norms, where cuBLAS would write (C, D) in float32, to be read and written once more.
+    saves more than our slower product costs while there are few samples: cosines scale their columns, where cuBLAS needs a scaled copy of the weights; the
+    weights' gradient includes the backward of the norms, where cuBLAS writes (C, D) in float32, to be read once more. With many samples all three are cuBLAS's,
+    see `exponentials_pay` in head.py.
     """
     return NVIDIA and device.type == "cuda" and gradient == weight
 
@@ -581,9 +597,13 @@ def add_feature_gradient(gradient: Tensor, weight: Tensor, partial: Tensor, *, r
     )  # fmt: skip
 
 
-def library_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b by the vendor's library, in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
+def library_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b by the vendor's library: `out`, of the matrices' dtype, or else in float32."""
+    if out is not None:
+        return torch.mm(a, b, out=out)
+    if a.dtype.itemsize != 2:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:

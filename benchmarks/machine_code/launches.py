@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,36 @@ class Launch:
         return self.args[self.kernel.arg_names.index(name)]
 
 
+@dataclass(frozen=True)
+class LibraryProduct:
+    """A matrix product (rows, depth) @ (depth, columns) that the vendor's library computes."""
+
+    rows: int
+    depth: int
+    columns: int
+    itemsize: int  # of the matrices
+    out_itemsize: int
+
+
 class Launches(list[Launch]):
-    """The launches of a `with` block, in order."""
+    """The launches of a `with` block, in order; apart, the products of the vendor's library that did not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[LibraryProduct] = []
 
     @property
     def names(self) -> list[str]:
         return [launch.name for launch in self]
+
+
+def _not_computed(launches: Launches) -> Callable[..., Tensor]:
+    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+        launches.products.append(LibraryProduct(a.shape[0], a.shape[1], b.shape[1], a.element_size(), out.element_size()))
+        return out
+
+    return product
 
 
 @contextlib.contextmanager
@@ -66,4 +93,6 @@ def capture_launches(*, execute: bool = True) -> Iterator[Launches]:
     with contextlib.ExitStack() as patches:
         for kind in (InterpretedFunction, JITFunction):
             patches.enter_context(mock.patch.object(kind, "run", recording(kind.run)))
+        if not execute:
+            patches.enter_context(mock.patch("gclkern.kernels.products.library_product", _not_computed(launches)))
         yield launches

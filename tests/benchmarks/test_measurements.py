@@ -329,8 +329,13 @@ def test_measured_times_stand_beside_predicted_ones(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("OUT", raising=False)
     report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 10)
     launches = [{"shape": "1M classes", "what": "chunked", "name": "_cosine_kernel", "seconds": 2e-3}] * 2
+    launches.append({"shape": "1M classes", "what": "chunked", "name": "torch.mm", "seconds": 1e-3})
     report.close("predictions", "done", found=launches)
-    report.close("kernels of 1M classes, chunked", "done", times={"_cosine_kernel": {"launches": 2, "microseconds": 5000.0}, "other": {"microseconds": 1.0}})
-    cosines, other = gpu_report.beside_predictions(report, "1M classes", "chunked").splitlines()
+    report.close("kernels of 1M classes, chunked", "done", times={
+        "_cosine_kernel": {"launches": 2, "microseconds": 5000.0}, "other": {"microseconds": 1.0},
+        "nvjet_sm90_tst_mma": {"microseconds": 500.0}, "sm90_xmma_gemm_bf16f32": {"microseconds": 600.0},
+    })  # fmt: skip
+    cosines, other, products = gpu_report.beside_predictions(report, "1M classes", "chunked").splitlines()
     assert cosines.split()[1:] == ["5000.0", "us", "4000.0", "predicted,", "1.25"]
+    assert products.split() == ["torch.mm", "1100.0", "us", "1000.0", "predicted,", "1.10"]
     assert other.split() == ["other", "1.0", "us"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def head(rows: int, row_offset: int, element: int, *, plan: str) -> None:
     head_backward(torch.ones(1 + element)[element], features, weight, saved, *terms, True, plan, True, True, True)
 
 
+def exponentials(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.head import head_backward, head_forward
+    from gclkern.kernels.terms import LossTerms
+
+    labels, seed = torch.zeros(rows + element, dtype=torch.int64)[element:], torch.zeros(1 + element, dtype=torch.int64)[element]
+    vector = torch.zeros(CLASSES)
+    terms = LossTerms(
+        labels, labels, torch.zeros(rows + element)[element:], vector, vector, None, vector, seed, 30.0, 1.0, True, 0.0, -100, row_offset, 8, "mean"
+    )
+    features, weight = torch.empty(rows, DIM, dtype=torch.bfloat16), torch.empty(CLASSES, DIM)
+    with mock.patch("gclkern.kernels.head.exponentials_pay", return_value=True):
+        _, saved = head_forward(features, weight, *terms, True, "materialised", True)
+        head_backward(torch.ones(1 + element)[element], features, weight, saved, *terms, True, "materialised", True, True, False)
+
+
 def noise(rows: int, row_offset: int, element: int) -> None:
     from gclkern.kernels.noise import cloud_noise
 
@@ -64,7 +80,7 @@ def dro_lt(rows: int, row_offset: int, element: int) -> None:
 
 CASES: dict[str, Callable[..., None]] = {
     "logits": logits, **{plan: functools.partial(head, plan=plan) for plan in ("materialised", "chunked", "recompute")}, "noise": noise, "centroids": centroids,
-    "dro_lt": dro_lt,
+    "dro_lt": dro_lt, "exponentials": exponentials,
 }  # fmt: skip
 
 

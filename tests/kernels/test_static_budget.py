@@ -6,7 +6,7 @@ Every case runs a launcher at iNaturalist size, whose 8142 classes are divisible
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.machine_code.aot import CompiledKernel, submit
+from benchmarks.predict_times import resident_blocks
 from tests.support.cases import PLANS
 
 pytestmark = pytest.mark.triton
@@ -79,6 +80,14 @@ def head_fp32_of_1001() -> None:
     _head(torch.float32, torch.float32, 1001)
 
 
+def head_of_many_rows() -> None:
+    _head(torch.bfloat16, torch.bfloat16, rows=2048, plans=("materialised",))  # which keep exponentials
+
+
+def head_mixed_of_many_rows() -> None:
+    _head(torch.float16, torch.float32, 300, rows=2048, plans=("materialised",))
+
+
 def noise() -> None:
     from gclkern.kernels.noise import cloud_noise
 
@@ -128,6 +137,9 @@ FIT: list[Any] = [
         pytest.param(case, target, marks=pytest.mark.slow)
         for case, target in ((head_by_angles, "sm_90"), (head_by_angles, "sm_80"), (head_by_difficulty, "sm_90"), (loss_by_angles, "gfx942"))
     ),
+    (head_of_many_rows, "sm_90"),
+    *(pytest.param(head_of_many_rows, target, marks=pytest.mark.slow) for target in ("sm_80", "sm_86", "sm_100", "sm_120", "gfx942")),
+    pytest.param(head_mixed_of_many_rows, "sm_90", marks=pytest.mark.slow),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163
     *(pytest.param(case, target, marks=pytest.mark.slow) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
     *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_bf16_of_200, head_mixed_of_300, head_fp32_of_1001)),
@@ -152,11 +164,12 @@ def _loss(dtype: torch.dtype, noise: bool = True, rows: int = ROWS, **angles: bo
     logit_backward(loss, cosine, saved, *terms, False)
 
 
-def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM, **angles: bool) -> None:
+def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM, rows: int = ROWS, plans: Sequence[str] = PLANS, **angles: bool) -> None:
     from gclkern.kernels.head import head_backward, head_forward
 
-    features, weight, terms = torch.empty(ROWS, dim, dtype=dtype), torch.empty(CLASSES, dim, dtype=weight_dtype), _terms(True, **angles)
-    for plan in PLANS:
+    features, weight = torch.empty(rows, dim, dtype=dtype), torch.empty(CLASSES, dim, dtype=weight_dtype)
+    terms = _terms(True, rows, **angles)
+    for plan in plans:
         loss, saved = head_forward(features, weight, *terms, True, plan, True)
         head_backward(loss, features, weight, saved, *terms, True, plan, True, True, False)
 
@@ -195,7 +208,9 @@ def test_kernels_fit_their_gpu(builds: Builds, case: Case, target: str) -> None:
 
 
 def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
-    launched = {build.name for case in (head_bf16, loss_of_many_rows, dro_lt, contrastive, centroids, noise) for build in builds.of(case, "sm_90")}
+    launched = {
+        build.name for case in (head_bf16, head_of_many_rows, loss_of_many_rows, dro_lt, contrastive, centroids, noise) for build in builds.of(case, "sm_90")
+    }
     defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
     assert defined == launched
 
@@ -215,6 +230,7 @@ def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
         # in a head the cosines lie in a padded buffer; its gradient is also divided by norms and summed over rows
         (head_bf16, "_row_stats_kernel", 25),
         (head_bf16, "_gradient_kernel", 26),
+        (head_of_many_rows, "_exponentials_kernel", 26),
     ],
 )
 def test_instructions_per_logit(builds: Builds, case: Case, kernel: str, limit: float) -> None:
@@ -233,12 +249,21 @@ def test_instructions_per_logit(builds: Builds, case: Case, kernel: str, limit: 
         (loss_bf16, "_row_stats_kernel", 32),  # a row of 8142 elements is aligned to two of them, whoever made it
         (loss_bf16, "_gradient_kernel", 32),
         (loss_fp32, "_row_stats_kernel", 64),
+        (head_of_many_rows, "_exponentials_kernel", 32),  # 128 for cosines, and terms of two classes at a time
         (head_bf16, "_row_stats_kernel", 128),  # the rows of our own buffers are aligned
     ],
 )
 def test_loads_are_as_wide_as_rows_are_aligned(builds: Builds, case: Case, kernel: str, bits: int) -> None:
     for build in builds.of(case, "sm_90", kernel):
         assert min(build.hot_loop("MUFU.EX2").load_bits) >= bits
+
+
+def test_the_exponentials_fill_a_multiprocessor(builds: Builds) -> None:
+    from gclkern.kernels.exponentials import RESIDENT
+
+    for build in builds.of(head_of_many_rows, "sm_90", "_exponentials_kernel"):
+        assert resident_blocks(build.registers, build.shared_bytes, build.options["num_warps"]) >= RESIDENT
+        assert build.hot_loop("MUFU.EX2").count("STG.E.128") == 2, "16 exponentials a thread, rounded to 16 bits"
 
 
 @pytest.mark.parametrize("case", [head_bf16, loss_bf16])
