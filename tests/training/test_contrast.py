@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,11 +199,6 @@ def test_two_processes_train_as_one() -> None:
     run_ranks(2, in_two_processes)
 
 
-def losses(folder: Path) -> list[float]:
-    with (folder / "metrics.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_step_is_bitwise_that_of_a_run_left_alone(method: str) -> None:
     """Everything is built anew, as by train.py, and takes its state from a checkpoint of the middle of the second epoch."""
@@ -254,11 +251,20 @@ def copied(state: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_and_its_checkpoint(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "ranks"), [("bcl", 1), ("proco", 2), ("hybrid-sc", 2), ("hybrid-psc", 1)])
+def test_a_killed_run_goes_on_and_leaves_a_classifier(method: str, ranks: int, tmp_path: Path) -> None:
+    """Bitwise as a run left alone; its checkpoint holds the network without the layers that only training needs."""
     settings = ["--epochs", "2", "--batch-size", "64", "--no-baseline", "--no-pictures", "--device", "cpu", "--method", method]
-    finish(start_train(*settings, "--out", tmp_path / "run"))
-    assert len(losses(tmp_path / "run")) == 2
-    classifier = load_classifier(tmp_path / "run" / "stage-1.pt")
+    settings += ["--checkpoint-seconds", "0"]
+    finish(start_train(*settings, "--out", tmp_path / "whole", ranks=ranks))
+    process = start_train(*settings, "--out", tmp_path / "killed", ranks=ranks)
+    until = time.monotonic() + 120
+    while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start_train("--resume", tmp_path / "killed", ranks=ranks))
+    assert (tmp_path / "killed" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    classifier = load_classifier(tmp_path / "killed" / "stage-1.pt")
     assert {name.split(".")[0] for name in classifier.network.state_dict()} == {"backbone", "head", "scale"}
     assert classifier(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
