@@ -15,6 +15,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,11 @@ from gclkern.training.batches import PhaseBatches, check_phases
 from gclkern.training.calibration import held_out_temperature
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
 from gclkern.training.config import RunConfig
+from gclkern.training.cross_validation import cross_validated_temperatures
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
 from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
-from gclkern.training.evaluation import epoch_centroids, evaluate, format_table
+from gclkern.training.evaluation import evaluate, format_table
 from gclkern.training.extras import need
 from gclkern.training.network import Network, gather_classifier, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import echo, finish_output, save_traceback
@@ -42,7 +44,7 @@ from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
-from gclkern.training.trainer import AMP, Trainer, build_trainer
+from gclkern.training.trainer import AMP, Trainer, begin_epoch, build_trainer
 
 # Errors whose messages are for the user.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
@@ -89,7 +91,7 @@ def main(arguments: Arguments) -> None:
         folder = new_folder(Path("runs"), f"{config.data}-{config.method}")
     run = RunFolder(folder, config, write=processes.rank == 0, checkpoint=checkpoint)
     if processes.rank == 0:
-        echo(describe(run, data, phases_to_come, processes.device))
+        echo(describe(run, data, phases_to_come, network, processes))
     try:
         with stop_requests() as requests:
             timer = CheckpointTimer(processes, requests, config.checkpoint_seconds)
@@ -112,6 +114,9 @@ def main(arguments: Arguments) -> None:
         if processes.rank == 0:
             echo(f"stopped; continue with: python train.py --resume {folder}")
     else:
+        if config.data == "digits-lt" and data.holdout is None and not config.stage1 and processes.world == 1:  # small enough to train it again
+            echo("fitting temperatures by cross-validation: trains again on each half of the training images")
+            add_temperatures(run, cross_validated_temperatures(phases, data, config, processes), data, processes)
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
     finally:
@@ -152,7 +157,6 @@ def train_phase(
     config = run.config
     batches = PhaseBatches(phase, data.train, config.seed, processes)
     trainer = build_trainer(phase, network, data.class_counts, config, processes)
-    objective = trainer.module.objective
     progress = Progress.start(processes.device)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint["trainer"])
@@ -160,15 +164,7 @@ def train_phase(
     done = (progress.epoch * batches.steps + progress.step) * phase.batch_size
     with progress_bar(phase.name, phase.epochs * batches.steps * phase.batch_size, done, show=processes.rank == 0) as bar:
         while progress.epoch < phase.epochs:
-            rate = phase.schedule.rate(phase.lr, progress.epoch, phase.epochs)
-            trainer.set_rate(rate)
-            objective.set_epoch(network, progress.epoch, phase.epochs, rate)
-            if progress.step == 0:
-                if objective.needs_centroids(progress.epoch):
-                    loader = batches.epoch("centroids", progress.epoch)
-                    progress.centroids = epoch_centroids(network, loader, data.num_classes, processes, objective.centroid_features)
-                objective.begin_epoch(network, progress.epoch, progress.centroids)
-            trainer.module.train()
+            rate = begin_epoch(phase, trainer, batches, progress, data.num_classes)
             for samples in batches.training(progress.epoch, progress.step):
                 seed = derive_seed(config.seed, phase.name, progress.epoch, progress.step)
                 progress.total += trainer.step(samples, seed, progress.epoch * batches.steps + progress.step, **progress.centroids)
@@ -197,6 +193,15 @@ def train_phase(
                 save_progress(phase, network, trainer, progress, data, run, stop=timer.stopping)
     network.load_state_dict(trainer.eval_network.state_dict())
     gather_classifier(network)
+
+
+def add_temperatures(run: RunFolder, temperatures: Mapping[str, float], data: DataSplits, processes: Processes) -> None:
+    """Add the temperature of each phase to its report and its checkpoint."""
+    for name, temperature in temperatures.items():
+        checkpoint = load_checkpoint(run.path / f"{name}.pt")
+        network = load_network(checkpoint, processes.device)
+        run.reports[name] = evaluate(network, data.test, data, processes, AMP[run.config.amp], temperature=temperature).as_dict()
+        run.save(f"{name}.pt", {**checkpoint, "temperature": temperature})
 
 
 def save_progress(phase: Phase, network: Network, trainer: Trainer, progress: Progress, data: DataSplits, run: RunFolder, *, stop: bool) -> None:

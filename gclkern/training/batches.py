@@ -28,6 +28,11 @@ def step_batches(order: Iterator[int], size: int) -> Iterator[list[int]]:
             batch = []
 
 
+def steps_of(phase: Phase, images: int) -> int:
+    """Steps of an epoch of a phase, on a training set of that many images."""
+    return max(1, (phase.epoch_samples or images) // phase.batch_size)
+
+
 class PhaseBatches:
     """This process's share of every batch of a phase. Order and augmentation depend only on the seed, the purpose, the epoch and the position in it.
 
@@ -37,7 +42,7 @@ class PhaseBatches:
 
     def __init__(self, phase: Phase, images: ImageSet, seed: int, processes: Processes) -> None:
         self.phase, self.images, self.seed, self.processes = phase, images, seed, processes
-        self.steps = max(1, (phase.epoch_samples or len(images)) // phase.batch_size)
+        self.steps = steps_of(phase, len(images))
         self._local = phase.batch_size // processes.world
         self._sampler = self._new_sampler(phase.sampler, "order", **phase.sampler_options)
         self._second = None if phase.second_sampler is None else self._new_sampler(phase.second_sampler, "second order")

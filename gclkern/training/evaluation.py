@@ -134,6 +134,7 @@ def format_table(rows: Sequence[tuple[str, Report]]) -> str:
         >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
                          top-1 balanced     many   medium      few      ECE      NLL
         cross-entropy    80.00    77.50    95.00        -    60.00    10.00    0.700
+        ECE, NLL: of logits without a temperature, which can be fitted to held-out images and changes no prediction.
     """
     width = max((len(name) for name, _ in rows), default=0)
     calibrated = any(report.calibrated is not None for _, report in rows)
@@ -146,8 +147,27 @@ def format_table(rows: Sequence[tuple[str, Report]]) -> str:
             cells += ["-", "-"] if report.calibrated is None else [_percent(report.calibrated.ece), f"{report.calibrated.nll:.3f}"]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
     if calibrated:
-        lines.append("ECE/T, NLL/T: after division of the logits by the temperature that fits the held-out images best; the checkpoint has it.")
+        lines.append("ECE/T, NLL/T: of logits divided by a temperature, which was fitted on images that were not trained on and changes no prediction.")
+    else:
+        lines.append("ECE, NLL: of logits without a temperature, which can be fitted to held-out images and changes no prediction.")
     return "\n".join(lines)
+
+
+def share_interval(share: float, counts: Sequence[int]) -> tuple[float, float]:
+    """The 95% interval of an accuracy that is the mean over classes with these numbers of test images.
+
+    Wilson's score interval (Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927), with the number of images that a single
+    class would need for the same variance: C^2 / sum_c 1 / n_c. Classes without test images do not count.
+
+    Example:
+        >>> [round(end, 3) for end in share_interval(0.9, [50, 50])]
+        [0.826, 0.945]
+    """
+    known = [count for count in counts if count]
+    size = len(known) ** 2 / sum(1 / count for count in known)
+    square = 1.959964**2 / size
+    middle, half = (share + square / 2) / (1 + square), math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _percent(share: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gclkern.training import own_data
 from gclkern.training.atomic_files import replace_text, write_errors
+from gclkern.training.batches import steps_of
 from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits, ImageSet
-from gclkern.training.evaluation import Report, evaluate, format_table, predict
+from gclkern.training.estimate import duration, estimated_seconds, seconds_per_image
+from gclkern.training.evaluation import Report, evaluate, format_table, predict, share_interval
 from gclkern.training.extras import need
-from gclkern.training.network import backbone_name, load_network
+from gclkern.training.network import Network, backbone_name, load_network
 from gclkern.training.output import echo
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase, family
@@ -32,15 +34,15 @@ def progress_bar(name: str, images: int, done: int, *, show: bool) -> Any:
     return bar(total=images, initial=done, desc=name, unit=" img", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 30.0, disable=not show)
 
 
-def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: torch.device) -> str:
-    """The plan of a run: data, network and the settings of every phase."""
+def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network: Network, processes: Processes) -> str:
+    """The plan of a run: data, network, the settings of every phase and the time that they will take."""
     groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in data.groups.items())
     held = "" if data.holdout is None else f", {len(data.holdout)} held out"
     networks = " then ".join(dict.fromkeys(backbone_name(phase, run.config, data) for phase in phases))
     lines = [
         f"{data.name}: {len(data.train)} training images{held}, {len(data.test)} test images",
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
-        f"{networks} on {device}, results in {run.path}",
+        f"{networks} on {processes.device}, results in {run.path}",
     ]
     augmentations = {}
     for phase in phases:
@@ -55,16 +57,16 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], device: 
         if not phase.epochs:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")
             continue
-        parts = [
-            phase.title,
-            f"{phase.epochs} epochs of {max(1, (phase.epoch_samples or len(data.train)) // phase.batch_size)} steps",
-            f"batch {phase.batch_size}",
-        ]
+        steps = steps_of(phase, len(data.train))
+        parts = [phase.title, f"{phase.epochs} epochs of {steps} steps ({steps * phase.batch_size:,} images)", f"batch {phase.batch_size}"]
         parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
         parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
         parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
         lines.append(", ".join(parts))
+    per_image = seconds_per_image(network.backbone, (data.channels, data.image_size, data.image_size), processes.device)
+    seconds = estimated_seconds(phases, len(data.train), len(data.test), per_image, run.config.eval_every) / processes.world
+    lines.append(f"estimated time: {duration(seconds)}, by the speed of the network on a few images; loading images and drawing pictures may add to it")
     return "\n".join(lines)
 
 
@@ -77,6 +79,8 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
         run.reports["best on held-out"] = report.as_dict()
     reports = {name: Report.from_dict(report) for name, report in run.reports.items()}
     echo(format_table(list(reports.items())))
+    if sentence := interval_sentence(reports, data):
+        echo(sentence)
     summary = {
         "reports": run.reports, "phases": [asdict(phase) for phase in phases], "class_names": data.class_names, "class_counts": data.class_counts,
         "groups": data.groups, "config": run.config.to_dict(), "seconds": round(run.seconds, 1),
@@ -92,6 +96,16 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
             show_on_board(run.board, run.path, run.config.to_dict(), list(reports.values())[-1])
             run.board.close()
     echo(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
+
+
+def interval_sentence(reports: Mapping[str, Report], data: DataSplits) -> str:
+    """How uncertain the accuracies of the rarest classes are, because of the number of test images; empty without such classes."""
+    counts = data.test.labels.bincount(minlength=data.num_classes)[data.groups.get("few", [])].tolist()
+    intervals = [f"{name} {low:.0f} to {high:.0f}" for name, report in reports.items() if "few" in report.groups
+                 for low, high in [[100 * end for end in share_interval(report.groups["few"], counts)]]]  # fmt: skip
+    if not intervals:
+        return ""
+    return f"few: 95% intervals of {sum(counts)} test images: {', '.join(intervals)}; seeds of training differ, too"
 
 
 def show_on_board(board: Any, folder: Path, config: dict[str, Any], report: Report) -> None:
