@@ -35,6 +35,7 @@ from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import evaluate, format_table
 from gclkern.training.extras import need
+from gclkern.training.loggers import LOGGERS
 from gclkern.training.network import Network, gather_classifier, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.processes import Processes, stop_requests
@@ -106,6 +107,9 @@ def main(arguments: Arguments) -> None:
                 run.reports[phase.name] = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=temperature).as_dict()
                 run.save(f"{phase.name}.pt", network_checkpoint(network, phase, data, config, temperature))
                 checkpoint = None
+        if config.data == "digits-lt" and data.holdout is None and not config.stage1 and processes.world == 1:  # small enough to train it again
+            echo("fitting temperatures by cross-validation: trains again on each half of the training images")
+            add_temperatures(run, cross_validated_temperatures(phases, data, config, processes), data, processes)
     except (CorruptImageError, KeyboardInterrupt, RuntimeError, WriteError) as error:
         if (folder / "last.pt").exists():
             error.add_note(f"continue with: python train.py --resume {folder}")
@@ -114,9 +118,6 @@ def main(arguments: Arguments) -> None:
         if processes.rank == 0:
             echo(f"stopped; continue with: python train.py --resume {folder}")
     else:
-        if config.data == "digits-lt" and data.holdout is None and not config.stage1 and processes.world == 1:  # small enough to train it again
-            echo("fitting temperatures by cross-validation: trains again on each half of the training images")
-            add_temperatures(run, cross_validated_temperatures(phases, data, config, processes), data, processes)
         if processes.rank == 0:
             conclude(run, data, processes.device, phases, amp=AMP[config.amp], pictures=config.pictures)
     finally:
@@ -305,6 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=number(int, 1), metavar="N", help="epochs between evaluations (default a twentieth of the stage)")
     seconds = f"longest time between checkpoints (default {default.checkpoint_seconds:g}; 0: every step)"
     add("--checkpoint-seconds", type=number(float, 0), metavar="SECONDS", help=seconds)
+    add("--logger", choices=LOGGERS, help="also send curves, settings and pictures there; TensorBoard files are written wherever it is installed")
     add("--pictures", action=argparse.BooleanOptionalAction, help="draw curves, accuracies, confusion and t-SNE at the end (default yes)")
     return parser
 

@@ -12,7 +12,7 @@ from typing import Any
 from gclkern.training.data import CIFAR
 
 # Settings that a resumed run may change, since they do not affect its results. That the data is the same is checked separately, by its identity.
-MAY_CHANGE_ON_RESUME = frozenset({"data_dir", "train_list", "test_list", "download", "workers", "device", "checkpoint_seconds", "pictures"})
+MAY_CHANGE_ON_RESUME = frozenset({"data_dir", "train_list", "test_list", "download", "workers", "device", "checkpoint_seconds", "pictures", "logger"})
 # Settings that stage 1 does not depend on: runs that differ only in these can share it.
 STAGE_1_IGNORES = MAY_CHANGE_ON_RESUME | {"stage1", "eval_every", "retrain", "sampler", "retrain_epochs", "retrain_batch_size", "retrain_lr", "tau", "baseline"}
 
@@ -79,6 +79,7 @@ class RunConfig:
     eval_every: int | None = None  # a twentieth of the phase
     checkpoint_seconds: float = 30.0
     pictures: bool = True
+    logger: str | None = None  # beside TensorBoard
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

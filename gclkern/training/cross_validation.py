@@ -13,7 +13,7 @@ from gclkern.training.config import RunConfig
 from gclkern.training.data import DataSplits
 from gclkern.training.data.longtail import stratified_split
 from gclkern.training.evaluation import predict
-from gclkern.training.network import Network, prepare
+from gclkern.training.network import Network, gather_classifier, prepare
 from gclkern.training.processes import Processes
 from gclkern.training.progress import Progress
 from gclkern.training.recipes import Phase
@@ -61,3 +61,4 @@ def _train(phase: Phase, network: Network, data: DataSplits, config: RunConfig, 
             progress.step += 1
         progress.next_epoch()
     network.load_state_dict(trainer.eval_network.state_dict())
+    gather_classifier(network)

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 # What to install for a package that is not in the extra `train`.
-_INSTALL = {"timm": "timm", "onnx": "'gclkern[export]'", "onnxscript": "'gclkern[export]'"}
+_INSTALL = {"timm": "timm", "wandb": "wandb", "mlflow": "mlflow", "onnx": "'gclkern[export]'", "onnxscript": "'gclkern[export]'"}
 
 
 def need(module: str, purpose: str) -> Any:

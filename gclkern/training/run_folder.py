@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, metrics as CSV and TensorBoard, and checkpoints."""
+"""The folder of a run: its configuration, metrics, loggers and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from gclkern.training.atomic_files import replace_text, write_errors
 from gclkern.training.checkpoint import Checkpoint, save_checkpoint
 from gclkern.training.config import RunConfig
+from gclkern.training.loggers import Logger, open_loggers
 from gclkern.training.printable import printable
 
 COLUMNS = ("phase", "epoch", "lr", "loss", "top1", "balanced", "many", "medium", "few", "ece", "nll", "holdout")
@@ -47,18 +49,14 @@ class RunFolder:
         self.history: list[dict[str, Any]] = checkpoint["history"] if checkpoint else []
         self.reports: dict[str, dict[str, Any]] = checkpoint["reports"] if checkpoint else {}
         self._started = time.monotonic() - (checkpoint["seconds"] if checkpoint else 0.0)
-        self.board: Any = None
+        self.loggers: list[Logger] = []
         if not write:
             return
         with write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._own(resumed=checkpoint is not None)
             replace_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-            try:
-                from torch.utils.tensorboard.writer import SummaryWriter
-            except ImportError:
-                return
-            self.board = SummaryWriter(str(path), purge_step=len(self.history))
+            self.loggers = open_loggers(config.logger, path, config.to_dict(), len(self.history))
 
     def _own(self, *, resumed: bool) -> None:
         """Lock the folder. The system releases the lock when this process ends and, at most some seconds later, the workers that it has started."""
@@ -85,11 +83,16 @@ class RunFolder:
         table.writeheader()
         table.writerows(self.history)
         replace_text(self.path / "metrics.csv", text.getvalue())
-        if self.board is not None:
-            with write_errors(self.path):
-                for name, value in row.items():
-                    if isinstance(value, float):
-                        self.board.add_scalar(f"{row['phase']}/{name}", value, len(self.history) - 1)
+        values = {f"{row['phase']}/{name}": value for name, value in row.items() if isinstance(value, float)}
+        with write_errors(self.path):
+            for logger in self.loggers:
+                logger.log(values, len(self.history) - 1)
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        """Give the loggers the results of the run, with its settings and pictures."""
+        with write_errors(self.path):
+            for logger in self.loggers:
+                logger.finish(self.path, self.config.to_dict(), results)
 
     def close(self) -> None:
         """Let other runs have the folder."""

@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gclkern.training import own_data
-from gclkern.training.atomic_files import replace_text, write_errors
+from gclkern.training.atomic_files import replace_text
 from gclkern.training.batches import steps_of
 from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DataSplits, ImageSet
@@ -91,10 +90,8 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
         found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), device), data.test, alone, amp=amp)
                  for phase in (*compared(done), done[-1])}  # fmt: skip
         draw_pictures(run.path, reports, done, found, data)
-    if run.board is not None:
-        with write_errors(run.path):
-            show_on_board(run.board, run.path, run.config.to_dict(), list(reports.values())[-1])
-            run.board.close()
+    last = list(reports.values())[-1]
+    run.finish({"top1": last.top1, "balanced": last.balanced, "ece": last.ece, "nll": last.nll})
     echo(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
 
 
@@ -106,16 +103,6 @@ def interval_sentence(reports: Mapping[str, Report], data: DataSplits) -> str:
     if not intervals:
         return ""
     return f"few: 95% intervals of {sum(counts)} test images: {', '.join(intervals)}; seeds of training differ, too"
-
-
-def show_on_board(board: Any, folder: Path, config: dict[str, Any], report: Report) -> None:
-    """The settings with what came of them, and the pictures, in TensorBoard beside the curves."""
-    for picture in sorted(folder.glob("*.png")):
-        with need("PIL.Image", "pictures in TensorBoard").open(picture) as image:
-            board.add_image(picture.stem, np.asarray(image.convert("RGB")), dataformats="HWC")
-    settings = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.items()}
-    outcome = {"top1": report.top1, "balanced": report.balanced, "ece": report.ece, "nll": report.nll}
-    board.add_hparams(settings, {f"final/{name}": value for name, value in outcome.items()}, run_name=".")  # in the run's own folder
 
 
 def compared(phases: Sequence[Phase]) -> list[Phase]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gclkern.training.evaluation import Report, evaluate_logits, format_table
+from gclkern.training.evaluation import Report, evaluate_logits, format_table, share_interval
 
 
 def plain_report(logits: torch.Tensor, labels: torch.Tensor, groups: dict[str, list[int]]) -> Report:
@@ -87,9 +87,18 @@ def test_evaluation_refuses(logits: torch.Tensor, labels: torch.Tensor, message:
 
 
 def test_table_shows_percent_and_a_dash_for_an_absent_group() -> None:
-    header, first, second = format_table(
+    header, first, second, _ = format_table(
         [("ce", Report(0.5, {"many": 1.0}, [0.5, 0.0], 0.25, 1.5)), ("gcl", Report(1.0, {"few": 0.125}, [], math.nan, math.nan))]
     ).splitlines()
     assert header.split() == ["top-1", "balanced", "many", "medium", "few", "ECE", "NLL"]
     assert first.split() == ["ce", "50.00", "25.00", "100.00", "-", "-", "25.00", "1.500"]
     assert second.split() == ["gcl", "100.00", "-", "-", "-", "12.50", "-", "nan"]
+
+
+def test_interval_of_a_share() -> None:
+    """Against scipy's interval of a binomial share, for one class; classes of unequal size count as the number of images with the same variance."""
+    stats = pytest.importorskip("scipy.stats")
+    for right, count in ((0, 10), (7, 10), (90, 100)):
+        expected = stats.binomtest(right, count).proportion_ci(method="wilson")
+        assert share_interval(right / count, [count, 0]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert share_interval(0.5, [10, 40]) == pytest.approx(share_interval(0.5, [32]))  # 4 / (1/10 + 1/40)

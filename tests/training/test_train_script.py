@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gclkern.training.checkpoint import CheckpointError
+from gclkern.training.checkpoint import CheckpointError, load_checkpoint
 from gclkern.training.data import CorruptImageError
 from gclkern.training.data.files import WorkerError
 from gclkern.training.processes import Processes
@@ -67,8 +67,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in table(run[1])}
-    assert rows["top-1"] == ["balanced", "many", "medium", "few", "ECE", "NLL"]
-    assert all(len(rows[name]) == 7 for name in ("baseline", "stage-1", "stage-2"))
+    assert rows["top-1"] == ["balanced", "many", "medium", "few", "ECE", "NLL", "ECE/T", "NLL/T"]
+    assert all(len(rows[name]) == 9 for name in ("baseline", "stage-1", "stage-2"))
 
 
 def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
@@ -76,10 +76,18 @@ def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
     assert lines[0] == "digits-lt: 472 training images, 359 test images"
     assert lines[3] == "augmentation of training images: crop"
     assert lines[4:7] == [
-        "baseline: ce, 4 epochs of 7 steps, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
-        "stage-1: gcl, 2 epochs of 7 steps, batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
-        "stage-2: gcl, 2 epochs of 7 steps, batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
+        "baseline: ce, 4 epochs of 7 steps (448 images), batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
+        "stage-1: gcl, 2 epochs of 7 steps (448 images), batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2",
+        "stage-2: gcl, 2 epochs of 7 steps (448 images), batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head",
     ]
+    assert lines[7].startswith("estimated time: ")
+    assert "few: 95% intervals of 107 test images: baseline " in run[1]
+
+
+def test_the_temperature_is_in_the_checkpoints(run: tuple[Path, str]) -> None:
+    reports = json.loads((run[0] / "summary.json").read_text())["reports"]
+    for name, report in reports.items():
+        assert load_checkpoint(run[0] / f"{name}.pt")["temperature"] == report["calibrated"]["temperature"] > 0
 
 
 def test_the_baseline_has_the_same_budget(run: tuple[Path, str]) -> None:
@@ -101,7 +109,8 @@ def test_the_folder_is_complete(run: tuple[Path, str]) -> None:
 @pytest.mark.parametrize("name", ["stage-2.pt", "."])
 def test_evaluate_repeats_the_report(run: tuple[Path, str], name: str, train: Callable[..., str]) -> None:
     expected = next(line.split() for line in table(run[1]) if line.startswith("stage-2"))
-    assert table(train("--evaluate", run[0] / name))[1].split() == expected
+    shown = table(train("--evaluate", run[0] / name))[1].split()
+    assert shown == (expected if name == "stage-2.pt" else expected[:8])  # last.pt is written before the temperature is fitted
 
 
 def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str], train: Callable[..., str]) -> None:
@@ -194,7 +203,7 @@ def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path, train: 
     options = [*SHORT, "--retrain-epochs", "2", "--no-pictures", "--eval-every", "2", "--stage1", run[0] / "stage-1.pt"]
     train(*options, "--out", tmp_path / "run")
     expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (run[0], tmp_path / "run"))
-    assert found["reports"] == {"stage-2": expected["reports"]["stage-2"]}
+    assert found["reports"] == {"stage-2": expected["reports"]["stage-2"] | {"calibrated": None}}  # it has not trained stage 1 to calibrate with
     assert [phase["name"] for phase in found["phases"]] == ["baseline", "stage-1", "stage-2"]
     message = refused(*options, "--seed", "1", "--out", tmp_path / "other")
     assert "stage-1.pt was trained with --seed 0, this run has 1" in message

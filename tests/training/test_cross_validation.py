@@ -1,0 +1,54 @@
+"""Temperatures by cross-validation: every image is judged once, by networks that were not trained on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("sklearn")
+
+from gclkern.training import cross_validation
+from gclkern.training.config import RunConfig
+from gclkern.training.cross_validation import cross_validated_temperatures
+from gclkern.training.data import load_data
+from gclkern.training.processes import Processes
+from gclkern.training.recipes import plan_run
+
+ALONE = Processes.single(torch.device("cpu"))
+
+
+def test_no_image_is_judged_by_a_network_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = load_data("digits-lt"), RunConfig(method="gcl", baseline=False)
+    trained: list[Any] = []
+    judged: list[Any] = []
+
+    def predict(network: object, images: Any, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+        judged.append(images)
+        wrong = F.one_hot((images.labels + 1) % 10, 10)
+        return 4 * (F.one_hot(images.labels, 10) - 0.1 * wrong).float(), None
+
+    monkeypatch.setattr(cross_validation, "_train", lambda phase, network, part, *_: trained.append(part.train))
+    monkeypatch.setattr(cross_validation, "predict", predict)
+    found = cross_validated_temperatures(plan_run(config, data.class_counts, 1), data, config, ALONE)
+    assert list(found) == ["stage-1", "stage-2"]
+    assert all(temperature < 1 for temperature in found.values()), "logits that are right for every image, if the labels are in their order, are too small"
+    for first, second in zip(trained, judged, strict=True):
+        rows = [{row.numpy().tobytes() for row in images.images} for images in (first, second)]
+        assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == len(data.train)
+        assert len(first.labels.unique()) == len(second.labels.unique()) == 10
+
+
+def test_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = load_data("digits-lt", imbalance=10), RunConfig(method="ce", baseline=False, epochs=2)
+    phases = plan_run(config, data.class_counts, 1)
+    found = cross_validated_temperatures(phases, data, config, ALONE)
+    assert found == cross_validated_temperatures(phases, data, config, ALONE)
+    assert 0.1 < found["stage-1"] < 10
+
+
+def test_a_class_of_one_image_has_no_halves() -> None:
+    data, config = load_data("digits-lt", imbalance=140), RunConfig(method="ce", imbalance=140)
+    assert cross_validated_temperatures(plan_run(config, data.class_counts, 1), data, config, ALONE) == {}
