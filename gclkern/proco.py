@@ -8,6 +8,7 @@ from torch import Tensor
 from gclkern.autograd import VMFContrast
 from gclkern.buffers import RankState
 from gclkern.contrastive_losses import _ContrastiveLoss
+from gclkern.devices import without_autocast
 from gclkern.dispatch import call_operator, resolve_backend
 from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
@@ -31,7 +32,7 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
     Args:
         cosine: of a sample and the mean direction of a class (N, C), float32 or float64. May require a gradient.
         concentration: kappa_j (C,), at least 0.
-        dim: dimensions D of the sphere's space, at least 16. The error is below 6e-4 at 16, 4e-5 at 64, 1e-5 at 128.
+        dim: dimensions D of the sphere's space, at least 16. The error is below 6e-4 at 16, 4e-5 at 64, 1e-5 at 128, 2e-7 at 1024.
         temperature: t.
 
     Returns:
@@ -130,7 +131,8 @@ class ProCoLoss(_ContrastiveLoss, RankState):
             self.counts += counts
         directions, concentration = self.distributions()
         dtype = statistics_dtype(features)
-        cosine = unit @ directions.to(dtype).t()
+        with without_autocast(features.device.type):
+            cosine = unit @ directions.to(dtype).t()
         logits = vmf_contrast(cosine, concentration.to(dtype), self.dim, self.temperature)
         return gcl_cross_entropy(logits, target, scale=1.0, bias=self.bias, reduction=self.reduction, backend=self.backend)
 

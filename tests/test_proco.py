@@ -43,6 +43,21 @@ def test_contrast_and_its_derivative(dim: int, error: float, temperature: float)
         torch.testing.assert_close(grad, slope[:, column], rtol=2e-3, atol=10 * error)
 
 
+def test_contrast_in_many_dimensions() -> None:
+    """As ProCo has them on the large sets; scipy's function is 0 there."""
+    mpmath = pytest.importorskip("mpmath")
+    order, inverse = 511, 1 / 0.07
+
+    def log_f(k: float) -> float:
+        return float(mpmath.log(mpmath.besseli(order, k)) - order * mpmath.log(k))
+
+    for kappa in (3.0, 400.0, 2e4):
+        cosine = torch.linspace(-0.95, 1.0, 5, dtype=torch.float64)[:, None]
+        found = vmf_contrast(cosine, torch.tensor([kappa], dtype=torch.float64), 1024, 0.07)[:, 0]
+        expected = [log_f((kappa**2 + inverse**2 + 2 * kappa * inverse * float(value)) ** 0.5) - log_f(kappa) for value in cosine]
+        assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() < 2e-7
+
+
 def test_the_derivative_is_that_of_the_series(device: torch.device) -> None:
     """Over more rows than a CPU's tile, against autograd through the series as it is written."""
     cosine = cosines(70, 1000).double().clamp(-1.0, 1.0).to(device).requires_grad_()
@@ -103,6 +118,17 @@ def test_loss_is_logit_adjustment_over_the_contrast(backend: str, device: torch.
     expected = LogitAdjustedLoss(COUNTS).to(device)(vmf_contrast(unit @ mu.T, kappa, 16, T), target)
     torch.testing.assert_close(criterion(features, target), expected, rtol=1e-5, atol=1e-5)
     assert torch.autograd.grad(criterion(features, target), features)[0].isfinite().all()
+
+
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    """A cosine of bfloat16 would be off by 2^-9, which a temperature of 0.1 makes 2% of a probability."""
+    features, target = cosines(12, 16, device=device), labels(12, 4).to(device)
+    criterion = ProCoLoss(COUNTS, 16).to(device)
+    criterion(cosines(40, 16, device=device, seed=4), labels(40, 4, seed=5).to(device))
+    criterion.eval()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = criterion(features, target)
+    assert torch.equal(found, criterion(features, target))
 
 
 def test_running_averages() -> None:
