@@ -268,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
     add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
     add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
-    add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in all stages with GCL's or LDAM's loss")
+    add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines of GCL's and LDAM's losses and of a cosine classifier's re-training")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     parts = f"{', '.join(PARTS)}, joined by commas, or {', '.join(COMBINED)} (default: depends on the data set)"

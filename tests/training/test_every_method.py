@@ -1,4 +1,4 @@
-"""Every method on digits at a fortieth of its epochs: it runs and prints its table, goes on bitwise where it was killed, and trains alike in two processes."""
+"""Every method and every re-training on digits, on few epochs: it prints its table, goes on bitwise where it was killed, and trains alike in two processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from gclkern.training.data import load_data
 from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, load_network, network_checkpoint, prepare
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import METHODS, Phase, plan
+from gclkern.training.recipes import METHODS, RETRAINS, Phase, plan
 from gclkern.training.trainer import Trainer, build_trainer
 from tests.support.processes import finish, start_train
 
@@ -37,6 +38,20 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_killed(folder: Path, *settings: object) -> None:
+    """A run that is killed and resumed leaves the metrics of the one in `folder / "whole"`."""
+    process = start_train(*settings, "--accumulate", "2", "--checkpoint-seconds", "0", "--out", folder / "killed")
+    until = time.monotonic() + 120
+    while not (folder / "killed" / "last.pt").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.5)  # some steps further on, perhaps in a later phase
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    if not (folder / "killed" / "summary.json").exists():
+        finish(start_train("--resume", folder / "killed"))
+    assert metrics(folder / "killed") == metrics(folder / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, tmp_path: Path) -> None:
@@ -46,16 +61,7 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     reports = json.loads((tmp_path / "whole" / "summary.json").read_text())["reports"]
     assert all(report["calibrated"] for report in reports.values())
 
-    process = start_train(*settings, "--accumulate", "2", "--checkpoint-seconds", "0", "--out", tmp_path / "killed")
-    until = time.monotonic() + 120
-    while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.5)  # some steps further on, perhaps in a later phase
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    if not (tmp_path / "killed" / "summary.json").exists():
-        finish(start_train("--resume", tmp_path / "killed"))
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    check_killed(tmp_path, *settings)
 
     if method not in CONTRAST_OF_SAMPLES:
         finish(start_train(*settings, "--out", tmp_path / "two", ranks=2))
@@ -82,20 +88,33 @@ def train(phase: Phase, network: Network, trainer: Trainer, centroids: dict[str,
     return [float(trainer.step(samples, 7 + step, step, **centroids)) for step, samples in steps]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_state_of_every_method_is_in_its_checkpoint(method: str, tmp_path: Path) -> None:
-    """The last phase of stage 1, with an average of the weights: steps after loading a checkpoint are bitwise those without it."""
+LAST_PHASES = {method: plan(method, "none", "digits-lt", DATA.class_counts)[-1] for method in METHODS}
+LAST_PHASES |= {
+    f"{method} {retrain}": plan(method, retrain, "digits-lt", DATA.class_counts)[-1]
+    for method, retrain in (("ce", "crt"), ("ce", "lws"), ("gcl", "gcl"), ("ce", "mislas"), ("gcl", "mislas"), ("ce", "disalign"), ("gcl", "disalign"))
+}
+LAST_PHASES["shifted"] = replace(LAST_PHASES["ce mislas"], batch_norm="shifted")
+LAST_PHASES["robust layers"] = replace(plan("dro-lt", "none", "digits-lt", DATA.class_counts)[1], robust_layers=("layers.2", "features"))
+
+
+@pytest.mark.parametrize("name", LAST_PHASES)
+def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path) -> None:
+    """The last phase of each method and re-training, with an average of the weights: steps after loading a checkpoint are bitwise those without it."""
     torch.manual_seed(0)
+    phase = LAST_PHASES[name]
+    method = name.split()[0] if name.split()[0] in METHODS else "ce"
     config = RunConfig(method=method, ema=0.9)
-    *before, phase = plan(method, "none", "digits-lt", DATA.class_counts)
-    network = prepare(before[0], None, DATA, config, ALONE.device) if before else None
+    first = plan(method, "none", "digits-lt", DATA.class_counts)[0]
+    network = None if phase.start == "fresh" else prepare(first, None, DATA, config, ALONE.device)
     network = prepare(phase, network, DATA, config, ALONE.device)
     trainer = build_trainer(phase, network, DATA.class_counts, config, ALONE)
     objective = trainer.module.objective
     objective.set_epoch(network, 0, phase.epochs, 0.1)
     centroids = {}
     if objective.needs_centroids(0):
-        centroids = epoch_centroids(network, PhaseBatches(phase, DATA.train, 0, ALONE).epoch("centroids", 0), DATA.num_classes, ALONE)
+        centroids = epoch_centroids(
+            network, PhaseBatches(phase, DATA.train, 0, ALONE).epoch("centroids", 0), DATA.num_classes, ALONE, objective.centroid_features
+        )
     objective.begin_epoch(network, 0, centroids)
 
     losses = train(phase, network, trainer, centroids, 0, 2)
@@ -110,3 +129,32 @@ def test_the_state_of_every_method_is_in_its_checkpoint(method: str, tmp_path: P
     assert train(phase, resumed, again, centroids, 2, 4) == losses[2:]
     for name, value in trainer.eval_network.state_dict().items():
         assert torch.equal(again.eval_network.state_dict()[name], value), name
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one stage 1, by the number of parts of a step for which a run takes it to be trained."""
+    folder = tmp_path_factory.mktemp("stage1")
+    finish(start_train(*SHORT, "--method", "ce", "--out", folder / "run"))
+    checkpoint = load_checkpoint(folder / "run" / "stage-1.pt")
+    for parts in (1, 2):
+        save_checkpoint(folder / f"{parts}.pt", {**checkpoint, "config": {**checkpoint["config"], "accumulate": parts}})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retrain", [name for name in RETRAINS if name != "none"])
+def test_every_re_training(retrain: str, stage1: Path, tmp_path: Path) -> None:
+    """All start from one stage 1, and so from the same running statistics of batch normalisation."""
+    settings = [*SHORT, "--method", "ce", "--retrain", retrain, "--stage1"]
+    in_parts = [*settings, stage1 / "2.pt"]
+    output = finish(start_train(*in_parts, "--accumulate", "2", "--out", tmp_path / "whole"))
+    assert output.count("top-1") == 1
+    finish(start_train(*settings, stage1 / "1.pt", "--out", tmp_path / "two", ranks=2))
+    if (tmp_path / "whole" / "metrics.csv").exists():  # it trains
+        check_killed(tmp_path, *in_parts)
+        one, two = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("whole", "two"))
+        assert two == pytest.approx(one, rel=2e-3)  # rounding, which the steps carry along
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["reports"]["stage-2"]["top1"] for name in ("whole", "two"))
+    assert two == pytest.approx(one, abs=0.01)  # four images, whose largest logits may be close
+    assert not load_classifier(tmp_path / "whole" / "stage-2.pt").training

@@ -14,7 +14,7 @@ from gclkern.losses import LinearGCLLoss
 from gclkern.training.config import RunConfig
 from gclkern.training.network import build_head
 from gclkern.training.objectives import build_objective
-from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, plan, plan_run
+from gclkern.training.recipes import METHODS, RETRAINS, SAMPLERS, build_loss, default_model, list_by_family, plan, plan_run
 from gclkern.training.schedules import Schedule
 from gclkern.training.seeds import derive_seed
 from gclkern.weights import effective_number_weights, ldam_margins, log_prior
@@ -292,5 +292,16 @@ def test_arguments_of_the_losses_reach_all_phases_that_have_them() -> None:
     assert (first.options["noise_mul"], first.options["scale"], second.options["noise_mul"], second.options["scale"]) == (0.3, 16.0, 0.3, 16.0)
     (phase,) = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", margin=0.2), COUNTS, 1)
     torch.testing.assert_close(build_loss(phase, COUNTS).margin, ldam_margins(COUNTS, 0.2))
+    for retrain in ("crt", "mislas", "disalign"):  # a classifier goes on with the scale that it was trained with
+        phases = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", retrain=retrain, scale=16.0), COUNTS, 1)
+        assert [phase.options["scale"] for phase in phases] == [16.0, 16.0]
     with pytest.raises(ValueError, match="`noise_mul` does nothing here: only the losses gcl have it"):
         plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", noise_mul=0.3), COUNTS, 1)
+
+
+def test_help_lists_every_method_and_re_training_by_family() -> None:
+    for entries in (METHODS, RETRAINS):
+        lines = list_by_family(entries).splitlines()
+        assert all(len(line) <= 140 for line in lines)
+        assert sorted(line.split()[0] for line in lines if line.startswith("    ")) == sorted(entries)
+        assert {line.strip() for line in lines if not line.startswith("    ")} == {entry.family for entry in entries.values()}

@@ -202,18 +202,21 @@ def plan(
     return phases
 
 
+def _options(phase: Phase) -> dict[str, str]:
+    """Arguments of the phase's loss that a run may set, and their names there. A re-trained cosine classifier has the scale that it was trained with."""
+    of_head = {"scale": "scale"} if phase.name == "stage-2" and "scale" in phase.options else {}
+    return of_head | LOSS_OPTIONS.get(phase.loss, {})
+
+
 def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> list[Phase]:
     """The phases with the given arguments set in their losses; raises ValueError for an argument that no loss has."""
     for name, value in given.items():
         if value is None:
             continue
-        if not any(name in LOSS_OPTIONS.get(phase.loss, {}) for phase in phases):
+        if not any(name in _options(phase) for phase in phases):
             takers = " and ".join(loss for loss, names in LOSS_OPTIONS.items() if name in names)
             raise ValueError(f"`{name}` does nothing here: only the losses {takers} have it; leave it out, or choose another method")
-        phases = [
-            replace(phase, options=phase.options | {LOSS_OPTIONS[phase.loss][name]: value}) if name in LOSS_OPTIONS.get(phase.loss, {}) else phase
-            for phase in phases
-        ]
+        phases = [replace(phase, options=phase.options | {_options(phase)[name]: value}) if name in _options(phase) else phase for phase in phases]
     return phases
 
 
