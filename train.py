@@ -255,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
     add("--test-list", metavar="FILE", help="the same for test images")
     add("--image-size", type=number(int, 1), metavar="PIXELS", help="height and width of image files (default 224; for your own images their usual size)")
-    add("--workers", type=number(int, 0), metavar="N", help=f"processes that read image files (default {default.workers})")
+    add("--workers", type=number(int, 0), metavar="N", help="processes that read image files (default as many as cores, at most 4)")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add = parser.add_argument_group("method", "Defaults are the published settings of the method and the data set; a run prints them.").add_argument
     add("--method", choices=METHODS, metavar="NAME", help=f"loss of stage 1, see the list below (default {default.method})")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from gclkern.training.data import CIFAR
+from gclkern.training.data.files import DEFAULT_WORKERS
 
 # Settings that a resumed run may change, since they do not affect its results. That the data is the same is checked separately, by its identity.
 MAY_CHANGE_ON_RESUME = frozenset({"data_dir", "train_list", "test_list", "download", "workers", "device", "checkpoint_seconds", "pictures", "logger"})
@@ -35,7 +36,7 @@ class RunConfig:
     train_list: str | None = None
     test_list: str | None = None
     image_size: int | None = None  # 224 for the published sets, the images' usual size for other sets
-    workers: int = 4
+    workers: int = DEFAULT_WORKERS
     skip_corrupt: bool = False
 
     method: str = "gcl"

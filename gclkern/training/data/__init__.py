@@ -7,7 +7,7 @@ import os
 from gclkern.training.data.cifar import CIFAR, load_cifar
 from gclkern.training.data.decode import CorruptImageError
 from gclkern.training.data.digits import load_digits
-from gclkern.training.data.files import FileImages
+from gclkern.training.data.files import DEFAULT_WORKERS, FileImages
 from gclkern.training.data.folders import load_folder
 from gclkern.training.data.identity import DataIdentity, class_difference, data_difference
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, ImageSet
@@ -32,7 +32,7 @@ def load_data(
     holdout: float = 0.0,
     download: bool = False,
     image_size: int | None = None,
-    workers: int = 4,
+    workers: int = DEFAULT_WORKERS,
     skip_corrupt: bool = False,
     train_list: str | os.PathLike[str] | None = None,
     test_list: str | os.PathLike[str] | None = None,
@@ -50,7 +50,7 @@ def load_data(
         holdout: the share of every training class that is held out, to fit and select on; 0 for none.
         download: download CIFAR through torchvision if it is missing.
         image_size: height and width in pixels for image files; None is their usual size, at most 224.
-        workers: processes that read image files; 0 reads them in this process.
+        workers: processes that read image files, by default up to four; 0 reads them in this process.
         skip_corrupt: leave out image files that cannot be read, and report how many. Without it, the first such file raises an error.
         train_list, test_list: text files with a line `relative/path label` for each image.
 

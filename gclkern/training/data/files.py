@@ -24,6 +24,8 @@ from gclkern.training.printable import printable
 
 OWN = ("list", "folder")  # data sets without published settings
 SMALL = 64  # image size in pixels up to which images are not cropped for evaluation and only shifted for training
+# Processes that read images. More than there are cores slow each other down, and torch warns of them.
+DEFAULT_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _LARGE = 224
 _MEMORY = 2 << 30
 _LOOKED_AT = 200

@@ -88,7 +88,7 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int | None, wor
     """The folders train/ and test/ (or val/) in `data_dir`, each with one folder for each class; without them one folder, split here."""
     root = Path(data_dir)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {printable(str(root.absolute()))}; pass the folder that holds train/ and test/, or one folder a class")
+        raise FileNotFoundError(f"there is no folder {printable(str(root.absolute()))}; give the folder of train/ and test/, or of the classes, by `data_dir`")
     inside = sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
     train_root, test_root, val_root = (next((entry for entry in inside if entry.name.lower() in part), None) for part in (_TRAIN, _TEST, _VAL))
     notes: list[str] = []
