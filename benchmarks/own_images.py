@@ -28,10 +28,12 @@ from benchmarks.accuracy import METHODS, Bench, Run, results_of, run_all
 from benchmarks.common import RESULTS
 from benchmarks.provenance import ROOT
 from gclkern.training.arguments import number
+from gclkern.training.atomic_files import replace_text
 from gclkern.training.calibration import fit_temperature
 from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DeviceImages, load_data
 from gclkern.training.data.cifar import load_cifar
+from gclkern.training.data.groups import GROUPS
 from gclkern.training.data.longtail import choose_subset, profile_counts, stratified_split
 from gclkern.training.evaluation import evaluate_logits, predict
 from gclkern.training.network import load_network
@@ -41,7 +43,7 @@ OWN_IMAGES = RESULTS / "own_images"
 CLASSES, LARGEST, IMBALANCE = 40, 270, 50.0
 COMPARED = ("ce", "ldam-drw", "gcl", "gcl-ldam-drw")
 EPOCHS = (24, 60)
-HEADER = ("pixels", "epochs", "method", "seeds", "top-1", "frequent", "middle", "rare", "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
+HEADER = ("pixels", "epochs", "method", "seeds", "top-1", *GROUPS, "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
 
 
 def write_folder(cifar: Path, folder: Path, pixels: int) -> None:
@@ -93,15 +95,15 @@ class OwnBench(Bench):
 
     def collect(self, run: Run) -> dict[str, Any]:
         assert isinstance(run, OwnRun)
-        result = super().collect(run)
-        data, alone = load_data("folder", data_dir=self.data_dir), Processes.single(torch.device("cpu"))
+        data, single = load_data("folder", data_dir=self.data_dir), Processes.single(torch.device("cpu"))
         calibrated = {}
-        for phase in result["reports"]:
-            network = load_network(load_checkpoint(self.folder(run) / f"{phase}.pt"), alone.device)
-            calibrated[phase] = one_temperature(predict(network, data.test, alone)[0], data.test.labels)
+        for phase in json.loads((self.folder(run) / "summary.json").read_text())["reports"]:
+            network = load_network(load_checkpoint(self.folder(run) / f"{phase}.pt"), single.device)
+            calibrated[phase] = one_temperature(predict(network, data.test, single)[0], data.test.labels)
+        result = super().collect(run)
         result |= {"pixels": run.pixels, "epochs": run.epochs, "calibrated": calibrated}
         del result["curves"]
-        self.result(run).write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(self.result(run), json.dumps(result, indent=1) + "\n")
         return result
 
 
@@ -130,7 +132,7 @@ def _row(found: Sequence[dict[str, Any]], phase: str, label: str) -> list[str]:
         label,
         str(len(found)),
         percent([report["top1"] for report in reports]),
-        *(percent([report["groups"][group] for report in reports]) for group in ("many", "medium", "few")),
+        *(percent([report["groups"][group] for report in reports]) for group in GROUPS),
         percent([report["ece"] for report in reports]),
         percent([report["ece"] for report in calibrated]),
         _cell([report["nll"] for report in reports], 2),

@@ -10,6 +10,7 @@ Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what thi
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
+    own_images of the files in own_images/, by `python -m benchmarks.own_images`
     errors     of numerics/errors.json, by `python -m benchmarks.errors`
 
 Every section names the code that was measured, and calls its figures stale if the code has changed since. Charts are SVG files in docs/images/. A test fails
@@ -29,13 +30,14 @@ from typing import Any
 
 from benchmarks.accuracy import results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
+from benchmarks.own_images import table as own_images_table
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.atomic_files import replace_text
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics")))
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "errors")
+SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "own_images", "errors")
 CPU_TABLES = ("cpu_head", "cpu_busy")  # files of their own beside the reports
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
@@ -308,6 +310,21 @@ def accuracy(results: Path) -> str:
     return "\n".join([*explained, "", found, "", code, source])
 
 
+def own_images(results: Path) -> str:
+    found = results_of(results / "own_images")
+    if not found:
+        return "Not measured yet: `python -m benchmarks.own_images`."
+    counts = found[0]["class_counts"]
+    explained = [
+        f"{len(counts)} classes of CIFAR-100 with {max(counts)} to {min(counts)} training images, {sum(counts):,} in all, and 100 test images each.",
+        "In percent, of the last epoch: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images; mean and standard",
+        "deviation over seeds. The temperature is fitted on half of the test images and judged on the other half; a user's run fits it on training images,",
+        "by `--holdout`.",
+    ]
+    code = measured_at("training code", [result["code"] for result in found], training_hash())
+    return "\n".join([*explained, "", own_images_table(results / "own_images"), "", code, "By `python -m benchmarks.own_images`, which says how."])
+
+
 def _setting(name: str, value: Any) -> str:
     """One number of a case in words."""
     return str(value) if name == "dtype" else f"{name} {value:,.0f}" if value >= 10 else f"{name} {value:g}"
@@ -355,6 +372,8 @@ def render(name: str, results: Path = RESULTS) -> str:
         text = "\n\n".join(map(cpu_loops, _reports(results, gpu=False))) or "Not measured yet: `python -m benchmarks.gpu_report` on a machine without a GPU."
     elif name == "accuracy":
         text = accuracy(results)
+    elif name == "own_images":
+        text = own_images(results)
     elif name == "errors":
         path = results / "numerics" / "errors.json"
         text = errors(path) if path.exists() else "Not measured yet: `python -m benchmarks.errors`."
@@ -382,6 +401,7 @@ def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images
         ("cpu", _reports(results, gpu=False)),
         ("gpu", _reports(results, gpu=True)),
         ("accuracy", [*results.glob("accuracy/*.json")]),
+        ("own_images", [*results.glob("own_images/*.json")]),
         ("errors", [*results.glob("numerics/errors.json")]),
     ):
         if files and name not in dict(sections):
