@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gclkern.devices import refuse_transforms
 from gclkern.dispatch import call_operator
 from gclkern.kernels.terms import LossTerms
-from gclkern.torch_backend.vmf import vmf_contrast, vmf_contrast_grad
 
 # save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
 _TENSORS = [place for place, name in enumerate(LossTerms._fields) if "Tensor" in str(LossTerms.__annotations__[name])]
@@ -131,16 +129,17 @@ class SupervisedContrast(torch.autograd.Function):
 
 
 class VMFContrast(torch.autograd.Function):
-    """The contrast of cosines (N, C) with von Mises-Fisher distributions: torch's operators on every device."""
+    """The contrast of cosines (N, C) with von Mises-Fisher distributions."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+    def forward(ctx: Any, cosine: Tensor, concentration: Tensor, order: float, temperature: float, backend: str) -> Tensor:
         ctx.save_for_backward(cosine, concentration)
-        ctx.options = order, temperature
-        return vmf_contrast(cosine, concentration, order, temperature)
+        ctx.options, ctx.backend = (order, temperature), backend
+        contrast: Tensor = call_operator("vmf_forward", backend, cosine, cosine, concentration, order, temperature)
+        return contrast
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms("the gradient of the contrast", grad)
-        return vmf_contrast_grad(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+        cosine, concentration = ctx.saved_tensors
+        return call_operator("vmf_backward", ctx.backend, cosine, grad, cosine, concentration, *ctx.options), None, None, None, None

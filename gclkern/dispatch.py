@@ -119,7 +119,7 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
         function = FUNCTIONS[PREFIXES[backend] + name]
     else:
         if backend == "triton":
-            from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise  # noqa: F401 (each registers its operators)
+            from gclkern.kernels import centroids, contrastive_loss, dro_lt, head, logit_loss, noise, vmf  # noqa: F401 (each registers its operators)
         function = getattr(getattr(torch.ops, NAMESPACE), PREFIXES[backend] + name).default
     if autocast_is_on(tensor.device.type):
         with without_autocast(tensor.device.type):

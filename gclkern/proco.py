@@ -9,7 +9,7 @@ from gclkern.autograd import VMFContrast
 from gclkern.buffers import RankState
 from gclkern.contrastive_losses import _ContrastiveLoss
 from gclkern.devices import without_autocast
-from gclkern.dispatch import call_operator, resolve_backend
+from gclkern.dispatch import backend_without_loops, call_operator, resolve_backend
 from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
@@ -21,7 +21,7 @@ _MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
 _SMALLEST_DIM = 16  # the asymptotic series is off by 6e-4 there, and by less in more dimensions
 
 
-def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: float) -> Tensor:
+def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: float, backend: Backend = "auto") -> Tensor:
     r"""Logarithm of the mean of exp(<x, k> / temperature) over keys k that are von Mises-Fisher distributed, for unit vectors x and each class.
 
         F(k_ij) - F(kappa_j),    F(k) = log I_v(k) - v log k,    k_ij^2 = kappa_j^2 + 1 / t^2 + 2 kappa_j cosine_ij / t,    v = dim / 2 - 1
@@ -34,12 +34,14 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
         concentration: kappa_j (C,), at least 0.
         dim: dimensions D of the sphere's space, at least 16. The error is below 6e-4 at 16, 4e-5 at 64, 1e-5 at 128, 2e-7 at 1024.
         temperature: t.
+        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         (N, C), in the dtype of `cosine`.
     """
     refuse_gradient("concentration", concentration)
-    return VMFContrast.apply(cosine, concentration, dim / 2 - 1, temperature)
+    chosen = backend_without_loops(backend, cosine, "vmf_contrast")
+    return VMFContrast.apply(cosine, concentration, dim / 2 - 1, temperature, chosen)
 
 
 class ProCoLoss(_ContrastiveLoss, RankState):
@@ -53,8 +55,8 @@ class ProCoLoss(_ContrastiveLoss, RankState):
 
     The means are running averages of the features that this module is given in training mode. Two run side by side, as in the release: the one that serves
     holds the last epoch and this one so far, the other this epoch alone. Call :meth:`start_epoch` as each epoch begins. A class that was never seen has
-    concentration 0. Under data parallelism each rank averages its own samples. Nothing of size (N, C, D) is ever in memory; the elementwise function runs in
-    torch.
+    concentration 0. Under data parallelism each rank averages its own samples;
+    :func:`gclkern.distributed.gather_batch` gives it those of all ranks. Nothing of size (N, C, D) is ever in memory.
 
     Args:
         class_counts: training samples of each class (C,), all positive.
@@ -133,7 +135,7 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         dtype = statistics_dtype(features)
         with without_autocast(features.device.type):
             cosine = unit @ directions.to(dtype).t()
-        logits = vmf_contrast(cosine, concentration.to(dtype), self.dim, self.temperature)
+        logits = vmf_contrast(cosine, concentration.to(dtype), self.dim, self.temperature, "auto" if self.backend == "cpu" else self.backend)
         return gcl_cross_entropy(logits, target, scale=1.0, bias=self.bias, reduction=self.reduction, backend=self.backend)
 
     def extra_repr(self) -> str:

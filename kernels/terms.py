@@ -99,6 +99,8 @@ SCHEMAS = {
         "(Tensor grad_loss, Tensor features, Tensor? prototypes, Tensor? class_counts, Tensor[] saved, float temperature, bool include_samples, "
         "bool include_own_class, bool features_grad, bool prototypes_grad) -> (Tensor, Tensor)"
     ),
+    "vmf_forward": "(Tensor cosine, Tensor concentration, float order, float temperature) -> Tensor",
+    "vmf_backward": "(Tensor grad, Tensor cosine, Tensor concentration, float order, float temperature) -> Tensor",
 }
 PREFIXES = {"triton": "", "torch": "torch_", "cpu": "cpu_"}  # of an operator's name, by backend
 
@@ -176,6 +178,16 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
+
+
+@shapes_of("vmf_forward", *PREFIXES)
+def _(cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+    return cosine.new_empty(tuple(cosine.shape))
+
+
+@shapes_of("vmf_backward", *PREFIXES)
+def _(grad: Tensor, cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+    return cosine.new_empty(tuple(cosine.shape))
 
 
 class ClassShards(Protocol):

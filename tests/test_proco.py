@@ -14,8 +14,17 @@ from gclkern import LogitAdjustedLoss, ProCoLoss
 from gclkern.proco import vmf_contrast
 from tests.support.cases import cosines, labels
 
+# numpy, which interprets the kernels, warns of what a GPU computes in silence and a later selection discards.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 COUNTS = [50, 20, 5, 1]
 T = 0.1
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+def vmf_backend(request: pytest.FixtureRequest) -> str:
+    """The implementations of the contrast."""
+    return str(request.param)
 
 
 def exact(cosine: Tensor, concentration: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -93,13 +102,38 @@ def test_a_concentration_has_no_gradient() -> None:
         vmf_contrast(cosines(2, 3), torch.ones(3, requires_grad=True), 16, T)
 
 
-@pytest.mark.parametrize("concentration", [0.0, 1e-3, 1e5])
-def test_float32_keeps_its_digits(concentration: float) -> None:
-    """F itself is 1e5 there, of which float32 has 1e-2."""
-    cosine = torch.linspace(-1.0, 1.0, 41)[:, None]
-    kappa = torch.tensor([concentration])
-    double = vmf_contrast(cosine.double(), kappa.double(), 128, T)
-    torch.testing.assert_close(vmf_contrast(cosine, kappa, 128, T).double(), double, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dim", [16, 128, 1024])
+def test_float32_keeps_its_digits(dim: int, vmf_backend: str, device: torch.device) -> None:
+    """F itself is up to 1e5 there, of which float32 has 1e-2. More rows and classes than a kernel's tile, in columns of a larger matrix."""
+    kappa = torch.tensor([0.0, 1e-3, 1.0, 50.0, 2e3, 1e5]).repeat(25)[:140]
+    cosine = torch.linspace(-1.0, 1.0, 13 * 140).view(140, 13).T
+    exact = cosine.double().clone().requires_grad_()
+    expected = vmf_contrast(exact, kappa.double(), dim, T)
+    upstream = torch.linspace(-1.0, 2.0, 140)
+    (expected * upstream).sum().backward()
+
+    leaf = cosine.to(device).requires_grad_()
+    found = vmf_contrast(leaf, kappa.to(device), dim, T, vmf_backend)
+    (found * upstream.to(device)).sum().backward()
+    torch.testing.assert_close(found.cpu().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.cpu().double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_operators(vmf_backend: str, device: torch.device) -> None:
+    cosine, kappa = cosines(5, 7, device=device), torch.linspace(1.0, 50.0, 7, device=device)
+    vmf_contrast(cosine, kappa, 32, T, vmf_backend)  # registers the operators
+    name = "vmf_forward" if vmf_backend == "triton" else "torch_vmf_forward"
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.gclkern, name).default, (cosine, kappa, 15.0, T), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.gclkern, name.replace("forward", "backward")).default, (cosine, cosine, kappa, 15.0, T), test_utils=tests)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    cosine = cosines(2, 3).requires_grad_()
+    (grad,) = torch.autograd.grad(vmf_contrast(cosine, torch.ones(3), 16, T).sum(), cosine, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
 
 
 def test_a_class_without_spread_is_its_mean() -> None:

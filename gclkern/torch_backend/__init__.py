@@ -6,6 +6,6 @@ gradients are analytic, and nothing waits for a GPU.
 
 from __future__ import annotations
 
-from gclkern.torch_backend import centroids, contrastive_loss, dro_lt, head, logit_loss, noise
+from gclkern.torch_backend import centroids, contrastive_loss, dro_lt, head, logit_loss, noise, vmf
 
-__all__ = ["centroids", "contrastive_loss", "dro_lt", "head", "logit_loss", "noise"]
+__all__ = ["centroids", "contrastive_loss", "dro_lt", "head", "logit_loss", "noise", "vmf"]

@@ -1,4 +1,4 @@
-"""The contrast with von Mises-Fisher distributions as a function of the cosine, and its derivative, in tiles of rows: no operator keeps a tensor for backward.
+"""The contrast with von Mises-Fisher distributions as a function of the cosine, and its derivative, in tiles of rows: autograd keeps nothing.
 
 With v = dim / 2 - 1, base_j^2 = v^2 + kappa_j^2 and root_ij^2 = base_j^2 + 1 / t^2 + 2 kappa_j cosine_ij / t, the uniform asymptotic series of
 log I_v(k) - v log k (Abramowitz and Stegun, 9.7.7) with one correction is, up to a constant and with p = v / root,
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gclkern.kernels.terms import implements
+
 _CPU_TILE = 1 << 16  # cosines that a CPU passes through all operators at a time, so that they stay in its caches
 
 
 def _tiles(cosine: Tensor) -> Iterator[slice]:
     rows = cosine.shape[0]
-    # a compiler makes tiles of its own
-    step = max(1, _CPU_TILE // cosine.shape[1]) if cosine.device.type == "cpu" and not torch.compiler.is_compiling() else rows
+    step = max(1, _CPU_TILE // cosine.shape[1]) if cosine.device.type == "cpu" else rows
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
@@ -36,11 +37,12 @@ def _grown(cosine: Tensor, concentration: Tensor, temperature: float) -> Tensor:
     return torch.addcmul(cosine.new_full((), 1 / temperature**2), cosine, concentration, value=2 / temperature)
 
 
-def vmf_contrast(cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+@implements("vmf_forward", "torch")
+def vmf_forward(cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
     """The contrast (N, C) of cosines (N, C) and concentrations (C,)."""
     base = (order**2 + concentration.square()).sqrt()
     at_base = torch.log1p(_correction(base, order))
-    out = torch.empty_like(cosine)
+    out = torch.empty(cosine.shape, dtype=cosine.dtype, device=cosine.device)
     for rows in _tiles(cosine):
         grown = _grown(cosine[rows], concentration, temperature)
         root = (base.square() + grown).clamp_(min=order**2).sqrt_()
@@ -51,10 +53,11 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, order: float, temperatur
     return out
 
 
-def vmf_contrast_grad(grad: Tensor, cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
+@implements("vmf_backward", "torch")
+def vmf_backward(grad: Tensor, cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
     """The gradient of the cosines from that of the contrast: times d root / d cosine = kappa / (t root), and the derivative of the series by root."""
     base_square = order**2 + concentration.square()
-    out = torch.empty_like(cosine)
+    out = torch.empty(cosine.shape, dtype=cosine.dtype, device=cosine.device)
     for rows in _tiles(cosine):
         root = _grown(cosine[rows], concentration, temperature).add_(base_square).clamp_(min=order**2).sqrt_()
         square = (order / root).square_()

@@ -112,6 +112,13 @@ def contrastive() -> None:
         contrastive_backward(torch.ones(()), features, form[0], form[1], saved, 0.1, True, True, True, form[0] is not None)
 
 
+def vmf() -> None:
+    from gclkern.kernels.vmf import vmf_backward, vmf_forward
+
+    cosine, concentration = torch.empty(ROWS, CLASSES), torch.empty(CLASSES)
+    vmf_backward(vmf_forward(cosine, concentration, 511.0, 0.07), cosine, concentration, 511.0, 0.07)
+
+
 def centroids() -> None:
     from gclkern.kernels.centroids import segment_sums
 
@@ -123,11 +130,24 @@ Case = Callable[[], None]
 FIT: list[Any] = [
     *(
         (case, "sm_90")
-        for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise, head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise, head_bf16_of_301)
+        for case in (
+            head_bf16,
+            loss_bf16,
+            dro_lt,
+            contrastive,
+            vmf,
+            centroids,
+            noise,
+            head_fp32,
+            head_mixed,
+            loss_fp32,
+            loss_bf16_without_noise,
+            head_bf16_of_301,
+        )
     ),
     *(
         pytest.param(case, target, marks=pytest.mark.slow)
-        for case in (head_bf16, loss_bf16, dro_lt, contrastive, centroids, noise)
+        for case in (head_bf16, loss_bf16, dro_lt, contrastive, vmf, centroids, noise)
         for target in ("sm_80", "sm_100", "gfx942")
     ),
     *(pytest.param(case, "gfx942", marks=pytest.mark.slow) for case in (head_fp32, head_mixed, loss_fp32, loss_bf16_without_noise)),
@@ -209,7 +229,9 @@ def test_kernels_fit_their_gpu(builds: Builds, case: Case, target: str) -> None:
 
 def test_every_kernel_is_among_the_cases(builds: Builds) -> None:
     launched = {
-        build.name for case in (head_bf16, head_of_many_rows, loss_of_many_rows, dro_lt, contrastive, centroids, noise) for build in builds.of(case, "sm_90")
+        build.name
+        for case in (head_bf16, head_of_many_rows, loss_of_many_rows, dro_lt, contrastive, vmf, centroids, noise)
+        for build in builds.of(case, "sm_90")
     }
     defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
     assert defined == launched
