@@ -20,7 +20,7 @@ from gclkern.training.network import Network, shard_classifier, whole_state
 from gclkern.training.objectives import Batch, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
 from gclkern.training.progress import Progress
-from gclkern.training.recipes import Phase
+from gclkern.training.recipes import FUSED, Phase
 from gclkern.training.seeds import derive_seed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -323,7 +323,7 @@ def build_trainer(phase: Phase, network: Network, class_counts: list[int], confi
             f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
             f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"
         )
-    sharded = config.shard_classes and phase.loss == "gcl"
+    sharded = config.shard_classes and phase.loss in FUSED
     if sharded:
         shard_classifier(network)
     torch.manual_seed(derive_seed(config.seed, phase.name, "objective"))  # for the initial weights of its layers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss
 from gclkern.training.data.longtail import profile_counts
 from gclkern.training.recipes import Phase, build_loss, plan, settings
 
@@ -39,6 +41,10 @@ DECOUPLING = {
     "inat18": (30, 5, 512, 0.2, 1e-4),
     "places-lt": (10, 5, 256, 0.1, 5e-4),
 }
+
+
+# DBM: epochs, batch, rate, weight decay, warm-up, schedule; margin of the rarest class and scale. Its other sets have settings of our own.
+DBM_CIFAR = ((200, 64, 0.1, 2e-4, 5, "cosine"), 0.1, 32.0)
 
 
 def counts_of(dataset: str, imbalance: str) -> list[int]:
@@ -99,6 +105,41 @@ def test_decoupling(dataset: str) -> None:
         phase = plan("ce", retrain, dataset, COUNTS[dataset])[1]
         assert [phase.epochs, phase.batch_size, phase.lr, phase.weight_decay] == [epochs, *shared]
         assert (phase.sampler, phase.schedule.kind, phase.trains) == ("class-balanced", "cosine", {"crt": "head", "lws": "scale"}[retrain])
+
+
+@pytest.mark.parametrize("dataset", ["cifar10-lt", "cifar100-lt"])
+@pytest.mark.parametrize("method", ["dbm", "gcl-dbm"])
+def test_dbm(method: str, dataset: str) -> None:
+    settings_of, margin, scale = DBM_CIFAR
+    counts = counts_of(dataset, "100")
+    (phase,) = plan(method, None, dataset, counts)
+    assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay, phase.schedule.warmup, phase.schedule.kind) == settings_of
+    assert (phase.augment, phase.mixup, phase.head) == ("crop,flip,autoaugment,cutout", 0.0, "cosine")
+    loss, expected = build_loss(phase, counts), DBMLoss(counts, margin=margin, scale=scale, noise_mul=0.5 if method == "gcl-dbm" else 0.0)
+    assert isinstance(loss, LinearGCLLoss)
+    assert loss._options() == expected._options()
+    assert loss.state_dict() == expected.state_dict()
+    torch.testing.assert_close(dict(loss.named_buffers()), dict(expected.named_buffers()))
+    assert plan(method, None, "imagenet-lt", COUNTS["imagenet-lt"])[0].options["scale"] == 30.0
+
+
+@pytest.mark.parametrize("dataset", ["cifar100-lt", "places-lt"])
+def test_agcl(dataset: str) -> None:
+    """Its release has Places-LT alone; other sets have the same arguments, and all have GCL's stages."""
+    counts = counts_of(dataset, "100")
+    phases, of_gcl = plan("agcl", None, dataset, counts), plan("gcl", None, dataset, counts)
+    assert [replace(phase, loss="gcl", options={}) for phase in phases] == [replace(phase, options={}) for phase in of_gcl]
+    for phase, gamma in zip(phases, (0.0, 1.0), strict=True):
+        loss, expected = build_loss(phase, counts), AGCLLoss(counts, noise_mul=0.5, margin=0.0, easy_margin=True, scale=30.0, gamma=gamma)
+        assert loss._options() == expected._options()  # type: ignore[operator]
+        torch.testing.assert_close(dict(loss.named_buffers()), dict(expected.named_buffers()))
+
+
+def test_arcface() -> None:
+    loss, expected = build_loss(plan("arcface", None, "cifar100-lt", [50, 5])[0], [50, 5]), ArcFaceLoss(margin=0.5, scale=30.0)
+    assert loss._options() == expected._options()  # type: ignore[operator]
+    assert loss._arguments()["margin"] == 0.5  # type: ignore[operator]
+    assert loss.cloud is None
 
 
 @pytest.mark.parametrize("retrain", ["mislas", "disalign"])

@@ -11,10 +11,24 @@ of its own. To add a method: a line in methods.py, its numbers in settings.py, a
 batch has an objective instead, see :mod:`gclkern.training.objectives`.
 """
 
-from gclkern.training.recipes.losses import CLOUDS, SAMPLERS, build_loss
+from gclkern.training.recipes.losses import CLOUDS, FUSED, SAMPLERS, build_loss
 from gclkern.training.recipes.methods import METHODS, RETRAINS, list_by_family
 from gclkern.training.recipes.phase import Phase
 from gclkern.training.recipes.plan import plan, plan_run
 from gclkern.training.recipes.settings import COSINE_SCALE, default_model, family
 
-__all__ = ["CLOUDS", "COSINE_SCALE", "METHODS", "RETRAINS", "SAMPLERS", "Phase", "build_loss", "default_model", "family", "list_by_family", "plan", "plan_run"]
+__all__ = [
+    "CLOUDS",
+    "COSINE_SCALE",
+    "FUSED",
+    "METHODS",
+    "RETRAINS",
+    "SAMPLERS",
+    "Phase",
+    "build_loss",
+    "default_model",
+    "family",
+    "list_by_family",
+    "plan",
+    "plan_run",
+]

@@ -39,19 +39,31 @@ CLOUDS: dict[str, dict[str, Any]] = {
     "power-1/3": {"strategy": "power", "exponent": 1 / 3},
     "power-1/4": {"strategy": "power", "exponent": 1 / 4},
 }
+# Losses of features and the weight of a cosine classifier, by the arguments of LinearGCLLoss that make it each of them.
+_DBM: dict[str, Any] = {"noise_mul": 0.0, "difficulty_margin": True, "tau": 1.0}
+FUSED: dict[str, dict[str, Any]] = {
+    "gcl": {}, "agcl": {"angular": True}, "arcface": {"noise_mul": 0.0, "angular": True}, "dbm": _DBM, "gcl-dbm": _DBM,
+}  # fmt: skip
 # Arguments of losses that a run may set, and their names in each loss.
-LOSS_OPTIONS = {"gcl": {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}, "ldam": {"margin": "max_margin", "scale": "scale"}}
+_CLOUDED = {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}
+_MARGINS = {"margin": "margin", "scale": "scale"}
+LOSS_OPTIONS = {
+    "gcl": _CLOUDED, "agcl": _CLOUDED, "gcl-dbm": _CLOUDED, "arcface": _MARGINS, "dbm": _MARGINS, "ldam": {"margin": "max_margin", "scale": "scale"},
+}  # fmt: skip
 
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
-    """The loss of a phase. GCL's takes features and the weight of a cosine classifier, which may be `sharded`; all others, and GCL's with LWS, take logits."""
+    """The loss of a phase. Those of FUSED take features and the weight of a cosine classifier, which may be `sharded`; others, and with LWS all, logits."""
     options = dict(phase.options)
     if options.get("margin") == "ldam":
         options["margin"] = ldam_margins(class_counts)
     # all other arguments have the papers' values as defaults: beta 0.9999 of cb, tau 1 of la, margin 0.5 and scale 30 of ldam
-    if phase.loss == "gcl" and sharded:
-        return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
-    if phase.loss == "gcl":
+    if phase.loss in FUSED:
+        options = FUSED[phase.loss] | options
+        if "difficulty_margin" in options:
+            options["margin"] = ldam_margins(class_counts, options["margin"], exponent=1.0)
+        if sharded:
+            return ShardedLinearGCLLoss(class_counts, averaged_gradients=True, **options)
         return LinearGCLLoss(class_counts, **options) if phase.head == "cosine" else GCLLoss(class_counts, **options)
     if phase.loss == "la":
         return LogitAdjustedLoss(class_counts, **options)

@@ -9,7 +9,7 @@ from typing import Any
 from gclkern.training import own_data
 from gclkern.training.config import RunConfig
 from gclkern.training.data.augment import parse_augmentation
-from gclkern.training.recipes.losses import CLOUDS, LOSS_OPTIONS
+from gclkern.training.recipes.losses import CLOUDS, FUSED, LOSS_OPTIONS
 from gclkern.training.recipes.methods import METHODS
 from gclkern.training.recipes.phase import Phase
 from gclkern.training.recipes.settings import (
@@ -19,7 +19,6 @@ from gclkern.training.recipes.settings import (
     DISALIGN_EXPONENT,
     DISALIGN_EXPONENTS,
     DISALIGN_STAGE_2,
-    GCL_OPTIONS,
     GCL_STAGE_2,
     INAT_CRT_EPOCHS,
     LDAM_STEPS,
@@ -36,6 +35,7 @@ from gclkern.training.recipes.settings import (
     THIRDS,
     Stage,
     family,
+    loss_options,
     mislas,
     stage1_settings,
 )
@@ -49,7 +49,7 @@ def _of_stage(name: str, stage: Stage, **more: Any) -> Phase:
 def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:
     method, group = METHODS[name], family(dataset)
     # LDAM-DRW with GCL's clouds on top: LDAM's margins
-    options = GCL_OPTIONS[group][0] | ({"margin": "ldam"} if method.drw else {}) if method.loss == "gcl" else {}
+    options = loss_options(method.loss, group)[0] | ({"margin": "ldam"} if method.drw and method.loss == "gcl" else {})
     phase = _of_stage(
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
@@ -96,15 +96,17 @@ def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[i
     first, group = replace(first, **_PLAIN), family(dataset)
     new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
     own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if group == "own" else None
-    if retrain == "gcl" or (first.loss == "gcl" and retrain in ("crt", "lws")):
-        # after a stage 1 with GCL's loss, all re-training methods use GCL's loss and differ in what they train, as in GCL's paper
+    two_stages = first.loss in ("gcl", "agcl")
+    if retrain == "gcl" or (two_stages and retrain in ("crt", "lws")):
+        # after a stage 1 with GCL's loss, these re-trainings use it, too, and differ in what they train, as in GCL's paper; the same for AGCL
+        loss = first.loss if two_stages else "gcl"
         epochs, batch_size, lr = own or GCL_STAGE_2[group]
         phase = replace(
-            first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=COSINE, loss="gcl", options=GCL_OPTIONS[group][1],
+            first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=COSINE, loss=loss, options=loss_options(loss, group)[1],
             sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
         )  # fmt: skip
         return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
-    options: dict[str, Any] = {"scale": COSINE_SCALE} if first.head == "cosine" else {}
+    options: dict[str, Any] = {"scale": first.options.get("scale", COSINE_SCALE)} if first.head == "cosine" else {}
     plain = replace(first, name="stage-2", schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None, start="previous")
     if retrain == "mislas":
         values = mislas(dataset, class_counts)
@@ -190,8 +192,8 @@ def plan(
     elif stage2:
         raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose `retrain`")
     if cloud is not None:
-        phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if phase.loss == "gcl" else phase for phase in phases]
-        if not any(phase.loss == "gcl" for phase in phases):
+        phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if "noise_mul" in phase.options else phase for phase in phases]
+        if not any("noise_mul" in phase.options for phase in phases):
             raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or choose gcl")
     if augment is not None:
         parse_augmentation(augment)
@@ -214,7 +216,8 @@ def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> l
         if value is None:
             continue
         if not any(name in _options(phase) for phase in phases):
-            takers = " and ".join(loss for loss, names in LOSS_OPTIONS.items() if name in names)
+            *some, last = (loss for loss, names in LOSS_OPTIONS.items() if name in names)
+            takers = f"{', '.join(some)} and {last}"
             raise ValueError(f"`{name}` does nothing here: only the losses {takers} have it; leave it out, or choose another method")
         phases = [replace(phase, options=phase.options | {_options(phase)[name]: value}) if name in _options(phase) else phase for phase in phases]
     return phases
@@ -236,11 +239,12 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
         stage2={name: value for name, value in stage2.items() if value is not None},
     )  # fmt: skip
     phases = _with_loss_options(phases, {"noise_mul": config.noise_mul, "margin": config.margin, "scale": config.scale})
-    whole = [phase.name for phase in phases if phase.name != "baseline" and (phase.loss, phase.head) != ("gcl", "cosine")]
+    whole = [phase.name for phase in phases if phase.name != "baseline" and not (phase.loss in FUSED and phase.head == "cosine")]
     if config.shard_classes and config.amp == "fp16":
         raise ValueError("`shard_classes`: with `amp=fp16` each process would skip steps of its own; take `amp=bf16`")
     if config.shard_classes and whole:
-        remedy = "take `method=gcl` or `method=gcl+dro-lt`, with `retrain=gcl`, `retrain=crt` or `retrain=none`"
+        methods = " or ".join(f"`method={name}`" for name, method in METHODS.items() if method.loss in FUSED)
+        remedy = f"take {methods}, with `retrain=gcl` or `retrain=none`"
         raise ValueError(f"`shard_classes`: the loss of {whole[0]} takes the logits of all classes; {remedy}")
     if config.robust_layers is not None:
         layers = tuple(name.strip() for name in config.robust_layers.split(","))

@@ -74,6 +74,7 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "hybrid-sc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R] a reproduction, no release
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R]
         "bbn": Stage(200, 128, 0.1, 2e-4, BBN_STEPS),  # [C] BBN
+        "dbm": Stage(200, 64, 0.1, 2e-4, Schedule("cosine", warmup=5), more={"augment": _STRONG_SMALL}),  # [C] DBM
     },
     "cifar10-lt": {
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY, "options": {"temperature": 1.0}}),  # [R]
@@ -133,6 +134,23 @@ _GCL_SMALL: tuple[dict[str, Any], dict[str, Any]] = (
 )  # fmt: skip
 # Arguments of GCL's loss in stages 1 and 2: [C] for CIFAR and Places-LT; [H] the other large sets have those of Places-LT, all others those of CIFAR.
 GCL_OPTIONS = {"digits": _GCL_SMALL, "cifar": _GCL_SMALL, "own": _GCL_SMALL, "imagenet": _GCL_LARGE, "inat": _GCL_LARGE, "places": _GCL_LARGE}
+
+# AGCL [C] for Places-LT, [H] used for all sets, because its scripts for CIFAR do not use its loss; with GCL's epochs, batch sizes and rates.
+_AGCL: dict[str, Any] = {"noise_mul": 0.5, "easy_margin": True, "scale": COSINE_SCALE}
+ARCFACE_OPTIONS: dict[str, Any] = {"margin": 0.5, "scale": COSINE_SCALE}  # [P] the margin; [H] the scale of other cosine classifiers, as 64 is for faces
+DBM_MARGIN = 0.1  # [C] DBM
+DBM_SCALES = {"cifar": 32.0}  # [C] DBM, which has 30 for the large sets
+
+
+def loss_options(loss: str, group: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a loss for a family of data sets: in stage 1, and in GCL's second stage."""
+    dbm = {"margin": DBM_MARGIN, "scale": DBM_SCALES.get(group, COSINE_SCALE)}
+    known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "gcl": GCL_OPTIONS[group], "agcl": (_AGCL, _AGCL | {"gamma": 1.0}), "arcface": (ARCFACE_OPTIONS, {}), "dbm": (dbm, {}),
+        "gcl-dbm": (dbm | {"noise_mul": GCL_OPTIONS[group][0]["noise_mul"]}, {}),  # [H] the clouds of gcl
+    }  # fmt: skip
+    return known.get(loss, ({}, {}))
+
 
 # cRT and LWS after a plain stage 1: [C] decoupling, for the large sets; by cosine and without mixup. Other sets have the epochs of ImageNet-LT.
 RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
