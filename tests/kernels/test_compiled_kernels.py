@@ -127,6 +127,7 @@ SELECTED = {
     "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or nan-everything)"),
     "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features)"),
     "angles": ("test_angular_losses.py", "triton and test_every_option and everything"),
+    "tiles": ("kernels/test_head.py", "wide_tiles or tf32"),
     "exponentials": (
         "kernels/test_exponentials.py",
         "(loss_and_gradients and none and (plain or focal_stage_2)) or (test_dtypes and bfloat16) or ends or digits or no_number",

@@ -11,7 +11,9 @@ import torch.utils.dlpack
 from benchmarks.machine_code.launches import Launches, capture_launches
 from gclkern.autograd import HeadLoss
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
-from tests.support.cases import PLANS
+from tests.conftest import GPU, PTX_TARGET
+from tests.support.cases import PLANS, Options, labels, vector
+from tests.support.comparison import check_head_loss
 
 pytestmark = pytest.mark.triton
 
@@ -66,6 +68,48 @@ def test_float32_products_follow_both_settings_of_their_precision(launches: Laun
     products = [launch for launch in launches if "PRECISION" in launch.kernel.arg_names]
     assert len(products) == (2 if uses_cublas(torch.float32, torch.float32, device) else 3)
     assert {launch.argument("PRECISION") for launch in products} == {expected}
+
+
+compiled = pytest.mark.skipif(not GPU and PTX_TARGET is None, reason="Triton's interpreter has neither wide tiles nor tf32: test_compiled_kernels.py runs this")
+
+
+@compiled
+@pytest.mark.parametrize("plan", PLANS)
+def test_wide_tiles(plan: str, device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 x 256, which products of 16 bits take on Hopper, with rows, classes and dimensions that end within one."""
+    from gclkern.kernels import products, runtime
+
+    monkeypatch.setattr(products, "MULTIPROCESSORS", 1)  # so that few classes are enough for the weights' gradient
+    generator = torch.Generator().manual_seed(0)
+    features, weight = (torch.randn(size, 264, generator=generator).to(device, torch.bfloat16) for size in (5, 260))
+    options: Options = {"seed": 5, "scale": 16.0, "reduction": "none", "plan": plan, "backend": "triton"}
+    check_head_loss(linear_gcl_cross_entropy, features, weight, labels(5, 260), vector(260, 0.0, 0.5), vector(5, 0.5, 2.0), **options)
+    if runtime.is_hopper(device):
+        tiles = {launch.name: launch.argument("COLUMNS") for launch in launches if launch.name in ("_cosine_kernel", "_weight_gradient_kernel")}
+        assert set(tiles.values()) == {256} and "_weight_gradient_kernel" in tiles
+
+
+@compiled
+@pytest.mark.parametrize("plan", PLANS)
+def test_products_in_tf32(plan: str, device: torch.device) -> None:
+    """Within its 10 bits of mantissa, and visibly not float32."""
+    generator = torch.Generator().manual_seed(0)
+    features, weight = (torch.randn(size, 40, generator=generator).to(device).requires_grad_() for size in (6, 150))
+    target = labels(6, 150).to(device)
+
+    def results() -> list[torch.Tensor]:
+        loss = linear_gcl_cross_entropy(features, weight, target, scale=4.0, reduction="none", plan=plan, backend="triton")
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), (features, weight))]
+
+    exact = results()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        fast = results()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for found, right in zip(fast, exact, strict=True):
+        torch.testing.assert_close(found, right, rtol=2**-8, atol=2**-8 * float(right.abs().max()))
+        assert not found.equal(right)
 
 
 @pytest.mark.parametrize("plan", PLANS)
