@@ -449,7 +449,7 @@ def _plain(launch: Launch) -> dict[str, Any]:
 
 def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct, int]]:
     """The launches of a plan, or of the "loss" of ready logits, in order, and how often each runs; in a worker of benchmarks.machine_code.aot."""
-    serves = mock.patch("gclkern.kernels.products.library_serves", lambda gradient, weight, device: gradient == weight)  # as on a GPU
+    serves = mock.patch("gclkern.kernels.products.uses_cublas", lambda gradient, weight, device: gradient == weight)  # as on a GPU
     with aot.as_on("sm_90"), serves, capture_launches(execute=False) as launches:
         if what in PLANS:
             _head(shape, what)

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 
 from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SMOKE, Shape
+from benchmarks.machine_code.aot import in_worker
+from benchmarks.machine_code.launches import LibraryProduct
 from benchmarks.machine_code.sass import Program
-from benchmarks.predict_times import PROCESSORS, Demand, Operand, launches_of, memory_reads, predict, product_step, raster, resident_blocks, walk
+from benchmarks.predict_times import (
+    LAUNCH,
+    LIBRARY_RATE,
+    PROCESSORS,
+    Compiled,
+    Demand,
+    Operand,
+    launches_of,
+    memory_reads,
+    predict,
+    predict_product,
+    product_step,
+    raster,
+    resident_blocks,
+    walk,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +89,32 @@ def test_a_step_of_a_product() -> None:
     assert step.l2 == pytest.approx(845, abs=1)
 
 
+def test_a_product_by_the_library() -> None:
+    """4096 x 8192 x 512: 64 x 2 tiles are one wave; of 129 the last wave is nearly empty; few tiles are split along the depth."""
+    flops = 2.0 * 8192 * 4096 * 512
+    whole, wasted, split = (predict_product(LibraryProduct(rows, 4096, 512, 2, 4)) for rows in (8192, 8576, 512))
+    assert whole.memory_bytes == 2 * 4096 * (8192 + 512) + 4 * 8192 * 512
+    assert whole.seconds == pytest.approx(LAUNCH + flops / LIBRARY_RATE * PROCESSORS / 128, rel=0.02)
+    assert wasted.seconds == pytest.approx(LAUNCH + flops / LIBRARY_RATE * PROCESSORS / 128 * 2, rel=0.02)
+    assert split.seconds == pytest.approx(LAUNCH + flops / 16 / LIBRARY_RATE, rel=0.2)
+
+
+def launches_with(shape: Shape, exponentials: bool) -> list[tuple[Compiled | LibraryProduct, int]]:
+    """In a worker."""
+    with mock.patch("gclkern.kernels.head.exponentials_pay", return_value=exponentials):
+        return launches_of(shape, "materialised")
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [INATURALIST, Shape("many samples", 1536, 8142, 512)], ids=str)
+def test_exponentials_are_kept_where_the_model_has_them_faster(shape: Shape) -> None:
+    from gclkern.kernels.head import exponentials_pay
+
+    cosines, exponentials = (sum(predict(*launch).seconds for launch in in_worker(launches_with, shape, pay).result()) for pay in (False, True))
+    assert (exponentials < cosines) is exponentials_pay(shape.rows, shape.classes, shape.dim)
+
+
 def test_resources_add_up_and_the_busiest_decides() -> None:
     demand = Demand(issue=100, mufu=10, latency=50).plus(Demand(mufu=90), times=1)
     assert demand.clocks(1) == pytest.approx(100 * (2 + 1 / 16) ** 0.25)
@@ -94,10 +138,9 @@ def test_a_warp_waits_for_its_scoreboards() -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 def test_every_launch_has_a_prediction() -> None:
-    from benchmarks.machine_code.aot import in_worker
-
     found = in_worker(launches_of, SMOKE, "materialised").result()
-    names = [launch.kernel.name for launch, _ in found]
+    names = [launch.kernel.name for launch, _ in found if isinstance(launch, Compiled)]
     assert {"_cosine_kernel", "_row_stats_kernel", "_gradient_kernel", "_weight_gradient_kernel"} <= set(names)
     assert all(1e-6 < predict(launch, repeats).seconds < 1e-3 for launch, repeats in found)
     assert isinstance(found[0][0].arguments["x_ptr"], Operand)
+    assert isinstance(found[-1][0], LibraryProduct), "the features' gradient"
