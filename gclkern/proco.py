@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from gclkern.layers import unit_rows
 from gclkern.options import Backend, Reduction
 from gclkern.validation import ClassCounts, check_int, check_matrix, check_number, check_same_device, check_target, refuse_gradient
 from gclkern.weights import log_prior
+
+if TYPE_CHECKING:
+    from gclkern.losses import same_signature
 
 _MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
 _SMALLEST_DIM = 16  # the asymptotic series is off by 6e-4 there, and by less in more dimensions
@@ -137,6 +142,11 @@ class ProCoLoss(_ContrastiveLoss, RankState):
             cosine = unit @ directions.to(dtype).t()
         logits = vmf_contrast(cosine, concentration.to(dtype), self.dim, self.temperature, "auto" if self.backend == "cpu" else self.backend)
         return gcl_cross_entropy(logits, target, scale=1.0, bias=self.bias, reduction=self.reduction, backend=self.backend)
+
+    if TYPE_CHECKING:
+
+        @same_signature(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, dim={self.dim}, {super().extra_repr()}"

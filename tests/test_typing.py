@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import gclkern
-from gclkern.distributed import ShardedLinearGCLLoss, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
+from gclkern.distributed import ShardedLinearGCLLoss, gather_batch, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +30,8 @@ def test_wrong_uses_are_type_errors_and_right_ones_are_not(tmp_path: Path) -> No
         *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.GCLLoss, gclkern.LinearGCLLoss, ShardedLinearGCLLoss)),
         *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.DROLTLoss)),
         *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.CosFaceLoss, gclkern.FocalLoss)),
+        *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.SupConLoss, gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss)),
+        lambda: gclkern.ProCoLoss([5, 2], 16, noize_mul=1.0),  # type: ignore[call-arg]
     ],
 )
 def test_a_misspelt_keyword_is_named(build: Callable[[], object]) -> None:
@@ -38,10 +40,13 @@ def test_a_misspelt_keyword_is_named(build: Callable[[], object]) -> None:
 
 
 FUNCTIONS = [gclkern.cloud_sizes, gclkern.cloud_noise, *(getattr(gclkern.functional, name) for name in gclkern.functional.__all__), sharded_dro_lt_loss]
-LOSSES: list[type] = [gclkern.GCLLoss, gclkern.LinearGCLLoss, gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.CosFaceLoss, gclkern.FocalLoss]
+LOSSES: list[type] = [
+    gclkern.GCLLoss, gclkern.LinearGCLLoss, gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.CosFaceLoss, gclkern.FocalLoss, gclkern.SupConLoss,
+    gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss, gclkern.ProCoLoss,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, sharded_linear_gcl_cross_entropy, *LOSSES, gclkern.DROLTLoss, ShardedLinearGCLLoss])
+@pytest.mark.parametrize("function", [*FUNCTIONS, gather_batch, sharded_linear_gcl_cross_entropy, *LOSSES, gclkern.DROLTLoss, ShardedLinearGCLLoss])
 def test_annotations_have_values(function: Any) -> None:
     """Programs that build objects from configuration files evaluate them."""
     assert "return" in typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 import gclkern
-from gclkern import CosFaceLoss, DROLTLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss, functional
-from gclkern.distributed import ShardedLinearGCLLoss, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
+from gclkern import (
+    BalancedContrastiveLoss,
+    CosFaceLoss,
+    DROLTLoss,
+    FocalLoss,
+    GCLLoss,
+    LDAMLoss,
+    LinearGCLLoss,
+    LogitAdjustedLoss,
+    ProCoLoss,
+    PrototypicalContrastiveLoss,
+    SupConLoss,
+    functional,
+)
+from gclkern.distributed import ShardedLinearGCLLoss, gather_batch, sharded_dro_lt_loss, sharded_linear_gcl_cross_entropy
 
 counts = [500, 50, 5]
 cosine, features, weight = torch.randn(4, 3), torch.randn(4, 8), torch.randn(3, 8)
@@ -28,6 +41,10 @@ def right() -> list[Tensor]:
         CosFaceLoss(margin=0.3, label_smoothing=0.1)(cosine, target),
         FocalLoss(gamma=1.0, backend="triton")(cosine, target),
         DROLTLoss(counts, epsilon="sqrt", base_epsilon=1.0)(features, target, centroids),
+        SupConLoss(temperature=0.2, reduction="sum")(*gather_batch(features, target, averaged_gradients=True)),
+        BalancedContrastiveLoss(backend="torch")(features, weight, target),
+        PrototypicalContrastiveLoss()(features, weight, target),
+        ProCoLoss(counts, 16, tau=0.5)(features, target),
         functional.gcl_cross_entropy(cosine, target, cloud, scale=20.0, bias=None, seed=3),
         functional.linear_gcl_cross_entropy(features, weight, target, cloud, plan="auto", backend="auto"),
         functional.dro_lt_loss(features, target, centroids, 0.1, reduction="sum"),
@@ -46,6 +63,10 @@ def wrong_keywords() -> None:
     CosFaceLoss(margn=0.3)  # type: ignore[call-arg]
     FocalLoss(gama=2.0)  # type: ignore[call-arg]
     DROLTLoss(counts, temprature=1.0)  # type: ignore[call-arg]
+    SupConLoss(temprature=1.0)  # type: ignore[call-arg]
+    ProCoLoss(counts, 16, temprature=1.0)  # type: ignore[call-arg]
+    functional.supervised_contrastive(features, target, temprature=1.0)  # type: ignore[call-arg]
+    gather_batch(features, target, average=True)  # type: ignore[call-arg]
     functional.gcl_cross_entropy(cosine, target, cloud, sclae=30.0)  # type: ignore[call-arg]
     functional.linear_gcl_cross_entropy(features, weight, target, cloud, sclae=30.0)  # type: ignore[call-arg]
     functional.dro_lt_loss(features, target, weight, 0.1, temprature=1.0)  # type: ignore[call-arg]
@@ -76,6 +97,8 @@ def wrong_choices() -> None:
     ShardedLinearGCLLoss(counts, plan="chunk")  # type: ignore[arg-type]
     functional.linear_gcl_cross_entropy(features, weight, target, plan="chunk")  # type: ignore[arg-type]
     LDAMLoss(counts, backend="cuda")  # type: ignore[arg-type]
+    SupConLoss(reduction="avg")  # type: ignore[arg-type]
+    ProCoLoss(counts, 16, backend="cuda")  # type: ignore[arg-type]
 
 
 def missing_arguments() -> None:
@@ -93,5 +116,9 @@ def missing_arguments() -> None:
     CosFaceLoss()(cosine)  # type: ignore[call-arg]
     FocalLoss()(cosine)  # type: ignore[call-arg]
     DROLTLoss(counts)(features, target)  # type: ignore[call-arg]
+    SupConLoss()(features)  # type: ignore[call-arg]
+    BalancedContrastiveLoss()(features, target)  # type: ignore[call-arg]
+    PrototypicalContrastiveLoss()(features, target)  # type: ignore[call-arg]
+    ProCoLoss(counts, 16)(features)  # type: ignore[call-arg]
     sharded_linear_gcl_cross_entropy(features, weight)  # type: ignore[call-arg]
     LDAMLoss(counts)(cosine, target, seed=1)  # type: ignore[call-arg]
