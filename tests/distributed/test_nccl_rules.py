@@ -210,3 +210,24 @@ def test_training_and_evaluation(rules: Rules, sharded: bool, monkeypatch: pytes
     assert (logits.shape, features.shape) == ((ROWS + 1, CLASSES), (ROWS + 1, WIDTH))
     state = trainer.state_dict()
     assert state["average"]["head.weight"].shape == (CLASSES, WIDTH)
+
+
+@pytest.mark.parametrize("method", ["bcl", "proco", "hybrid-sc", "hybrid-psc"])
+def test_contrastive_methods(rules: Rules, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
+    ranks = Processes.single(META)
+    ranks.world, ranks.rank = WORLD, RANK
+    phase = plan(method, None, "cifar10-lt", COUNTS)[0]
+    network = Network(Backbone(), build_head("linear", WIDTH, CLASSES)).to(META)
+    step = TrainingStep(network, build_objective(phase, COUNTS, WIDTH).to(META))
+    trainer = Trainer(step, ranks, weight_decay=1e-4)
+    step.objective.set_epoch(network, 0, 2, 0.1)
+    step.objective.begin_epoch(network, 0, {})
+    step.train()
+    samples: Samples = {"images": torch.randn(ROWS, 3, 8, 8, device=META), "target": labels()}
+    if phase.views:
+        samples["views"] = torch.randn(ROWS, len(phase.views), 3, 8, 8, device=META)
+    if phase.second_sampler:
+        samples["second_images"], samples["second_target"] = samples["images"], labels()
+    assert trainer.step(samples, 3, 0).device == META
+    assert set(rules.calls) == (set() if method == "hybrid-psc" else {"all_gather_into_tensor"})
