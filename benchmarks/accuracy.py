@@ -84,6 +84,19 @@ METHODS = {
     "gcl-lws": _gcl("GCL stage 1, LWS", "--retrain", "lws"),
     "gcl-tau-norm": _gcl("GCL stage 1, tau-norm", "--retrain", "tau-norm"),
     "gcl-crt": _gcl("GCL stage 1, cRT", "--retrain", "crt"),
+    "mislas": Method("MiSLAS", ("--method", "ce", "--mixup", "1", "--retrain", "mislas"), "ce-mixup"),
+    "disalign": Method("DisAlign", ("--method", "ce", "--retrain", "disalign"), "ce"),
+    "post-hoc-la": Method("logit adjustment, post-hoc", ("--method", "ce", "--retrain", "post-hoc-la"), "ce"),
+    "ncm": Method("nearest class mean", ("--method", "ce", "--retrain", "ncm"), "ce"),
+    "ce-crt": Method("cross entropy, cRT", ("--method", "ce", "--retrain", "crt"), "ce"),
+    "ce-lws": Method("cross entropy, LWS", ("--method", "ce", "--retrain", "lws"), "ce"),
+    "balanced-softmax": Method("balanced softmax", ("--method", "balanced-softmax")),
+    "tde": Method("De-confound-TDE", ("--method", "tde")),
+    "bbn": Method("BBN", ("--method", "bbn")),
+    "hybrid-sc": Method("Hybrid-SC", ("--method", "hybrid-sc")),
+    "hybrid-psc": Method("Hybrid-PSC", ("--method", "hybrid-psc")),
+    "bcl": Method("BCL", ("--method", "bcl")),
+    "proco": Method("ProCo", ("--method", "proco")),
 }
 
 
@@ -100,6 +113,8 @@ class Table:
 
 
 _BOTH = ("cifar100-lt", "cifar10-lt")
+_RIVALS = ("tde", "bbn", "hybrid-sc", "hybrid-psc", "bcl", "proco", "la", "balanced-softmax")
+_RETRAINED = ("ce", "ce-mixup", "mislas", "disalign", "post-hoc-la", "ncm", "ce-crt", "ce-lws")
 _MAIN = ("ce", "ce-mixup", "ldam-drw", "ce-mixup-crt", "la", "gcl-stage1", "gcl-class-balanced", "gcl", "dro-lt", "gcl-dro-lt")
 TABLES = {
     "papers": Table(_BOTH, (100,), _MAIN),
@@ -108,6 +123,7 @@ TABLES = {
     "clouds": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "cloud-cosine", "cloud-power-1/3", "cloud-power-1/4")),
     "samplers": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "gcl-class-balanced", "gcl-instance", "gcl-effective-number")),
     "retrains": Table(("cifar10-lt",), (100,), ("gcl-stage1", "gcl", "gcl-lws", "gcl-tau-norm", "gcl-crt")),
+    "rivals": Table(_BOTH, (100,), (*_RETRAINED, *_RIVALS)),
     "cpu": Table(
         ("cifar10-lt",), (100,), ("ce", "ldam-drw", "gcl-stage1", "gcl", "dro-lt"), (0, 1), 0.05,
         ("--amp", "bf16", "--channels-last", "--eval-every", "2"),

@@ -384,6 +384,20 @@ def test_batch_normalisation_is_trained_frozen_or_shifted(batch_norm: str, train
     assert torch.equal(norm.weight, before["weight"]) is (trains == "head")
 
 
+def test_only_the_last_block_is_shifted() -> None:
+    """MiSLAS on Places-LT: the classifier trains, statistics of the last block alone are those of the batch."""
+    network = Network(build_backbone("resnet18"), build_head("scaled linear", 512, 3))
+    step = TrainingStep(network, cross_entropy(), trains="head-and-scale", batch_norm="shifted-last-block").train()
+    training = {name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.BatchNorm2d) and module.training}
+    assert training == {name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.BatchNorm2d) and name.startswith("layer4.")}
+    step.eval()
+    assert not any(module.training for module in network.modules())
+    phase = plan("ce", "mislas", "places-lt", COUNTS)[-1]
+    assert (phase.batch_norm, phase.has_batch_statistics, phase.trains_backbone) == ("shifted-last-block", True, False)
+    with pytest.raises(ValueError, match="last block"):
+        TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.objective, batch_norm="shifted-last-block").train()
+
+
 def test_mixup_without_a_second_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gclkern.training.objectives.build.OBJECTIVES", {"views": lambda phase, class_counts, feature_dim: Views()})
     phase = replace(plan("ce", None, "cifar10-lt", COUNTS)[0], loss="views")
