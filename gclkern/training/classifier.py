@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,27 +133,35 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
+def _last_stage(folder: Path) -> Path:
+    """The checkpoint of the last stage of a finished run."""
+    summary = folder / "summary.json"
+    if not summary.exists():
+        inside = ", ".join(sorted(entry.name for entry in folder.glob("*.pt"))) or "none"
+        raise FileNotFoundError(f"{folder} is a folder without a finished run; give a checkpoint in it (here: {inside})")
+    return folder / f"{json.loads(summary.read_text())['phases'][-1]['name']}.pt"
+
+
 def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Classifier:
     """The classifier of a checkpoint that train.py wrote; the training data is not needed.
 
     Args:
-        path: a checkpoint such as ``runs/digits-lt-gcl/stage-2.pt``, or ``best.pt`` or ``last.pt``.
+        path: the folder of a finished run, for the network of its last stage; or a checkpoint such as ``runs/digits-lt-gcl/stage-2.pt`` or ``best.pt``.
         device: where the network runs.
 
     Raises:
-        FileNotFoundError: there is no such file; for a folder the message names the checkpoints in it.
+        FileNotFoundError: there is no such file; for a folder without a finished run the message names the checkpoints in it.
         CheckpointError: the file is damaged, of another program or of another version of the format.
 
     Example (not run, since it needs a checkpoint)::
 
-        classifier = load_classifier("runs/folder-gcl/stage-2.pt")
+        classifier = load_classifier("runs/folder-gcl")
         for path, predictions in zip(paths, classifier.predict(paths, top=3)):
             print(path, predictions[0].name, predictions[0].probability)
     """
     path = Path(path)
     if path.is_dir():
-        inside = ", ".join(sorted(entry.name for entry in path.glob("*.pt"))) or "none"
-        raise FileNotFoundError(f"{path} is a folder; give a checkpoint in it (here: {inside})")
+        path = _last_stage(path)
     checkpoint = load_checkpoint(path)
     if "network" not in checkpoint:
         raise CheckpointError(f"{path} holds no network; give a checkpoint that train.py wrote, such as stage-2.pt in the folder of a run")

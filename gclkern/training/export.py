@@ -1,7 +1,7 @@
-"""Export a trained network for other runtimes: python -m gclkern.training.export CHECKPOINT FILE.onnx | FILE.pt2
+"""Export a trained network for other runtimes: python -m gclkern.training.export RUN FILE.onnx | FILE.pt2
 
-    python -m gclkern.training.export runs/folder-gcl/stage-2.pt model.onnx     # for ONNX Runtime and others
-    python -m gclkern.training.export runs/folder-gcl/stage-2.pt model.pt2      # for torch.export.load
+    python -m gclkern.training.export runs/folder-gcl model.onnx     # for ONNX Runtime and others
+    python -m gclkern.training.export runs/folder-gcl model.pt2      # for torch.export.load
 
 Input `images` (N, channels, size, size), normalised float32, of any N; output `logits` (N, C), already divided by the temperature: their softmax is the
 probability of each class. The file includes class names and image transform: as metadata of an ONNX model, as the extra file `classifier.json` of a .pt2.
@@ -60,7 +60,7 @@ def export(classifier: Classifier, path: Path | str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gclkern.training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="that train.py wrote, such as stage-2.pt in the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help="folder of a finished run of train.py, or a checkpoint in it")
     parser.add_argument("file", metavar="FILE", help="file to write, ending in .onnx or .pt2")
     args = parser.parse_args(argv)
     try:

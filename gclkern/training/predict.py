@@ -1,8 +1,8 @@
-"""Classify images with a trained network: python -m gclkern.training.predict CHECKPOINT PATHS...
+"""Classify images with a trained network: python -m gclkern.training.predict RUN PATHS...
 
-    python -m gclkern.training.predict runs/folder-gcl/stage-2.pt photo.jpg holiday/
-    python -m gclkern.training.predict runs/folder-gcl/stage-2.pt holiday/ --top 3 --csv holiday.csv
-    python -m gclkern.training.predict runs/folder-gcl/stage-2.pt holiday/ --json-lines holiday.jsonl
+    python -m gclkern.training.predict runs/folder-gcl photo.jpg holiday/
+    python -m gclkern.training.predict runs/folder-gcl holiday/ --top 3 --csv holiday.csv
+    python -m gclkern.training.predict runs/folder-gcl holiday/ --json-lines holiday.jsonl
 
 Folders are searched for images of every format that PIL reads. Files that cannot be read are listed and counted; the command continues, but its exit
 status is then 1.
@@ -111,7 +111,7 @@ def _writer(args: argparse.Namespace, top: int) -> Iterator[Write]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gclkern.training.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="that train.py wrote, such as stage-2.pt in the folder of a run")
+    add("checkpoint", metavar="RUN", help="folder of a finished run of train.py, or a checkpoint in it")
     add("paths", metavar="PATH", nargs="+", help="image files, and folders that are searched for them")
     add("--top", type=number(int, 1), default=5, metavar="K", help="classes of each image, the most probable first (default 5)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")

@@ -95,8 +95,16 @@ def test_files_as_the_command_line_has_them(checkpoint: Path, photos: Path, tmp_
     assert "two\\nlines.png  " in capsys.readouterr().out
 
 
+def test_the_folder_of_a_run_stands_for_its_last_stage(checkpoint: Path, tmp_path: Path, classifier: Classifier) -> None:
+    for name in ("stage-1.pt", "stage-2.pt"):
+        (tmp_path / name).write_bytes(checkpoint.read_bytes() if name == "stage-2.pt" else b"another network")
+    (tmp_path / "summary.json").write_text(json.dumps({"phases": [{"name": "stage-1"}, {"name": "stage-2"}]}))
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(load_classifier(tmp_path)(images), classifier(images))
+
+
 def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path: Path, classifier: Classifier) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is a folder; give a checkpoint in it .here: stage-1.pt."):
+    with pytest.raises(FileNotFoundError, match=r"is a folder without a finished run; give a checkpoint in it .here: stage-1.pt."):
         load_classifier(checkpoint.parent)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
         load_classifier(tmp_path / "none.pt")
