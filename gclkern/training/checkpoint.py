@@ -8,7 +8,6 @@ values detects damaged files.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,16 +140,22 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
         raise FileNotFoundError(f"there is no checkpoint at {path}; give the file, such as last.pt in the folder of a run")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler raises many kinds of errors on invalid files
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than plain data; use another one") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("state"), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
-    if content.get("version") != _VERSION:
-        version = content.get("version")
+    match content:
+        case {"format": str(written), "version": int(version), "digest": str(digest), "state": dict(state)} if written == _FORMAT:
+            pass
+        case _:
+            raise CheckpointError(f"{path} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
+    if version != _VERSION:
         raise CheckpointError(f"{path} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
-    if content.get("digest") != _digest(content["state"]):
+    try:
+        intact = digest == _digest(state)
+    except Exception:  # values that are never saved, such as sparse tensors and lists that hold themselves
+        intact = False
+    if not intact:
         raise CheckpointError(f"{path} is damaged: its values do not match its digest; use another checkpoint")
-    return cast("Checkpoint", content["state"])
+    return cast("Checkpoint", state)
 
 
 def check_same_classes(checkpoint: Checkpoint, data: DataSplits) -> None:

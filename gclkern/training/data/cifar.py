@@ -17,6 +17,7 @@ from gclkern.training.data.groups import count_groups
 from gclkern.training.data.images import DataSplits, DeviceImages
 from gclkern.training.data.longtail import choose_subset, profile_counts
 from gclkern.training.extras import need
+from gclkern.training.printable import printable
 
 
 class _Files(NamedTuple):
@@ -77,7 +78,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     except OSError:
         raise
     except Exception as error:  # an unpickler raises many kinds of errors on invalid files
-        raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({error}); {_AGAIN}") from error
+        raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({printable(str(error))}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a file of CIFAR's Python version: it holds a {type(content).__name__}, not a dictionary")
     return content
@@ -91,7 +92,7 @@ def _read_images(path: Path, labels_key: bytes, num_classes: int) -> tuple[Tenso
         raise ValueError(f"{path}: b'data' must be a uint8 array (images, {_PIXELS}), got {_describe(data)}; {_AGAIN}")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
         raise ValueError(f"{path}: {labels_key!r} must list {len(data)} classes in [0, {num_classes}), got {_describe(labels)}; {_AGAIN}")
-    return torch.from_numpy(data).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(np.ascontiguousarray(data)).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
 
 def _describe(value: object) -> str:
@@ -158,6 +159,9 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
         parts, test, names = _read(files, _fetch(files, root, damaged=True))
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     per_class = labels.bincount(minlength=files.num_classes)
+    if (fewest := int(per_class.min())) != int(per_class.max()) or fewest == 0:
+        found = f"{fewest} to {int(per_class.max())} training images of a class"
+        raise ValueError(f"{folder} has {found}, but {files.torchvision} as many of each; {_AGAIN}")
     counts = profile_counts(files.num_classes, int(per_class.max()), imbalance, profile)
     train = choose_subset(labels, counts, seed)
     return DataSplits(
@@ -181,4 +185,4 @@ def _class_names(path: Path, key: bytes, num_classes: int) -> list[str] | None:
     names = read_pickle(path).get(key)
     if not isinstance(names, list) or len(names) != num_classes:
         raise ValueError(f"{path}: {key!r} must list {num_classes} names, got {_describe(names)}")
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    return [name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name) for name in names]

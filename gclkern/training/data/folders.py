@@ -41,15 +41,23 @@ def find_images(folder: Path, root: Path | None = None) -> tuple[list[str], Coun
                 suffix = os.path.splitext(entry.name)[1]  # noqa: PTH122
                 if entry.name.startswith(".") or entry.name in _SYSTEM_FOLDERS:
                     left_out["hidden"] += 1
-                elif entry.is_dir():
+                elif (kind := _kind(entry)) == "folder":
                     waiting.append((entry.path, above | {here}))
-                elif not entry.is_file():
+                elif kind == "other":
                     left_out["broken links" if entry.is_symlink() else "neither files nor folders"] += 1
                 elif suffix.lower() in suffixes:
                     found.append(entry.path)
                 else:
                     left_out[suffix or "without a suffix"] += 1
     return sorted(found), left_out
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """ "folder", "file" or "other", which a link in a circle is, too: the system refuses to follow it."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:
+        return "other"
 
 
 def _identity(path: str) -> tuple[int, int]:

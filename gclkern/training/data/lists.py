@@ -125,6 +125,15 @@ def _imagenet_candidates(folder: PurePosixPath, class_folder: PurePosixPath | No
 _CANDIDATES = {"places-lt": _places_candidates, "imagenet-lt": _imagenet_candidates}
 
 
+def _is_file(path: Path) -> bool:
+    """False for a path that the system refuses, too, such as one that is too long; `Path.is_file` would raise."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def _locate(name: str, root: Path, listed: ImageList, class_folders: dict[int, PurePosixPath], *, incomplete: bool) -> ImageFiles:
     """The files of a list under `root`. Unless `incomplete`, a missing file raises an error. Each folder is listed once, and no file is opened."""
     found: dict[tuple[PurePosixPath, int], Path] = {}
@@ -135,7 +144,8 @@ def _locate(name: str, root: Path, listed: ImageList, class_folders: dict[int, P
         key = path.parent, label
         if key not in found:
             candidates = list(dict.fromkeys(_CANDIDATES[name](path.parent, class_folders.get(label)) if name in _CANDIDATES else [path.parent]))
-            exists = [root / folder for folder in candidates if (root / folder / path.name).is_file()] or [root / f for f in candidates if (root / f).is_dir()]
+            folders = [root / folder for folder in candidates]
+            exists = [folder for folder in folders if _is_file(folder / path.name)] or [folder for folder in folders if _is_folder(folder)]
             if not exists:
                 wanted = " or ".join(printable(str(folder)) for folder in candidates)
                 remedy = _cause(written) or "; pass the folder with `data_dir`"
