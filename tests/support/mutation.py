@@ -106,7 +106,7 @@ class Watch:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.started = time.process_time()
         if self.usual:
-            signal.setitimer(signal.ITIMER_PROF, 3.0 + 5 * self.usual[nodeid])
+            signal.setitimer(signal.ITIMER_PROF, 2.0 + 3 * self.usual[nodeid])
             signal.alarm(600)  # for one that waits forever
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -135,6 +135,7 @@ def run_tests(tree: Path, tests: tuple[list[str], str], usual: dict[str, float],
     if child == 0:
         os.close(reader)
         os.setpgrp()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
@@ -148,13 +149,15 @@ def run_tests(tree: Path, tests: tuple[list[str], str], usual: dict[str, float],
             code = pytest.main([*files, "-k", expression, "-q", "-p", "no:cacheprovider", "--assert=plain"], plugins=[Watch(usual, rank, budget, report)])
             os._exit(code)
     os.close(writer)
-    with os.fdopen(reader) as report:
-        told: dict[str, Any] = {}
-        for line in report:
-            told |= json.loads(line)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what the tests have started
+    told: dict[str, Any] = {}
+    try:
+        with os.fdopen(reader) as report:
+            for line in report:
+                told |= json.loads(line)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what the tests have started, and at a signal the tests themselves
     if code in (4, 5):
         sys.exit(f"no tests for {tests}")
     if code in (-signal.SIGALRM, -signal.SIGPROF):
@@ -285,6 +288,7 @@ def main() -> None:
         parser.error(f"no tests are known for {', '.join(unknown)}")
     results, reasons = Results(), Reasons.read()
     if not args.report:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         os.environ["TRITON_INTERPRET"] = "1"
         sys.dont_write_bytecode = True  # a file that changes within a second would be taken from its bytecode
         import scipy.stats  # noqa: F401
