@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gclkern.losses import GCLLoss
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import Batch, Samples, build_objective
 from gclkern.training.objectives.bcl import BalancedContrast
@@ -30,6 +31,7 @@ METHODS = ("bcl", "proco", "hybrid-sc", "hybrid-psc")
 COUNTS = [40, 12, 5]
 SMALL: dict[str, dict[str, Any]] = {  # projection heads of a size that a test can afford
     "bcl": {"hidden": 12, "dim": 16},
+    "gcl+bcl": {"hidden": 12, "dim": 16},
     "proco": {"hidden": 12, "dim": 16},
     "hybrid-sc": {"dim": 16},
     "hybrid-psc": {"dim": 16},
@@ -57,7 +59,8 @@ def small_phase(method: str) -> Phase:
 
 def problem(method: str) -> tuple[Network, Any]:
     torch.manual_seed(0)
-    return Network(Backbone(), build_head("linear", 6, 3)), build_objective(small_phase(method), COUNTS, 6)
+    phase = small_phase(method)
+    return Network(Backbone(), build_head(phase.head, 6, 3)), build_objective(phase, COUNTS, 6)
 
 
 def samples(method: str, rows: int = 8, seed: int = 0) -> Samples:
@@ -81,17 +84,24 @@ def adjusted(network: Network, images: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(network.classify(network.backbone(images)) + prior.log(), target)
 
 
-def test_bcl_is_logit_adjustment_and_balanced_contrast() -> None:
-    network, objective = problem("bcl")
+@pytest.mark.parametrize("method", ["bcl", "gcl+bcl"])
+def test_bcl_is_a_loss_of_one_view_and_balanced_contrast_of_others(method: str) -> None:
+    network, objective = problem(method)
     assert isinstance(objective, BalancedContrast)
-    given = samples("bcl")
+    given = samples(method)
     first, second = (network.backbone(given["views"][:, place]) for place in range(2))
     keys, target = objective.project(torch.cat([first, second])), given["target"].repeat(2)
     prototypes = objective.project_classes(network.head.weight)
     counts = target.bincount(minlength=3) + 1.0
     contrast = oracle.supervised_contrastive(keys.double(), target, prototypes.double(), counts.double(), temperature=0.1)
-    expected = 2.0 * adjusted(network, given["images"], given["target"]) + 0.6 * contrast
-    torch.testing.assert_close(objective(network, batch(given)).double(), expected.double(), rtol=1e-5, atol=1e-5)
+    if method == "bcl":
+        classification = adjusted(network, given["images"], given["target"])
+    else:
+        criterion = GCLLoss(COUNTS, noise_mul=0.5, scale=30.0)
+        classification = criterion(network.classify(network.backbone(given["images"])), given["target"], seed=3, row_offset=8)
+    expected = 2.0 * classification + 0.6 * contrast
+    found = objective(network, batch(given)._replace(seed=torch.tensor(3), row_offset=8))
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_proco_is_logit_adjustment_of_logits_and_of_the_contrast() -> None:
@@ -144,6 +154,9 @@ def test_published_settings() -> None:
     assert found["bcl", "inat18"] == (100, 256, 0.2, 1e-4, "cosine", 0.07)
     assert found["proco", "inat18"] == (90, 256, 0.2, 1e-4, "cosine", 0.07)
     assert plan("hybrid-psc", None, "cifar10-lt", COUNTS)[0].options == {"temperature": 1.0}
+    for dataset in ("cifar100-lt", "imagenet-lt"):
+        both, bcl, gcl = (plan(method, "none", dataset, COUNTS)[0] for method in ("gcl+bcl", "bcl", "gcl"))
+        assert both == replace(bcl, loss="gcl+bcl", head="cosine", options=gcl.options | bcl.options)
     rates = [plan("bcl", None, "cifar10-lt", COUNTS)[0].schedule.rate(1.0, epoch, 200) for epoch in (0, 4, 159, 160, 179, 180)]
     assert rates == pytest.approx([0.2, 1.0, 1.0, 0.1, 0.1, 0.01])
     rates = [plan("hybrid-sc", None, "cifar10-lt", COUNTS)[0].schedule.rate(1.0, epoch, 200) for epoch in (0, 119, 120, 159, 160)]

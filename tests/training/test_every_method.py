@@ -29,7 +29,7 @@ from tests.support.processes import finish, start_train
 
 # They compare samples of all processes, but only within a part of an accumulated batch, so that two processes are one that does not accumulate: see
 # test_contrast.py, which also kills them.
-CONTRAST_OF_SAMPLES = ("bcl", "proco", "hybrid-sc")
+CONTRAST_OF_SAMPLES = ("bcl", "gcl+bcl", "proco", "hybrid-sc")
 SHORT = ["--epochs-scale", "0.025", "--no-baseline", "--no-pictures", "--device", "cpu", "--holdout", "0.1"]
 
 

@@ -1,4 +1,4 @@
-"""Balanced contrastive learning."""
+"""Balanced contrastive learning, beside logit adjustment or another loss of the classifier."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ from torch import Tensor
 
 from gclkern.contrastive_losses import BalancedContrastiveLoss
 from gclkern.distributed import gather_batch
-from gclkern.losses import LogitAdjustedLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
+from gclkern.training.objectives.classification import Classification
 from gclkern.training.objectives.views import features_of, flat_views, projection_head
+
+# Options of a phase that are arguments of BalancedContrast; the others are those of the classifier's loss.
+OPTIONS = ("hidden", "dim", "temperature", "weight", "contrast_weight")
 
 
 class BalancedContrast(Objective):
-    """BCL (Zhu et al., CVPR 2022): logit adjustment of the first view, and balanced contrast of the others with each other and with a key of each class.
+    """BCL (Zhu et al., CVPR 2022): a loss of the first view, and balanced contrast of the others with each other and with a key of each class.
 
-        loss = weight * logit_adjusted(logits, y) + contrast_weight * balanced_contrast(project(features), project_classes(classifier's weight), y)
+        loss = weight * classification(features, y) + contrast_weight * balanced_contrast(project(features), project_classes(classifier's weight), y)
 
     The contrast runs over the samples of all processes, within each part of an accumulated batch. The projection heads are not part of the network: they do not
     take part in evaluation.
 
     Args:
-        class_counts: training images of each class.
+        classification: the loss of the first view; logit adjustment in BCL.
         feature_dim: dimensions of the features.
         hidden, dim: width of the projection heads, and dimensions of the keys.
         temperature: of the contrast.
         weight, contrast_weight: factors on the two losses.
-        scale: factor on the classifier's output: 1 for a linear one, 30 for a cosine classifier.
     """
 
     def __init__(
-        self, class_counts: list[int], feature_dim: int, *, hidden: int = 512, dim: int = 128, temperature: float = 0.1, weight: float = 2.0,
-        contrast_weight: float = 0.6, scale: float = 1.0,
+        self, classification: Classification, feature_dim: int, *, hidden: int = 512, dim: int = 128, temperature: float = 0.1, weight: float = 2.0,
+        contrast_weight: float = 0.6,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.classification = LogitAdjustedLoss(class_counts, scale=scale)
+        self.classification = classification
         self.contrast = BalancedContrastiveLoss(temperature=temperature)
         self.project = projection_head(feature_dim, hidden, dim, batch_norm=True)
         self.project_classes = projection_head(feature_dim, hidden, dim, batch_norm=True)
-        self.weight, self.contrast_weight, self.scale = weight, contrast_weight, scale
+        self.weight, self.contrast_weight, self.scale = weight, contrast_weight, classification.scale
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
         assert batch.views is not None
         first, others = features_of(network, batch.images, flat_views(batch.views))
         keys, target = gather_batch(self.project(others), batch.target.repeat(batch.views.shape[1]), averaged_gradients=True)
         contrast = self.contrast(keys, self.project_classes(network.head.weight), target)
-        return self.weight * self.classification(network.classify(first), batch.target) + self.contrast_weight * contrast
+        return self.weight * self.classification.loss_of(network, first, batch) + self.contrast_weight * contrast

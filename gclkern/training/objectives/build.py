@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
+from gclkern.losses import LinearGCLLoss, LogitAdjustedLoss
+from gclkern.training.objectives import bcl
 from gclkern.training.objectives.base import Objective
-from gclkern.training.objectives.bcl import BalancedContrast
 from gclkern.training.objectives.bilateral import BilateralBranch
 from gclkern.training.objectives.causal import CausalClassification
 from gclkern.training.objectives.classification import Classification
@@ -16,9 +19,18 @@ from gclkern.training.objectives.robust import RobustLayers
 from gclkern.training.recipes import Phase, build_loss
 from gclkern.weights import DeferredReweighting
 
+
+def _balanced_contrast(loss: Callable[..., nn.Module], phase: Phase, class_counts: list[int], feature_dim: int) -> Objective:
+    """Balanced contrast beside a loss of the classifier."""
+    own = {name: value for name, value in phase.options.items() if name in bcl.OPTIONS}
+    others = {name: value for name, value in phase.options.items() if name not in own}
+    return bcl.BalancedContrast(Classification(loss(class_counts, **others)), feature_dim, **own)
+
+
 # By `Phase.loss`: built from the phase, the class counts and the dimensions of the features. All other names are losses of recipes/losses.py.
 OBJECTIVES: dict[str, Callable[[Phase, list[int], int], Objective]] = {
-    "bcl": lambda phase, class_counts, feature_dim: BalancedContrast(class_counts, feature_dim, **phase.options),
+    "bcl": lambda *arguments: _balanced_contrast(LogitAdjustedLoss, *arguments),
+    "gcl+bcl": lambda *arguments: _balanced_contrast(LinearGCLLoss, *arguments),
     "proco": lambda phase, class_counts, feature_dim: ProbabilisticContrast(class_counts, feature_dim, **phase.options),
     "hybrid-sc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=False, **phase.options),
     "hybrid-psc": lambda phase, class_counts, feature_dim: Hybrid(class_counts, feature_dim, prototypes=True, **phase.options),

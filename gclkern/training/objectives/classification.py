@@ -51,6 +51,14 @@ class Classification(Objective):
             features = network.backbone(batch.images)
         else:
             features, outputs = self.robust.outputs(network.backbone, batch.images)
+        loss = self.loss_of(network, features, batch)
+        if self.robust is not None:
+            assert batch.centroids is not None
+            loss = loss + self.robust_weight * self.robust(outputs, batch.target, batch.centroids, batch.counts)
+        return loss
+
+    def loss_of(self, network: Network, features: Tensor, batch: Batch) -> Tensor:
+        """The loss of the batch, whose features (N, D) are given."""
         mixed: dict[str, Any] = {"target_b": batch.target_b, "lam": batch.lam}
         if isinstance(self.loss, GCLLoss | LinearGCLLoss):
             row_offset = batch.row_offset
@@ -61,7 +69,4 @@ class Classification(Objective):
             loss: Tensor = self.loss(features, network.head.weight, batch.target, **mixed)
         else:
             loss = self.loss(network.classify(features), batch.target, **mixed)
-        if self.robust is not None:
-            assert batch.centroids is not None
-            loss = loss + self.robust_weight * self.robust(outputs, batch.target, batch.centroids, batch.counts)
         return loss

@@ -48,7 +48,8 @@ FUSED: dict[str, dict[str, Any]] = {
 _CLOUDED = {"noise_mul": "noise_mul", "margin": "margin", "scale": "scale"}
 _MARGINS = {"margin": "margin", "scale": "scale"}
 LOSS_OPTIONS = {
-    "gcl": _CLOUDED, "agcl": _CLOUDED, "gcl-dbm": _CLOUDED, "arcface": _MARGINS, "dbm": _MARGINS, "ldam": {"margin": "max_margin", "scale": "scale"},
+    "gcl": _CLOUDED, "agcl": _CLOUDED, "gcl-dbm": _CLOUDED, "gcl+bcl": _CLOUDED, "arcface": _MARGINS, "dbm": _MARGINS,
+    "ldam": {"margin": "max_margin", "scale": "scale"},
 }  # fmt: skip
 
 

@@ -54,6 +54,9 @@ METHODS: dict[str, Method] = {
         "Contrast", "balanced contrast of two views and class prototypes, beside logit adjustment (CVPR 2022)", "bcl", settings="bcl",
         more={"views": ("sim", "sim")},
     ),
+    "gcl+bcl": Method(
+        "Contrast", "bcl with gcl's clouds in place of logit adjustment", "gcl+bcl", head="cosine", settings="bcl", more={"views": ("sim", "sim")},
+    ),
     "proco": Method(
         "Contrast", "contrast with a distribution of each class, beside logit adjustment (TPAMI 2024)", "proco", settings="proco",
         more={"views": ("sim-sharp", "sim-sharp")},

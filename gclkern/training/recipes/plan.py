@@ -43,7 +43,8 @@ from gclkern.training.recipes.settings import (
 
 def _of_stage(name: str, stage: Stage, **more: Any) -> Phase:
     """A phase with these settings; `more` are fields that the settings do not decide."""
-    return Phase(name, stage.epochs, stage.batch_size, stage.lr, stage.weight_decay, stage.schedule, mixup=stage.mixup, **{**more, **stage.more})
+    fields = {**more, **stage.more, "options": {**more.get("options", {}), **stage.more.get("options", {})}}
+    return Phase(name, stage.epochs, stage.batch_size, stage.lr, stage.weight_decay, stage.schedule, mixup=stage.mixup, **fields)
 
 
 def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:

@@ -148,6 +148,7 @@ def loss_options(loss: str, group: str) -> tuple[dict[str, Any], dict[str, Any]]
     known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "gcl": GCL_OPTIONS[group], "agcl": (_AGCL, _AGCL | {"gamma": 1.0}), "arcface": (ARCFACE_OPTIONS, {}), "dbm": (dbm, {}),
         "gcl-dbm": (dbm | {"noise_mul": GCL_OPTIONS[group][0]["noise_mul"]}, {}),  # [H] the clouds of gcl
+        "gcl+bcl": (GCL_OPTIONS[group][0], {}),  # [H] gcl's first stage
     }  # fmt: skip
     return known.get(loss, ({}, {}))
 
