@@ -115,7 +115,7 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
     At small sizes torch's dispatcher takes longer than the compiled loops. So where nothing listens to it (no gradient, tracer or fake tensor) a call goes to
     the function behind the operator.
     """
-    if backend == "cpu" and type(tensor) in _PLAIN and _nobody_listens():
+    if backend == "cpu" and type(tensor) in _PLAIN and _nobody_listens(arguments):
         function = FUNCTIONS[PREFIXES[backend] + name]
     else:
         if backend == "triton":
@@ -127,8 +127,10 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
     return function(*arguments)
 
 
-def _nobody_listens() -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+def _nobody_listens(arguments: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments))
 
 
 def head_implementation(backend: str) -> Any:

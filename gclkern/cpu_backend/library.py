@@ -38,7 +38,7 @@ Bound = _structure(
     "num_samples num_classes dim max_rows features* target* centroids* epsilon* epsilon_stride class_weight* temperature. reduction distance* statistics* "
     "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads"
 )
-Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* sums* counts* threads")
+Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* threads")
 
 _FUNCTIONS = (
     "logit_forward", "logit_finish", "logit_backward", "head_gradient", "inverse_norms", "project", "noise", "bound_forward", "bound_backward", "segment_sums",

@@ -223,6 +223,11 @@ EXPORT void gclkern_segment_sums(const struct segments *call) {
     for (int64_t row = 0; row < call->num_rows; row++) {
         if (call->target[row] >= 0 && call->target[row] < num_classes) call->counts[call->target[row]]++;
     }
+    if (call->parts != NULL) {
+        run(loops->segment_parts, call, call->num_parts, call->num_rows / call->num_parts * call->dim, call->threads);
+        run(loops->segment_totals, call, num_classes, call->num_parts * call->dim, call->threads);
+        return;
+    }
     /* first where the class before begins: placing its rows moves that to where the class itself begins */
     call->starts[0] = 0;
     int64_t start = 0;

@@ -199,7 +199,44 @@ static void segment_sums(const void *context, int64_t begin, int64_t end) {
     }
 }
 
+/* Sums of a part of the rows, which are read in the order in which they lie. */
+static void segment_parts(const void *context, int64_t begin, int64_t end) {
+    const struct segments *call = context;
+    int64_t dim = call->dim;
+    float block[BLOCK];
+    for (int64_t part = begin; part < end; part++) {
+        double *parts = call->parts + part * call->num_classes * dim;
+        memset(parts, 0, (size_t)(call->num_classes * dim) * sizeof *parts);
+        for (int64_t row = call->num_rows * part / call->num_parts; row < call->num_rows * (part + 1) / call->num_parts; row++) {
+            int64_t label = call->target[row];
+            if (label < 0 || label >= call->num_classes) continue;
+            const char *features = (const char *)call->features + row * call->row_stride * size_of(call->dtype);
+            for (int64_t first = 0; first < dim; first += BLOCK) {
+                int64_t count = smaller(BLOCK, dim - first);
+                double *sums = parts + label * dim + first;
+                const float *values = (const float *)features + first;
+                if (call->dtype != FLOAT32 || call->column_stride != 1) {
+                    load(block, features, call->dtype, call->column_stride, first, count);
+                    values = block;
+                }
+                for (int64_t k = 0; k < count; k++) sums[k] += (double)values[k];
+            }
+        }
+    }
+}
+
+/* Of classes, from the sums of the parts. */
+static void segment_totals(const void *context, int64_t begin, int64_t end) {
+    const struct segments *call = context;
+    int64_t size = call->num_classes * call->dim;
+    for (int64_t place = begin * call->dim; place < end * call->dim; place++) {
+        double sum = 0.0;
+        for (int64_t part = 0; part < call->num_parts; part++) sum += call->parts[part * size + place];
+        call->sums[place] = (float)sum;
+    }
+}
+
 const struct loops GCLKERN_LOOPS = {
     NAME_OF(GCLKERN_LOOPS), logit_forward, logit_finish, logit_backward, head_gradient, inverse_norms, project, noise, bound_forward, bound_pull,
-    bound_features, segment_sums,
+    bound_features, segment_sums, segment_parts, segment_totals,
 };

@@ -118,6 +118,8 @@ struct segments {
     const int64_t *target; /* (M,) */
     int64_t *order;        /* (M,) rows by class */
     int64_t *starts;       /* (C + 1,) where each class begins in `order` */
+    double *parts;         /* (num_parts, C, D) sums of a part of the rows each; NULL: rows are taken in the order of their classes */
+    int64_t num_parts;
     float *sums;           /* (C, D) */
     int64_t *counts;       /* (C,) */
     int64_t threads;
@@ -129,7 +131,7 @@ typedef void loop(const void *call, int64_t begin, int64_t end);
 struct loops {
     const char *name;
     loop *logit_forward, *logit_finish, *logit_backward, *head_gradient, *inverse_norms, *project, *noise, *bound_forward, *bound_pull,
-        *bound_features, *segment_sums;
+        *bound_features, *segment_sums, *segment_parts, *segment_totals;
 };
 
 #endif
