@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.memory import allocated_peak
+from gclkern import cpu_backend, torch_backend
 from gclkern.dispatch import resolve_plan
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.support import oracle
@@ -28,11 +29,10 @@ def plan(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers that "chunked" and "recompute" walk over the classes in, shrunk to the fewest classes they take: 64 at a time for a few rows."""
-    if backend == "torch":
-        from gclkern.torch_backend import head as torch_head
-
+    if backend in ("torch", "cpu"):
+        module = torch_backend.head if backend == "torch" else cpu_backend.head
         for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES"):
-            monkeypatch.setattr(torch_head, name, 1)
+            monkeypatch.setattr(module, name, 1)
     else:
         from gclkern.kernels import head
 

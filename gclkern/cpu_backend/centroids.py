@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gclkern.cpu_backend.library import DTYPES, Segments, address, call
-from gclkern.kernels.terms import implements, shapes_of
+from gclkern.kernels.terms import implements
 
 _CACHED = 2**15  # sums that a core's second-level cache holds, in double precision, beside the rows
 _MAX_PARTS = 8  # of the rows; it fixes the order of additions, so it must not depend on the number of threads

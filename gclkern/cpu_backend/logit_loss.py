@@ -29,21 +29,26 @@ def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, 
     return num_rows, num_classes, *[NULL if vector is None else vector.data_ptr() for vector in vectors], *numbers, REDUCTIONS[terms.reduction], 0.0
 
 
+def _row_numbers(terms: LossTerms) -> int:
+    """Numbers of a row in the workspace: its statistics, and its loss where only the reduced loss is returned."""
+    return STATISTICS if terms.reduction == "none" else STATISTICS + 1
+
+
 def _workspace(cosine: Tensor, terms: LossTerms, for_backward: bool) -> Tensor:
-    """Memory for statistics (STATISTICS, N), losses (N,), denominator () and, where backward reads them, exponentials (N, C) and the peaks of their blocks."""
+    """Memory for the numbers of rows, a denominator () and, where backward reads them, exponentials (N, C) and the peaks of their blocks."""
     num_rows, num_classes = cosine.shape
-    size = (STATISTICS + 1) * num_rows + 1
+    size = _row_numbers(terms) * num_rows + 1
     if for_backward and terms.cloud is not None and 4 * num_rows * num_classes <= _KEPT_BYTES:
         size += num_rows * (num_classes + -(-num_classes // _BLOCK))
     return torch.empty(size, dtype=torch.float32, device=cosine.device)
 
 
-def _places(workspace: Tensor, num_rows: int, num_classes: int) -> tuple[int, int, int, int, int]:
-    """The addresses of exponentials, peaks, statistics, losses and denominator in a workspace."""
+def _places(workspace: Tensor, num_rows: int, num_classes: int, terms: LossTerms) -> tuple[int, int, int, int, int]:
+    """The addresses of exponentials, peaks, denominator, statistics and losses in a workspace."""
     start = workspace.data_ptr()
-    rest = start + 4 * (workspace.numel() - (STATISTICS + 1) * num_rows - 1)
+    rest = start + 4 * (workspace.numel() - _row_numbers(terms) * num_rows - 1)
     kept, peaks = (start, start + 4 * num_rows * num_classes) if rest > start else (NULL, NULL)
-    return kept, peaks, rest, rest + 4 * STATISTICS * num_rows, rest + 4 * (STATISTICS + 1) * num_rows
+    return kept, peaks, rest, rest + 4, rest + 4 + 4 * STATISTICS * num_rows
 
 
 def _loss(cosine: Tensor, terms: LossTerms) -> Tensor:
@@ -57,7 +62,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
     loss, workspace = _loss(cosine, terms), _workspace(cosine, terms, for_backward)
-    kept, peaks, statistics, losses, denominator = _places(workspace, num_rows, num_classes)
+    kept, peaks, denominator, statistics, losses = _places(workspace, num_rows, num_classes, terms)
     if terms.reduction == "none":
         losses = loss.data_ptr()
     arguments = Logits.pack(
@@ -74,7 +79,7 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     *some, bias_grad = args
     terms = LossTerms(*some)
     num_rows, num_classes = cosine.shape
-    kept, peaks, statistics, _, denominator = _places(saved[0], num_rows, num_classes)
+    kept, peaks, denominator, statistics, _ = _places(saved[0], num_rows, num_classes, terms)
     if grad_loss.dtype != torch.float32 or not grad_loss.is_contiguous():
         grad_loss = grad_loss.to(torch.float32).contiguous()
     grad_cosine = torch.empty((num_rows, num_classes), dtype=cosine.dtype, device="cpu")

@@ -56,10 +56,10 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "gclkern/torch_backend/centroids.py": (["tests/test_centroids.py"], _TORCH),
     "gclkern/torch_backend/contrastive_loss.py": (_CONTRASTIVE, f"{_TORCH} and (not operations or contrast)"),
     "gclkern/torch_backend/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"{_TORCH} and (not operations or dro_lt)"),
-    "gclkern/torch_backend/head.py": (["tests/test_torch_backend.py", *_HEAD], f"{_TORCH} and (not operations or linear)"),
-    "gclkern/torch_backend/logit_loss.py": (["tests/test_torch_backend.py", *_LOGITS], f"{_TORCH} and (not operations or gcl)"),
+    "gclkern/torch_backend/head.py": (["tests/test_operators.py", *_HEAD], f"{_TORCH} and (not operations or linear)"),
+    "gclkern/torch_backend/logit_loss.py": (["tests/test_operators.py", *_LOGITS], f"{_TORCH} and (not operations or gcl)"),
     "gclkern/torch_backend/noise.py": (["tests/test_noise.py"], _TORCH),
-    "gclkern/torch_backend/rows.py": (["tests/test_torch_backend.py", *_LOGITS, "tests/test_soft_labels.py"], f"{_TORCH} and (not operations or gcl)"),
+    "gclkern/torch_backend/rows.py": (["tests/test_operators.py", *_LOGITS, "tests/test_soft_labels.py"], f"{_TORCH} and (not operations or gcl)"),
     "gclkern/samplers.py": (["tests/test_samplers.py"], ""),
 }
 
