@@ -295,7 +295,7 @@ def test_arguments_of_the_losses_reach_all_phases_that_have_them() -> None:
     for retrain in ("crt", "mislas", "disalign"):  # a classifier goes on with the scale that it was trained with
         phases = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", retrain=retrain, scale=16.0), COUNTS, 1)
         assert [phase.options["scale"] for phase in phases] == [16.0, 16.0]
-    with pytest.raises(ValueError, match="`noise_mul` does nothing here: only the losses gcl, agcl, gcl-dbm and gcl\+bcl have it"):
+    with pytest.raises(ValueError, match=r"`noise_mul` does nothing here: only the losses gcl, agcl, gcl-dbm and gcl\+bcl have it"):
         plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", noise_mul=0.3), COUNTS, 1)
 
 
