@@ -235,7 +235,10 @@ def color_jitter(images: Tensor, numbers: Tensor, amounts: tuple[float, float, f
         grey = _grey(values)
         plain = torch.where(kind == 0, 0.0, torch.where(kind == 1, grey.mean((1, 2, 3), keepdim=True), grey))
         mixed = (ratio * values + (1 - ratio) * plain).clamp_(0, 255)
-        if steps == 4:
+        if steps == 4 and values.device.type == "cpu":
+            places = (order[:, step] == 3).nonzero().flatten()
+            mixed[places] = _turn_hue(values[places], amounts[3] * changes[places, 3])
+        elif steps == 4:  # to select images would synchronise with the device
             mixed = torch.where(kind == 3, _turn_hue(values, amounts[3] * changes[:, 3]), mixed)
         values = mixed
     return values.round_().to(torch.uint8)
