@@ -159,6 +159,7 @@ INAT_CRT_EPOCHS = 30
 RETRAIN_RATES = {"places": (256, 0.1)}  # batch size and learning rate; of other sets those of stage 1
 
 # MiSLAS's second stage: [C] 10 epochs by cosine with stage 1's batch size and weight decay; the factors learn at 0.1, weights and bias at a share of it.
+# [H] An epoch draws as many images as the training set has; the release's has up to two batches more.
 MISLAS_STAGE_2 = (10, 0.1)
 MISLAS_SAMPLER: dict[str, Any] = {"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}}
 
