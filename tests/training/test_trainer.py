@@ -22,6 +22,7 @@ from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
 from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, build_trainer, mixup
 from gclkern.weights import DeferredReweighting
+from tests.training import test_contrast
 
 COUNTS = [50, 20, 5]
 
@@ -229,6 +230,33 @@ def test_a_captured_step_trains_as_a_plain_one(captures: list[dict[str, Any]]) -
     assert len(captures) == 1
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(captured.module.state_dict(), plain.module.state_dict())
+
+
+@pytest.mark.parametrize("method", ["bcl", "proco", "hybrid-sc"])
+def test_a_captured_step_keeps_the_state_of_an_objective(method: str, captures: list[dict[str, Any]]) -> None:
+    """Running sums and shares that change from epoch to epoch."""
+
+    def run(*, captured: bool) -> tuple[Trainer, torch.Tensor]:
+        network, objective = test_contrast.problem(method)
+        trainer = Trainer(TrainingStep(network, objective), Processes.single(torch.device("cpu")), weight_decay=1e-3)
+        if captured:
+            trainer.captured = CapturedStep(trainer.optimizer)
+            for group in trainer.optimizer.param_groups:
+                group["fused"] = True  # reads the rate from its tensor, as on a GPU
+        trainer.module.train()
+        losses = []
+        for step in range(9):
+            trainer.set_rate(0.1 / (1 + step))
+            objective.set_epoch(network, step // 3, 3, 0.1)
+            if step % 3 == 0:
+                objective.begin_epoch(network, step // 3, {})
+            losses.append(trainer.step(test_contrast.samples(method, seed=step), step, step))
+        return trainer, torch.stack(losses)
+
+    (captured, losses), (plain, expected) = run(captured=True), run(captured=False)
+    assert len(captures) == 1
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured.module.state_dict(), plain.module.state_dict(), rtol=1e-3, atol=1e-5)
 
 
 def test_a_loaders_thread_does_not_end_a_capture(captures: list[dict[str, Any]]) -> None:
