@@ -44,6 +44,7 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
     Returns:
         (N, C), in the dtype of `cosine`.
     """
+    check_matrix("cosine", cosine)
     refuse_gradient("concentration", concentration)
     chosen = backend_without_loops(backend, cosine, "vmf_contrast")
     return VMFContrast.apply(cosine, concentration, dim / 2 - 1, temperature, chosen)

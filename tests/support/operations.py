@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
-from gclkern.kernels.terms import PREFIXES
+from gclkern.kernels.terms import PREFIXES, statistics_dtype
+from gclkern.proco import vmf_contrast
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, angle_sets, cosines, labels, option_sets, vector
 from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
@@ -144,6 +145,22 @@ def _contrastive_samples(rows: int) -> dict[str, Options]:
     }
 
 
+def _vmf_cross_entropy(cosine: Tensor, target: Tensor, concentration: Tensor, backend: str = "auto", **options: Any) -> Tensor:
+    """ProCo's loss: the cross entropy of the contrasts, of cosines in float32 or better as its module has them."""
+    contrast = vmf_contrast(cosine.to(statistics_dtype(cosine)), concentration, DIM, 0.5, backend)
+    return gcl_cross_entropy(contrast, target, scale=1.0, backend=backend, **options)
+
+
+def _exact_vmf_cross_entropy(cosine: Tensor, target: Tensor, concentration: Tensor, **options: Any) -> Tensor:
+    return oracle.gcl_cross_entropy(oracle.vmf_contrast(cosine, concentration, DIM, 0.5), target, scale=1.0, **options)
+
+
+def _vmf_samples(rows: int) -> dict[str, Options]:
+    given = {"cosine": cosines(rows, CLASSES), "target": labels(rows, CLASSES), "concentration": vector(CLASSES, 0.0, 40.0)}
+    everything = {name: value for name, value in option_sets(rows, CLASSES)["everything"].items() if name not in ("scale", "row_offset", "class_offset")}
+    return {"plain": given, "bias": given | option_sets(rows, CLASSES)["bias"], "everything": given | everything}
+
+
 def _centroids(features: Tensor, target: Tensor, num_classes: int, backend: str = "auto") -> Tensor:
     """The means; the public function has no choice of a backend, so each one is reached by its operator."""
     if backend == "auto":
@@ -197,6 +214,10 @@ OPERATIONS = [
         "supervised_contrastive", supervised_contrastive, oracle.supervised_contrastive, _contrastive_samples,
         {"features": "rows dims", "target": "rows", "prototypes": "classes dims", "class_counts": "classes"}, leaves=("features", "prototypes"),
         narrow=("features",), grid=False, batch=True, backends=("torch", "triton"),
+    ),
+    Operation(
+        "vmf_contrast", _vmf_cross_entropy, _exact_vmf_cross_entropy, _vmf_samples, {"cosine": "rows classes", "concentration": "classes", **_FAMILY},
+        leaves=("cosine", "bias"), narrow=("cosine",), backends=("torch", "triton"),
     ),
     Operation(
         "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,

@@ -241,3 +241,16 @@ def supervised_contrastive(
         terms.append((logits - counts.log())[counted].logsumexp(0) - logits[positive].mean())
     stacked = torch.stack(terms)
     return stacked if reduction == "none" else stacked.sum() / (anchors if reduction == "mean" else 1)
+
+
+def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: float) -> Tensor:
+    """F(k) - F(kappa), each by the series for log I_v(k) - v log k as Abramowitz and Stegun write it (9.7.7), of which ProCo keeps one correction."""
+    order = dim / 2 - 1
+
+    def log_f(k: Tensor) -> Tensor:
+        root = (order**2 + k.square()).sqrt()
+        p = order / root
+        return root - order * (order + root).log() - root.log() / 2 + (1 + p * (3 - 5 * p**2) / (24 * order)).log()
+
+    k = (concentration.square() + 1 / temperature**2 + 2 * concentration * cosine / temperature).sqrt()
+    return log_f(k) - log_f(concentration)
