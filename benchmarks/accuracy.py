@@ -93,6 +93,7 @@ METHODS = {
     "balanced-softmax": Method("balanced softmax", ("--method", "balanced-softmax")),
     "tde": Method("De-confound-TDE", ("--method", "tde")),
     "bbn": Method("BBN", ("--method", "bbn")),
+    "oltr": Method("OLTR", ("--method", "oltr")),
     "hybrid-sc": Method("Hybrid-SC", ("--method", "hybrid-sc")),
     "hybrid-psc": Method("Hybrid-PSC", ("--method", "hybrid-psc")),
     "bcl": Method("BCL", ("--method", "bcl")),

@@ -12,6 +12,7 @@ Between `<!-- results:begin NAME -->` and `<!-- results:end -->` stands what thi
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
     own_images of the files in own_images/, by `python -m benchmarks.own_images`
     errors     of numerics/errors.json, by `python -m benchmarks.errors`
+    methods    of methods/steps.json, by `python -m benchmarks.methods`, of the recipes, the published numbers and accuracy/
 
 Every section names the code that was measured, and calls its figures stale if the code has changed since. Charts are SVG files in docs/images/. A test fails
 where a page or a chart is not what the results say.
@@ -28,6 +29,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import methods
 from benchmarks.accuracy import results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
 from benchmarks.own_images import table as own_images_table
@@ -35,9 +37,9 @@ from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.atomic_files import replace_text
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics", "methods")))
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "own_images", "errors")
+SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "own_images", "errors", "methods")
 CPU_TABLES = ("cpu_head", "cpu_busy")  # files of their own beside the reports
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
@@ -359,6 +361,19 @@ def errors(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def methods_table(results: Path) -> str:
+    """All methods and re-trainings of train.py."""
+    data = json.loads((results / "methods" / "steps.json").read_text())
+    header, rows = methods.table(results)
+    notes = [
+        "Accuracies are top-1 in percent at imbalance 100. † with AutoAugment and Cutout, which the other published numbers are without.",
+        "Parameters: of the network on CIFAR-100-LT and, in brackets, of layers that only training has. Both columns on the right are of ResNet-32. Cost: the",
+        f"processor's time of a step of {data['batch']} images on one thread, over that of cross entropy on the plain network.",
+    ]
+    code = measured_at("training code", [data["code"]], training_hash())
+    return "\n".join([_table(header, rows), "", *notes, "", code, "By `python -m benchmarks.methods`; accuracies by `python -m benchmarks.accuracy`."])
+
+
 def render(name: str, results: Path = RESULTS) -> str:
     """What belongs between the markers of section `name`."""
     if name not in SECTIONS:
@@ -374,6 +389,8 @@ def render(name: str, results: Path = RESULTS) -> str:
         text = accuracy(results)
     elif name == "own_images":
         text = own_images(results)
+    elif name == "methods":
+        text = methods_table(results) if (results / "methods" / "steps.json").exists() else "Not measured yet: `python -m benchmarks.methods`."
     elif name == "errors":
         path = results / "numerics" / "errors.json"
         text = errors(path) if path.exists() else "Not measured yet: `python -m benchmarks.errors`."
@@ -403,6 +420,7 @@ def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images
         ("accuracy", [*results.glob("accuracy/*.json")]),
         ("own_images", [*results.glob("own_images/*.json")]),
         ("errors", [*results.glob("numerics/errors.json")]),
+        ("methods", [*results.glob("methods/steps.json")]),
     ):
         if files and name not in dict(sections):
             wrong.append(f"no section {name}")
