@@ -158,6 +158,17 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_compiled() -> None:
+    """Without a graph break, in training, where the mean feature changes, and in prediction."""
+    whole, compiled = classifier(dtype=torch.float32), classifier(dtype=torch.float32)
+    run = torch.compile(compiled, backend="eager", fullgraph=True)
+    for mode in (True, False):
+        whole.train(mode)
+        compiled.train(mode)
+        assert torch.equal(run(features(dtype=torch.float32)), whole(features(dtype=torch.float32)))
+        assert torch.equal(compiled.mean_feature, whole.mean_feature)
+
+
 def test_leading_dimensions() -> None:
     layer = classifier()
     x = features()
