@@ -33,6 +33,12 @@ def steps_of(phase: Phase, images: int) -> int:
     return max(1, (phase.epoch_samples or images) // phase.batch_size)
 
 
+def plain_batches(images: ImageSet, processes: Processes, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of all images, once each and without augmentation, with their labels."""
+    indices = range(processes.rank, len(images), processes.world)
+    return images.loader([indices[start : start + size] for start in range(0, len(indices), size)], device=processes.device)
+
+
 class PhaseBatches:
     """This process's share of every batch of a phase. Order and augmentation depend only on the seed, the purpose, the epoch and the position in it.
 

@@ -6,13 +6,14 @@ section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gclkern.layers import unit_rows
+from gclkern.training.batches import plain_batches
 from gclkern.training.data import DataSplits
 from gclkern.training.evaluation import epoch_centroids, predict
 from gclkern.training.heads import ScaledClassifier
@@ -39,15 +40,13 @@ def retrain_without_gradients(kind: str, network: Network, data: DataSplits, pro
 @torch.no_grad()
 def nearest_class_mean(network: Network, data: DataSplits, processes: Processes) -> None:
     """Replace the classifier by the nearest class mean of the training features without augmentation, centred by their mean over all samples and normalised."""
-    indices = range(processes.rank, len(data.train), processes.world)
-    batches = [indices[start : start + 500] for start in range(0, len(indices), 500)]
-
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        return data.train.loader(batches, device=processes.device)
-
-    means, counts = epoch_centroids(network, loader(), data.num_classes, processes).values()
+    means, counts = epoch_centroids(network, plain_batches(data.train, processes), data.num_classes, processes).values()
     centre = (means.double() * counts[:, None]).sum(0).div(counts.sum()).float()
-    normalised = epoch_centroids(network, loader(), data.num_classes, processes, lambda network, images: unit_rows(network.backbone(images).float() - centre))
+
+    def centred(network: Network, images: Tensor) -> Tensor:
+        return unit_rows(network.backbone(images).float() - centre)
+
+    normalised = epoch_centroids(network, plain_batches(data.train, processes), data.num_classes, processes, centred)
     replace_head(network, "nearest mean", keep=False)
     network.head.weight.copy_(normalised["centroids"])
     network.head.centre.copy_(centre)

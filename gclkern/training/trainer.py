@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear
-from gclkern.training.batches import PhaseBatches
+from gclkern.training.batches import PhaseBatches, plain_batches
 from gclkern.training.config import RunConfig
 from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, shard_classifier, whole_state
@@ -304,7 +304,8 @@ def begin_epoch(phase: Phase, trainer: Trainer, batches: PhaseBatches, progress:
     objective.set_epoch(network, progress.epoch, phase.epochs, rate)
     if progress.step == 0:
         if objective.needs_centroids(progress.epoch):
-            loader = batches.epoch("centroids", progress.epoch)
+            plain = objective.plain_centroids
+            loader = plain_batches(batches.images, trainer.processes) if plain else batches.epoch("centroids", progress.epoch)
             progress.centroids = epoch_centroids(network, loader, num_classes, trainer.processes, objective.centroid_features)
         objective.begin_epoch(network, progress.epoch, progress.centroids)
     trainer.module.train()

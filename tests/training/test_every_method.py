@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import time
@@ -13,18 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from gclkern.training import load_classifier
 from gclkern.training.batches import PhaseBatches
 from gclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
-from gclkern.training.evaluation import epoch_centroids
-from gclkern.training.network import Network, load_network, network_checkpoint, prepare
+from gclkern.training.network import load_network, network_checkpoint, prepare
 from gclkern.training.processes import Processes
+from gclkern.training.progress import Progress
 from gclkern.training.recipes import METHODS, RETRAINS, Phase, plan
-from gclkern.training.trainer import Trainer, build_trainer
+from gclkern.training.trainer import Trainer, begin_epoch, build_trainer
 from tests.support.processes import finish, start_train
 
 # They compare samples of all processes, but only within a part of an accumulated batch, so that two processes are one that does not accumulate: see
@@ -78,14 +78,15 @@ DATA = load_data("digits-lt")
 ALONE = Processes.single(torch.device("cpu"))
 
 
-def train(phase: Phase, network: Network, trainer: Trainer, centroids: dict[str, Tensor], start: int, stop: int) -> list[float]:
-    """Losses of the steps from `start` to `stop` of the second epoch, as train.py computes them."""
+def train(phase: Phase, trainer: Trainer, progress: Progress, stop: int) -> list[float]:
+    """Losses of the steps up to `stop` of the second epoch, as train.py computes them."""
     batches = PhaseBatches(phase, DATA.train, 0, ALONE)
-    trainer.set_rate(0.1)
-    trainer.module.objective.set_epoch(network, 1, phase.epochs, 0.1)
-    trainer.module.train()
-    steps = enumerate(islice(batches.training(1, start), stop - start), start)
-    return [float(trainer.step(samples, 7 + step, step, **centroids)) for step, samples in steps]
+    begin_epoch(phase, trainer, batches, progress, DATA.num_classes)
+    losses = []
+    for samples in islice(batches.training(progress.epoch, progress.step), stop - progress.step):
+        losses.append(float(trainer.step(samples, 7 + progress.step, progress.step, **progress.centroids)))
+        progress.step += 1
+    return losses
 
 
 LAST_PHASES = {method: plan(method, "none", "digits-lt", DATA.class_counts)[-1] for method in METHODS}
@@ -108,25 +109,22 @@ def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path
     network = None if phase.start == "fresh" else prepare(first, None, DATA, config, ALONE.device)
     network = prepare(phase, network, DATA, config, ALONE.device)
     trainer = build_trainer(phase, network, DATA.class_counts, config, ALONE)
-    objective = trainer.module.objective
-    objective.set_epoch(network, 0, phase.epochs, 0.1)
-    centroids = {}
-    if objective.needs_centroids(0):
-        centroids = epoch_centroids(
-            network, PhaseBatches(phase, DATA.train, 0, ALONE).epoch("centroids", 0), DATA.num_classes, ALONE, objective.centroid_features
-        )
-    objective.begin_epoch(network, 0, centroids)
-
-    losses = train(phase, network, trainer, centroids, 0, 2)
-    save_checkpoint(tmp_path / "last.pt", {**network_checkpoint(network, phase, DATA, config), "trainer": trainer.state_dict()})
-    losses += train(phase, network, trainer, centroids, 2, 4)
-    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    progress = Progress.start(ALONE.device)
+    train(phase, trainer, progress, 2)
+    progress.next_epoch()
+    train(phase, trainer, progress, 2)
+    state = {"trainer": trainer.state_dict(), "progress": progress.state_dict(ALONE)}
+    save_checkpoint(tmp_path / "last.pt", {**network_checkpoint(network, phase, DATA, config), **state})
+    losses = train(phase, trainer, progress, 4)
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
 
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     resumed = load_network(checkpoint, ALONE.device)
     again = build_trainer(phase, resumed, DATA.class_counts, config, ALONE)
     again.load_state_dict(checkpoint["trainer"])
-    assert train(phase, resumed, again, centroids, 2, 4) == losses[2:]
+    progress = Progress.start(ALONE.device)
+    progress.load_state_dict(checkpoint["progress"])
+    assert train(phase, again, progress, 4) == losses
     for name, value in trainer.eval_network.state_dict().items():
         assert torch.equal(again.eval_network.state_dict()[name], value), name
 

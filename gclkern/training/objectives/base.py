@@ -42,6 +42,7 @@ class Objective(nn.Module):
     Attributes:
         scale: factor on the classifier's output that makes it logits, for evaluation.
         takes_mixup: whether `target_b` and `lam` are used; without it, mixup in its phase is an error.
+        plain_centroids: whether centroids are those of all training images without augmentation, or else of an epoch of the phase's batches.
 
     Example:
         >>> import torch.nn.functional as F
@@ -52,6 +53,7 @@ class Objective(nn.Module):
 
     scale: float = 1.0
     takes_mixup = False
+    plain_centroids = False
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
         """The loss of a batch, () float32."""

@@ -18,8 +18,11 @@ _MEMORY_WEIGHT = 0.01  # of the memory's loss beside cross entropy, in the relea
 class MemoryClassification(Objective):
     """The second stage of OLTR (Liu et al., CVPR 2019) on a network with a :class:`gclkern.MetaEmbeddingClassifier`.
 
-    The memory starts from the class means of the features, taken in eval mode before the first step, and is then a parameter like others.
+    The memory starts from the class means of the features of all training images, taken in eval mode and without augmentation before the first step, and is
+    then a parameter like others.
     """
+
+    plain_centroids = True
 
     def __init__(self) -> None:
         super().__init__()

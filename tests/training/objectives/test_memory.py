@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from gclkern import MemoryLoss
+from gclkern.training.batches import PhaseBatches, plain_batches
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
 from gclkern.training.network import build_network, prepare
 from gclkern.training.objectives import Batch, build_objective
+from gclkern.training.processes import Processes
+from gclkern.training.progress import Progress
 from gclkern.training.recipes import plan
-from gclkern.training.trainer import TrainingStep
+from gclkern.training.trainer import TrainingStep, begin_epoch, build_trainer
 
 COUNTS = [50, 20, 5]
 FIRST, SECOND = plan("oltr", None, "digits-lt", COUNTS)
@@ -39,6 +42,18 @@ def test_the_memory_starts_from_class_means() -> None:
     assert torch.equal(network.head.memory, expected)
     objective.begin_epoch(network, 1, {"centroids": torch.randn(3, 64), "counts": torch.ones(3)})
     assert torch.equal(network.head.memory, expected)
+
+
+def test_the_first_memory_is_that_of_all_training_images_without_augmentation() -> None:
+    data, processes = load_data("digits-lt"), Processes.single(torch.device("cpu"))
+    config, phase = RunConfig(method="oltr"), plan("oltr", None, "digits-lt", data.class_counts)[1]
+    network: Any = build_network("modulated:small-cnn", "meta-embedding", 10, in_channels=1, image_size=8)
+    trainer = build_trainer(phase, network, data.class_counts, config, processes)
+    begin_epoch(phase, trainer, PhaseBatches(phase, data.train, 0, processes), Progress.start(processes.device), 10)
+    network.eval()
+    features = torch.cat([network.backbone(images) for images, _ in plain_batches(data.train, processes)]).double()
+    means = torch.stack([features[data.train.labels == label].mean(0) for label in range(10)])
+    torch.testing.assert_close(network.head.memory.double(), means, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_cross_entropy_and_a_hundredth_of_the_memory_s() -> None:
