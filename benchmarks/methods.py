@@ -55,6 +55,7 @@ FORMULAS = {
     "dro-lt": "CE(z, y) + robust bound of distances to class centroids, radius epsilon / sqrt(n_y) or learned",
     "gcl+dro-lt": "the loss of gcl + the bound of dro-lt",
     "bcl": "2 CE(z + log r, y) + 0.6 contrast of views and prototypes, each class averaged",
+    "gcl+bcl": "the loss of bcl with that of gcl in place of CE",
     "proco": "CE(z + log r, y) + CE(log of the mean of exp(v.k / t) over a class's distribution of k + log r, y)",
     "hybrid-sc": "a contrast of views + (1 - a) CE(z, y), a = 1 - (epoch / epochs)^2",
     "hybrid-psc": "a (log sum over j != y of exp(v.q_j / t) - v.q_y / t) + (1 - a) CE(z, y)",
@@ -177,7 +178,7 @@ def table(results: Path) -> tuple[list[str], list[list[str]]]:
     for flag, name in rows():
         steps = measured.get(f"{flag} {name}", [])
         idea = METHODS[name].summary if flag == "--method" else RETRAINS[name].summary
-        formula = (FORMULAS if flag == "--method" else RETRAIN_FORMULAS)[name]
+        formula = (FORMULAS if flag == "--method" else RETRAIN_FORMULAS).get(name, "")
         row = _ACCURACY.get(f"{flag} {name}", name)
         numbers = [kind for dataset, _ in SETS for kind in (published(row, dataset), reached(row, dataset, found))]
         size = " then ".join(dict.fromkeys(f"{step['parameters']:,}" for step in steps))
