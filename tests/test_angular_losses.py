@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss, LogitAdjustedLoss, cloud_sizes, mixed_targets
 from gclkern.distributed import ShardedLinearGCLLoss
 from tests.support import oracle
-from tests.support.cases import REDUCTIONS, cosines, labels, mixed, vector
-from tests.support.operations import OPERATIONS, Operation, outcome
+from tests.support.cases import PLANS, REDUCTIONS, angle_sets, cosines, labels, mixed, moved, vector
+from tests.support.operations import OPERATIONS, Outcome, outcome
 from tests.support.operations import expected as expected_outcome
 
 COUNTS = [400, 150, 60, 20, 8, 3, 1]
 ROWS, CLASSES = 9, 7
 WEIGHT = vector(CLASSES, 0.5, 2.0)
+LOGITS, HEAD = (operation for operation in OPERATIONS if "by angles" in operation.name)
 
 
 def formula(criterion: nn.Module, cosine: Tensor, target: Tensor, seed: int) -> Tensor:
@@ -78,14 +79,35 @@ CRITERIA: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("operation", "name"), [(operation, name) for operation in OPERATIONS if "angles" in operation.name for name in operation.samples(1)])
-def test_every_option_follows_the_formula(operation: Operation, name: str, backend: str, device: torch.device) -> None:
-    arguments = operation.sample(name, ROWS, device) | {"reduction": "none"}
-    found, exact = outcome(functools.partial(operation.function, backend=backend), arguments, operation.leaves), expected_outcome(operation, arguments)
+def assert_near(found: Outcome, exact: Outcome, device: torch.device) -> None:
     # logits of up to 8 in float32; a GPU's draws of the noise differ by up to 1e-4
     error = 1e-3 if device.type == "cuda" else 2e-5
     for part, reference in exact.parts().items():
         torch.testing.assert_close(found.parts()[part].cpu().double(), reference, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("name", angle_sets(1, 1))
+def test_every_option_follows_the_formula(name: str, backend: str, device: torch.device) -> None:
+    if backend == "cpu":
+        pytest.skip("torch serves angles on a CPU")
+    arguments = LOGITS.sample(name, ROWS, device) | {"reduction": "none"}
+    assert_near(outcome(functools.partial(LOGITS.function, backend=backend), arguments, LOGITS.leaves), expected_outcome(LOGITS, arguments), device)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["everything", "dbm and everything"])
+def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "cpu":
+        pytest.skip("torch serves angles on a CPU")
+    if backend == "triton":
+        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes at a time
+    else:
+        monkeypatch.setattr("gclkern.torch_backend.head._CHUNK_BYTES", 1)  # 64
+        monkeypatch.setattr("gclkern.torch_backend.head._PANEL_BYTES", 1)
+    matrices = {"features": cosines(5, 11), "linear_weight": cosines(150, 11, seed=8), "target": torch.tensor([0, 70, 127, 149, 3])}
+    arguments = moved(matrices | angle_sets(5, 150)[name], device) | {"reduction": "none"}
+    found = outcome(functools.partial(HEAD.function, backend=backend, plan=plan), arguments, HEAD.leaves)
+    assert_near(found, expected_outcome(HEAD, arguments), device)
 
 
 def call(criterion: nn.Module, cosine: Tensor, target: Tensor, seed: int, **options: Any) -> Tensor:

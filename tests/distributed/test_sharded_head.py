@@ -14,7 +14,7 @@ from gclkern.distributed import sharded_linear_gcl_cross_entropy
 from gclkern.distributed.ranks import Ranks
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.conftest import GPU, TRITON
-from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector
+from tests.support.cases import PLANS, REDUCTIONS, Options, angle_sets, labels, moved, option_sets, vector
 from tests.support.processes import run_ranks
 
 ROWS, CLASSES, WIDTH = 3, 41, 19  # rows of each rank
@@ -43,7 +43,8 @@ def compare(rank: int, world: int, options: Options, dtype: torch.dtype = torch.
     """One call with its backward on all ranks, against the same call of one process."""
     options = moved({**options, **more}, device)
     features, weight, target = (tensor.to(device) for tensor in problem(world, dtype))
-    reduction, bias = options.get("reduction", "mean"), options.pop("bias", None)
+    learned = not (options.get("angular") or options.get("difficulty_margin"))  # beside angles a bias has no gradient
+    reduction, bias = options.get("reduction", "mean"), options.pop("bias", None) if learned else None
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     first = sum(sizes(world)[:rank])
     held = slice(first, first + sizes(world)[rank])
@@ -53,12 +54,12 @@ def compare(rank: int, world: int, options: Options, dtype: torch.dtype = torch.
         return [None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]
 
     whole = leaves(features, weight, bias)
-    expected = linear_gcl_cross_entropy(whole[0], whole[1], target, bias=whole[2], **options)
+    expected = linear_gcl_cross_entropy(whole[0], whole[1], target, **({"bias": whole[2]} if learned else {}), **options)
     expected.backward(upstream)
 
     own = leaves(features[mine], weight[held], bias)
     local = {name: value[mine] if name in ("target_b", "lam") and isinstance(value, Tensor) and value.dim() else value for name, value in options.items()}
-    loss = sharded_linear_gcl_cross_entropy(own[0], own[1], target[mine], bias=own[2], **local)
+    loss = sharded_linear_gcl_cross_entropy(own[0], own[1], target[mine], **({"bias": own[2]} if learned else {}), **local)
     loss.backward(upstream[mine] if reduction == "none" else upstream)
 
     tolerance = TOLERANCE[dtype]
@@ -92,11 +93,13 @@ def kernels(rank: int, world: int, device: str) -> None:
     for name in ("plain", "everything"):
         for plan in PLANS:
             compare(rank, world, sets[name], device=device, plan=plan, backend="triton", reduction="none" if plan == "chunked" else "mean")
+    for name in ("everything", "dbm and everything"):
+        compare(rank, world, angle_sets(ROWS * world, CLASSES)[name], device=device, plan="materialised", backend="triton")
 
 
 def every_option(rank: int, world: int) -> None:
     """Plans take turns, so that over 1, 2, 3 and 4 ranks each option meets every one."""
-    sets = option_sets(ROWS * world, CLASSES)
+    sets = option_sets(ROWS * world, CLASSES) | {f"angles: {name}": options for name, options in angle_sets(ROWS * world, CLASSES).items()}
     for place, (name, options) in enumerate(sets.items(), world):
         compare(rank, world, options, plan=PLANS[place % 3])
         exact = torch.float32 if "cloud" in options else torch.float64

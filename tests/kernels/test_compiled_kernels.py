@@ -126,7 +126,7 @@ SELECTED = {
     "noise": ("test_noise.py", "test_triton"),
     "losses": ("test_gcl_cross_entropy.py", "triton and (everything-mean or test_sixteen_bit_cosines or 2-8142 or nan-everything)"),
     "heads": ("test_linear_gcl_cross_entropy.py", "triton and (triton-everything or test_sixteen_bit_features)"),
-    "angles": ("test_angular_losses.py", "triton and test_every_option and everything"),
+    "angles": ("test_angular_losses.py", "triton and (test_every_option or test_heads) and everything"),
     "tiles": ("kernels/test_head.py", "wide_tiles or tf32"),
     "exponentials": (
         "kernels/test_exponentials.py",
