@@ -94,20 +94,46 @@ def test_every_option_follows_the_formula(name: str, backend: str, device: torch
     assert_near(outcome(functools.partial(LOGITS.function, backend=backend), arguments, LOGITS.leaves), expected_outcome(LOGITS, arguments), device)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["everything", "dbm and everything"])
-def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "cpu":
-        pytest.skip("torch serves angles on a CPU")
+@pytest.fixture
+def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads take the fewest classes at a time."""
     if backend == "triton":
-        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes at a time
+        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes
     else:
         monkeypatch.setattr("gclkern.torch_backend.head._CHUNK_BYTES", 1)  # 64
         monkeypatch.setattr("gclkern.torch_backend.head._PANEL_BYTES", 1)
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["everything", "dbm and everything"])
+def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, device: torch.device) -> None:
+    if backend == "cpu":
+        pytest.skip("torch serves angles on a CPU")
     matrices = {"features": cosines(5, 11), "linear_weight": cosines(150, 11, seed=8), "target": torch.tensor([0, 70, 127, 149, 3])}
     arguments = moved(matrices | angle_sets(5, 150)[name], device) | {"reduction": "none"}
     found = outcome(functools.partial(HEAD.function, backend=backend, plan=plan), arguments, HEAD.leaves)
     assert_near(found, expected_outcome(HEAD, arguments), device)
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("form", ["logits", *PLANS])
+def test_one_larger_cosine_makes_a_sample_hard(form: str, backend: str, device: torch.device) -> None:
+    """Wherever its class is: in the first panel, in the last one, or the other target; and an equal one does not."""
+    if backend == "cpu":
+        pytest.skip("torch serves angles on a CPU")
+    features = torch.full((6, 150), -0.1)
+    target, second = torch.tensor([70, 70, 70, 3, 127, 70]), torch.tensor([70, 70, 3, 70, 127, 70])
+    features[range(6), target] = 0.5
+    equal = 0.5 if form == "logits" else 0.4  # rounding may make two equal cosines of a head unequal
+    for row, column, value in ((0, 0, 0.9), (1, 149, 0.9), (2, 3, 0.9), (3, 70, 0.9), (5, 8, equal)):
+        features[row, column] = value
+    arguments = {"target": target, "target_b": second, "lam": 0.3, "difficulty_margin": True, "margin": 0.7, "scale": 8.0, "reduction": "none"}
+    operation, matrices = (LOGITS, {"cosine": features}) if form == "logits" else (HEAD, {"features": features, "linear_weight": torch.eye(150)})
+    arguments = moved(matrices | arguments, device) | ({} if form == "logits" else {"plan": form})
+    found = outcome(functools.partial(operation.function, backend=backend), arguments, operation.leaves)
+    arguments.pop("plan", None)
+    assert_near(found, expected_outcome(operation, arguments), device)
 
 
 def call(criterion: nn.Module, cosine: Tensor, target: Tensor, seed: int, **options: Any) -> Tensor:
