@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         gcl_cross_entropy(cosine, target, cloud, **options).backward()
         for plan in PLANS:
             linear_gcl_cross_entropy(features, weight, target, cloud, plan=plan, **options).backward()
+    if device.type == "cuda":
+        with mock.patch("gclkern.kernels.head.exponentials_pay", return_value=True):
+            linear_gcl_cross_entropy(features, weight, target, cloud, plan="materialised").backward()
     centroids, counts = class_centroids(features.detach(), target, shape.classes)
     epsilon = torch.full((shape.classes,), 0.5, device=device, requires_grad=True)
     dro_lt_loss(features, target, centroids, epsilon, class_weight=(counts > 0).float()).backward()

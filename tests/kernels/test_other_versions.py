@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.skipif(OTHER is 
 @pytest.mark.parametrize("file", ["test_static_budget.py", "test_compiled_kernels.py"])
 def test_under_another_triton(file: str) -> None:
     assert OTHER is not None
-    command = [OTHER, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/kernels/{file}", "-m", "not slow"]
+    command = [OTHER, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/kernels/{file}", "-m", ""]
     environment = {name: value for name, value in os.environ.items() if name not in ("GCLKERN_OTHER_PYTHON", "TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
