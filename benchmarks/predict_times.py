@@ -222,7 +222,7 @@ class Regions(NamedTuple):
 
 
 def regions(program: Program) -> Regions:
-    """Around the loop that does the products, or else the exponentials; without one, all runs once."""
+    """Around the loop that does the products, or else the exponentials; without one, all loops together, as if they made equally many passes."""
     for work in ("HGMMA", "MUFU.EX2"):
         loops = [loop for loop in program.loops if loop.code.count(work)]
         innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
@@ -239,7 +239,8 @@ def regions(program: Program) -> Regions:
                     break
         outer = tuple(i for i in outermost.code.instructions if i.address not in hot.body) if around else ()
         return Regions((*_shortest(program, outermost.header), *after), outer, hot.code.instructions)
-    return Regions(program.instructions, (), ())
+    looped = frozenset[int]().union(*(loop.body for loop in program.loops))
+    return Regions(tuple(i for i in program.instructions if i.address not in looped), (), tuple(i for i in program.instructions if i.address in looped))
 
 
 def _tiles(extent: int, tile: int) -> int:
@@ -342,15 +343,22 @@ def _finish_weights_work(launch: Compiled) -> Work:
     return Work(1, read_bytes=_uncached(gradient.nbytes) + weight.nbytes, written=out.nbytes)
 
 
+def _passes(launch: Compiled) -> int:
+    """Of the loops over a row."""
+    return _tiles(launch["dim"], launch["DEPTH"]) if "DEPTH" in launch.kernel.constants else 1
+
+
 def _unit_rows_work(launch: Compiled) -> Work:
     copy = launch["copy_ptr"]
-    return Work(1, read_bytes=launch["x_ptr"].nbytes, written=0.0 if copy is None else _uncached(copy.nbytes))
+    return Work(_passes(launch), read_bytes=launch["x_ptr"].nbytes, written=0.0 if copy is None else _uncached(copy.nbytes))
 
 
 def _stream_work(launch: Compiled) -> Work:
     """A kernel that reads or writes each of its tensors once, but for those of which it gathers some rows."""
     gathered = ("weight_ptr", "cosine_a_ptr", "cosine_b_ptr")
-    return Work(1, read_bytes=sum(value.nbytes for name, value in launch.arguments.items() if isinstance(value, Operand) and name not in gathered))
+    return Work(
+        _passes(launch), read_bytes=sum(value.nbytes for name, value in launch.arguments.items() if isinstance(value, Operand) and name not in gathered)
+    )
 
 
 WORK: dict[str, Callable[[Compiled], Work]] = {

@@ -331,22 +331,11 @@ def _feature_gradient_kernel(
     tl.store(out, total, mask=inside)
 
 
-@triton.jit
-def _sum_of_splits(partial_ptr, row_start, at, split_stride, dim, splits):
-    total = tl.zeros(at.shape, tl.float32)
-    place = row_start + at
-    for _ in range(splits):
-        total += tl.load(partial_ptr + place, mask=at < dim, other=0.0)
-        place += split_stride
-    return total
-
-
 @batch_kernel
 def _finish_features_kernel(
-    partial_ptr, partial_stride, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, num_rows, dim, splits, DEPTH: tl.constexpr
+    gradient_ptr, gradient_stride, unit_ptr, unit_stride, inverse_norm_ptr, out_ptr, dim, DEPTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    split_stride = num_rows.to(tl.int64) * partial_stride
     along = 0.0
     inverse_norm = 1.0
     if inverse_norm_ptr is not None:
@@ -354,12 +343,12 @@ def _finish_features_kernel(
         product = tl.zeros((DEPTH,), tl.float32)
         for start in range(0, dim, DEPTH):
             at = start + tl.arange(0, DEPTH)
-            total = _sum_of_splits(partial_ptr, row * partial_stride, at, split_stride, dim, splits)
+            total = tl.load(gradient_ptr + row * gradient_stride + at, mask=at < dim, other=0.0)
             product += total * tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
         along = tl.sum(product)
     for start in range(0, dim, DEPTH):
         at = start + tl.arange(0, DEPTH)
-        total = _sum_of_splits(partial_ptr, row * partial_stride, at, split_stride, dim, splits)
+        total = tl.load(gradient_ptr + row * gradient_stride + at, mask=at < dim, other=0.0)
         if inverse_norm_ptr is not None:
             unit = tl.load(unit_ptr + row * unit_stride + at, mask=at < dim, other=0.0).to(tl.float32)
             # a row without a direction has gradient 0
@@ -609,9 +598,10 @@ def library_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def finish_feature_gradient(partial: Tensor, unit: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The sum of the splits, with the backward of the normalisation applied."""
     splits, num_rows, dim = partial.shape
+    gradient = partial[0] if splits == 1 else partial.sum(0)
     out = torch.empty((num_rows, dim), dtype=dtype, device=partial.device)
     _finish_features_kernel[(num_rows,)](
-        partial, partial.stride(1), unit, unit.stride(0), inverse_norm, out, num_rows, dim, splits,
+        gradient, gradient.stride(0), unit, unit.stride(0), inverse_norm, out, dim,
         DEPTH=min(triton.next_power_of_2(dim), 1024), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
