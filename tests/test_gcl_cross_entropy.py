@@ -374,25 +374,43 @@ def test_any_problem(problem: tuple[Tensor, Tensor, Options], backend: str, devi
     check(cosine.to(device), target, options, backend=backend)
 
 
-# ---- what only a GPU shows
+# ---- labels that are not read, as on a GPU
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("wrong", [-1, 37, 10**12, -(2**40)])
-def test_a_label_out_of_range_makes_its_row_nan(wrong: int, backend: str) -> None:
+def test_a_label_out_of_range_makes_its_row_nan(wrong: int, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "cpu":
+        pytest.skip("on a CPU labels are read before its loops run")
+    monkeypatch.setattr("gclkern.validation.values_may_be_read", lambda tensor: False)
     rows, classes = 6, 37
     options = option_sets(rows, classes)["everything"]
-    cosine, target = cosines(rows, classes, device="cuda"), labels(rows, classes)
+    cosine, target = cosines(rows, classes, device=device), labels(rows, classes)
     leaf, good = cosine.clone().requires_grad_(), cosine.clone().requires_grad_()
     right = call(good, target, options, reduction="none", backend=backend)
-    target[3] = wrong
-    loss = call(leaf, target, options, reduction="none", backend=backend)
+    changed = target.index_fill(0, torch.tensor([3]), wrong)
+    loss = call(leaf, changed, options, reduction="none", backend=backend)
     loss.sum().backward()
     right.sum().backward()
     others = torch.arange(rows) != 3
     assert leaf.grad is not None and good.grad is not None
     assert loss[3].isnan() and loss[others].equal(right[others])
     assert leaf.grad[others].equal(good.grad[others])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_more_rows_than_one_program_finishes(reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of more than 512 rows, in small."""
+    from gclkern.kernels import row_loss
+
+    monkeypatch.setattr(row_loss, "MAX_ROWS_OF_ONE_PROGRAM", 2)
+    monkeypatch.setattr(row_loss, "_ROWS", 4)
+    options = option_sets(9, 11)
+    for name in ("weight", "everything"):
+        check(cosines(9, 11, device=device), labels(9, 11), options[name], torch.tensor(-0.7), reduction=reduction, backend="triton")
+
+
+# ---- what only a GPU shows
 
 
 @pytest.mark.gpu

@@ -348,16 +348,19 @@ def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: s
 # ---- what only a GPU shows
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("wrong", [-1, 37, 10**12])
-def test_a_label_out_of_range_makes_its_row_nan(wrong: int, plan: str) -> None:
+@pytest.mark.parametrize("wrong", [37])
+def test_a_label_out_of_range_makes_its_row_nan(wrong: int, plan: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where labels are not read, as on a GPU."""
+    if backend == "cpu":
+        pytest.skip("on a CPU labels are read before its loops run")
+    monkeypatch.setattr("gclkern.validation.values_may_be_read", lambda tensor: False)
     rows, classes = 6, 37
-    options = option_sets(rows, classes)["everything"] | {"plan": plan, "reduction": "none"}
-    features, weight, target = matrix(rows, 8, device="cuda"), matrix(classes, 8, device="cuda", seed=1), labels(rows, classes)
+    options = option_sets(rows, classes)["everything"] | {"plan": plan, "reduction": "none", "backend": backend}
+    features, weight, target = matrix(rows, 8, device=device), matrix(classes, 8, device=device, seed=1), labels(rows, classes)
     leaf, good = features.clone().requires_grad_(), features.clone().requires_grad_()
     right = call(good, weight, target, options)
-    target[3] = wrong
-    loss = call(leaf, weight, target, options)
+    changed = target.index_fill(0, torch.tensor([3]), wrong)
+    loss = call(leaf, weight, changed, options)
     loss.sum().backward()
     right.sum().backward()
     others = torch.arange(rows) != 3

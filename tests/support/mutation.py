@@ -38,7 +38,7 @@ REASONS = ROOT / "tests" / "equivalent_mutants.toml"
 KEPT = ROOT / "build" / "mutants.jsonl"
 
 _KERNELS, _TORCH = "triton and not compiled", "not triton and not cpu"
-_LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py"]
+_LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py"]
 _HEAD = ["tests/test_operations.py", "tests/test_linear_gcl_cross_entropy.py"]
 _CONTRASTIVE = ["tests/test_operations.py", "tests/test_supervised_contrastive.py"]
 # What is changed, and the tests that should notice: files, and an expression of pytest's -k.
