@@ -40,7 +40,7 @@ from gclkern.training.network import Network, gather_classifier, load_network, n
 from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
-from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, list_by_family, plan_run
+from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, default_method, list_by_family, plan_run
 from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
@@ -220,7 +220,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     given = vars(build_parser().parse_args(argv))
     resume, evaluated, out = (given.pop(name, None) for name in ("resume", "evaluate", "out"))
     if resume is None and evaluated is None:
-        config, checkpoint = RunConfig(**given), None
+        config, checkpoint = RunConfig(**{"method": default_method(given.get("data", RunConfig.data)), **given}), None
     else:
         path = Path(resume or evaluated)
         checkpoint = load_checkpoint(path / "last.pt" if path.is_dir() else path)
@@ -258,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=number(int, 0), metavar="N", help="processes that read image files (default as many as cores, at most 4)")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add = parser.add_argument_group("method", "Defaults are the published settings of the method and the data set; a run prints them.").add_argument
-    add("--method", choices=METHODS, metavar="NAME", help=f"loss of stage 1, see the list below (default {default.method})")
+    add("--method", choices=METHODS, metavar="NAME", help=f"see the list below (default {default.method}; {default_method('folder')} for your own images)")
     again = "stage 2, which re-trains the classifier, see the list below (default gcl for gcl and gcl+dro-lt, else none)"
     add("--retrain", choices=RETRAINS, metavar="NAME", help=again)
     add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1; it replaces training stage 1")

@@ -155,7 +155,7 @@ def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Cla
 
     Example (not run, since it needs a checkpoint)::
 
-        classifier = load_classifier("runs/folder-gcl")
+        classifier = load_classifier("runs/folder-gcl-ldam-drw")
         for path, predictions in zip(paths, classifier.predict(paths, top=3)):
             print(path, predictions[0].name, predictions[0].probability)
     """

@@ -1,7 +1,7 @@
 """Export a trained network for other runtimes: python -m gclkern.training.export RUN FILE.onnx | FILE.pt2
 
-    python -m gclkern.training.export runs/folder-gcl model.onnx     # for ONNX Runtime and others
-    python -m gclkern.training.export runs/folder-gcl model.pt2      # for torch.export.load
+    python -m gclkern.training.export runs/folder-gcl-ldam-drw model.onnx     # for ONNX Runtime and others
+    python -m gclkern.training.export runs/folder-gcl-ldam-drw model.pt2      # for torch.export.load
 
 Input `images` (N, channels, size, size), normalised float32, of any N; output `logits` (N, C), already divided by the temperature: their softmax is the
 probability of each class. The file includes class names and image transform: as metadata of an ONNX model, as the extra file `classifier.json` of a .pt2.

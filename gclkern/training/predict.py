@@ -1,8 +1,8 @@
 """Classify images with a trained network: python -m gclkern.training.predict RUN PATHS...
 
-    python -m gclkern.training.predict runs/folder-gcl photo.jpg holiday/
-    python -m gclkern.training.predict runs/folder-gcl holiday/ --top 3 --csv holiday.csv
-    python -m gclkern.training.predict runs/folder-gcl holiday/ --json-lines holiday.jsonl
+    python -m gclkern.training.predict runs/folder-gcl-ldam-drw photo.jpg holiday/
+    python -m gclkern.training.predict runs/folder-gcl-ldam-drw holiday/ --top 3 --csv holiday.csv
+    python -m gclkern.training.predict runs/folder-gcl-ldam-drw holiday/ --json-lines holiday.jsonl
 
 Folders are searched for images of every format that PIL reads. Files that cannot be read are listed and counted; the command continues, but its exit
 status is then 1.

@@ -62,6 +62,8 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
         parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
+        parts += [f"class weights from epoch {round(phase.drw * phase.epochs) + 1}"] if phase.drw is not None else []
+        parts += [f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in phase.options.items()]
         lines.append(", ".join(parts))
     per_image = seconds_per_image(network.backbone, (data.channels, data.image_size, data.image_size), processes.device)
     seconds = estimated_seconds(phases, len(data.train), len(data.test), per_image, run.config.eval_every) / processes.world

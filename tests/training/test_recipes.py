@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from gclkern.clouds import cloud_sizes
 from gclkern.losses import LinearGCLLoss
 from gclkern.training.config import RunConfig
@@ -305,3 +306,10 @@ def test_help_lists_every_method_and_re_training_by_family() -> None:
         assert all(len(line) <= 140 for line in lines)
         assert sorted(line.split()[0] for line in lines if line.startswith("    ")) == sorted(entries)
         assert {line.strip() for line in lines if not line.startswith("    ")} == {entry.family for entry in entries.values()}
+
+
+def test_default_method() -> None:
+    """A set of one's own has another default than the published ones; a method that is given counts everywhere."""
+    found = {name: train.parse_arguments(["--data", name]).config.method for name in ("digits-lt", "cifar100-lt", "inat18", "folder", "list")}
+    assert found == {"digits-lt": "gcl", "cifar100-lt": "gcl", "inat18": "gcl", "folder": "gcl-ldam-drw", "list": "gcl-ldam-drw"}
+    assert train.parse_arguments(["--data", "folder", "--method", "gcl"]).config.method == "gcl"

@@ -15,7 +15,7 @@ from gclkern.training.recipes.losses import CLOUDS, FUSED, SAMPLERS, build_loss
 from gclkern.training.recipes.methods import METHODS, RETRAINS, list_by_family
 from gclkern.training.recipes.phase import Phase
 from gclkern.training.recipes.plan import plan, plan_run
-from gclkern.training.recipes.settings import COSINE_SCALE, default_model, family
+from gclkern.training.recipes.settings import COSINE_SCALE, default_method, default_model, family
 
 __all__ = [
     "CLOUDS",
@@ -26,6 +26,7 @@ __all__ = [
     "SAMPLERS",
     "Phase",
     "build_loss",
+    "default_method",
     "default_model",
     "family",
     "list_by_family",

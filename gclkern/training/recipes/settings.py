@@ -219,6 +219,16 @@ def family(dataset: str) -> str:
     return known.get(dataset, "own")
 
 
+def default_method(dataset: str) -> str:
+    """The method of a run that names none.
+
+    Example:
+        >>> default_method("digits-lt"), default_method("folder")
+        ('gcl', 'gcl-ldam-drw')
+    """
+    return own_data.METHOD if family(dataset) == "own" else "gcl"
+
+
 def stage1_settings(dataset: str, name: str, class_counts: list[int], *, pretrained: bool) -> Stage:
     """Settings of stage 1: those of the data set or of its family by `name`, which is `Method.settings`, else the family's "plain" ones."""
     group = family(dataset)
