@@ -17,6 +17,9 @@ from tests.support.cases import PLANS, REDUCTIONS, angle_sets, cosines, labels, 
 from tests.support.operations import OPERATIONS, Outcome, outcome
 from tests.support.operations import expected as expected_outcome
 
+# numpy, which interprets the kernels, warns of what a later selection discards
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 COUNTS = [400, 150, 60, 20, 8, 3, 1]
 ROWS, CLASSES = 9, 7
 WEIGHT = vector(CLASSES, 0.5, 2.0)

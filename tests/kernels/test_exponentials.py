@@ -13,7 +13,7 @@ from benchmarks.machine_code.launches import capture_launches
 from gclkern.functional import linear_gcl_cross_entropy
 from gclkern.kernels.terms import LossTerms
 from tests.support import oracle
-from tests.support.cases import Options, labels, option_sets, vector
+from tests.support.cases import Options, angle_sets, labels, option_sets, vector
 from tests.support.comparison import check_head_loss
 
 pytestmark = pytest.mark.triton
@@ -48,12 +48,12 @@ def call(features: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tu
 
 
 @pytest.mark.usefixtures("paying")
-@pytest.mark.parametrize("name", ["plain", "weight", "focal_undetached", "cloud", "mixed", "focal_stage_2"])
+@pytest.mark.parametrize("name", ["plain", "weight", "focal_undetached", "cloud", "mixed", "focal_stage_2", "arcface"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_loss_and_gradients(name: str, reduction: str, device: torch.device) -> None:
     features, weight, target = problem(device)
     target[4] = -100
-    options = {**option_sets(ROWS, CLASSES)[name], "reduction": reduction, "plan": "materialised", "backend": "triton"}
+    options = {**(angle_sets(ROWS, CLASSES) | option_sets(ROWS, CLASSES))[name], "reduction": reduction, "plan": "materialised", "backend": "triton"}
     upstream = vector(ROWS, -1.0, 2.0, seed=7) if reduction == "none" else torch.tensor(-0.7)
     check_head_loss(linear_gcl_cross_entropy, features, weight, target, options.pop("cloud", None), upstream, **options)
 
