@@ -1,5 +1,7 @@
 """Size and cost of every method of train.py, and the table of docs/methods.md: python -m benchmarks.methods
 
+    python -m benchmarks.methods --only bbn tde    # measure these again and keep the others
+
 Measures one training step of each phase on ResNet-32 with 100 classes, all with the same batch, beside one of cross entropy on the plain network. Both take
 turns on one thread, and the time is that of the processor, which other work on the machine changes little. Writes benchmarks/results/methods/steps.json;
 `python -m benchmarks.render_results` makes the table of it, of the recipes, of published.py and of the results in accuracy/.
@@ -192,14 +194,22 @@ def table(results: Path) -> tuple[list[str], list[list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=number(int, 1), default=7, metavar="N", help="steps of each phase (default %(default)s)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[name for _, name in rows()], help="methods and re-trainings to measure (default all)")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    steps: dict[str, list[dict[str, Any]]] = {}
+    known = json.loads(PATH.read_text())["steps"] if PATH.exists() else {}
+    measured: dict[str, list[dict[str, Any]]] = {}
+    code = training_hash()
     for flag, name in rows():
-        steps[f"{flag} {name}"] = [measure(phase, rounds) for phase in phases_of(flag, name) if phase.epochs]
-        print(f"{flag} {name}", *(f"{step['relative']:.2f}" for step in steps[f"{flag} {name}"]), flush=True)
+        row = f"{flag} {name}"
+        if arguments.only is None or name in arguments.only:
+            measured[row] = [measure(phase, arguments.rounds) | {"code": code} for phase in phases_of(flag, name) if phase.epochs]
+            print(row, *(f"{step['relative']:.2f}" for step in measured[row]), flush=True)
+        elif row in known:
+            measured[row] = known[row]
+    codes = sorted({step["code"] for steps in measured.values() for step in steps})
     PATH.parent.mkdir(parents=True, exist_ok=True)
-    data = {"machine": machine(), "code": training_hash(), "batch": BATCH, "classes": CLASSES, "rounds": rounds, "steps": steps}
+    data = {"machine": machine(), "code": codes, "batch": BATCH, "classes": CLASSES, "rounds": arguments.rounds, "steps": measured}
     replace_text(PATH, json.dumps(data, indent=1) + "\n")
 
 
