@@ -12,7 +12,7 @@ from gclkern.training.config import RunConfig
 from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import Batch, build_objective, check_layers
-from gclkern.training.objectives.robust import pooled
+from gclkern.training.objectives.robust import RobustLayers, pooled
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import RETRAINS, Phase, plan, plan_run
 
@@ -86,3 +86,22 @@ def test_robust_features_go_with_every_re_training(method: str, retrain: str) ->
     assert [phase.name for phase in first] == ["stage-1"]
     assert (robust.robust, last.robust, last.name) == (1.0, 0.0, "stage-2")
     assert not last.trains_backbone
+
+
+class Odd(nn.Module):
+    """A module that is not called, and one whose output is a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Identity()
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.attention(images, images, images)[0].mean(1)
+        return features
+
+
+@pytest.mark.parametrize(("layer", "problem"), [("unused", "is not called in a forward pass"), ("attention", "gives a tuple, not a tensor")])
+def test_layers_without_a_tensor_are_refused(layer: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"`robust_layers`: the layer {layer} {problem}; take another one"):
+        RobustLayers(COUNTS, [layer, "features"]).outputs(Odd(), torch.zeros(2, 3, 4))

@@ -63,9 +63,17 @@ class RobustLayers(nn.Module):
         self.losses = nn.ModuleList(DROLTLoss(class_counts) for _ in layers)
 
     def outputs(self, backbone: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The features (N, D), and the pooled output of each layer."""
+        """The features (N, D), and the pooled output of each layer.
+
+        Raises:
+            ValueError: a layer that the forward pass does not call, or whose output is no tensor.
+        """
         with recorded(backbone, self.layers) as found:
             features = backbone(images)
+        for name in self.layers:
+            if name != FEATURES and not isinstance(found.get(name), Tensor):
+                problem = f"gives a {type(found[name]).__name__}, not a tensor" if name in found else "is not called in a forward pass"
+                raise ValueError(f"`robust_layers`: the layer {name} {problem}; take another one, such as the block that it is in")
         return features, [features if name == FEATURES else pooled(found[name]) for name in self.layers]
 
     def joined(self, backbone: nn.Module, images: Tensor) -> Tensor:
