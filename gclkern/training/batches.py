@@ -105,7 +105,8 @@ def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, co
         PhaseBatches(phase, data.train, config.seed, processes)
         build_objective(phase, data.class_counts, network.backbone.feature_dim)
         if phase.robust:
-            check_layers(network.backbone, phase.robust_layers)
+            image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=processes.device)
+            check_layers(network.backbone, phase.robust_layers, image)
         part, fewest = phase.batch_size // (processes.world * config.accumulate), getattr(network.backbone, "fewest_images", 1)
         if part < fewest and phase.has_batch_statistics:
             remedy = "take a larger `batch_size` or a smaller `accumulate`"

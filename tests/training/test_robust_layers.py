@@ -12,7 +12,7 @@ from gclkern.training.config import RunConfig
 from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import Batch, build_objective, check_layers
-from gclkern.training.objectives.robust import RobustLayers, pooled
+from gclkern.training.objectives.robust import pooled
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import RETRAINS, Phase, plan, plan_run
 
@@ -70,9 +70,12 @@ def test_pooling() -> None:
 
 def test_unknown_layers_are_refused() -> None:
     backbone = build_backbone("small-cnn", image_size=8, in_channels=1)
-    check_layers(backbone, LAYERS)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    check_layers(backbone.train(), LAYERS, torch.randn(1, 1, 8, 8))
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     with pytest.raises(ValueError, match=r"`robust_layers`: SmallCNN has no layer 'layer9'; take one of features, layers, or a module within one"):
-        check_layers(backbone, ["features", "layer9"])
+        check_layers(backbone, ["features", "layer9"], torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match="names a layer twice"):
         robust_phase("features", "features")
     with pytest.raises(ValueError, match="the method gcl has no robust phase"):
@@ -104,4 +107,4 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(("layer", "problem"), [("unused", "is not called in a forward pass"), ("attention", "gives a tuple, not a tensor")])
 def test_layers_without_a_tensor_are_refused(layer: str, problem: str) -> None:
     with pytest.raises(ValueError, match=f"`robust_layers`: the layer {layer} {problem}; take another one"):
-        RobustLayers(COUNTS, [layer, "features"]).outputs(Odd(), torch.zeros(2, 3, 4))
+        check_layers(Odd(), [layer, "features"], torch.zeros(2, 3, 4))

@@ -13,8 +13,9 @@ from gclkern.losses import DROLTLoss
 FEATURES = "features"  # the name of the backbone's output among its layers
 
 
-def check_layers(backbone: nn.Module, layers: Sequence[str]) -> None:
-    """Check that the backbone has modules of these names.
+@torch.no_grad()
+def check_layers(backbone: nn.Module, layers: Sequence[str], images: Tensor) -> None:
+    """Check by a forward pass of `images` that the backbone has layers of these names, each with an output.
 
     Raises:
         ValueError: it has not; the message names some that it has.
@@ -24,6 +25,14 @@ def check_layers(backbone: nn.Module, layers: Sequence[str]) -> None:
         if name != FEATURES and (not name or name not in known):
             own = ", ".join([FEATURES, *(child for child, _ in backbone.named_children())])
             raise ValueError(f"`robust_layers`: {type(backbone).__name__} has no layer {name!r}; take one of {own}, or a module within one")
+    training = backbone.training
+    with recorded(backbone, layers) as found:
+        backbone.eval()(images)
+    backbone.train(training)
+    for name in layers:
+        if name != FEATURES and not isinstance(found.get(name), Tensor):
+            problem = f"gives a {type(found[name]).__name__}, not a tensor" if name in found else "is not called in a forward pass"
+            raise ValueError(f"`robust_layers`: the layer {name} {problem}; take another one, such as the block that it is in")
 
 
 def pooled(output: Tensor) -> Tensor:
@@ -63,17 +72,9 @@ class RobustLayers(nn.Module):
         self.losses = nn.ModuleList(DROLTLoss(class_counts) for _ in layers)
 
     def outputs(self, backbone: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The features (N, D), and the pooled output of each layer.
-
-        Raises:
-            ValueError: a layer that the forward pass does not call, or whose output is no tensor.
-        """
+        """The features (N, D), and the pooled output of each layer."""
         with recorded(backbone, self.layers) as found:
             features = backbone(images)
-        for name in self.layers:
-            if name != FEATURES and not isinstance(found.get(name), Tensor):
-                problem = f"gives a {type(found[name]).__name__}, not a tensor" if name in found else "is not called in a forward pass"
-                raise ValueError(f"`robust_layers`: the layer {name} {problem}; take another one, such as the block that it is in")
         return features, [features if name == FEATURES else pooled(found[name]) for name in self.layers]
 
     def joined(self, backbone: nn.Module, images: Tensor) -> Tensor:
