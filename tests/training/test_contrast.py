@@ -131,7 +131,7 @@ def test_the_contrast_of_hybrid_networks_fades_out(method: str) -> None:
     keys = objective.project(network.backbone(images)).double()
     if isinstance(objective.contrast, PrototypeContrast):
         options = {"include_samples": False, "include_own_class": False}
-        contrast = oracle.supervised_contrastive(keys, target, objective.contrast.prototypes.weight.double(), temperature=0.1, **options)
+        contrast = oracle.supervised_contrastive(keys, target, objective.contrast.prototypes.weight.double(), temperature=1.0, **options)
     else:
         contrast = oracle.supervised_contrastive(keys, target, temperature=0.1)
     plain = F.cross_entropy(network.classify(network.backbone(given["second_images"])), given["second_target"])

@@ -64,6 +64,8 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "plain": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5)),
         "gcl": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), mixup=0.2),
         "mixup": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), mixup=0.2),
+        # [H] as CIFAR-10, which has as many classes
+        "hybrid-psc": Stage(80, 64, 0.1, 5e-4, Schedule("cosine", warmup=5), more={"options": {"temperature": 1.0}}),
     },
     "cifar": {
         "plain": Stage(200, 128, 0.1, 2e-4, LDAM_STEPS),  # [C] LDAM-DRW
