@@ -73,7 +73,7 @@ RETRAIN_FORMULAS = {
     "post-hoc-la": "z - tau log r",
     "gcl": "CE(s (cos_j - cloud_j e - m [j = y]), y), times 1 - p_y",
     "mislas": "CE with label smoothing by class, z_j = f_j (w_j.x + b_j), running statistics of batch normalisation move",
-    "disalign": "z_j <- (1 + c a_j) z_j + c b_j, c = sigmoid(v.x + d); CE weighted by r_j^(-rho)",
+    "disalign": "z_j <- c (a_j z_j + b_j) + (1 - c) z_j, c = sigmoid(v.x + d); CE weighted by r_j^(-rho)",
 }
 # Rows of benchmarks.accuracy that show a method or a re-training; the others have its name. GCL's first stage is its method's, all of it its re-training's.
 _ACCURACY = {
