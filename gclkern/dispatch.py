@@ -23,7 +23,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
 # A buffer of logits saves the fourth matrix product; above this size it takes too much memory. On a GPU it is the size at which 1024 samples meet a million
-# classes: the model of benchmarks/predict_times.py puts "chunked" at 1.3 times "materialised" there, and "recompute" above that.
+# classes: the model of benchmarks/predict_times.py puts "chunked" at 1.6 times "materialised" there, and "recompute" above that.
 _MATERIALISED_BYTES = 2**31
 _MATERIALISED_BYTES_CPU = 2**27
 

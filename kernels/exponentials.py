@@ -63,9 +63,12 @@ PANEL_BYTES = 2**24
 
 
 def serves(terms: LossTerms, dim: int) -> bool:
-    """Whether this loss of 16-bit, normalised features can be computed here: a logit's gradient is a multiple of its exponential, which is in range."""
+    """Whether this loss of 16-bit, normalised features can be computed here: a logit's gradient is a multiple of its exponential, which is in range.
+
+    Not on AMD GPUs, where some versions of torch have no product of 16-bit matrices in float32.
+    """
     linear = terms.bias is None and not terms.smoothed and not terms.turns_classes and not terms.difficulty_margin
-    return linear and terms.scale <= LARGEST_SCALE and terms.class_offset % 8 == 0 and dim <= LARGEST_DIM
+    return linear and terms.scale <= LARGEST_SCALE and terms.class_offset % 8 == 0 and dim <= LARGEST_DIM and torch.version.hip is None
 
 
 def _anchor2(scale: float) -> float:

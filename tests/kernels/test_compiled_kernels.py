@@ -155,10 +155,17 @@ def test_kernels_as_compiled_for(target: str, part: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-@pytest.mark.parametrize("selection", ["triton and triton-everything", "triton and test_sixteen_bit_features and bfloat16"])
-def test_products_wait_for_their_copies(selection: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "selection"),
+    [
+        ("test_linear_gcl_cross_entropy.py", "triton and triton-everything"),
+        ("test_linear_gcl_cross_entropy.py", "triton and test_sixteen_bit_features and bfloat16"),
+        ("kernels/test_head.py", "wide_tiles or tf32"),
+    ],
+)
+def test_products_wait_for_their_copies(file: str, selection: str) -> None:
     """With copies and products of sm_90 done as late as their waits allow."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "tests/test_linear_gcl_cross_entropy.py", "-k", selection]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}", "-k", selection]
     assert_passes(command, {"PTX_TARGET": "sm_90", "PTX_DEFERRED": "1"})
 
 

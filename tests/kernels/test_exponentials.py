@@ -201,6 +201,15 @@ def test_where_exponentials_serve(options: Options, serves: bool, device: torch.
     assert launches.names.count(KERNEL) == serves
 
 
+@pytest.mark.usefixtures("paying")
+def test_not_where_torch_has_no_product_of_two_precisions(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, weight, target = problem(device)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with capture_launches(execute=False) as launches:
+        linear_gcl_cross_entropy(features, weight, target.to(device), plan="materialised", backend="triton")
+    assert launches.names and KERNEL not in launches.names
+
+
 @pytest.mark.parametrize(
     ("rows", "classes", "dim", "pays"),
     [
