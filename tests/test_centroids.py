@@ -15,14 +15,14 @@ from torch import Tensor
 from benchmarks.machine_code.launches import Launches
 from gclkern.centroids import ClassCentroids
 from gclkern.functional import class_centroids
+from gclkern.kernels.terms import PREFIXES
 from tests.support.cases import HALVES
 
 
 def operator(backend: str) -> Any:
     if backend == "triton":
         importlib.import_module("gclkern.kernels.centroids")
-        return torch.ops.gclkern.segment_sums
-    return torch.ops.gclkern.torch_segment_sums
+    return getattr(torch.ops.gclkern, f"{PREFIXES[backend]}segment_sums")
 
 
 def problem(rows: int, classes: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,8 @@ def test_several_column_tiles(backend: str, device: torch.device) -> None:
     check(*problem(70, 3, 300), 3, backend, device)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])  # 65536 programs are too many for the interpreter
+# 65536 programs are too many for the interpreter
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled), pytest.param("triton", marks=pytest.mark.gpu)])
 def test_more_classes_than_16_bits_hold(backend: str, device: torch.device) -> None:
     target = torch.tensor([40000, 0, 32767, 40000, 65535, 32768])
     features = torch.arange(6.0)[:, None]

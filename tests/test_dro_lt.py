@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.machine_code.launches import Launches
 from gclkern.devices import set_debug
 from gclkern.functional import class_centroids, dro_lt_loss
+from gclkern.kernels.terms import PREFIXES
 from gclkern.losses import DROLTLoss
 from tests.support import oracle
 from tests.support.cases import HALVES, REDUCTIONS
@@ -229,8 +230,7 @@ def test_all_classes_out(backend: str, device: torch.device) -> None:
 def operators(backend: str) -> tuple[Any, Any]:
     if backend == "triton":
         importlib.import_module("gclkern.kernels.dro_lt")
-    prefix = "" if backend == "triton" else "torch_"
-    return getattr(torch.ops.gclkern, prefix + "dro_lt_forward"), getattr(torch.ops.gclkern, prefix + "dro_lt_backward")
+    return getattr(torch.ops.gclkern, f"{PREFIXES[backend]}dro_lt_forward"), getattr(torch.ops.gclkern, f"{PREFIXES[backend]}dro_lt_backward")
 
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40, -(2**62)])

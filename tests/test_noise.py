@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.machine_code import aot
+from gclkern.kernels.terms import PREFIXES
 from gclkern.noise import cloud_noise
 from gclkern.torch_backend import noise as torch_noise
 from gclkern.torch_backend.noise import cloud_noise as torch_cloud_noise
@@ -47,11 +48,9 @@ def counters(count: int) -> tuple[list[int], list[int], list[int]]:
 
 def draw(backend: str, device: torch.device, seed: int, rows: int, classes: int, row_offset: int = 0, class_offset: int = 0) -> Tensor:
     """The noise of one backend, on the device that it runs on in these tests."""
-    if backend == "torch":
-        return torch_cloud_noise(torch.tensor(seed), rows, classes, row_offset, class_offset)
-    from gclkern.kernels.noise import cloud_noise as triton_cloud_noise
-
-    return triton_cloud_noise(torch.tensor(seed, device=device), rows, classes, row_offset, class_offset)
+    device = device if backend == "triton" else torch.device("cpu")
+    noise: Tensor = operator(backend)(torch.tensor(seed, device=device), rows, classes, row_offset, class_offset)
+    return noise
 
 
 def assert_close(noise: Tensor, expected: Tensor) -> None:
@@ -112,9 +111,8 @@ def test_draws_equal_the_oracle(backend: str, device: torch.device) -> None:
         assert_close(draw(backend, device, SEED, 9, 41, row_offset, class_offset), oracle.noise(SEED, 9, 41, row_offset, class_offset))
 
 
-@pytest.mark.triton
-def test_backends_agree(device: torch.device) -> None:
-    assert_close(draw("triton", device, -7, 40, 1021), draw("torch", device, -7, 40, 1021))
+def test_backends_agree(backend: str, device: torch.device) -> None:
+    assert_close(draw(backend, device, -7, 40, 1021), draw("torch", device, -7, 40, 1021))
 
 
 @pytest.mark.triton
@@ -372,9 +370,7 @@ def test_bad_sizes_are_refused(sizes: Any, offsets: Any, error: type[Exception],
 def operator(backend: str) -> Any:
     if backend == "triton":
         import gclkern.kernels.noise  # noqa: F401 (registers the operator)
-
-        return torch.ops.gclkern.cloud_noise.default
-    return torch.ops.gclkern.torch_cloud_noise.default
+    return getattr(torch.ops.gclkern, f"{PREFIXES[backend]}cloud_noise").default
 
 
 def test_operator_is_well_formed(backend: str, device: torch.device) -> None:
