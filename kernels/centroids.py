@@ -79,6 +79,11 @@ def _piece_rows(num_rows: int, column_tiles: int) -> int:
     return min(256, max(32, triton.next_power_of_2(num_rows * column_tiles // 1024)))
 
 
+def _label_dtype(num_classes: int) -> torch.dtype:
+    """A type for labels up to C, which is no class: two bytes, where they suffice, save most passes of the radix sort."""
+    return torch.int16 if num_classes < 2**15 - 1 else torch.int64
+
+
 @implements("segment_sums", "triton")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sums (C, D) float32 and counts (C,) int64 of the rows of each class. Rows whose label is out of range are left out."""
@@ -88,8 +93,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     column_tiles = triton.cdiv(dim, columns)
     piece_rows = _piece_rows(num_rows, column_tiles)
     with on_device(features):
-        # two bytes a label, where they suffice, save most passes of the radix sort
-        label_type = torch.int16 if num_classes < 2**15 - 1 else torch.int64
+        label_type = _label_dtype(num_classes)
         label = torch.where((target >= 0) & (target < num_classes), target, num_classes).to(label_type)
         in_order, order = label.sort(stable=True)
         begin = torch.searchsorted(in_order, torch.arange(num_classes + 1, dtype=label_type, device=device))

@@ -69,6 +69,14 @@ def test_more_classes_than_16_bits_hold(backend: str, device: torch.device) -> N
     assert int(counts.sum()) == 6 and sums.count_nonzero() == 5
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("num_classes", [2**15 - 2, 2**15 - 1, 2**15, 2**16 - 2])
+def test_the_type_of_labels_holds_all_of_them(num_classes: int) -> None:
+    from gclkern.kernels.centroids import _label_dtype
+
+    assert torch.iinfo(_label_dtype(num_classes)).max >= num_classes
+
+
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
 def test_a_label_out_of_range_belongs_to_no_class(wrong: int, backend: str, device: torch.device) -> None:
     """What happens on a GPU, where labels are not read; the operators do it anywhere."""
