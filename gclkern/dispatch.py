@@ -77,7 +77,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 
 
 def backend_without_loops(backend: str, tensor: Tensor, what: str) -> str:
-    """`resolve_backend` for something that the compiled loops of the CPU do not have: torch serves it there."""
+    """`resolve_backend` for something that the CPU's compiled loops lack: torch serves it there."""
     chosen = resolve_backend(backend, tensor)
     if chosen != "cpu":
         return chosen
