@@ -11,13 +11,13 @@ class CausalClassification(Classification):
     """Cross entropy of a :class:`gclkern.TDEClassifier`, which updates its mean feature itself.
 
     Args:
-        alpha: strength of the correction in predictions. The default is for data without a published value: half of the release's for CIFAR-10-LT, because on
-            digits 1 costs accuracy, above all that of rare classes, and 0.5 next to none.
+        alpha: strength of the correction in predictions. 1 is the release's for CIFAR-10-LT, and by its rule of thumb alpha times the mean cosine between
+            features and their mean is about 1.
         momentum_by_rate: whether the momentum of the mean feature is 1 - 0.1 min(1, 50 rate), which averages over longer as the learning rate falls; else it
             is 0.9.
     """
 
-    def __init__(self, alpha: float = 0.5, *, momentum_by_rate: bool = False) -> None:
+    def __init__(self, alpha: float = 1.0, *, momentum_by_rate: bool = False) -> None:
         super().__init__(FocalLoss(gamma=0.0))
         self.alpha, self.momentum_by_rate = alpha, momentum_by_rate
 

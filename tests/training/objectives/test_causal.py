@@ -33,8 +33,8 @@ def test_the_loss_is_cross_entropy_and_the_mean_feature_moves() -> None:
     ("imagenet-lt", 3.0, 0.2, 0.9),
     ("places-lt", 3.0, 0.01, 0.95),
     ("inat18", 3.0, 0.0, 1.0),
-    ("digits-lt", 0.5, 0.01, 0.9),
-    ("folder", 0.5, 0.01, 0.9),
+    ("digits-lt", 1.0, 0.01, 0.9),
+    ("folder", 1.0, 0.01, 0.9),
 ])  # fmt: skip
 def test_settings_of_the_classifier(dataset: str, alpha: float, rate: float, momentum: float) -> None:
     network = build_network("small-cnn", "tde", 3, in_channels=1, image_size=8)
