@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from gclkern import cpu_backend, torch_backend
 from gclkern.kernels.terms import LossTerms
 from tests.support import oracle
 from tests.support.cases import PLANS, REDUCTIONS
+from tests.support.operations import OPERATIONS, Operation, outcome
+from tests.support.operations import expected as expected_outcome
 
 ROWS, CLASSES, DIM = 7, 21, 5
+IN_BLOCKS = ("gcl_cross_entropy", "linear_gcl_cross_entropy chunked", "linear_gcl_cross_entropy recompute")
 SEVERAL_BLOCKS = 1100  # classes, of the 512 that the loops take at a time
 SEED = 2**40 + 5
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,6 +253,17 @@ def test_exponentials_that_are_not_kept_are_made_again(name: str, monkeypatch: p
     kept, again = run()
     assert kept.numel() == 0
     torch.testing.assert_close(again, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation.name in IN_BLOCKS], ids=str)
+def test_sixteen_bits_in_several_blocks(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is converted to float32 in a workspace, of which the last one takes a part."""
+    monkeypatch.setattr("gclkern.torch_backend.logit_loss._KEPT_BYTES", 0)
+    arguments = operation.sample(rows=ROWS + 1, dtype=torch.bfloat16)
+    found = outcome(functools.partial(operation.function, backend="torch"), arguments, operation.differentiable(arguments))
+    for name, exact in expected_outcome(operation, arguments).parts().items():
+        # rounded gradients, and products of rounded features at a scale of 8
+        assert (found.parts()[name].double() - exact.double()).norm() <= 2**-6 * exact.norm(), name
 
 
 @pytest.mark.parametrize("classes", [1, 2])
