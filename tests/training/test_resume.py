@@ -53,7 +53,7 @@ def check(module: str, *arguments: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "ranks", "every"),
     [
-        pytest.param(["--holdout", "0.2"], 1, 16, id="some"),
+        pytest.param(["--holdout", "0.2"], 1, 30, id="some"),
         pytest.param(["--holdout", "0.2"], 1, 1, id="all", marks=pytest.mark.slow),
         pytest.param(["--method", "gcl+dro-lt", "--ema", "0.9"], 1, 1, id="all of three phases and an average", marks=pytest.mark.slow),
         pytest.param(["--method", "gcl+dro-lt"], 2, 3, id="two processes", marks=pytest.mark.slow),
