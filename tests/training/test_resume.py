@@ -15,7 +15,7 @@ import pytest
 from gclkern.training.recipes import METHODS
 from tests.support.processes import ROOT, finish, start_train
 
-TINY = ["--epochs", "1", "--retrain-epochs", "1", "--batch-size", "128", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
+TINY = ["--epochs-scale", "0.001", "--batch-size", "128", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
 SHORT = ["--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
 
 
