@@ -26,6 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 LOSSES = [operation for operation in OPERATIONS if operation.leaves]
 every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+# Tracing a head takes seconds where its kernels are interpreted; the plans are traced alike.
+TRACED_ALIKE = ("chunked", "recompute", "angles", "vmf")
+every_graph = pytest.mark.parametrize(
+    "operation", [pytest.param(one, marks=[pytest.mark.slow] if any(part in one.name for part in TRACED_ALIKE) else []) for one in OPERATIONS], ids=str
+)
 every_loss = pytest.mark.parametrize("operation", LOSSES, ids=str)
 
 
@@ -324,7 +329,7 @@ def test_compiles_as_one_graph(operation: Operation, compiler: str, backend: str
     assert_near(outcome(compiled(step, compiler)[0], tensors, wanted), eager, 1e-6)  # inductor has a tanh of its own
 
 
-@every_operation
+@every_graph
 def test_one_graph_for_every_batch(operation: Operation, backend: str, device: torch.device) -> None:
     """dynamic=True makes symbols of everything: of sizes and offsets, and of the numbers that are a function's defaults."""
     batches = [(4, 2), (7, 6), (13, 20), (5, 3)]

@@ -89,6 +89,7 @@ def test_a_checkout_runs_its_own_kernels_beside_an_installation(environment: Pat
     assert run(environment, str(script), cwd=tmp_path).stdout.split()[1] == str(checkout / "kernels" / "terms.py")
 
 
+@pytest.mark.slow
 def test_an_editable_installation_follows_its_checkout_and_no_other(environment: Path, checkout: Path, tmp_path: Path) -> None:
     install(environment, "--editable", ".", cwd=checkout)
     assert locate(environment, tmp_path) == (checkout / "gclkern", checkout / "kernels")

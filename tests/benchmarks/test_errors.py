@@ -21,7 +21,7 @@ def test_every_case_is_committed() -> None:
     assert [row["case"] for row in ROWS] == [asdict(case) for case in errors.cases()]
 
 
-@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreter])])
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreter, pytest.mark.slow])])
 def test_small_cases_measured_again(implementation: str) -> None:
     """Another processor, or another number of threads, adds up in another order: four times the committed error, and two roundings."""
     for case, committed in LIBRARY:

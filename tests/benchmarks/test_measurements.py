@@ -286,7 +286,7 @@ def test_the_terminal_shows_memory_and_what_is_included() -> None:
     assert done.returncode == 0, done.stdout
     rows = done.stdout.partition("noise | CIFAR-100 | fp32 | draw\n")[2].splitlines()
     assert re.fullmatch(r"  gclkern +[\d.e-]+ ms +[\d.]+ MB  a pure function of seed, sample and class", rows[0]), done.stdout
-    assert [row[2:36].rstrip() for row in rows[:3]] == ["gclkern", "plain torch", "device fill"]
+    assert {row[2:36].rstrip() for row in rows} >= {"gclkern", "plain torch", "device fill"}
 
 
 def test_every_case_of_a_gpu_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

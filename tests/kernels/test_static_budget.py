@@ -138,13 +138,11 @@ FIT: list[Any] = [
             vmf,
             centroids,
             noise,
-            head_fp32,
-            head_mixed,
             loss_fp32,
             loss_bf16_without_noise,
-            head_bf16_of_301,
         )
     ),
+    *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_fp32, head_mixed, head_bf16_of_301)),
     *(
         pytest.param(case, target, marks=pytest.mark.slow)
         for case in (head_bf16, loss_bf16, dro_lt, contrastive, vmf, centroids, noise)
@@ -302,7 +300,7 @@ def test_no_load_of_the_gradient_waits_for_another_one(builds: Builds, case: Cas
 
 @pytest.mark.parametrize("case", [head_bf16, head_mixed, head_bf16_of_301])
 @pytest.mark.parametrize("kernel", ["_cosine_kernel", "_feature_gradient_kernel", "_weight_gradient_kernel", "_fused_stats_kernel", "_fused_gradient_kernel"])
-def test_products_run_on_the_tensor_cores(builds: Builds, case: Case, kernel: str) -> None:
+@pytest.mark.parametrize("case", [head_bf16, *(pytest.param(case, marks=pytest.mark.slow) for case in (head_mixed, head_bf16_of_301))])
     for build in builds.of(case, "sm_90", kernel):
         loop = build.hot_loop("HGMMA")
         assert loop.count("HGMMA") > 0

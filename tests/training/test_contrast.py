@@ -204,6 +204,7 @@ def in_one_process(method: str, alone: Processes) -> dict[str, Tensor]:
         torch.distributed.is_initialized = initialized  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one() -> None:
     run_ranks(2, in_two_processes)
 

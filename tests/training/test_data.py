@@ -656,7 +656,7 @@ class TestFolder:
         write_image(folder / "test" / "bird" / "1.png")
         with pytest.raises(ValueError, match=r"bird is a class that .*train does not have"):
             load_data("folder", data_dir=folder)
-        with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; pass the folder that holds train/ and test/"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; give the folder of train/ and test/, or of the classes"):
             load_data("folder", data_dir=tmp_path / "nowhere")
 
 

@@ -214,6 +214,7 @@ def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path, train: 
     assert "give stage-1.pt of a finished run" in refused(*options, "--out", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_path: Path, train: Callable[..., str], refused: Callable[..., str]) -> None:
     from PIL import Image
 
@@ -241,8 +242,9 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
 
 @pytest.mark.parametrize("options", [
     ["--amp", "bf16", "--channels-last", "--ema", "0.9", "--accumulate", "2", "--retrain", "lws", "--retrain-epochs", "1"],
-    pytest.param(["--amp", "fp16", "--deterministic", "--retrain", "ncm", "--holdout", "0.2", "--method", "ldam-drw"], marks=pytest.mark.slow),
+    ["--amp", "fp16", "--deterministic", "--retrain", "ncm", "--holdout", "0.2", "--method", "ldam-drw"],
 ])  # fmt: skip
+@pytest.mark.slow
 def test_options_of_speed(tmp_path: Path, options: list[str]) -> None:
     assert "stage-2" in finish(start_train(*SHORT, *options, "--no-baseline", "--no-pictures", "--out", tmp_path / "run"))
     assert (tmp_path / "run" / "best.pt").exists() is ("--holdout" in options)
