@@ -298,9 +298,9 @@ def test_no_load_of_the_gradient_waits_for_another_one(builds: Builds, case: Cas
         assert opcodes.count("LDG.E.64") <= 1, "a target, and no seed"
 
 
-@pytest.mark.parametrize("case", [head_bf16, head_mixed, head_bf16_of_301])
-@pytest.mark.parametrize("kernel", ["_cosine_kernel", "_feature_gradient_kernel", "_weight_gradient_kernel", "_fused_stats_kernel", "_fused_gradient_kernel"])
 @pytest.mark.parametrize("case", [head_bf16, *(pytest.param(case, marks=pytest.mark.slow) for case in (head_mixed, head_bf16_of_301))])
+@pytest.mark.parametrize("kernel", ["_cosine_kernel", "_feature_gradient_kernel", "_weight_gradient_kernel", "_fused_stats_kernel", "_fused_gradient_kernel"])
+def test_products_run_on_the_tensor_cores(builds: Builds, case: Case, kernel: str) -> None:
     for build in builds.of(case, "sm_90", kernel):
         loop = build.hot_loop("HGMMA")
         assert loop.count("HGMMA") > 0
