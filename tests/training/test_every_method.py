@@ -52,8 +52,11 @@ def check_killed(folder: Path, *settings: object) -> None:
     assert metrics(folder / "killed") == metrics(folder / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+# Methods that differ from another one in their loss of a batch alone.
+ANOTHER_LOSS = ("mixup", "focal", "cb", "arcface", "dbm", "balanced-softmax", "gcl-ldam-drw", "agcl", "gcl-dbm", "gcl+bcl", "hybrid-psc")
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.exhaustive if name in ANOTHER_LOSS else pytest.mark.slow) for name in METHODS])
 def test_every_method(method: str, tmp_path: Path) -> None:
     settings = [*SHORT, "--method", method]
     output = finish(start_train(*settings, "--accumulate", "2", "--out", tmp_path / "whole"))
