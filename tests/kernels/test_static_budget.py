@@ -156,10 +156,11 @@ FIT: list[Any] = [
         for case, target in ((head_by_angles, "sm_90"), (head_by_angles, "sm_80"), (head_by_difficulty, "sm_90"), (loss_by_angles, "gfx942"))
     ),
     (head_of_many_rows, "sm_90"),
-    *(pytest.param(head_of_many_rows, target, marks=pytest.mark.slow) for target in ("sm_80", "sm_86", "sm_100", "sm_120")),
+    *(pytest.param(head_of_many_rows, target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")),
+    *(pytest.param(head_of_many_rows, target, marks=pytest.mark.exhaustive) for target in ("sm_86", "sm_120")),
     pytest.param(head_mixed_of_many_rows, "sm_90", marks=pytest.mark.slow),
     # what users have at home and in the cloud: 100 KiB of shared memory where an A100 has 163
-    *(pytest.param(case, target, marks=pytest.mark.slow) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
+    *(pytest.param(case, target, marks=pytest.mark.exhaustive) for case in (head_bf16, loss_bf16, dro_lt) for target in ("sm_86", "sm_89", "sm_120")),
     *(pytest.param(case, "sm_90", marks=pytest.mark.slow) for case in (head_bf16_of_200, head_mixed_of_300, head_fp32_of_1001)),
 ]
 

@@ -143,8 +143,10 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("retrain", [name for name in RETRAINS if name != "none"])
+@pytest.mark.parametrize(
+    "retrain",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("crt", "mislas", "disalign") else pytest.mark.exhaustive) for name in RETRAINS if name != "none"],
+)
 def test_every_re_training(retrain: str, stage1: Path, tmp_path: Path) -> None:
     """All start from one stage 1, and so from the same running statistics of batch normalisation."""
     settings = [*SHORT, "--method", "ce", "--retrain", retrain, "--stage1"]
