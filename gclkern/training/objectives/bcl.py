@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from gclkern.contrastive_losses import BalancedContrastiveLoss
-from gclkern.distributed import gather_batch
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
 from gclkern.training.objectives.classification import Classification
-from gclkern.training.objectives.views import features_of, flat_views, projection_head
+from gclkern.training.objectives.views import contrasted_views, projection_head
 
 # Options of a phase that are arguments of BalancedContrast; the others are those of the classifier's loss.
 OPTIONS = ("hidden", "dim", "temperature", "weight", "contrast_weight")
@@ -43,8 +42,6 @@ class BalancedContrast(Objective):
         self.weight, self.contrast_weight, self.scale = weight, contrast_weight, classification.scale
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
-        assert batch.views is not None
-        first, others = features_of(network, batch.images, flat_views(batch.views))
-        keys, target = gather_batch(self.project(others), batch.target.repeat(batch.views.shape[1]), averaged_gradients=True)
+        first, keys, target = contrasted_views(network, self.project, batch)
         contrast = self.contrast(keys, self.project_classes(network.head.weight), target)
         return self.weight * self.classification.loss_of(network, first, batch) + self.contrast_weight * contrast

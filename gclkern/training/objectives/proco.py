@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gclkern.distributed import gather_batch
 from gclkern.losses import LogitAdjustedLoss
 from gclkern.proco import ProCoLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
-from gclkern.training.objectives.views import features_of, flat_views, projection_head
+from gclkern.training.objectives.views import contrasted_views, projection_head
 
 
 class ProbabilisticContrast(Objective):
@@ -44,7 +43,5 @@ class ProbabilisticContrast(Objective):
         self.contrast.start_epoch()
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
-        assert batch.views is not None
-        first, others = features_of(network, batch.images, flat_views(batch.views))
-        keys, target = gather_batch(self.project(others), batch.target.repeat(batch.views.shape[1]), averaged_gradients=True)
+        first, keys, target = contrasted_views(network, self.project, batch)
         return self.classification(network.classify(first), batch.target) + self.contrast_weight * self.contrast(keys, target)

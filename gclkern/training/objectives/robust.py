@@ -20,9 +20,12 @@ def check_layers(backbone: nn.Module, layers: Sequence[str], images: Tensor) -> 
     Raises:
         ValueError: it has not; the message names some that it has.
     """
+    layers = [name for name in layers if name != FEATURES]
+    if not layers:  # the usual case, in which a run starts without a forward pass
+        return
     known = dict(backbone.named_modules())
     for name in layers:
-        if name != FEATURES and (not name or name not in known):
+        if not name or name not in known:
             own = ", ".join([FEATURES, *(child for child, _ in backbone.named_children())])
             raise ValueError(f"`robust_layers`: {type(backbone).__name__} has no layer {name!r}; take one of {own}, or a module within one")
     training = backbone.training
@@ -30,7 +33,7 @@ def check_layers(backbone: nn.Module, layers: Sequence[str], images: Tensor) -> 
         backbone.eval()(images)
     backbone.train(training)
     for name in layers:
-        if name != FEATURES and not isinstance(found.get(name), Tensor):
+        if not isinstance(found.get(name), Tensor):
             problem = f"gives a {type(found[name]).__name__}, not a tensor" if name in found else "is not called in a forward pass"
             raise ValueError(f"`robust_layers`: the layer {name} {problem}; take another one, such as the block that it is in")
 

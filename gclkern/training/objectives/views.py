@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gclkern.distributed import gather_batch
 from gclkern.training.network import Network
+from gclkern.training.objectives.base import Batch
 
 
 def features_of(network: Network, *images: Tensor) -> tuple[Tensor, ...]:
@@ -16,6 +18,13 @@ def features_of(network: Network, *images: Tensor) -> tuple[Tensor, ...]:
 def flat_views(views: Tensor) -> Tensor:
     """Views (N, V, C, H, W) one below the other: (V * N, C, H, W), with the samples of the first view first."""
     return views.transpose(0, 1).flatten(0, 1)
+
+
+def contrasted_views(network: Network, project: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D) of the batch's own images; keys and classes of its further views, of all processes."""
+    assert batch.views is not None
+    first, others = features_of(network, batch.images, flat_views(batch.views))
+    return first, *gather_batch(project(others), batch.target.repeat(batch.views.shape[1]), averaged_gradients=True)
 
 
 def projection_head(feature_dim: int, hidden: int, dim: int, *, batch_norm: bool) -> nn.Sequential:
