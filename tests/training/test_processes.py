@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from gclkern.training.processes import Processes, stop_requests
 
@@ -50,3 +54,22 @@ def test_a_checkpoint_may_take_its_time() -> None:
         stop.accept()
         time.sleep(0.4)
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+def _train_and_close(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = Processes("cpu")
+    nn.parallel.DistributedDataParallel(nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+    processes.close()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists its threads as Linux does")
+def test_closing_ends_the_threads_of_the_group() -> None:
+    """One that still holds a tensor when Python shuts down calls std::terminate."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_train_and_close, (port,), nprocs=2)
