@@ -1,4 +1,4 @@
-"""Fused losses for long-tailed recognition: Gaussian clouded logits (GCL) and the DRO-LT bound."""
+"""Fused losses for long-tailed recognition: Gaussian clouded logits (GCL), the DRO-LT bound and related losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gclkern.oltr import MemoryLoss, MetaEmbeddingClassifier, ModulatedAttention
 from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
 from gclkern.tde import TDEClassifier
-from gclkern.weights import DeferredReweighting, effective_number_weights, inverse_frequency_weights, label_aware_smoothing
+from gclkern.weights import DeferredReweighting, effective_number_weights, inverse_frequency_weights, label_aware_smoothing, ldam_margins, log_prior
 
 if TYPE_CHECKING:
     from gclkern import distributed, training
@@ -64,6 +64,8 @@ __all__ = [
     "functional",
     "inverse_frequency_weights",
     "label_aware_smoothing",
+    "ldam_margins",
+    "log_prior",
     "mixed_targets",
     "samplers",
     "set_debug",

@@ -1,4 +1,4 @@
-"""Tensors of a module that are no parameters: class vectors that keep their dtype and their values, and sums that belong to one rank."""
+"""Tensors of a module that are not parameters: class vectors that keep their dtype and values, and sums over one rank's samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PreciseBuffers(nn.Module):
     """A module whose buffers follow ``.to(device)`` but keep their dtype under ``.half()`` and ``.to(dtype)``, also when a model that contains it is converted.
 
     Losses and sums compute in float32 or better, and a vector that was rounded to 16 bits would stay rounded after ``.float()``. The buffers follow from the
-    arguments of the module: they keep their values under ``.to_empty()``, and on the way back from the meta device they are what they were at first.
+    arguments of the module, so they keep their values under ``.to_empty()``, and get their initial values when the module leaves the meta device.
     """
 
     _initial_buffers: dict[str, Tensor | None]
@@ -34,10 +34,10 @@ class PreciseBuffers(nn.Module):
 
 
 class RankState(nn.Module):
-    """A module that adds up this rank's own samples in the tensors that `add_state` names.
+    """A module that adds up this rank's own samples in the tensors that `add_state` registers.
 
-    They are no buffers, which DistributedDataParallel would overwrite with those of rank 0. They follow ``.to(device)``, keep their dtype, are in the state
-    dict, and are 0 when they come from the meta device.
+    They are not buffers, because DistributedDataParallel would overwrite buffers with those of rank 0. They follow ``.to(device)``, keep their dtype, are part
+    of the state dict, and are 0 when the module leaves the meta device.
     """
 
     _state_names: list[str]

@@ -23,11 +23,14 @@ class ClassCentroids(RankState):
     ``.to(device)`` and are part of the state dict, so an epoch can be resumed.
 
     With ``torch.distributed`` initialised, each rank updates with its own samples, and :meth:`compute` is a collective call of all ranks: it returns the
-    centroids of all samples and does not change each rank's own sums. They are no buffers: DistributedDataParallel leaves them alone.
+    centroids of all samples and does not change each rank's own sums. The sums are not buffers, so DistributedDataParallel does not overwrite them.
 
     Args:
         num_classes: C.
         dim: D, columns of the features.
+
+    Raises:
+        TypeError, ValueError: a size that is not a positive int; in :meth:`update`, features or labels that do not fit.
 
     Example:
         >>> import torch
@@ -65,7 +68,7 @@ class ClassCentroids(RankState):
             raise ValueError(f"features are on {features.device} but these centroids are on {self.sums.device}; move one of them")
 
     def _add(self, features: Tensor, target: Tensor) -> None:
-        """Samples whose label is out of range are left out."""
+        """Add a batch without checking it. Samples whose label is out of range are left out."""
         features = features.detach()
         sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features, features, target, self.sums.shape[0])
         self.sums += sums

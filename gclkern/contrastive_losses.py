@@ -46,7 +46,8 @@ class SupConLoss(_ContrastiveLoss):
 
         loss_i = log sum_{k != i} exp(<x_i, x_k> / temperature) - mean over p != i of class y_i of <x_i, x_p> / temperature
 
-    Give it all views of a batch: ``features=torch.cat(views)``, ``target=target.repeat(len(views))``. A sample without another one of its class has no term.
+    Give it all views of a batch: ``features=torch.cat(views)``, ``target=target.repeat(len(views))``. A sample that is the only one of its class is left out of
+    the loss.
 
     Args:
         temperature: 0.1 is the paper's.
@@ -81,7 +82,8 @@ class SupConLoss(_ContrastiveLoss):
 class BalancedContrastiveLoss(_ContrastiveLoss):
     r"""Balanced contrastive loss (Zhu et al., "Balanced contrastive learning for long-tailed visual recognition", CVPR 2022).
 
-    A prototype of each class is among the keys, so that every class is in every batch; and a class counts by the mean of its keys, with m_c keys of class c:
+    The keys include a prototype of each class, so that every class is in every batch. The denominator takes the mean over the keys of a class instead of their
+    sum, so that all classes count alike. With m_c keys of class c:
 
         loss_i = log sum_{k != i} exp(<x_i, k> / temperature) / (m_c(k) - [c(k) = y_i]) - mean over keys p != i of class y_i of <x_i, p> / temperature
 
@@ -115,7 +117,7 @@ class BalancedContrastiveLoss(_ContrastiveLoss):
         check_matrix("prototypes", prototypes)
         num_classes = prototypes.shape[0]
         label = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-        # of the prototypes one each; what is no class is counted aside
+        # one for each class's prototype, plus its samples; the last entry counts labels that are out of range
         counts = torch.ones(num_classes + 1, dtype=statistics_dtype(features), device=features.device)
         counts.index_put_((torch.where(label.clamp(0, num_classes - 1) == label, label, num_classes),), counts.new_ones(()), accumulate=True)
         return supervised_contrastive(features, target, prototypes=prototypes, class_counts=counts[:num_classes], **self._options())
@@ -133,7 +135,7 @@ class PrototypicalContrastiveLoss(_ContrastiveLoss):
 
         loss_i = log sum_{c != y_i} exp(<x_i, q_c> / temperature) - <x_i, q_{y_i}> / temperature
 
-    The own class is left out of the denominator, so the loss may be negative and never saturates.
+    The denominator leaves out the sample's own class, so the loss may be negative and never saturates.
 
     Args:
         temperature: 0.1 is the paper's for CIFAR-100-LT, 1 that for CIFAR-10-LT.

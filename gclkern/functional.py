@@ -68,8 +68,8 @@ def gcl_cross_entropy(
 
         z_ij(t) = scale * (cosine_ij - cloud_j * e_ij - margin_j * [j == t]) + bias_j
 
-    With `angular` they add to the angle theta_ij of the cosine instead (ArcFace; AGCL). With `difficulty_margin` the margin does, and is larger for samples
-    whose bare cosines are largest for another class (DBM):
+    With `angular`, cloud and margin add to the angle theta_ij of the cosine instead (ArcFace; AGCL). With `difficulty_margin` only the margin does, and it is
+    larger for samples whose largest cosine is that of another class (DBM):
 
         z_ij(t) = scale * cos(theta_ij + pi/2 * cloud_j * e_ij + margin_j * [j == t]) + bias_j
         z_ij(t) = scale * (cos(theta_ij + margin_j * [j == t] * (1 + hard_i * (1 - cosine_it) / 2)) - cloud_j * e_ij) + bias_j,
@@ -100,15 +100,15 @@ def gcl_cross_entropy(
         angular: cloud and margin add to the angle. The cloud is in right angles, in [0, 1], and the margin in radians, in [0, pi/2]. Where theta + a would pass
             pi, with a the angle added, cosine - a sin(a) takes the place of cos(theta + a), as in ArcFace's release. 1 - cosine^2, whose root has no derivative
             at 0, is at least 1e-6, so gradients are finite at cosines of 1 and -1.
-        difficulty_margin: the margin, in radians, in [0, pi/4], adds to the angle and is up to twice as large for samples that are not classified by their
-            bare cosines; the gradient includes that factor's. The cloud is subtracted. It excludes `angular`.
-        easy_margin: angles are added to positive cosines alone, as in ArcFace's and AGCL's releases for `easy_margin`.
+        difficulty_margin: the margin, in radians, in [0, pi/4], adds to the angle, and is up to twice as large for samples that the cosines alone do not
+            classify correctly; the gradient includes that of this factor. The cloud is subtracted. It excludes `angular`.
+        easy_margin: angles are only added where the cosine is positive, as with the option of this name in the releases of ArcFace and AGCL.
         ignore_index: a sample with this label, in either target, has no loss and no gradient.
         reduction: "mean" divides by the kept samples' sum of lam * weight[target] + (1 - lam) * weight[target_b] (torch's rule, mixed), with
             gamma > 0 by their number; "sum"; or "none" for the loss of each sample (N,).
         seed: key of the noise: an int, a () int64 tensor on the device of `cosine`, or None to draw one from torch's generator there.
-        row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes data parallel noise equal to one
-            process's.
+        row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes the noise of data-parallel training equal to
+            that of one process.
         class_offset: index of the first class in the global class range, for a shard of the classes.
         backend: "auto" (Triton kernels on a GPU, on NVIDIA's from compute capability 8.0; compiled loops on a CPU; torch elsewhere and for float64),
             "triton", "cpu" or "torch".
@@ -230,9 +230,10 @@ def dro_lt_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""The DRO-LT bound (ICCV 2021): the centroid mu_c of a class should be nearer to the samples of its class than to all others, by a margin of 2 epsilon_c.
+    r"""The DRO-LT bound (Samuel and Chechik, "Distributional robustness loss for long-tail learning", ICCV 2021).
 
-    The softmax runs over the SAMPLES of the batch B, with y_j the class of sample j:
+    The centroid mu_c of a class should be nearer to the samples of its class than to all others, by a margin of 2 epsilon_c. The softmax runs over
+    the SAMPLES of the batch B, with y_j the class of sample j:
 
         l_cj   = -(\|mu_c - z_j\|_2 + 2 epsilon_c [y_j == c]) / temperature
         loss_c = mean over i in B with y_i = c of (logsumexp_{j in B} l_cj - l_ci)
@@ -354,9 +355,9 @@ def supervised_contrastive(
 
     and w_ik = 1. The losses of the literature are
 
-        SupCon   features of two views or more, one below the other                                     (Khosla et al., NeurIPS 2020, Eq. 2)
+        SupCon   features of two or more views, concatenated along the rows                             (Khosla et al., NeurIPS 2020, Eq. 2)
         BCL      `prototypes`, and `class_counts` = keys of each class in the batch, samples and prototype: w_ik = 1 / (class_counts_c(k) - [c(k) = y_i]),
-                 so that a class counts by the mean of its keys                                         (Zhu et al., CVPR 2022)
+                 the mean over the keys of a class in place of the sum                                  (Zhu et al., CVPR 2022)
         PSC      `prototypes`, include_samples=False, include_own_class=False                           (Wang et al., CVPR 2021)
 
     Features are normalised here, and so are prototypes; a row of norm <= 1e-12 has cosine 0 with everything and gradient 0. No matrix over pairs of samples is
@@ -379,7 +380,7 @@ def supervised_contrastive(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it and its value. On a GPU labels are not read (that would synchronise): a label out of
-            range makes that sample's term and gradient NaN. :func:`gclkern.set_debug` has labels read.
+            range makes that sample's term and gradient NaN. :func:`gclkern.set_debug` enables the check.
 
     Gradients exist for `features` and `prototypes`; backward may be repeated, a second derivative is not supported.
 

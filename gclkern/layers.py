@@ -10,7 +10,7 @@ from gclkern.kernels.terms import SMALLEST_NORM
 from gclkern.validation import check_int
 
 
-def unit_rows(rows: Tensor, smallest_norm: float = SMALLEST_NORM) -> Tensor:  # an argument, because TorchScript takes no constant of a module
+def unit_rows(rows: Tensor, smallest_norm: float = SMALLEST_NORM) -> Tensor:  # an argument, because TorchScript cannot read the module's constant
     """Rows (..., D) over their norms, in float32 or better; a row of norm <= 1e-12 becomes 0 with gradient 0, where F.normalize has gradients of 1e12."""
     if rows.element_size() < 4:
         rows = rows.float()  # squares of float16 overflow from 256 on
@@ -26,9 +26,9 @@ class CosineLinear(nn.Module):
 
     (NormFace: Wang et al., "L2 hypersphere embedding for face verification", ACM MM 2017.) A row of norm <= 1e-12 has cosine 0 everywhere and gradient 0.
 
-    Made of torch operators, for every dtype and any order of derivatives. Norms are computed in float32 or better, the product in the features' dtype or in
-    autocast's. A bfloat16 cosine is off by up to 2^-9, with a scale of 30 an error of 6% in a probability: for training prefer
-    :class:`gclkern.LinearGCLLoss`, which takes this layer's `weight` and does not round to bfloat16, and call this layer to predict.
+    It consists of torch operators, so it supports every dtype and derivatives of any order. Norms are computed in float32 or better, the product in the
+    features' dtype or in autocast's. A bfloat16 cosine is off by up to 2^-9, which with a scale of 30 is an error of 6% in a probability. So for training
+    prefer :class:`gclkern.LinearGCLLoss`, which takes this layer's `weight` and does not round to bfloat16, and call this layer to predict.
 
     Args:
         in_features: dimensions D of a feature.
@@ -76,7 +76,7 @@ class CosineLinear(nn.Module):
 
 
 class AdaptiveCalibration(nn.Module):
-    r"""Moves the logits of a trained classifier, by class and as far as the sample's confidence says: the second stage of DisAlign.
+    r"""Calibrates the logits of a trained classifier: a scale and an offset for each class, applied as far as a confidence of the sample says (DisAlign).
 
         z'_ij = c_i (a_j z_ij + b_j) + (1 - c_i) z_ij,    c_i = sigmoid(<v, f_i> + d)
 
@@ -129,7 +129,7 @@ class AdaptiveCalibration(nn.Module):
         if features.dim() == 0 or features.shape[-1] != self.confidence.in_features:
             raise ValueError(f"features must have shape (..., {self.confidence.in_features}), got {list(features.shape)}")
         confidence = torch.sigmoid(self.confidence(features))
-        return logits + confidence * ((self.scale - 1) * logits + self.offset)  # the same, and exact where it starts
+        return logits + confidence * ((self.scale - 1) * logits + self.offset)  # this form of the formula is exact for a = 1, b = 0
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"

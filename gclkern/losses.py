@@ -19,7 +19,7 @@ from gclkern.clouds import cloud_sizes
 from gclkern.devices import refuse_transforms, values_may_be_read
 from gclkern.dispatch import BACKENDS, PLANS
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
-from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, Strategy
+from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, SmoothingShape, Strategy
 from gclkern.validation import (
     REDUCTIONS,
     ClassCounts,
@@ -107,7 +107,7 @@ class _ClassLoss(PreciseBuffers):
         )  # fmt: skip
 
     def _check_classes(self, name: str, matrix: object, dim: int) -> None:
-        """Refuse a matrix of other classes by the argument that the user gave, class_counts: the vectors are made of it."""
+        """Check that `matrix` has one row or column for each class. The error names class_counts, which the user gave, not the vectors made of it."""
         if isinstance(matrix, Tensor):
             refuse_transforms(name, matrix)
         if self.num_classes is not None and isinstance(matrix, Tensor) and matrix.dim() == 2 and matrix.shape[dim] != self.num_classes:
@@ -115,14 +115,14 @@ class _ClassLoss(PreciseBuffers):
             raise ValueError(f"{name} must have {self.num_classes} {what}, one for each of class_counts, got shape {tuple(matrix.shape)}")
 
     def _check_cosines(self, cosine: Tensor) -> None:
-        """Warn, in the first batch alone, when a loss of cosines is given logits: nothing else would show it."""
+        """Warn if a loss of cosines is given logits, which raise no error. Only the first batch is checked."""
         if self._takes_cosines and not self._seen and isinstance(cosine, Tensor) and values_may_be_read(cosine):
             self._seen = True
             largest = float(cosine.detach().abs().max()) if cosine.numel() > 0 else 0.0
             if 1.05 < largest < math.inf:
                 warnings.warn(
-                    f"{type(self).__name__} takes cosines in [-1, 1], but the largest here is {largest:.3g}: are they the logits of a linear layer? "
-                    f"Take a gclkern.CosineLinear classifier",
+                    f"{type(self).__name__} takes cosines in [-1, 1], but the largest here is {largest:.3g}; if these are the logits of a linear layer, "
+                    f"use a gclkern.CosineLinear classifier instead",
                     stacklevel=3,
                 )
 
@@ -214,7 +214,7 @@ class _CloudedLoss(_ClassLoss):
         tau: float = 0.0,
         **options: Unpack[LossOptions],
     ) -> None:
-        # in right angles where it is an angle, of which one is the most
+        # with `angular` the cloud is in units of a right angle, and at most 1
         cloud = check_number("noise_mul", noise_mul, 0.0, 1.0 if angular is True else math.inf) * cloud_sizes(class_counts, strategy, exponent)
         nonzero = cloud if bool(cloud.any()) else None  # a cloud of zeros needs no noise
         bias = check_number("tau", tau) * log_prior(class_counts) if tau != 0.0 else None
@@ -246,7 +246,7 @@ class GCLLoss(_CloudedLoss):
         focal_detach: the focal factor counts as a constant in backward, as in the release; False is the standard focal loss.
         angular, difficulty_margin, easy_margin: the margin, and with `angular` the cloud, add to the angle; see
             :func:`gclkern.functional.gcl_cross_entropy`, :class:`gclkern.AGCLLoss` and :class:`gclkern.DBMLoss`.
-        tau: strength of a logit adjustment, tau * log prior is added to the logits in eval mode, too; see :class:`gclkern.LogitAdjustedLoss`.
+        tau: strength of a logit adjustment: tau * log prior is added to the logits, in eval mode too; see :class:`gclkern.LogitAdjustedLoss`.
         label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
     Shapes: cosine (N, C), target and target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none", float32 (float64 for float64).
@@ -434,7 +434,7 @@ class LabelAwareSmoothingLoss(_LogitLoss):
         class_counts: training samples of each class (C,), all positive.
         head, tail: smoothing of the most frequent and of the rarest class, in [0, 1]. The release's: 0.3 and 0 (CIFAR-10-LT at imbalance 100, ImageNet-LT,
             iNaturalist), 0.4 and 0.1 (CIFAR-100-LT at imbalance 100, Places-LT).
-        shape: how the smoothing goes from one to the other, see :func:`gclkern.label_aware_smoothing`.
+        shape: how the smoothing depends on the class count between the two, see :func:`gclkern.label_aware_smoothing`.
         scale: factor on the logits: 1 for those of a linear layer, about 30 for cosines.
         weight, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
@@ -457,7 +457,7 @@ class LabelAwareSmoothingLoss(_LogitLoss):
         *,
         head: float = 0.3,
         tail: float = 0.0,
-        shape: str = "concave",
+        shape: SmoothingShape = "concave",
         scale: float = 1.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
@@ -536,9 +536,14 @@ class FocalLoss(_LogitLoss):
 
 
 class DROLTLoss(PreciseBuffers):
-    r"""The DRO-LT bound as a module: :func:`gclkern.functional.dro_lt_loss` with stored epsilon, class weights and temperature.
+    r"""The DRO-LT bound (Samuel and Chechik, "Distributional robustness loss for long-tail learning", ICCV 2021) as a module.
 
-    It is added to a cross entropy: the paper weights the two by lam and 1 - lam, the released recipe by 1 and 1.
+        l_cj   = -(\|mu_c - z_j\|_2 + 2 epsilon_c [y_j == c]) / temperature
+        loss_c = mean over i in B with y_i = c of (logsumexp_{j in B} l_cj - l_ci)
+        loss   = sum_{c in B} w_c loss_c / sum_{c in B} w_c
+
+    with the features z and labels y of a batch B, and class centroids mu; see :func:`gclkern.functional.dro_lt_loss`. It is added to a cross entropy: the paper
+    weights the two by lam and 1 - lam, the released recipe by 1 and 1.
 
     It follows the paper. Differences from the released code:
 
@@ -564,6 +569,9 @@ class DROLTLoss(PreciseBuffers):
         backend: "auto", "triton", "cpu" or "torch".
 
     Shapes: features (N, D), target (N,) int64, centroids (C, D), counts (C,) or None -> loss () for "mean" and "sum", (N,) for "none".
+
+    Raises:
+        TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit. Messages name the argument and the value.
 
     Example:
         >>> import torch

@@ -21,7 +21,7 @@ class MetaEmbeddingClassifier(nn.Module):
     r"""OLTR's classifier of dynamic meta-embeddings (section 3.1 of the paper): rare classes borrow from a memory M of one centroid for each class.
 
         m = softmax(H x) M                             memory feature; H is a linear classifier, in the release stage 1's
-        e = tanh(S x)                                  how much of it each dimension takes
+        e = tanh(S x)                                  how much of m each dimension takes
         v = 10 / min_c \|x - M_c\| (x + e * m)           far from all centroids, v is short
         z_j = scale \|v\| / (1 + \|v\|) cos(v, w_j)
 
@@ -81,7 +81,7 @@ class MetaEmbeddingClassifier(nn.Module):
         dtype = statistics_dtype(features)
         with torch.autocast(features.device.type, enabled=False):
             x, memory = features.to(dtype), self.memory.detach().to(dtype)
-            # |x - M_c|^2 without |x|^2, about the memory's centre so that no digits are lost far from the origin; not torch.cdist, which ONNX has not
+            # |x - M_c|^2 without |x|^2, relative to the memory's centre so that no digits are lost far from the origin; ONNX has no torch.cdist
             centre = memory.mean(0)
             around = memory - centre
             nearest = (around.square().sum(1) - 2.0 * (x.detach() - centre) @ around.t()).argmin(1)
@@ -101,16 +101,16 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class MemoryLoss(nn.Module):
-    r"""OLTR's loss between features and the memory: features go to the centroid of their class, and all pairs of a feature and another class's centroid apart.
+    r"""OLTR's loss between features and the memory: it pulls features to the centroid of their class, and pushes them away from the other centroids.
 
         attraction = 1 / (2 N) sum_i \|x_i - M_{y_i}\|^2
         repulsion = max(0, margin - 1 / (N C) sum_i sum_{j != y_i} \|x_i - M_j\|^2)
         loss = attraction + repulsion_weight * repulsion
 
     The hinge is on the mean over all pairs, so repulsion ends once that mean is `margin`. The sum over pairs is computed in closed form from sums of squares,
-    O((N + C) D), about the centre of the memory, so that no digits are lost far from the origin. The release builds (N, C, D).
+    O((N + C) D), relative to the centre of the memory, so that no digits are lost far from the origin. The release builds (N, C, D).
 
-    Attraction's gradient for the memory is not the derivative but, as in the release, that of a centroid which moves by the mean over its samples:
+    The gradient of the attraction with respect to the memory is not its derivative. As in the release it is, for the centroid of class c,
 
         sum over samples i of class c of (M_c - x_i) / ((1 + count_c) N)
 
@@ -155,7 +155,7 @@ class MemoryLoss(nn.Module):
             x, centroids = features.to(dtype), memory.to(dtype)
             known = (target >= 0) & (target < num_classes)
             target = target.clamp(0, num_classes - 1)
-            # the value of the memory, with the share of its gradient that the release has
+            # equal to the memory, but with the release's share of its gradient
             count = x.new_zeros(num_classes).index_add_(0, target, x.new_ones(num_samples))
             fixed = centroids.detach()
             moving = fixed + (centroids - fixed) / (1.0 + count[:, None])
@@ -178,11 +178,11 @@ class ModulatedAttention(nn.Module):
         a = W softmax(theta(x)^T phi(x)) g(x)          non-local block of channels / 2; the softmax is over places, W starts at 0
         output = x + softmax(L x) * a                  L is linear, from the whole map to one number for each place
 
-    It starts as the identity, because W does.
+    It starts as the identity, because W starts at 0.
 
     Args:
         channels: of the map, at least 2.
-        height, width: of the map, which is of one size, because L has a weight for each place.
+        height, width: of the map; fixed, because L has weights for each place.
 
     Shapes: (N, channels, height, width) -> the same.
 
@@ -218,9 +218,9 @@ class ModulatedAttention(nn.Module):
         if maps.dim() != 4 or maps.shape[1:] != shape:
             raise ValueError(f"maps must have shape (N, {', '.join(map(str, shape))}), got {list(maps.shape)}")
         theta, phi, g = (layer(maps).flatten(2) for layer in (self.theta, self.phi, self.g))  # (N, channels / 2, places)
-        seen = (theta.transpose(1, 2) @ phi).softmax(2) @ g.transpose(1, 2)  # (N, places, channels / 2)
-        answer = self.output(seen.transpose(1, 2).unflatten(2, (self.height, self.width)))
-        return maps + self.places(maps.flatten(1)).softmax(1).view(-1, 1, self.height, self.width) * answer
+        attended = (theta.transpose(1, 2) @ phi).softmax(2) @ g.transpose(1, 2)  # (N, places, channels / 2)
+        attention = self.output(attended.transpose(1, 2).unflatten(2, (self.height, self.width)))
+        return maps + self.places(maps.flatten(1)).softmax(1).view(-1, 1, self.height, self.width) * attention
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, height={self.height}, width={self.width}"

@@ -1,7 +1,7 @@
-"""The options of the losses: names, types and allowed values of the keywords that layers pass on, each defined once.
+"""The options of the losses: names, types and allowed values of keyword arguments, each defined once.
 
-The functions of gclkern.functional list their keywords with their defaults. Callers that forward keywords to them take ``**options: Unpack[...]`` of one of
-these dictionaries, so that editors complete the names and type checkers find wrong ones.
+The functions of gclkern.functional list their keywords with their defaults. Functions and modules that forward keywords to them take
+``**options: Unpack[...]`` with one of the dictionaries below, so that editors complete the names and type checkers find wrong ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ Plan = Literal["auto", "materialised", "chunked", "recompute"]
 Reduction = Literal["mean", "sum", "none"]
 Strategy = Literal["log", "power", "cosine"]
 LearnedEpsilon = Literal["learned", "sqrt"]
+SmoothingShape = Literal["concave", "linear", "convex"]
 
 
 class LossOptions(TypedDict, total=False):

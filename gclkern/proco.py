@@ -59,16 +59,15 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         M_c = mean unit feature of class c,    R = \|M_c\|,    mu_c = M_c / R,    kappa_c = D R / (1 - R^2), at most 1e5
         loss = cross_entropy(vmf_contrast(<x, mu_c>, kappa_c) + tau * log prior, target)
 
-    The means are running averages of the features that this module is given in training mode. Two run side by side, as in the release: the one that serves
-    holds the last epoch and this one so far, the other this epoch alone. Call :meth:`start_epoch` as each epoch begins. A class that was never seen has
-    concentration 0. Under data parallelism each rank averages its own samples;
-    :func:`gclkern.distributed.gather_batch` gives it those of all ranks. Nothing of size (N, C, D) is ever in memory.
+    The means are averages of the features that this module is given in training mode: over the previous epoch and the current one so far, as in the release.
+    Call :meth:`start_epoch` at the start of each epoch. A class that was never seen has concentration 0. Under data parallelism each rank averages its own
+    samples; :func:`gclkern.distributed.gather_batch` gives it those of all ranks. Nothing of size (N, C, D) is ever in memory.
 
     Args:
         class_counts: training samples of each class (C,), all positive.
         dim: D, columns of the features, at least 16; 128 in the paper.
         temperature: 0.1 is the paper's for CIFAR-LT.
-        tau: strength of the logit adjustment.
+        tau: strength of the logit adjustment; 1 is the paper's.
         reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
     Shapes: features (N, D), which are normalised here, target (N,) int64 -> () for "mean" and "sum", (N,) for "none".
@@ -85,7 +84,7 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         >>> criterion(features, torch.arange(8) % 3).backward()
     """
 
-    sums: Tensor  # (2, C, D) of unit features: since the last epoch began, and since this one began
+    sums: Tensor  # (2, C, D) of unit features: since the start of the previous epoch, and since the start of this one
     counts: Tensor  # (2, C)
     bias: Tensor  # (C,)
 
@@ -107,7 +106,7 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         self.add_state("counts", torch.zeros((2, self.num_classes), dtype=torch.int64, device=bias.device))
 
     def start_epoch(self) -> None:
-        """Let the average of the epoch that has ended serve, and begin another."""
+        """Drop the samples from before the epoch that has just ended."""
         self.sums[0] = self.sums[1]
         self.counts[0] = self.counts[1]
         self.sums[1].zero_()

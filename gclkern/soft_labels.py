@@ -20,8 +20,8 @@ def mixed_targets(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         target, target_b (N,) int64, the class of the larger share first and the same class twice where there is one; lam (N,), float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: `soft` is no such matrix. On a GPU its values are not read (that would synchronise): in a wrong row `lam` is NaN, and so is the
-            loss. :func:`gclkern.set_debug` enables the check.
+        TypeError, ValueError: `soft` is not such a matrix. On a GPU its values are not read (that would synchronise): `lam` is NaN in a wrong row, and so is
+            the loss. :func:`gclkern.set_debug` enables the check.
 
     Example:
         >>> import torch, gclkern

@@ -237,7 +237,7 @@ def _margin_vector(margin: object, num_classes: int, reference_name: str, refere
 
 
 def _check_angles(cloud: Tensor | None, margin: Tensor | None, largest_margin: float, bias: Tensor | None) -> None:
-    """Angles that are added to angles: at most pi in all. Gradients are those of the cosines alone."""
+    """Margin and cloud that add to an angle: their sum may be at most pi, and only the cosines get a gradient."""
     for name, vector, most, unit in (("margin", margin, largest_margin, "radians"), ("cloud", cloud, 1.0, "right angles")):
         if vector is not None and values_may_be_read(vector):
             wrong = ~((vector >= 0) & (vector <= most))
@@ -373,7 +373,7 @@ def _check_options(
     rows: int, num_classes: int, scale: object, gamma: object, label_smoothing: object, ignore_index: object, row_offset: object, class_offset: object,
     reduction: str, focal_detach: object, angular: object, difficulty_margin: object, easy_margin: object,
 ) -> tuple[float, float, float, int, int, int, str]:  # fmt: skip
-    """The options of a loss that are no tensors."""
+    """The options of a loss that are not tensors."""
     switches = {"focal_detach": focal_detach, "angular": angular, "difficulty_margin": difficulty_margin, "easy_margin": easy_margin}
     for name, value in switches.items():
         if not isinstance(value, bool):
@@ -398,7 +398,7 @@ def _checked_options(*options: Any) -> tuple[float, float, float, int, int, int,
         try:
             return _options_seen_before(*options)
         except TypeError:
-            pass  # a wrong option, or one without a hash; here its message would not name it
+            pass  # an option is wrong or cannot be hashed; checked again below, where the error names it
     return _check_options(*options)
 
 

@@ -1,11 +1,11 @@
-"""Cosines to whose angle another angle is added, for the margins and clouds of ArcFace, AGCL and DBM.
+"""Adding an angle to that of a cosine, for the margins and clouds of ArcFace, AGCL and DBM.
 
 With theta the angle of the cosine c,
 
     cos(theta + a) = c cos a - sqrt(1 - c^2) sin a                where theta + a < pi, that is, c > -cos a
-                     c - a sin a                                  elsewhere, which still falls with a
+                     c - a sin a                                  elsewhere, which still decreases with a
 
-The derivative of the root is infinite at c = 1 and -1: 1 - c^2 is at least SMALLEST_SINE_SQUARED here, and a constant where it would be less.
+The derivative of the root is infinite at c = 1 and -1, so where 1 - c^2 is smaller than SMALLEST_SINE_SQUARED, that constant takes its place.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from .terms import implements, shapes_of
 
 _ROWS = 64
 _COLUMNS = 64
-_PULL_TILE = 32  # rows and columns: beside the sums of the rows more of them would spill
+_PULL_TILE = 32  # rows and columns: beside the sums of the rows, a larger tile would spill registers
 _DEPTH = 32
 
 
@@ -86,7 +86,7 @@ def _log_total_kernel(
             weight = tl.where(same, _load(own_ptr, rows, in_batch, 0.0)[:, None], _load(other_ptr, columns, present, 0.0)[None, :])
             counted &= weight > 0.0
             logit += tl.log2(tl.where(counted, weight, 1.0))
-        # a NaN is a key that every sample sees
+        # NaN stays: its key is in the denominator of every sample
         logit = tl.where(counted, logit, -float("inf"))
         top = tl.maximum(peak, tl.max(logit, axis=1))
         anchor = tl.where(top == -float("inf"), 0.0, top)
@@ -98,7 +98,7 @@ def _log_total_kernel(
 
 @batch_kernel
 def _pull_kernel(
-    left_ptr, right_ptr,  # (N, D) whose gradient is made, (K, D)
+    left_ptr, right_ptr,  # (N, D) rows whose gradient is computed, (K, D) columns
     label_ptr, right_label_ptr,  # None: prototypes
     own_ptr, right_own_ptr, other_ptr, right_other_ptr,  # (N,), (K,) weights, or None where all are 1
     log_total2_ptr, rate_ptr,  # (N,) None: rows without a denominator of their own

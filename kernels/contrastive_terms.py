@@ -1,4 +1,4 @@
-"""The softmax over samples and class prototypes, but for the sums over keys, which each backend makes by itself.
+"""The softmax over samples and class prototypes, without the sums over keys, which each backend computes in its own way.
 
 With unit vectors x_i of the samples and q_c of the prototypes, and the keys k of a batch being samples, prototypes or both,
 
@@ -6,7 +6,7 @@ With unit vectors x_i of the samples and q_c of the prototypes, and the keys k o
 
 where w_ik is `own` of the class where k is of the class y_i, and `other` of the class of k elsewhere: 1 and 1 for SupCon; 1 / (m_c - 1) and 1 / m_c, with m_c
 keys of class c, for BCL; `own` is 0 where the denominator leaves out the own class. The mean over positives and its gradient are sums of each class: no matrix
-over pairs of samples is needed for them. Backward scales what the keys' sums give by the upstream gradient of each sample.
+over pairs of samples is needed for them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Keys(NamedTuple):
     prototypes: Tensor | None  # (C, D) unit rows
     label: Tensor  # (N,) int64; C where a label is no class
     own: Tensor | None  # (N,) weight of the keys of a sample's class; None: all weights are 1
-    other: Tensor | None  # (N,) weight of a sample for those of other classes
-    prototype_other: Tensor | None  # (C,) the same of a prototype
+    other: Tensor | None  # (N,) weight of a sample as a key of samples of other classes
+    prototype_other: Tensor | None  # (C,) the same for a prototype
     include_samples: bool
     temperature: float
 
@@ -49,7 +49,7 @@ def _unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _dense_labels(target: Tensor) -> Tensor:
-    """Labels in [0, N) that are equal where those of `target` are: found without asking a GPU how many there are."""
+    """Labels in [0, N) that are equal where those of `target` are, computed without reading the number of classes from a GPU."""
     ordered, order = target.sort()
     place = torch.zeros_like(ordered)
     torch.cumsum(ordered[1:] != ordered[:-1], 0, out=place[1:])
@@ -69,7 +69,7 @@ def _keys(
         counts = class_counts.to(unit.dtype)
         prototype_other = counts.reciprocal()
         other = _padded(prototype_other).index_select(0, label)
-        own = _padded((counts - 1).reciprocal()).index_select(0, label).nan_to_num(posinf=0.0)  # of a lone key, which has no other
+        own = _padded((counts - 1).reciprocal()).index_select(0, label).nan_to_num(posinf=0.0)  # infinite for the only key of its class
     elif not include_own_class:
         other = torch.ones_like(unit[:, 0])
         prototype_other = None if prototypes is None else torch.ones_like(prototypes[:, 0])
@@ -135,10 +135,10 @@ def backward(
     known = class_counts if prototypes is None else prototypes
     num_classes = features.shape[0] if known is None else known.shape[0]
     keys = _keys(unit, None if prototypes is None else unit_prototypes, label, class_counts, include_samples, include_own_class, temperature)
-    rate = torch.where(rate == 0.0, 0.0, rate * grad_loss)  # a sample without positives has no gradient, whatever arrives
+    rate = torch.where(rate == 0.0, 0.0, rate * grad_loss)  # a sample without positives has no gradient, even if the upstream one is NaN
     grad, grad_prototypes = pulls(keys, log_total, rate)
 
-    # towards its positives a sample is pulled as an anchor, and they to it
+    # each sample is pulled towards its positives, and they towards it
     pull = (rate * share)[:, None]
     positives, _ = _positives(keys, num_classes, segment_sums)
     grad.addcmul_(positives, pull, value=-1)

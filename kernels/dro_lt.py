@@ -371,7 +371,7 @@ def dro_lt_backward(
     features_grad: bool,
     epsilon_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the features and of epsilon, each in its dtype and shape; empty (0,) where not asked for."""
+    """Gradients of the features and of epsilon, each in its dtype and shape; one that was not requested is empty, (0,)."""
     distance, stats, classes, num_anchors = saved
     (num_rows, dim), (num_classes, _) = features.shape, centroids.shape
     per_class = epsilon.dim() == 1

@@ -5,8 +5,8 @@ writes, in their place and rounded to bfloat16,
 
     E_ij = exp(s (v_ij - anchor)) / |w_j|,   and at a target the value for which r_i E_iy is its gradient,
 
-for then the gradient of the products is G_ij = dL/dcosine_ij / |w_j| = r_i E_ij, with one factor for each sample, known once its row is summed. Backward draws
-no noise and writes nothing of size (N, C):
+because then the gradient that enters the products is G_ij = dL/dcosine_ij / |w_j| = r_i E_ij, with one factor for each sample, known once its row is summed.
+Backward draws no noise and writes nothing of size (N, C):
 
     df_i = r_i (E w)_i, and the backward of its norm,      dw = E.T (r x), and the backward of its norms, a panel of classes at a time.
 
@@ -173,7 +173,7 @@ def _targets_kernel(
     exponential_ptr, stride, inverse_norm_ptr, target_ptr, target_b_ptr, stats_ptr, num_rows, num_classes, anchor2,
     SMALLEST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """At each target the gradient there over the row's factor."""
+    """Store at each target its gradient divided by the row's factor."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
     shift = tl.load(stats_ptr + rows, mask=in_batch, other=0.0) - anchor2
@@ -192,7 +192,7 @@ def _scaled_features_kernel(
     row = tl.program_id(0).to(tl.int64)
     shift = tl.load(stats_ptr + row) - anchor2
     upstream = tl.load(grad_loss_ptr + row) if PER_ROW else tl.load(grad_loss_ptr)
-    factor = tl.where(shift > -SMALLEST, 0.0, tl.exp2(-shift) * (upstream * (scale / tl.load(denominator_ptr))))  # of an ignored row it is infinite
+    factor = tl.where(shift > -SMALLEST, 0.0, tl.exp2(-shift) * (upstream * (scale / tl.load(denominator_ptr))))  # shift is infinite if the row is ignored
     tl.store(factor_ptr + row, factor * tl.load(inverse_norm_ptr + row))
     for start in range(0, out_stride, DEPTH):
         at = start + tl.arange(0, DEPTH)

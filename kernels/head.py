@@ -55,7 +55,7 @@ def chunk_size(plan: str, num_rows: int, num_classes: int) -> int:
 def exponentials_pay(num_rows: int, num_classes: int, dim: int) -> bool:
     """Whether it is faster to store exponentials, by the model of benchmarks/predict_times.py.
 
-    They save the gradient's pass over (N, C) and what our products take longer than the vendor's; they cost passes over (C, D).
+    They save the gradient's pass over (N, C), and the products are the vendor's, which are faster than ours; they cost passes over (C, D).
     """
     return num_rows >= 512 + dim // 4 and num_rows * num_classes >= 2**22
 

@@ -89,7 +89,7 @@ def add_noise_and_bias(
 
 @triton.jit
 def row_targets(target_ptr, target_b_ptr, rows, in_batch, shift):
-    """Both targets of each row, as columns of the tile grid, where class 0 of this call is `shift` columns in; without a second one, the first twice."""
+    """Both targets of each row, as columns of the tile grid, in which class 0 of this call is column `shift`; without a second target, the first one twice."""
     # compared in 32 bits: an out-of-range label may wrap around into the grid, but row_loss.py overrides the result of its row
     target = (tl.load(target_ptr + rows, mask=in_batch, other=-1) + shift).to(tl.int32)
     target_b = target
@@ -177,7 +177,7 @@ def store_lanes(peak_ptr, rest_ptr, blend_ptr, hardest_ptr, at, in_batch, peak, 
 def tile_gradient(
     v, by_cosine, columns, weight, target, target_b, offset, grad_a, grad_b, smooth, scale2, TWO: tl.constexpr, SMOOTH: tl.constexpr, ANGULAR: tl.constexpr
 ):  # fmt: skip
-    """dz of a tile of v for a unit upstream gradient, see row_loss.py; where the noise is one of angles, times the derivative of v by the cosine."""
+    """dz of a tile of v for a unit upstream gradient, see row_loss.py; if the noise adds to angles, times the derivative of v by the cosine."""
     dz = tl.exp2(scale2 * v - offset[:, None])
     if SMOOTH:
         dz -= smooth[:, None] * weight[None, :]
@@ -642,7 +642,7 @@ def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
 @implements("logit_backward", "triton")
 def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """Gradients of the cosines, rows padded to ROW_ALIGNMENT elements, and of the bias (empty unless asked for)."""
+    """Gradients of the cosines, rows padded to ROW_ALIGNMENT elements, and of the bias (empty unless requested)."""
     *fields, bias_grad = args
     terms = LossTerms(*fields)
     stats, denominator = saved

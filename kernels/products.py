@@ -96,7 +96,10 @@ def _unit_rows_kernel(
     x_ptr, stride_n, stride_d, copy_ptr, copy_stride, inverse_norm_ptr, row_scale_ptr, target_ptr, target_b_ptr, num_rows, dim, ignore_index, zero_norm,
     UNIT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Norms of rows, and a copy of the rows: with UNIT of those that have a direction and are not ignored, divided by their norms where these are asked for."""
+    """Inverse norms of rows, and a copy of the rows; each is optional.
+
+    With UNIT the copied rows are divided by their norms, if norms are computed, and are 0 if they are ignored or their norm counts as 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
     factor = tl.full((ROWS,), 1.0, tl.float32)
@@ -163,7 +166,7 @@ def _product_tile(
     at = tl.arange(0, DEPTH)
     x_tile = x_ptr + (rows * x_vectors * VECTOR)[:, None] + at[None, :]
     weight_tile = weight_ptr + (classes * weight_vectors * VECTOR)[None, :] + at[:, None]
-    dim = tl.cdiv(dim, VECTOR) * VECTOR  # what fills a row's last vector is 0
+    dim = tl.cdiv(dim, VECTOR) * VECTOR  # the padding of a row's last vector is 0
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, dim, DEPTH):
         if WHOLE:
@@ -426,7 +429,7 @@ def aligned_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def whole_vectors(rows: Tensor) -> Tensor:
-    """The rows of `aligned_rows` with what fills their last vector, which is 0 in the copies that are made here."""
+    """The rows of `aligned_rows` including their padding, which is 0 in the copies that this module makes."""
     return rows.as_strided((rows.shape[0], rows.stride(0)), rows.stride())
 
 
@@ -439,9 +442,9 @@ def _is_aligned(rows: Tensor) -> bool:
 
 
 def unit_features(features: Tensor, terms: LossTerms, *, normalize: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """Features for the products: with `normalize` of unit length, and their inverse norms (N,). Rows that are ignored or have no direction are 0.
+    """Features for the products, of unit length with `normalize`, and their inverse norms (N,).
 
-    So whatever such a row holds, even NaN, does not enter the products.
+    Rows that are ignored or have no direction are 0, so that nothing they hold, not even NaN, enters the products.
     """
     unit = aligned_rows(*features.shape, dtype=dtype or features.dtype, device=features.device)
     inverse_norm = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if normalize else None

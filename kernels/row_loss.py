@@ -9,8 +9,8 @@ target's gradient stays accurate where its probability is close to 1. It stores 
 
     dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-Where an angle is added to the targets' (`LossTerms.turns_targets`), grad_a and grad_b are gradients by s * cosine. A difficulty margin needs one more statistic
-of each row: hardest, the largest cosine of a class that is no target.
+If an angle is added to those of the targets (`LossTerms.turns_targets`), grad_a and grad_b are gradients with respect to s * cosine. A difficulty margin needs
+one more statistic of each row: hardest, the largest cosine of a class that is no target.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def _target_logit(
 def _one_target(
     peak, rest, blend, own, other, share, weight, total_weight, scale, scale2, smoothing, class_share, gamma, FOCAL: tl.constexpr, DETACH: tl.constexpr
 ):  # fmt: skip
-    """One target's part of a row: loss, log2 slope, gradient at the target, chain factor; all but the loss's own factor include the target's share.
+    """One target's part of a row, times the target's share: loss, log2 of the slope, gradient at the target, and chain factor.
 
-    `own` is the target's v with its margin, `other` the second target's without (-inf where there is none, or where it is the same class). The
+    `own` is the target's v with its margin, `other` the second target's v without margin (-inf if there is none, or if it is the same class). The
     gradient at a class that is no target is exp2(s * log2(e) * v + slope).
     """
     top = tl.maximum(tl.maximum(peak, own), other)

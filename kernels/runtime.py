@@ -11,11 +11,11 @@ from torch import Tensor
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 # Device code may use NVIDIA's approximate instructions (inline assembly); elsewhere it takes the portable formulas.
 NVIDIA: bool = not INTERPRETED and torch.version.cuda is not None
-# Grids are cut for a GPU of this many multiprocessors, an H100's or H200's; on another one their last wave may be emptier.
+# Grids are sized for a GPU of this many multiprocessors, an H100's or H200's; on another GPU their last wave may be less full.
 MULTIPROCESSORS = 132
 
-# Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers of other alignment, unless these are named. Here are the arguments
-# that change with the number of rows, with the offset of a batch or a shard, or with an address; none of them is in an address whose alignment matters.
+# Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers of another alignment, unless the arguments are excluded by name.
+# These change with the number of rows, with the offset of a batch or a shard, or with an address, and no address whose alignment matters depends on them.
 PLACES = ("row_offset", "class_offset", "first_group", "target_shift", "splits", "tiles_per_split", "row_tiles_per_split", "row_blocks", "stats_stride")
 LOOSE_POINTERS = ("target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_loss_ptr", "peak_ptr", "rest_ptr", "blend_ptr")
 # `triton.jit` for a kernel that every batch launches: smaller last batches, and micro-batches at other offsets, compile nothing.

@@ -1,4 +1,4 @@
-"""What the operators of both backends share: the terms of a loss as one value, and the schema of every operator.
+"""What the operators of all backends share: the terms of a loss as one value, and the schema of every operator.
 
 `LossTerms` is the argument list that the operators of the losses have in common. It is a named tuple, so that `operator(cosine, *terms)` passes it and
 `LossTerms(*args)` restores it.
@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class LossTerms(NamedTuple):
-    """Everything beside the logits that decides the loss. The functional layer has validated it: operators trust it."""
+    """Everything that determines the loss, apart from the logits. The functional layer has validated it; operators do not check it again."""
 
     target: Tensor  # (N,) int64
     target_b: Tensor | None  # (N,) int64, the second target of mixup
@@ -39,10 +39,10 @@ class LossTerms(NamedTuple):
     row_offset: int
     class_offset: int
     reduction: str  # "mean", "sum" or "none"
-    smoothing: Tensor | None = None  # (C,) float32, gathered at each target, in the place of label_smoothing
+    smoothing: Tensor | None = None  # (C,) float32, gathered at each target; replaces label_smoothing
     angular: bool = False  # cloud and margin add to the angle instead of being subtracted from the cosine
-    difficulty_margin: bool = False  # the margin adds to the angle, and is larger for a sample that is not classified by its bare cosines
-    easy_margin: bool = False  # angles are added where the cosine is positive, elsewhere nothing is
+    difficulty_margin: bool = False  # the margin adds to the angle, and is larger for a sample that the cosines alone do not classify correctly
+    easy_margin: bool = False  # angles are only added where the cosine is positive
 
     @property
     def smoothed(self) -> bool:
@@ -51,16 +51,16 @@ class LossTerms(NamedTuple):
 
     @property
     def turns_classes(self) -> bool:
-        """Whether an angle is added to every class's, so that no logit is linear in its cosine."""
+        """Whether an angle is added to that of every class, so that no logit is linear in its cosine."""
         return self.angular and self.cloud is not None
 
     @property
     def turns_targets(self) -> bool:
-        """Whether an angle is added to the targets' at least."""
+        """Whether an angle is added at least to those of the targets."""
         return self.angular or self.difficulty_margin
 
 
-SMALLEST_SINE_SQUARED = 1e-6  # of an angle to which another is added: towards 0 the derivative by the cosine would be infinite
+SMALLEST_SINE_SQUARED = 1e-6  # of an angle to which another one is added: at 0 the derivative by the cosine would be infinite
 SMALLEST_NORM = 1e-12  # a row of this norm or less has no direction: its cosines and its gradient are 0
 
 
@@ -104,9 +104,9 @@ SCHEMAS = {
 }
 PREFIXES = {"triton": "", "torch": "torch_", "cpu": "cpu_"}  # of an operator's name, by backend
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what the operators call, by the operator's name
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # the function behind each operator, by the operator's name
 
-NAMESPACE = __name__.partition(".")[0]  # a second copy of the package under another name has operators of its own
+NAMESPACE = __name__.partition(".")[0]  # so that a second copy of the package under another name has its own operators
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -191,7 +191,7 @@ def _(grad: Tensor, cosine: Tensor, concentration: Tensor, order: float, tempera
 
 
 class ClassShards(Protocol):
-    """What an operator of a head that holds only some of the classes asks of the ranks that hold the others."""
+    """How a head that holds only some of the classes combines its results with those of the ranks that hold the others."""
 
     terms: LossTerms  # of all classes; the operator itself is given the terms of the classes that it holds
     num_classes: int  # of all ranks
@@ -209,5 +209,5 @@ class ClassShards(Protocol):
         ...
 
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
-        """Start to add up all ranks' gradients of the features (N, D); the result, when called, is the sum's rows of this rank."""
+        """Start summing the gradients of the features (N, D) over all ranks. Calling the result waits, and returns this rank's rows of the sum."""
         ...

@@ -119,7 +119,7 @@ def test_a_float_target_is_told_of_soft_labels() -> None:
 
 def test_logits_instead_of_cosines_are_warned_of_once() -> None:
     criterion = gclkern.GCLLoss(COUNTS)
-    with pytest.warns(UserWarning, match=r"GCLLoss takes cosines in \[-1, 1\], but the largest here is 7: .*CosineLinear"):
+    with pytest.warns(UserWarning, match=r"GCLLoss takes cosines in \[-1, 1\], but the largest here is 7; .*CosineLinear"):
         criterion(torch.tensor([[7.0, 0.0, 0.0]]), torch.tensor([0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -115,8 +115,8 @@ def _empty(*shape: int) -> Tensor:
 @implements("head_forward", "cpu")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The same as gclkern.kernels.head.head_forward."""
-    *some, normalize, plan, for_backward = args
-    terms = LossTerms(*some)
+    *fields, normalize, plan, for_backward = args
+    terms = LossTerms(*fields)
     head = _Head(features, linear_weight, terms, normalize, plan)
     feature_inverse = _empty(head.num_rows).fill_(1.0)
     if normalize:
@@ -148,8 +148,8 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
 @implements("head_backward", "cpu")
 def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same as gclkern.kernels.head.head_backward."""
-    *some, normalize, plan, features_grad, weight_grad, bias_grad = args
-    terms = LossTerms(*some)
+    *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
+    terms = LossTerms(*fields)
     head = _Head(features, linear_weight, terms, normalize, plan)
     feature_inverse, class_inverse, denominator, kept = saved  # kept: the gradient without the upstream factor, or the statistics to recompute it
     inverse = class_inverse if normalize else None
@@ -193,8 +193,8 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
 
 @shapes_of("head_forward", "cpu")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, normalize, plan, for_backward = args
-    terms = LossTerms(*some)
+    *fields, normalize, plan, for_backward = args
+    terms = LossTerms(*fields)
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     loss = features.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=torch.float32)
     if not for_backward:

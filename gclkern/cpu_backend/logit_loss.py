@@ -58,8 +58,8 @@ def _loss(cosine: Tensor, terms: LossTerms) -> Tensor:
 @implements("logit_forward", "cpu")
 def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The same as gclkern.kernels.logit_loss.logit_forward."""
-    *some, for_backward = args
-    terms = LossTerms(*some)
+    *fields, for_backward = args
+    terms = LossTerms(*fields)
     num_rows, num_classes = cosine.shape
     loss, workspace = _loss(cosine, terms), _workspace(cosine, terms, for_backward)
     kept, peaks, denominator, statistics, losses = _places(workspace, num_rows, num_classes, terms)
@@ -76,8 +76,8 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 @implements("logit_backward", "cpu")
 def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     """The same as gclkern.kernels.logit_loss.logit_backward."""
-    *some, bias_grad = args
-    terms = LossTerms(*some)
+    *fields, bias_grad = args
+    terms = LossTerms(*fields)
     num_rows, num_classes = cosine.shape
     kept, peaks, denominator, statistics, _ = _places(saved[0], num_rows, num_classes, terms)
     if grad_loss.dtype != torch.float32 or not grad_loss.is_contiguous():
@@ -97,8 +97,8 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
 
 @shapes_of("logit_forward", "cpu")
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, for_backward = args
-    terms = LossTerms(*some)
+    *fields, for_backward = args
+    terms = LossTerms(*fields)
     return _loss(cosine, terms), [_workspace(cosine, terms, for_backward)]
 
 

@@ -27,6 +27,10 @@ class ShardedClassCentroids(ShardedModule, ClassCentroids):
     :meth:`update` is a collective call: each rank passes its own samples, the same number on every rank, and sums those of its own classes. `state_dict` holds
     DTensors of all classes, as that of :class:`ShardedCosineLinear`.
 
+    Raises:
+        TypeError, ValueError: as :class:`gclkern.ClassCentroids`; too few classes, so that a rank would have none.
+        ShardError: the ranks do not agree on the shapes, or one has died.
+
     Example:
         >>> import torch
         >>> centroids = ShardedClassCentroids(num_classes=2, dim=3)
@@ -86,6 +90,9 @@ def sharded_dro_lt_loss(
         group: the ranks; None is the default group, or one process.
         epsilon, class_weight: as in the functional API, of all classes on every rank. Weight 0 leaves out classes without a centroid: ``(counts > 0).float()``.
         temperature, reduction, backend: as in the functional API.
+
+    Returns:
+        The loss of this rank's samples: () for "mean" and "sum", (n,) for "none".
 
     Raises:
         ValueError, TypeError: as the functional API.

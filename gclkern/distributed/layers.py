@@ -95,4 +95,4 @@ class ShardedCosineLinear(ShardedModule):
 
     def gather(self, rows: Tensor) -> Tensor:
         """Gather values or rows of each rank's classes, (classes of this rank, ...), into those of all classes, (C, ...), on each rank; a collective call."""
-        return self.ranks.gather_parts(rows.detach(), self.shards.sizes, "gathering what belongs to the classes")
+        return self.ranks.gather_parts(rows.detach(), self.shards.sizes, "gathering the values of all classes")

@@ -79,6 +79,13 @@ def sharded_optimizer_state(optimizer: torch.optim.Optimizer, classifier: Sharde
     ``torch.distributed.checkpoint`` saves them, and loads them in place, on any number of ranks. Only tensors that exist can be loaded: :class:`RowSGD` has its
     momentum from the start, torch's optimizers only after their first step.
 
+    Args:
+        optimizer: one that trains ``classifier.weight``, such as :class:`RowSGD` or torch.optim.SGD.
+        classifier: the sharded layer.
+
+    Returns:
+        The optimizer's tensors of the weight's shape by their names, such as "momentum", each (C, D); in one process plain tensors.
+
     Example:
         >>> classifier = ShardedCosineLinear(16, 10)
         >>> optimizer = RowSGD(classifier.parameters(), lr=0.1)

@@ -24,7 +24,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class ShardError(RuntimeError):
-    """Ranks that share a classifier do not agree on a call, or one of them has died."""
+    """The ranks of a process group do not agree on a call, or one of them has died; the message names the difference or the call."""
 
 
 class Ranks:

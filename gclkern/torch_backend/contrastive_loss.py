@@ -1,7 +1,7 @@
-"""The softmax over samples and class prototypes in torch: a tile of cosines at a time, each for both of the samples that it compares.
+"""The softmax over samples and class prototypes in torch, a tile of cosines at a time.
 
-A cosine is at most 1, so exp((x_i . x_k - 1) / T) serves the denominators of i and of k, and both directions of the gradient: of a batch's pairs each is
-multiplied and exponentiated once.
+A cosine is at most 1, so one exponential, exp((x_i . x_k - 1) / T), serves the denominators of i and of k and both directions of the gradient: the product and
+the exponential of each pair of samples are computed once.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _pulls(keys: Keys, log_total: Tensor, rate: Tensor) -> tuple[Tensor, Tensor 
 
 
 def _pair_rates(keys: Keys, rate: Tensor, first: slice, second: slice) -> Tensor:
-    """What a pair's exponential is multiplied by: rate and weight of the one's denominator, and of the other's."""
+    """The factor of each pair's exponential in the gradient: over both samples, the sum of the sample's rate times the weight of the other one as its key."""
     if keys.own is None or keys.other is None:
         return rate[first, None] + rate[None, second]
     others = torch.outer(rate[first], keys.other[second]).addr_(keys.other[first], rate[second])
@@ -133,7 +133,7 @@ def contrastive_forward(
     features: Tensor, prototypes: Tensor | None, target: Tensor, class_counts: Tensor | None, temperature: float, include_samples: bool,
     include_own_class: bool, reduction: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The twin of gclkern.kernels.contrastive_loss.contrastive_forward."""
+    """The same as gclkern.kernels.contrastive_loss.contrastive_forward."""
     return shared.forward(features, prototypes, target, class_counts, temperature, include_samples, include_own_class, reduction, _log_totals, segment_sums)
 
 
@@ -142,7 +142,7 @@ def contrastive_backward(
     grad_loss: Tensor, features: Tensor, prototypes: Tensor | None, class_counts: Tensor | None, saved: list[Tensor], temperature: float,
     include_samples: bool, include_own_class: bool, features_grad: bool, prototypes_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The twin of gclkern.kernels.contrastive_loss.contrastive_backward."""
+    """The same as gclkern.kernels.contrastive_loss.contrastive_backward."""
     return shared.backward(
         grad_loss, features, prototypes, class_counts, saved, temperature, include_samples, include_own_class, features_grad, prototypes_grad, _pulls,
         segment_sums,

@@ -287,20 +287,20 @@ def run_backward(
 
 @implements("head_forward", "torch")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, normalize, plan, for_backward = args
-    return run_forward(features, linear_weight, LossTerms(*some), normalize, plan, for_backward)
+    *fields, normalize, plan, for_backward = args
+    return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan, for_backward)
 
 
 @implements("head_backward", "torch")
 def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *some, normalize, plan, features_grad, weight_grad, bias_grad = args
-    return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*some), normalize, plan, features_grad, weight_grad, bias_grad)
+    *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
+    return run_backward(grad_loss, features, linear_weight, saved, LossTerms(*fields), normalize, plan, features_grad, weight_grad, bias_grad)
 
 
 @shapes_of("head_forward", "torch")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, normalize, plan, for_backward = args
-    terms = LossTerms(*some)
+    *fields, normalize, plan, for_backward = args
+    terms = LossTerms(*fields)
     num_rows, num_classes, dtype = features.shape[0], linear_weight.shape[0], statistics_dtype(features)
     loss = features.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
     if not for_backward:

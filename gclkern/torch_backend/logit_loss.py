@@ -31,7 +31,7 @@ _KEPT_BYTES = 2**30  # the exponentials of a larger matrix are computed again
 
 
 def _keeps_exponentials(cosine: Tensor, terms: LossTerms, for_backward: bool) -> bool:
-    # where the noise is one of angles, backward needs it for the derivatives, too
+    # if the noise adds to angles, backward needs it for the derivatives, too
     return for_backward and terms.cloud is not None and not terms.angular and cosine.numel() * statistics_dtype(cosine).itemsize <= _KEPT_BYTES
 
 
@@ -45,8 +45,8 @@ def _load_scaled_(block: Tensor, cosine: Tensor, scale: float) -> None:
 
 @implements("logit_forward", "torch")
 def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, for_backward = args
-    terms = LossTerms(*some)
+    *fields, for_backward = args
+    terms = LossTerms(*fields)
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
     classes = slice(0, num_classes)
@@ -68,8 +68,8 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
 @implements("logit_backward", "torch")
 def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    *some, bias_grad = args
-    terms = LossTerms(*some)
+    *fields, bias_grad = args
+    terms = LossTerms(*fields)
     anchor, parts, denominator, kept = saved
     num_rows, num_classes = cosine.shape
     dtype, device = statistics_dtype(cosine), cosine.device
@@ -104,8 +104,8 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
 
 @shapes_of("logit_forward", "torch")
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *some, for_backward = args
-    terms = LossTerms(*some)
+    *fields, for_backward = args
+    terms = LossTerms(*fields)
     num_rows, dtype = cosine.shape[0], statistics_dtype(cosine)
     loss = cosine.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
     kept = cosine.new_empty(cosine.shape if _keeps_exponentials(cosine, terms, for_backward) else (0,), dtype=dtype)

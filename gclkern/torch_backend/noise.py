@@ -53,7 +53,7 @@ def _weyl(device: torch.device) -> Tensor:
 
 
 class _FirstRounds(NamedTuple):
-    """The part of Philox that depends on the row alone or on the group alone, so is cheap: the state after rounds 1 and 2, and the keys of the later rounds.
+    """The part of Philox that depends on only the row or only the group, and so is cheap: the state after rounds 1 and 2, and the keys of the later rounds.
 
     After round 2 the state of (row i, group j) is c0 = row0[i] ^ group0[j], c1 = group1[j], c2 = row2[i] ^ group2[j], c3 = row3[i]. The key of round 3 is
     already in group1 and row3, which that round only takes into exclusive ors.

@@ -10,8 +10,8 @@ to 1. It stores a row's gradient as a few numbers (`RowGradients`):
 
     dz_ij = exp(u_ij - anchor_i) slope_i - smooth_i weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-Where an angle is added to the targets' (`LossTerms.turns_targets`), the values of the targets are kept bare, scale * cosine, and grad_a and grad_b are
-gradients by these; where one is added to every class's, dz_ij is multiplied by the derivative of u_ij by scale * cosine_ij.
+If an angle is added to those of the targets (`LossTerms.turns_targets`), the targets' values are scale * cosine without noise and bias, and grad_a and grad_b
+are gradients with respect to them. If an angle is added to that of every class, dz_ij is multiplied by the derivative of u_ij by scale * cosine_ij.
 
 Rows and classes are masked by selection, never by multiplication with 0, so that a NaN stays in its row.
 """
@@ -97,7 +97,7 @@ def row_targets(terms: LossTerms) -> list[Tensor]:
 
 
 def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: slice, scratch: Tensor | None, slopes: Tensor | None = None) -> None:
-    """Turns scale * cosine into u, in place. Where the noise is one of angles, `slopes` receives the derivatives of u by scale * cosine."""
+    """Turns scale * cosine into u, in place. If the noise adds to angles, `slopes` receives the derivatives of u by scale * cosine."""
     if terms.cloud is not None and terms.seed is not None and scratch is not None:
         noise = scratch[: block.numel()].view(block.shape)
         fill_noise(noise, terms.seed, terms.row_offset + rows.start, terms.class_offset + classes.start)
@@ -129,7 +129,7 @@ class RowSums:
         self.hardest = torch.empty(num_rows, dtype=dtype, device=device) if terms.difficulty_margin else None
 
     def add_bare(self, block: Tensor, rows: slice, classes: slice) -> None:
-        """Where angles are added to the targets': what is needed of scale * cosine of a block, before its noise and `add_`."""
+        """If angles are added to those of the targets, record what that needs of a block of scale * cosine. Call it before noise is added."""
         if not self.terms.turns_targets:
             return
         first = classes.start == 0
@@ -305,7 +305,7 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
 def gradient_(
     exponentials: Tensor, terms: LossTerms, stats: RowGradients, rows: slice, classes: slice, out: Tensor, slopes: Tensor | None = None
 ) -> None:  # fmt: skip
-    """dz of a block from its exp(u - anchor), times `slopes` where the noise is one of angles; `out` may be the same tensor as the exponentials."""
+    """dz of a block from its exp(u - anchor), times `slopes` if the noise adds to angles; `out` may be the same tensor as the exponentials."""
     slope, smooth, *grads = stats.parts[:, rows].unsqueeze(2).unbind()
     torch.mul(exponentials, slope, out=out)
     if terms.smoothed:
