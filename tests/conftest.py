@@ -29,10 +29,22 @@ if PTX_TARGET is not None:
     compiled.install(PTX_TARGET)
 
 
-# Few examples, the same in every run: `python -m pytest -m hypothesis --hypothesis-profile thorough` has many.
+# Few examples, the same in every run: `python -m pytest -m hypothesis --hypothesis-profile thorough` has many, and `minimal` is for interpreted kernels.
 settings.register_profile("quick", max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=60)
+settings.register_profile("minimal", settings.get_profile("quick"), max_examples=3)
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in a process for each core, up to eight, unless the command says how many (-n), measures time or debugs."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not (option.benchmark_only or option.usepdb or option.collectonly):
+        option.numprocesses = min(os.cpu_count() or 1, 8)
+        if option.dist == "no":
+            option.dist = "loadfile"  # tests of a file share what takes long to prepare
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
