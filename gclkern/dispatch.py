@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
 from gclkern.devices import autocast_is_on, without_autocast
-from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES, LossTerms
+from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
 
@@ -84,13 +84,6 @@ def backend_without_loops(backend: str, tensor: Tensor, what: str) -> str:
     if backend == "cpu":
         raise ValueError(f'backend="cpu" has no {what}; use backend="torch" or "auto"')
     return "torch"
-
-
-def backend_for_terms(backend: str, tensor: Tensor, terms: LossTerms) -> str:
-    """`resolve_backend` for a loss of these terms."""
-    if terms.turns_targets:
-        return backend_without_loops(backend, tensor, "angular and no difficulty_margin")
-    return resolve_backend(backend, tensor)
 
 
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:

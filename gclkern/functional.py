@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, SupervisedContrast
 from gclkern.devices import values_may_be_read
-from gclkern.dispatch import backend_for_terms, backend_without_loops, call_operator, resolve_backend, resolve_plan
+from gclkern.dispatch import backend_without_loops, call_operator, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, Plan, Reduction
 from gclkern.validation import (
@@ -139,7 +139,7 @@ def gcl_cross_entropy(
         focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
         ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
-    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), backend_for_terms(backend, cosine, terms))
+    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), resolve_backend(backend, cosine))
 
 
 def linear_gcl_cross_entropy(
@@ -213,7 +213,7 @@ def linear_gcl_cross_entropy(
         gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
         ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
-    chosen = backend_for_terms(backend, features, terms)
+    chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
     for_backward = _gradient_is_wanted(features, linear_weight, terms.bias)
     return HeadLoss.apply(features, linear_weight, terms.bias, terms, normalize, resolved, for_backward, chosen)

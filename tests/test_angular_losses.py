@@ -91,8 +91,6 @@ def assert_near(found: Outcome, exact: Outcome, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", angle_sets(1, 1))
 def test_every_option_follows_the_formula(name: str, backend: str, device: torch.device) -> None:
-    if backend == "cpu":
-        pytest.skip("torch serves angles on a CPU")
     arguments = LOGITS.sample(name, ROWS, device) | {"reduction": "none"}
     assert_near(outcome(functools.partial(LOGITS.function, backend=backend), arguments, LOGITS.leaves), expected_outcome(LOGITS, arguments), device)
 
@@ -103,16 +101,14 @@ def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes
     else:
-        monkeypatch.setattr("gclkern.torch_backend.head._CHUNK_BYTES", 1)  # 64
-        monkeypatch.setattr("gclkern.torch_backend.head._PANEL_BYTES", 1)
+        monkeypatch.setattr(f"gclkern.{backend}_backend.head._CHUNK_BYTES", 1)  # 64
+        monkeypatch.setattr(f"gclkern.{backend}_backend.head._PANEL_BYTES", 1)
 
 
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["everything", "dbm and everything"])
 def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, device: torch.device) -> None:
-    if backend == "cpu":
-        pytest.skip("torch serves angles on a CPU")
     matrices = {"features": cosines(5, 11), "linear_weight": cosines(150, 11, seed=8), "target": torch.tensor([0, 70, 127, 149, 3])}
     arguments = moved(matrices | angle_sets(5, 150)[name], device) | {"reduction": "none"}
     found = outcome(functools.partial(HEAD.function, backend=backend, plan=plan), arguments, HEAD.leaves)
@@ -123,8 +119,6 @@ def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, 
 @pytest.mark.parametrize("form", ["logits", *PLANS])
 def test_one_larger_cosine_makes_a_sample_hard(form: str, backend: str, device: torch.device) -> None:
     """Wherever its class is: in the first panel, in the last one, or the other target; and an equal one does not."""
-    if backend == "cpu":
-        pytest.skip("torch serves angles on a CPU")
     features = torch.full((6, 150), -0.1)
     target, second = torch.tensor([70, 70, 70, 3, 127, 70]), torch.tensor([70, 70, 3, 70, 127, 70])
     features[range(6), target] = 0.5
@@ -193,8 +187,6 @@ def test_the_head_has_the_same_options(name: str) -> None:
 @pytest.mark.parametrize("name", CRITERIA)
 def test_gradients_are_finite_where_a_feature_is_its_class(name: str, sign: float, backend: str) -> None:
     kind, options = CRITERIA[name]
-    if backend == "cpu":
-        pytest.skip("torch serves angles on a CPU")
     cosine = torch.full((4, CLASSES), -sign)
     target = torch.arange(4)
     cosine[target, target] = sign

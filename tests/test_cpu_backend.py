@@ -141,7 +141,7 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", '-DGCLKERN_SOURCES="variant"']
     sources = sorted(map(str, NATIVE.glob("*.c")))
     subprocess.run([str(COMPILER), *flags, *VARIANTS[variant], "-shared", "-fPIC", "-o", str(path), *sources, "-lm"], check=True)
-    names = ("operators", "gcl_cross_entropy", "linear_gcl_cross_entropy", "soft_labels", "dro_lt", "noise", "centroids")
+    names = ("operators", "gcl_cross_entropy", "linear_gcl_cross_entropy", "angular_losses", "soft_labels", "dro_lt", "noise", "centroids")
     tests = [f"tests/test_{name}.py" for name in names]
     code = f"""
         import sys, pytest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gclkern.cpu_backend.library import DTYPES, NULL, Logits, Rows, address, call
-from gclkern.cpu_backend.logit_loss import STATISTICS, pass_terms
+from gclkern.cpu_backend.logit_loss import STATISTICS, keeps_exponentials, pass_terms
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 _CHUNK_BYTES = 16 * 2**20  # of cosines: far above what a product needs to run at full speed
@@ -21,6 +21,7 @@ _PANEL_BYTES = 2 * 2**20  # of cosines: fits the cache, and is small beside the 
 _MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows that are worked on at a time: with their gradient they stay in the third-level cache
 _BLOCK = 512  # BLOCK of native/vector.h
+_SUMS = 8  # numbers of struct sums of native/native.h
 # Replaces 1 / |w_j| where the norm counts as 0: it makes cosines smaller than 1e-32, and unlike 0, the bias gradient can be divided by it.
 _NO_DIRECTION = 1e-20
 
@@ -131,13 +132,13 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
     everything = slice(0, head.num_classes)
     if plan == "materialised":
         matrix = head.products(unit, everything, inverse, True)
-        block_peaks = _empty(head.num_rows, -(-head.num_classes // _BLOCK)) if for_backward else None
+        block_peaks = _empty(head.num_rows, -(-head.num_classes // _BLOCK)) if for_backward and keeps_exponentials(terms) else None
         head.loops(
             "head_gradient" if for_backward else "logit_forward", matrix, everything, inverse, statistics, losses=losses, loss=loss, denominator=denominator,
             block_peaks=block_peaks, in_place=for_backward,
         )  # fmt: skip
         return loss, [feature_inverse, class_inverse, denominator, matrix] if for_backward else []
-    sums = torch.empty((head.num_rows, 5), dtype=torch.float64, device="cpu")
+    sums = torch.empty((head.num_rows, _SUMS), dtype=torch.float64, device="cpu")
     for chunk in head.chunks():
         matrix = head.products(unit, chunk, inverse, True)
         head.loops("logit_forward", matrix, chunk, inverse, statistics, sums=sums)

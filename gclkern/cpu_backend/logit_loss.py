@@ -25,8 +25,16 @@ _STRIPS = 16  # of rows, with one partial sum per class; it fixes the order of a
 def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, ...]:
     """The members of `struct terms`."""
     vectors = (terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, terms.seed)
-    numbers = (terms.scale, terms.gamma, terms.label_smoothing, terms.focal_detach, terms.ignore_index, terms.row_offset, terms.class_offset)
-    return num_rows, num_classes, *[NULL if vector is None else vector.data_ptr() for vector in vectors], *numbers, REDUCTIONS[terms.reduction], 0.0
+    numbers = (
+        terms.scale, terms.gamma, terms.label_smoothing, terms.focal_detach, terms.ignore_index, terms.row_offset, terms.class_offset,
+        REDUCTIONS[terms.reduction], terms.angular, terms.difficulty_margin, terms.easy_margin,
+    )  # fmt: skip
+    return num_rows, num_classes, *[NULL if vector is None else vector.data_ptr() for vector in vectors], *numbers, 0.0
+
+
+def keeps_exponentials(terms: LossTerms) -> bool:
+    """Whether what forward keeps suffices for backward: where angles are added to every class's, label smoothing needs their derivatives apart."""
+    return not (terms.turns_classes and terms.smoothed)
 
 
 def _row_numbers(terms: LossTerms) -> int:
@@ -38,7 +46,7 @@ def _workspace(cosine: Tensor, terms: LossTerms, for_backward: bool) -> Tensor:
     """Memory for the numbers of rows, a denominator () and, where backward reads them, exponentials (N, C) and the peaks of their blocks."""
     num_rows, num_classes = cosine.shape
     size = _row_numbers(terms) * num_rows + 1
-    if for_backward and terms.cloud is not None and 4 * num_rows * num_classes <= _KEPT_BYTES:
+    if for_backward and terms.cloud is not None and keeps_exponentials(terms) and 4 * num_rows * num_classes <= _KEPT_BYTES:
         size += num_rows * (num_classes + -(-num_classes // _BLOCK))
     return torch.empty(size, dtype=torch.float32, device=cosine.device)
 

@@ -195,12 +195,11 @@ OPERATIONS = [
     ),
     Operation(
         "gcl_cross_entropy by angles", gcl_cross_entropy, oracle.gcl_cross_entropy, _angle_samples, {"cosine": "rows classes", **_FAMILY}, leaves=("cosine",),
-        narrow=("cosine",), backends=("torch", "triton"), wrong=ANGLES,
+        narrow=("cosine",), wrong=ANGLES,
     ),
     Operation(
         "linear_gcl_cross_entropy by angles", linear_gcl_cross_entropy, oracle.linear_gcl_cross_entropy, _angle_head_samples,
         {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight"), narrow=("features", "linear_weight"),
-        backends=("torch", "triton"),
     ),
     Operation(
         "dro_lt_loss", dro_lt_loss, oracle.dro_lt_loss, _bound_samples,

@@ -24,7 +24,7 @@ struct terms {
     const float *smoothing;           /* (C,), gathered at each target, in the place of label_smoothing */
     const int64_t *seed;
     double scale, gamma, label_smoothing;
-    int64_t focal_detach, ignore_index, row_offset, class_offset, reduction;
+    int64_t focal_detach, ignore_index, row_offset, class_offset, reduction, angular, difficulty_margin, easy_margin;
     double weight_sum; /* of all classes, or their number without weights; the library sets it in a copy */
 };
 
@@ -33,7 +33,9 @@ struct sums {
     double peak;     /* the largest logit of the classes that are no target */
     double rest;     /* their sum of exp(logit - peak) */
     double blend;    /* over all classes, weight times logit */
-    double value[2]; /* the logits of the targets, without margin */
+    double value[2]; /* the logits of the targets, without margin; where angles are added to these, their cosines */
+    double noise[2]; /* of the targets, where angles are added to them */
+    double hardest;  /* with difficulty_margin, the largest cosine of a class that is no target */
 };
 
 /* What backward needs of a row, four bytes each. */
@@ -44,7 +46,7 @@ struct logits {
     const void *matrix; /* (N, columns) cosines, logits or products */
     int64_t dtype, row_stride, class_stride;
     const float *class_factor; /* (columns,) multiplies the matrix; NULL: 1 */
-    float *kept;         /* (N, columns) forward leaves exp(logit - peak of its block); NULL: backward computes the logits again */
+    float *kept;         /* (N, columns) forward leaves exp(logit - peak of its block) times the logit's slope; NULL: backward computes the logits again */
     float *block_peaks;  /* (N, blocks) */
     struct sums *sums;   /* (N,) kept between calls for chunks of classes; NULL: one call sees all classes */
     int64_t first_class, num_columns; /* the classes of this call; matrix, class_factor, kept and gradient have these alone */

@@ -90,6 +90,21 @@ INLINE float squared_radius(float u) {
     return exponent * -1.54032707e-1f + log * part;
 }
 
+/* Sine and cosine of `angle` plus a quarter of pi, for angles up to a quarter of pi; both polynomials hold the root of 1/2. */
+INLINE void quarter_circle(float angle, float *sine, float *cosine) {
+    float square = angle * angle;
+    float odd = -1.37914263e-4f;
+    odd = odd * square + 5.89163974e-3f;
+    odd = odd * square - 1.17851019e-1f;
+    odd = (odd * square + 7.07106769e-1f) * angle;
+    float even = -9.60668782e-4f;
+    even = even * square + 2.94545516e-2f;
+    even = even * square - 3.53552371e-1f;
+    even = even * square + 7.07106769e-1f;
+    *sine = even + odd;
+    *cosine = even - odd;
+}
+
 /* The noise of the 128 classes from 8 * group on. */
 INLINE void noise_unit(float *out, uint64_t seed, uint64_t row, uint64_t group) {
     uint64_t pairs[UNIT / 4];
@@ -98,18 +113,9 @@ INLINE void noise_unit(float *out, uint64_t seed, uint64_t row, uint64_t group) 
     memcpy(word, pairs, sizeof word);
     for (int k = 0; k < UNIT / 2; k++) {
         float radius = sqrtf(squared_radius(((float)(int32_t)(word[k] & 0xffffu) + 0.5f) * 0x1p-16f));
-        /* with the angle over a quarter of pi short polynomials will do; both hold the root of 1/2 */
-        float angle = ((float)(int32_t)(word[k] >> 16) - 32767.5f) * (1.57079633f * 0x1p-16f);
-        float square = angle * angle;
-        float sine = -1.37914263e-4f;
-        sine = sine * square + 5.89163974e-3f;
-        sine = sine * square - 1.17851019e-1f;
-        sine = (sine * square + 7.07106769e-1f) * angle;
-        float cosine = -9.60668782e-4f;
-        cosine = cosine * square + 2.94545516e-2f;
-        cosine = cosine * square - 3.53552371e-1f;
-        cosine = cosine * square + 7.07106769e-1f;
-        float even = radius * (cosine - sine), odd = radius * (cosine + sine);
+        float sine, cosine;
+        quarter_circle(((float)(int32_t)(word[k] >> 16) - 32767.5f) * (1.57079633f * 0x1p-16f), &sine, &cosine);
+        float even = radius * cosine, odd = radius * sine;
         out[2 * k] = even < 1.0f ? even : 1.0f;
         out[2 * k + 1] = odd < 1.0f ? odd : 1.0f;
     }

@@ -6,27 +6,43 @@
 #ifndef GCLKERN_ROW_LOSS_H
 #define GCLKERN_ROW_LOSS_H
 
+#include "angles.h"
 #include "native.h"
 #include "philox.h"
 #include "vector.h"
 
-/* The logits of a block: scale * (cosine - cloud * noise) + bias, padded with -infinity. Classes count from the chunk's first. */
-INLINE void load_logits(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out) {
-    const struct terms *terms = &call->terms;
+/* The cosines of a block. Classes count from the chunk's first. */
+INLINE void load_cosines(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out) {
     const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
-    float scale = (float)terms->scale;
     load(out, matrix, call->dtype, call->class_stride, first, count);
     if (call->class_factor != NULL) {
         const float *factor = call->class_factor + first;
         for (int64_t k = 0; k < count; k++) out[k] *= factor[k];
     }
+}
+
+/* Whether an angle is added to every class's, so that no logit is linear in its cosine. */
+INLINE int turns_classes(const struct terms *terms) { return terms->angular && terms->cloud != NULL; }
+
+/* Whether an angle is added to the targets' at least. */
+INLINE int turns_targets(const struct terms *terms) { return terms->angular || terms->difficulty_margin; }
+
+/* The logits of a block: scale * (cosine - cloud * noise) + bias, or with the noise in the angle, padded with -infinity. `slopes`, unless NULL, receives the
+ * derivatives by scale * cosine where the noise is in the angle. Returns the noise, which is in `room` (NOISE_ROOM elements), or NULL. */
+INLINE const float *load_logits(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out, float *slopes, float *room) {
+    const struct terms *terms = &call->terms;
+    const float *noise = NULL;
+    float scale = (float)terms->scale;
+    load_cosines(call, row, first, count, out);
     int64_t column = call->first_class + first; /* in the vectors of classes */
     if (terms->cloud != NULL) {
-        float room[NOISE_ROOM];
         const float *cloud = terms->cloud + column;
-        const float *noise =
-            noise_of(room, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
-        for (int64_t k = 0; k < count; k++) out[k] = scale * (out[k] - cloud[k] * noise[k]);
+        noise = noise_of(room, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
+        if (terms->angular) {
+            turn_block(out, slopes, cloud, noise, scale, terms->easy_margin != 0, count);
+        } else {
+            for (int64_t k = 0; k < count; k++) out[k] = scale * (out[k] - cloud[k] * noise[k]);
+        }
     } else {
         for (int64_t k = 0; k < count; k++) out[k] *= scale;
     }
@@ -35,6 +51,7 @@ INLINE void load_logits(const struct logits *call, int64_t row, int64_t first, i
         for (int64_t k = 0; k < count; k++) out[k] += bias[k];
     }
     fill(out + count, -INFINITY, round_up(count, LANES) - count);
+    return noise;
 }
 
 INLINE int64_t num_blocks(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
@@ -81,27 +98,49 @@ INLINE int64_t place_of(const int64_t *target, int64_t row, int64_t first, int64
 INLINE int is_smoothed(const struct terms *terms) { return terms->smoothing != NULL || terms->label_smoothing > 0.0; }
 
 INLINE struct sums no_sums(void) {
-    struct sums sums = {.peak = (double)-INFINITY, .rest = 0.0, .blend = 0.0, .value = {0.0, 0.0}};
+    struct sums sums = {.peak = (double)-INFINITY, .rest = 0.0, .blend = 0.0, .value = {0.0, 0.0}, .noise = {0.0, 0.0}, .hardest = (double)-INFINITY};
     return sums;
+}
+
+/* What is needed of a block where angles are added to the targets'. */
+INLINE void add_bare(const struct logits *call, int64_t row, int64_t first, int64_t count, const int64_t *places, const float *noise, struct sums *sums) {
+    float cosine[BLOCK];
+    load_cosines(call, row, first, count, cosine);
+    for (int t = 0; t < 2; t++) {
+        if (places[t] < 0) continue;
+        sums->value[t] = (double)cosine[places[t]];
+        if (noise != NULL) sums->noise[t] = (double)noise[places[t]];
+    }
+    if (!call->terms.difficulty_margin) return;
+    for (int t = 0; t < 2; t++) {
+        if (places[t] >= 0) cosine[places[t]] = -INFINITY;
+    }
+    fill(cosine + count, -INFINITY, round_up(count, LANES) - count);
+    double hardest = (double)largest(cosine, round_up(count, LANES));
+    if (hardest > sums->hardest) sums->hardest = hardest;
 }
 
 /* Takes in the chunk's classes of a row. */
 INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
     const struct terms *terms = &call->terms;
-    float scratch[BLOCK];
+    float scratch[BLOCK], slopes[BLOCK], room[NOISE_ROOM];
     int64_t columns = call->num_columns;
+    int keeps_slopes = call->kept != NULL && turns_classes(terms);
     for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
         int64_t count = smaller(BLOCK, columns - first), padded = round_up(count, LANES);
-        load_logits(call, row, first, count, scratch);
+        const float *noise = load_logits(call, row, first, count, scratch, keeps_slopes ? slopes : NULL, room);
         if (is_smoothed(terms)) {
             sums->blend += (double)weighted_sum(scratch, terms->weight == NULL ? NULL : terms->weight + call->first_class + first, count);
         }
-        int64_t place = place_of(terms->target, row, call->first_class + first, count);
-        int64_t place_b = place_of(terms->target_b, row, call->first_class + first, count);
-        if (place >= 0) sums->value[0] = (double)scratch[place];
-        if (place_b >= 0) sums->value[1] = (double)scratch[place_b];
-        if (place >= 0) scratch[place] = -INFINITY;
-        if (place_b >= 0) scratch[place_b] = -INFINITY;
+        int64_t places[2] = {place_of(terms->target, row, call->first_class + first, count), place_of(terms->target_b, row, call->first_class + first, count)};
+        if (turns_targets(terms)) {
+            add_bare(call, row, first, count, places, noise, sums);
+        } else {
+            if (places[0] >= 0) sums->value[0] = (double)scratch[places[0]];
+            if (places[1] >= 0) sums->value[1] = (double)scratch[places[1]];
+        }
+        if (places[0] >= 0) scratch[places[0]] = -INFINITY;
+        if (places[1] >= 0) scratch[places[1]] = -INFINITY;
         double peak = (double)largest(scratch, padded);
         if (peak > sums->peak) {
             sums->rest *= exp(sums->peak - peak);
@@ -109,6 +148,9 @@ INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
         }
         sums->rest += (double)exponentials(scratch, padded, (float)finite_peak(sums->peak));
         if (call->kept != NULL) {
+            if (keeps_slopes) {
+                for (int64_t k = 0; k < count; k++) scratch[k] *= slopes[k];
+            }
             store(call->kept + row * columns, FLOAT32, first, scratch, count);
             call->block_peaks[row * num_blocks(columns) + block] = (float)sums->peak;
         }
@@ -130,7 +172,7 @@ struct target_part {
 struct row_target {
     double value; /* its logit without margin, over the anchor */
     double weight, drop, smoothing;
-    int64_t label;
+    double slope, own_slope; /* derivatives of its logit, without and with margin, by scale * cosine */
 };
 
 /* `other` is the second target's logit without margin, -infinity where that is the same class. `blend` is that of the row, over the anchor. */
@@ -167,16 +209,34 @@ INLINE double slope_of(struct target_part part) {
     return part.others * (scale > 1.0 ? 1.0 : scale);
 }
 
-INLINE struct row_target target_of(const struct terms *terms, int64_t label, double value, double anchor) {
+/* `value` and `noise` are those of `struct sums`, `hardest` the largest cosine of any other class. */
+INLINE struct row_target target_of(const struct terms *terms, int64_t label, double value, double noise, double hardest, double anchor) {
     int inside = label >= 0 && label < terms->num_classes;
     int64_t safe = inside ? label : 0;
+    double margin = terms->margin == NULL ? 0.0 : (double)terms->margin[safe];
     struct row_target target = {
-        .value = inside && value != (double)INFINITY ? value - anchor : (double)NAN,
+        .value = inside && value != (double)INFINITY ? value : (double)NAN,
         .weight = terms->weight == NULL ? 1.0 : (double)terms->weight[safe],
-        .drop = terms->margin == NULL ? 0.0 : terms->scale * (double)terms->margin[safe],
+        .drop = terms->scale * margin,
         .smoothing = terms->smoothing == NULL ? terms->label_smoothing : (double)terms->smoothing[safe],
-        .label = label,
+        .slope = 1.0,
+        .own_slope = 1.0,
     };
+    if (turns_targets(terms)) {
+        double cosine = target.value, cloud = terms->cloud == NULL ? 0.0 : (double)terms->cloud[safe] * noise;
+        double angle = terms->angular ? HALF_PI * cloud : 0.0, grown = 0.0; /* the derivative of the margin by the cosine */
+        if (terms->difficulty_margin && hardest > cosine) {
+            grown = -margin / 2.0;
+            margin *= 1.0 + (1.0 - cosine) / 2.0;
+        }
+        struct turned plain = turn(cosine, angle, terms->easy_margin != 0), own = turn(cosine, angle + margin, terms->easy_margin != 0);
+        double bias = terms->bias == NULL ? 0.0 : (double)terms->bias[safe];
+        target.value = terms->scale * (terms->angular ? plain.value : cosine - cloud) + bias;
+        target.drop = terms->scale * (plain.value - own.value);
+        target.slope = plain.by_cosine;
+        target.own_slope = own.by_cosine + own.by_angle * grown;
+    }
+    target.value -= anchor;
     return target;
 }
 
@@ -186,25 +246,32 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
     double statistics[STATISTICS] = {0.0}, loss = 0.0;
     if (!is_ignored(terms, row)) {
         double anchor = finite_peak(sums->peak), log_rest = log(sums->rest), blend = sums->blend - terms->weight_sum * anchor;
-        struct row_target a = target_of(terms, terms->target[row], sums->value[0], anchor);
+        int64_t label = terms->target[row], label_b = terms->target_b == NULL ? label : terms->target_b[row];
+        int same = label == label_b;
+        /* to each of two targets, the other one is one of the other classes */
+        double hardest = !same && sums->value[1] > sums->hardest ? sums->value[1] : sums->hardest;
+        struct row_target a = target_of(terms, label, sums->value[0], sums->noise[0], hardest, anchor);
         statistics[ANCHOR] = anchor;
         if (terms->target_b == NULL) {
             struct target_part part = one_target(terms, a, (double)-INFINITY, log_rest, blend, 1.0);
             loss = part.loss;
             statistics[SLOPE] = slope_of(part);
             statistics[SMOOTH] = part.smooth;
-            statistics[GRADIENT] = part.gradient;
+            statistics[GRADIENT] = part.gradient * a.own_slope;
         } else {
-            struct row_target b = target_of(terms, terms->target_b[row], sums->value[1], anchor);
+            double hardest_b = !same && sums->value[0] > sums->hardest ? sums->value[0] : sums->hardest;
+            struct row_target b = target_of(terms, label_b, sums->value[1], sums->noise[1], hardest_b, anchor);
             double lam = (double)terms->lam[row];
-            int same = a.label == b.label;
             struct target_part of_a = one_target(terms, a, same ? (double)-INFINITY : b.value, log_rest, blend, lam);
             struct target_part of_b = one_target(terms, b, same ? (double)-INFINITY : a.value, log_rest, blend, 1.0 - lam);
             loss = of_a.loss + of_b.loss;
             statistics[SLOPE] = slope_of(of_a) + slope_of(of_b);
             statistics[SMOOTH] = of_a.smooth + of_b.smooth;
-            statistics[GRADIENT] = of_a.gradient + (same ? of_b.gradient : of_b.others * exp(a.value - of_b.log_others) - of_b.smooth * a.weight);
-            statistics[GRADIENT_B] = same ? statistics[GRADIENT] : of_b.gradient + of_a.others * exp(b.value - of_a.log_others) - of_a.smooth * b.weight;
+            double own_a = of_a.gradient * a.own_slope, own_b = of_b.gradient * b.own_slope;
+            double across_a = (of_b.others * exp(a.value - of_b.log_others) - of_b.smooth * a.weight) * a.slope;
+            double across_b = (of_a.others * exp(b.value - of_a.log_others) - of_a.smooth * b.weight) * b.slope;
+            statistics[GRADIENT] = own_a + (same ? own_b : across_a);
+            statistics[GRADIENT_B] = same ? statistics[GRADIENT] : own_b + across_b;
         }
     }
     for (int k = 0; k < STATISTICS; k++) call->statistics[k * terms->num_rows + row] = (float)statistics[k];
@@ -216,8 +283,9 @@ INLINE void row_gradient(const struct logits *call, int64_t row, float upstream,
     const struct terms *terms = &call->terms;
     int64_t columns = call->num_columns;
     char *out = (char *)call->gradient + row * columns * size_of(call->dtype);
-    float block[BLOCK];
+    float block[BLOCK], slopes[BLOCK], room[NOISE_ROOM];
     float part[STATISTICS];
+    int has_slopes = call->kept == NULL && turns_classes(terms);
     for (int k = 0; k < STATISTICS; k++) part[k] = call->statistics[k * terms->num_rows + row];
     int ignored = is_ignored(terms, row);
     for (int64_t first = 0, index = 0; first < columns; first += BLOCK, index++) {
@@ -233,7 +301,7 @@ INLINE void row_gradient(const struct logits *call, int64_t row, float upstream,
             factor *= expf(call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR]);
             for (int64_t k = 0; k < count; k++) block[k] = kept[k] * factor;
         } else {
-            load_logits(call, row, first, count, block);
+            load_logits(call, row, first, count, block, has_slopes ? slopes : NULL, room);
             for (int64_t k = 0; k < count; k++) block[k] = exponential(block[k] - part[ANCHOR]) * factor;
         }
         int64_t column = call->first_class + first;
@@ -241,6 +309,9 @@ INLINE void row_gradient(const struct logits *call, int64_t row, float upstream,
             float smooth = part[SMOOTH] * upstream;
             const float *weight = terms->weight == NULL ? NULL : terms->weight + column;
             for (int64_t k = 0; k < count; k++) block[k] -= weight == NULL ? smooth : smooth * weight[k];
+        }
+        if (has_slopes) {
+            for (int64_t k = 0; k < count; k++) block[k] *= slopes[k];
         }
         int64_t place = place_of(terms->target, row, column, count), place_b = place_of(terms->target_b, row, column, count);
         if (place >= 0) block[place] = part[GRADIENT] * upstream;
