@@ -1,15 +1,12 @@
-"""A run of train.py, crashed at every moment at which its files change, and resumed from each: python -m tests.support.crash_points FOLDER ARGUMENT...
+"""A run of train.py, crashed at every moment at which its files change, and resumed from each.
 
 One run is recorded: before and after each open, rename, removal and flush below its folder, and in the middle of what a flush stores, a copy of the folder is
-kept, which is what a crash at this moment would leave. Then a run goes on from each copy, in a fork of this process, and must leave the same files as the one
-that nothing disturbed, bit by bit. It is also checked that a file is flushed before it gets its name and the folder afterwards, so that a loss of power leaves
-one of these copies, too.
+kept, which is what a crash at this moment would leave. Then a run goes on from each copy, and must leave the same files as the one that nothing disturbed, bit
+by bit. It is also checked that a file is flushed before it gets its name and the folder afterwards, so that a loss of power leaves one of these copies, too.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import os
 import shutil
@@ -18,9 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 
-from tests.support.forked_runs import contents, in_forks, outcome, run
+from tests.support.processes import Run, train, train_here
+from tests.support.run_files import contents, outcome
 
 
 class Recorder:
@@ -86,72 +84,46 @@ class Recorder:
         flush(descriptor)
 
 
-def record(folder: Path, states: Path, arguments: list[str]) -> Callable[[int], None]:
+def record(folder: Path, states: Path, arguments: list[object]) -> None:
     """A run whose first rank keeps the states."""
-
-    def function(rank: int) -> None:
-        if rank > 0:
-            run(*arguments, "--out", folder)
-            return
-        recorder = Recorder(folder, states)
-        sys.addaudithook(recorder.audit)
-        os.fsync = recorder.fsync  # type: ignore[assignment]
-        run(*arguments, "--out", folder)
-        recorder.keep("at the end")
-        recorder.active = False
-        assert not recorder.faults, recorder.faults
-
-    return function
-
-
-def go_on(folder: Path, arguments: list[str]) -> Callable[[int], None]:
-    """Resume, or start again where there is nothing to resume, as the error says."""
-
-    def function(rank: int) -> None:
-        if (folder / "last.pt").exists():
-            run("--resume", folder)
-            return
-        with contextlib.suppress(FileNotFoundError):
-            run("--resume", folder)
-            raise AssertionError("a folder without last.pt was resumed")
-        run(*arguments, "--out", folder)
-
-    return function
-
-
-def differences(place: Path, ranks: int, every: int, arguments: list[str]) -> Iterator[str]:
-    """A line for each state from which a run goes on to another end."""
-    place.mkdir(parents=True)
-    if ranks == 1:  # in this process, which has everything imported afterwards
-        run(*arguments, "--out", place / "alone")
-    if error := in_forks(ranks, record(place / "recorded", place / "states", arguments), place / "recorded.log"):
-        yield f"the recorded run: {error}"
+    if os.environ.get("RANK", "0") != "0":
+        train_here(*arguments, "--out", folder)
         return
+    recorder = Recorder(folder, states)
+    sys.addaudithook(recorder.audit)
+    os.fsync = recorder.fsync  # type: ignore[assignment]
+    train_here(*arguments, "--out", folder)
+    recorder.keep("at the end")
+    recorder.active = False
+    assert not recorder.faults, recorder.faults
+
+
+def go_on(folder: Path, arguments: list[object]) -> None:
+    """Resume, or start again where there is nothing to resume, as the error says."""
+    if (folder / "last.pt").exists():
+        train_here("--resume", folder)
+        return
+    with pytest.raises(SystemExit, match="there is no checkpoint at"):
+        train_here("--resume", folder)
+    train_here(*arguments, "--out", folder)
+
+
+def differences(place: Path, ranks: int, every: int, arguments: list[object]) -> Iterator[str]:
+    """A line for each of every N-th state from which a run goes on to another end."""
+    if ranks == 1:
+        train(*arguments, "--out", place / "alone")
+    Run(record, place / "recorded", place / "states", arguments, ranks=ranks).finish()
     expected = outcome(place / "recorded")
     if ranks == 1 and outcome(place / "alone") != expected:
         yield "the recorded run differs from one that is not recorded"
-    states = sorted((place / "states").iterdir())
-    print(f"{len(states)} states", flush=True)  # noqa: T201
-    for state in states[::every]:
+    for state in sorted((place / "states").iterdir())[::every]:
         folder = place / "resumed" / state.name.partition(" ")[0]
         shutil.copytree(state, folder)
-        if error := in_forks(ranks, go_on(folder, arguments), place / "resumed" / f"{folder.name}.log"):
+        try:
+            Run(go_on, folder, arguments, ranks=ranks).finish()
+        except AssertionError as error:
             yield f"{state.name}: {error}"
-        elif (found := outcome(folder)) != expected:
-            yield f"{state.name}: {sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))} differ"
+        else:
+            if (found := outcome(folder)) != expected:
+                yield f"{state.name}: {sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))} differ"
         shutil.rmtree(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--every", type=int, default=1, help="take each N-th state only")
-    args, arguments = parser.parse_known_args()
-    torch.set_num_threads(1)
-    found = list(differences(args.folder.resolve(), args.ranks, args.every, arguments))
-    sys.exit("\n".join(found) if found else 0)
-
-
-if __name__ == "__main__":
-    main()

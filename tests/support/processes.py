@@ -1,46 +1,138 @@
-"""Programs and functions in processes of their own: train.py as a user starts it, and a function in several that share a gloo process group on the CPU."""
+"""train.py, and functions on several ranks, in processes of their own: forks of a server that has everything imported, so that each starts in milliseconds."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
-import subprocess
+import runpy
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-def start_train(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
-    """train.py on `ranks` processes of one thread each, together a process group of their own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+# What runs and ranks import, the slowest of it in the middle of their work. A module that is not installed is left out.
+PRELOADED = [
+    "train", "hypothesis", "matplotlib.pyplot", "sklearn.datasets", "sklearn.manifold", "tests.support.crash_points", "torch._dynamo", "torch.distributed.nn",
+    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "triton",
+]  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a process prints that ends well."""
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, output + errors
-    return output
+@functools.cache
+def _server() -> ForkServerContext:
+    """Python's server of forks, started with one thread: a fork of a process with more of them may wait forever for one that it does not have."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("PYTHONPATH", str(ROOT))
+        forkserver.ensure_running()
+    return context
 
 
-def _enter(rank: int, world: int, store: str, seconds: float, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _call(environment: dict[str, str], output: str, errors: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for descriptor, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
-    function(rank, world, *arguments)
+    function(*arguments)
+
+
+class Run:
+    """A call `function(*arguments)` in a process of one thread for each rank, which finds its rank and the others as under torchrun."""
+
+    def __init__(self, function: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
+        self.output, self.errors = (tempfile.NamedTemporaryFile("r", prefix="run-") for _ in range(2))  # noqa: SIM115 (open as long as the run)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(ranks)}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        self.processes = []
+        for rank in map(str, range(ranks)):
+            own = environment | ({"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {})
+            process = _server().Process(target=_call, args=(own, self.output.name, self.errors.name, function, arguments), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            assert process.pid is not None
+            os.kill(process.pid, number)
+
+    def kill(self, seconds: float = 0.0) -> bool:
+        """Kill all processes in so many seconds; whether one was still running."""
+        if seconds:
+            connection.wait([process.sentinel for process in self.processes], seconds)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        return any(process.exitcode == -signal.SIGKILL for process in self.processes)
+
+    def kill_after_checkpoint(self, folder: Path, seconds: float = 0.0) -> None:
+        """Kill all processes so many seconds after the first checkpoint of the run in `folder`."""
+        until = time.monotonic() + 120
+        while not (folder / "last.pt").exists() and self.is_running and time.monotonic() < until:
+            time.sleep(0.01)
+        self.kill(seconds)
+        assert (folder / "last.pt").exists(), self.errors.read()
+
+    def finish(self) -> str:
+        """What the processes print; all must end well, and one that does not ends the others."""
+        until, running = time.monotonic() + 240, {process.sentinel: process for process in self.processes}
+        while running and (ended := connection.wait(list(running), until - time.monotonic())):
+            for sentinel in ended:
+                process = running.pop(sentinel)  # type: ignore[call-overload]
+                process.join()
+            if any(process.exitcode for process in self.processes):
+                break
+        in_time = not running
+        self.kill()
+        output, errors = self.output.read(), self.errors.read()
+        assert in_time and not any(process.exitcode for process in self.processes), f"{[process.exitcode for process in self.processes]}\n{output}{errors}"
+        return output
+
+
+def train_here(*arguments: object) -> None:
+    """train.py in this process."""
+    sys.argv = ["train.py", *map(str, arguments)]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def start_train(*arguments: object, ranks: int = 1) -> Run:
+    return Run(train_here, *map(str, arguments), ranks=ranks)
+
+
+def train(*arguments: object, ranks: int = 1) -> str:
+    """What train.py prints when it ends well."""
+    return start_train(*arguments, ranks=ranks).finish()
+
+
+def _enter(function: Callable[..., None], *arguments: Any) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    function(dist.get_rank(), dist.get_world_size(), *arguments)
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, function: Callable[..., None], *arguments: Any, seconds: float = 120.0) -> None:
-    """Call `function(rank, world, *arguments)` in `world` new processes. What one raises is raised here; no rank waits for another beyond `seconds`."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_enter, (world, str(Path(folder) / "store"), seconds, function, arguments), nprocs=world)
+def run_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function(rank, world, *arguments)` in `world` new processes that share a gloo process group on the CPU."""
+    Run(_enter, function, *arguments, ranks=world).finish()

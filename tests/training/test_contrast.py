@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase, plan
 from gclkern.training.trainer import Trainer, TrainingStep
 from tests.support import oracle
-from tests.support.processes import finish, run_ranks, start_train
+from tests.support.processes import run_ranks, start_train, train
 
 METHODS = ("bcl", "proco", "hybrid-sc", "hybrid-psc")
 COUNTS = [40, 12, 5]
@@ -215,12 +212,7 @@ def test_two_killed_processes_go_on(method: str, tmp_path: Path) -> None:
     """Bitwise as a run left alone."""
     settings = ["--epochs", "2", "--batch-size", "64", "--no-baseline", "--no-pictures", "--device", "cpu", "--method", method]
     settings += ["--checkpoint-seconds", "0"]
-    finish(start_train(*settings, "--out", tmp_path / "whole", ranks=2))
-    process = start_train(*settings, "--out", tmp_path / "killed", ranks=2)
-    until = time.monotonic() + 120
-    while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finish(start_train("--resume", tmp_path / "killed", ranks=2))
+    train(*settings, "--out", tmp_path / "whole", ranks=2)
+    start_train(*settings, "--out", tmp_path / "killed", ranks=2).kill_after_checkpoint(tmp_path / "killed")
+    train("--resume", tmp_path / "killed", ranks=2)
     assert (tmp_path / "killed" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()

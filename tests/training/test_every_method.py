@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import signal
-import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +22,7 @@ from gclkern.training.processes import Processes
 from gclkern.training.progress import Progress
 from gclkern.training.recipes import METHODS, RETRAINS, Phase, plan
 from gclkern.training.trainer import Trainer, begin_epoch, build_trainer
-from tests.support.processes import finish, start_train
+from tests.support.processes import start_train, train
 
 # They compare samples of all processes, but only within a part of an accumulated batch, so that two processes are one that does not accumulate: see
 # test_contrast.py, which also kills them.
@@ -40,15 +37,10 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 def check_killed(folder: Path, *settings: object) -> None:
     """A run that is killed and resumed leaves the metrics of the one in `folder / "whole"`."""
-    process = start_train(*settings, "--accumulate", "2", "--checkpoint-seconds", "0", "--out", folder / "killed")
-    until = time.monotonic() + 120
-    while not (folder / "killed" / "last.pt").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.5)  # some steps further on, perhaps in a later phase
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    run = start_train(*settings, "--accumulate", "2", "--checkpoint-seconds", "0", "--out", folder / "killed")
+    run.kill_after_checkpoint(folder / "killed", seconds=0.2)  # some steps further on, perhaps in a later phase
     if not (folder / "killed" / "summary.json").exists():
-        finish(start_train("--resume", folder / "killed"))
+        train("--resume", folder / "killed")
     assert metrics(folder / "killed") == metrics(folder / "whole")
 
 
@@ -59,7 +51,7 @@ ANOTHER_LOSS = ("mixup", "focal", "cb", "arcface", "dbm", "balanced-softmax", "g
 @pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.exhaustive if name in ANOTHER_LOSS else pytest.mark.slow) for name in METHODS])
 def test_every_method(method: str, tmp_path: Path) -> None:
     settings = [*SHORT, "--method", method]
-    output = finish(start_train(*settings, "--accumulate", "2", "--out", tmp_path / "whole"))
+    output = train(*settings, "--accumulate", "2", "--out", tmp_path / "whole")
     assert output.count("top-1") == 1
     reports = json.loads((tmp_path / "whole" / "summary.json").read_text())["reports"]
     assert all(report["calibrated"] for report in reports.values())
@@ -67,7 +59,7 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     check_killed(tmp_path, *settings)
 
     if method not in CONTRAST_OF_SAMPLES:
-        finish(start_train(*settings, "--out", tmp_path / "two", ranks=2))
+        train(*settings, "--out", tmp_path / "two", ranks=2)
         # The first phase alone: later ones may start from centroids, and the running statistics of batch normalisation behind them are those of one process.
         one, two = ([float(row["loss"]) for row in metrics(tmp_path / name) if row["phase"] == "stage-1"] for name in ("whole", "two"))
         assert two == pytest.approx(one, rel=2e-3)  # rounding, which the steps carry along
@@ -81,7 +73,7 @@ DATA = load_data("digits-lt")
 ALONE = Processes.single(torch.device("cpu"))
 
 
-def train(phase: Phase, trainer: Trainer, progress: Progress, stop: int) -> list[float]:
+def take_steps(phase: Phase, trainer: Trainer, progress: Progress, stop: int) -> list[float]:
     """Losses of the steps up to `stop` of the second epoch, as train.py computes them."""
     batches = PhaseBatches(phase, DATA.train, 0, ALONE)
     begin_epoch(phase, trainer, batches, progress, DATA.num_classes)
@@ -113,12 +105,12 @@ def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path
     network = prepare(phase, network, DATA, config, ALONE.device)
     trainer = build_trainer(phase, network, DATA.class_counts, config, ALONE)
     progress = Progress.start(ALONE.device)
-    train(phase, trainer, progress, 2)
+    take_steps(phase, trainer, progress, 2)
     progress.next_epoch()
-    train(phase, trainer, progress, 2)
+    take_steps(phase, trainer, progress, 2)
     state = {"trainer": trainer.state_dict(), "progress": progress.state_dict(ALONE)}
     save_checkpoint(tmp_path / "last.pt", {**network_checkpoint(network, phase, DATA, config), **state})
-    losses = train(phase, trainer, progress, 4)
+    losses = take_steps(phase, trainer, progress, 4)
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
     checkpoint = load_checkpoint(tmp_path / "last.pt")
@@ -127,7 +119,7 @@ def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path
     again.load_state_dict(checkpoint["trainer"])
     progress = Progress.start(ALONE.device)
     progress.load_state_dict(checkpoint["progress"])
-    assert train(phase, again, progress, 4) == losses
+    assert take_steps(phase, again, progress, 4) == losses
     for name, value in trainer.eval_network.state_dict().items():
         assert torch.equal(again.eval_network.state_dict()[name], value), name
 
@@ -136,7 +128,7 @@ def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path
 def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one stage 1, by the number of parts of a step for which a run takes it to be trained."""
     folder = tmp_path_factory.mktemp("stage1")
-    finish(start_train(*SHORT, "--method", "ce", "--out", folder / "run"))
+    train(*SHORT, "--method", "ce", "--out", folder / "run")
     checkpoint = load_checkpoint(folder / "run" / "stage-1.pt")
     for parts in (1, 2):
         save_checkpoint(folder / f"{parts}.pt", {**checkpoint, "config": {**checkpoint["config"], "accumulate": parts}})
@@ -151,9 +143,9 @@ def test_every_re_training(retrain: str, stage1: Path, tmp_path: Path) -> None:
     """All start from one stage 1, and so from the same running statistics of batch normalisation."""
     settings = [*SHORT, "--method", "ce", "--retrain", retrain, "--stage1"]
     in_parts = [*settings, stage1 / "2.pt"]
-    output = finish(start_train(*in_parts, "--accumulate", "2", "--out", tmp_path / "whole"))
+    output = train(*in_parts, "--accumulate", "2", "--out", tmp_path / "whole")
     assert output.count("top-1") == 1
-    finish(start_train(*settings, stage1 / "1.pt", "--out", tmp_path / "two", ranks=2))
+    train(*settings, stage1 / "1.pt", "--out", tmp_path / "two", ranks=2)
     if (tmp_path / "whole" / "metrics.csv").exists():  # it trains
         check_killed(tmp_path, *in_parts)
         one, two = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("whole", "two"))

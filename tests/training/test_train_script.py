@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,21 +17,23 @@ from gclkern.training.checkpoint import CheckpointError, load_checkpoint
 from gclkern.training.data import CorruptImageError
 from gclkern.training.data.files import WorkerError
 from gclkern.training.processes import Processes
-from tests.support.processes import ROOT, finish, start_train
+from tests.support import processes
+from tests.support.processes import ROOT, train_here
 
 SHORT = ["--epochs", "2", "--device", "cpu"]
 
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """What train.py prints, in this process, which has everything imported already, and with the one thread that `start_train` gives it."""
+    """What train.py prints, in this process, which has everything imported already, and with one thread as in one of its own."""
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        runpy.run_path("train.py", run_name="__main__")
+        train_here(*arguments)
         return capsys.readouterr().out
 
     yield run
@@ -42,11 +44,11 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What train.py says to arguments that it refuses, in this process, which has everything imported already."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", sys.argv)
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path("train.py", run_name="__main__")
+            train_here(*arguments)
         return f"{stopped.value.code} {capsys.readouterr().err}"
 
     return run
@@ -62,7 +64,7 @@ def table(output: str) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of the default run, shortened."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    return folder, finish(start_train(*SHORT, "--retrain-epochs", "2", "--out", folder))
+    return folder, processes.train(*SHORT, "--retrain-epochs", "2", "--out", folder)
 
 
 def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
@@ -179,7 +181,7 @@ def test_no_error_is_a_traceback(error: BaseException, message: str, refused: Ca
 
 def test_a_reader_that_has_seen_enough() -> None:
     """As in `python train.py --help | head -1`: neither an error nor the interpreter's complaint at its end."""
-    process = start_train("--help")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--help"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
@@ -246,7 +248,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
 ])  # fmt: skip
 @pytest.mark.slow
 def test_options_of_speed(tmp_path: Path, options: list[str]) -> None:
-    assert "stage-2" in finish(start_train(*SHORT, *options, "--no-baseline", "--no-pictures", "--out", tmp_path / "run"))
+    assert "stage-2" in processes.train(*SHORT, *options, "--no-baseline", "--no-pictures", "--out", tmp_path / "run")
     assert (tmp_path / "run" / "best.pt").exists() is ("--holdout" in options)
 
 
