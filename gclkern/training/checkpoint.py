@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gclkern.training.atomic_files import replace_file
 from gclkern.training.data import DataIdentity, DataSplits, EvaluationTransform, class_difference, data_difference
+from gclkern.training.printable import printable
 
 _FORMAT = "gclkern.training.checkpoint"
 _VERSION = 2  # of the keys of Checkpoint
@@ -136,25 +137,26 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
         CheckpointError: the file is truncated, damaged, of another program or of another version.
     """
     path = Path(path)
+    shown = printable(str(path))
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}; give the file, such as last.pt in the folder of a run")
+        raise FileNotFoundError(f"there is no checkpoint at {shown}; give the file, such as last.pt in the folder of a run")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # an unpickler raises many kinds of errors on invalid files
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or holds more than plain data; use another one") from error
+        raise CheckpointError(f"{shown} cannot be read as a checkpoint: it is truncated, damaged or holds more than plain data; use another one") from error
     match content:
         case {"format": str(written), "version": int(version), "digest": str(digest), "state": dict(state)} if written == _FORMAT:
             pass
         case _:
-            raise CheckpointError(f"{path} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
+            raise CheckpointError(f"{shown} is not a checkpoint of gclkern's train.py; give a file that it wrote, such as last.pt in the folder of a run")
     if version != _VERSION:
-        raise CheckpointError(f"{path} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
+        raise CheckpointError(f"{shown} is of version {version} of the checkpoint format, this gclkern reads version {_VERSION}; use the one that wrote it")
     try:
         intact = digest == _digest(state)
     except Exception:  # values that are never saved, such as sparse tensors and lists that hold themselves
         intact = False
     if not intact:
-        raise CheckpointError(f"{path} is damaged: its values do not match its digest; use another checkpoint")
+        raise CheckpointError(f"{shown} is damaged: its values do not match its digest; use another checkpoint")
     return cast("Checkpoint", state)
 
 

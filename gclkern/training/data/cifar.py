@@ -78,28 +78,29 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     except OSError:
         raise
     except Exception as error:  # an unpickler raises many kinds of errors on invalid files
-        raise ValueError(f"{path} is not a file of CIFAR's Python version, or it is damaged ({printable(str(error))}); {_AGAIN}") from error
+        raise ValueError(f"{printable(str(path))} is not a file of CIFAR's Python version, or it is damaged ({printable(str(error))}); {_AGAIN}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a file of CIFAR's Python version: it holds a {type(content).__name__}, not a dictionary")
+        raise ValueError(f"{printable(str(path))} is not a file of CIFAR's Python version: it holds a {type(content).__name__}, not a dictionary")
     return content
 
 
 def _read_images(path: Path, labels_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
     """Images (M, 3, 32, 32) uint8 and labels (M,)."""
-    content = read_pickle(path)
+    content, shown = read_pickle(path), printable(str(path))
     data, labels = content.get(b"data"), content.get(labels_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != _PIXELS:
-        raise ValueError(f"{path}: b'data' must be a uint8 array (images, {_PIXELS}), got {_describe(data)}; {_AGAIN}")
+        raise ValueError(f"{shown}: b'data' must be a uint8 array (images, {_PIXELS}), got {_describe(data)}; {_AGAIN}")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
-        raise ValueError(f"{path}: {labels_key!r} must list {len(data)} classes in [0, {num_classes}), got {_describe(labels)}; {_AGAIN}")
+        raise ValueError(f"{shown}: {labels_key!r} must list {len(data)} classes in [0, {num_classes}), got {_describe(labels)}; {_AGAIN}")
     return torch.from_numpy(np.ascontiguousarray(data)).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
 
 def _describe(value: object) -> str:
+    """Its kind and size: a text of the value itself may have many lines, and Python refuses one of an integer of over 4300 digits."""
     if isinstance(value, np.ndarray):
         array: npt.NDArray[Any] = value
         return f"a {array.dtype} array {array.shape}"
-    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | tuple | dict | bytes | str) else f"a value of type {type(value).__name__}"
 
 
 def _find(files: _Files, data_dir: Path) -> Path | None:
@@ -122,7 +123,9 @@ def _fetch(files: _Files, data_dir: Path, *, damaged: bool = False) -> Path:
                 return found
             getattr(need("torchvision.datasets", "`download`"), files.torchvision)(root=str(data_dir), train=True, download=True)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"the download of {files.torchvision} into {data_dir} failed ({error}); fetch it by hand and unpack it there") from error
+        raise FileNotFoundError(
+            f"the download of {files.torchvision} into {printable(str(data_dir))} failed ({error}); fetch it by hand and unpack it there"
+        ) from error
     return data_dir / files.folder
 
 
@@ -130,10 +133,10 @@ def _missing(files: _Files, data_dir: Path) -> FileNotFoundError:
     needed, folder = (*files.train, files.test), data_dir / files.folder
     if folder.is_dir():
         missing = ", ".join(name for name in needed if not (folder / name).is_file())
-        return FileNotFoundError(f"{folder} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
+        return FileNotFoundError(f"{printable(str(folder))} lacks {missing}; unpack the archive of {files.torchvision}'s Python version again, all of it")
     return FileNotFoundError(
-        f"no {files.torchvision} in {data_dir}: it needs the folder {files.folder} of the official Python version with {', '.join(needed)}; pass the folder "
-        f"that holds it with `data_dir`, or `download` to fetch it"
+        f"no {files.torchvision} in {printable(str(data_dir))}: it needs the folder {files.folder} of the official Python version with {', '.join(needed)}; "
+        f"pass the folder that holds it with `data_dir`, or `download` to fetch it"
     )
 
 
@@ -161,7 +164,7 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
     per_class = labels.bincount(minlength=files.num_classes)
     if (fewest := int(per_class.min())) != int(per_class.max()) or fewest == 0:
         found = f"{fewest} to {int(per_class.max())} training images of a class"
-        raise ValueError(f"{folder} has {found}, but {files.torchvision} as many of each; {_AGAIN}")
+        raise ValueError(f"{printable(str(folder))} has {found}, but {files.torchvision} as many of each; {_AGAIN}")
     counts = profile_counts(files.num_classes, int(per_class.max()), imbalance, profile)
     train = choose_subset(labels, counts, seed)
     return DataSplits(
@@ -183,6 +186,6 @@ def _class_names(path: Path, key: bytes, num_classes: int) -> list[str] | None:
     if not path.is_file():
         return None
     names = read_pickle(path).get(key)
-    if not isinstance(names, list) or len(names) != num_classes:
-        raise ValueError(f"{path}: {key!r} must list {num_classes} names, got {_describe(names)}")
-    return [name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name) for name in names]
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, bytes | str) for name in names):
+        raise ValueError(f"{printable(str(path))}: {key!r} must list {num_classes} names, got {_describe(names)}; {_AGAIN}")
+    return [name.decode(errors="backslashreplace") if isinstance(name, bytes) else name for name in names]

@@ -35,6 +35,8 @@ def test_any_bytes(target: str, data: bytes) -> None:
         ("lists", b"a/" * 3000 + b"b.png 0\n"),
         ("lists", b". 0\n/ 0\n"),
         ("lists", "a.png \u0663\n".encode()),  # a digit that is not ASCII
+        # arrays in the place of names, whose text has many lines
+        ("cifar", bytes.fromhex("0202020b000304020003 0c0a0a0702030603080509 00080b030d03040d070a0c070d0d030c0304000d070d03")),
     ],
 )
 def test_bytes_that_were_once_misread(target: str, data: bytes) -> None:
@@ -98,6 +100,29 @@ class TestCifar:
             assert len(images) == len(before)
         first, second = (next(images.loader([[0, 1, 2]], device=torch.device("cpu")))[0] for images in (before, after))
         assert first.equal(second)
+
+    @pytest.mark.parametrize(
+        ("changes", "shown"),
+        [
+            ({"data": {b"data": np.zeros((2, 3))}}, "a dict of 1"),
+            ({"data": np.zeros((2, 3))}, r"a float64 array \(2, 3\)"),
+            ({"fine_labels": 10**5000}, "a value of type int"),  # which Python does not write out
+            ({"fine_labels": [100] * 1000}, "a list of 1000"),
+        ],
+        ids=["dict", "array", "number", "list"],
+    )
+    def test_errors_have_one_line(self, changes: dict[str, object], shown: str, tmp_path: Path) -> None:
+        """Whatever the files hold, and whatever their folder is called."""
+        root = tmp_path / "two\nlines"
+        self.change(root, "test", **changes)
+        with pytest.raises(ValueError, match=rf"^\S+two\\nlines/cifar-100-python/test: .*, got {shown}; pass `download` to fetch it again$"):
+            load_data("cifar100-lt", data_dir=root, imbalance=2)
+
+    @pytest.mark.parametrize("name", [10**5000, np.zeros((2, 2)), None], ids=["number", "array", "none"])
+    def test_names_that_are_no_text(self, name: object, tmp_path: Path) -> None:
+        self.change(tmp_path, "meta", fine_label_names=[name] * 100)
+        with pytest.raises(ValueError, match=r"^\S+meta: b'fine_label_names' must list 100 names, got a list of 100; pass `download` to fetch it again$"):
+            load_data("cifar100-lt", data_dir=tmp_path, imbalance=2)
 
     def test_names_that_are_not_utf8(self, tmp_path: Path) -> None:
         self.change(tmp_path, "meta", fine_label_names=[b"caf\xe9"] * 100)
