@@ -414,10 +414,13 @@ def supervised_contrastive(
         if not isinstance(class_counts, Tensor):
             raise TypeError(f"class_counts must be a tensor or None, got {type(class_counts).__name__}")
         num_classes = class_counts.numel() if num_classes is None else num_classes
+        if class_counts.is_complex():
+            raise TypeError(f"class_counts must be a tensor of real numbers, got {class_counts.dtype}")
         class_counts = class_vector("class_counts", class_counts.to(dtype), num_classes, "features", features, dtype)
-        if class_counts is not None and values_may_be_read(class_counts) and bool((class_counts < 1).any()):
-            index = int((class_counts < 1).nonzero()[0])
-            raise ValueError(f"class_counts[{index}] is {float(class_counts[index]):g}, but must be at least 1: it counts the keys of a class in the batch")
+        if class_counts is not None and values_may_be_read(class_counts) and not bool((possible := (class_counts >= 1) & class_counts.isfinite()).all()):
+            index = int((~possible).nonzero()[0])
+            shown = f"class_counts[{index}] is {float(class_counts[index]):g}"
+            raise ValueError(f"{shown}, but must be a finite number of at least 1: it counts the keys of a class in the batch")
     if num_classes is None:
         target = check_labels("target", target, features.shape[0], "features", features).contiguous()
     else:

@@ -41,8 +41,8 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         value = float(value)
     # only comparisons, which also work on the symbolic numbers of a traced graph; NaN fails all of them
     if not (-math.inf < value < math.inf and low <= value <= high) or (open_low and value == low):
-        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{name} must be a finite number in {bounds}, got {value}")
+        bounds = "" if math.isinf(low) and math.isinf(high) else f" in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value}")
     return float(value)
 
 
@@ -161,12 +161,13 @@ def check_same_device(name: str, value: Tensor, reference_name: str, reference: 
         raise ValueError(f"{name} is on {value.device} but {reference_name} is on {reference.device}; move one of them")
 
 
-def check_labels(name: str, target: object, rows: int, reference_name: str, reference: Tensor) -> Tensor:
-    """Labels (N,) int64; their values are not checked."""
+def check_labels(name: str, target: object, rows: int, reference_name: str, reference: Tensor, *, or_soft: bool = False) -> Tensor:
+    """Labels (N,) int64; their values are not checked. With `or_soft` the error for labels that are no integers says that there are soft ones."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor of class labels, got {type(target).__name__}")
     if target.is_floating_point():
-        remedy = f"call {name}.long(), or pass soft labels (samples, classes) as target" if target.dim() < 2 else "this loss takes no soft labels"
+        soft = ", or pass soft labels (samples, classes) as target" if or_soft else ""
+        remedy = f"call {name}.long(){soft}" if target.dim() < 2 else "this loss takes no soft labels"
         raise TypeError(f"{name} must be int64, got {target.dtype} of shape {tuple(target.shape)}; {remedy}")
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}; call {name}.long()")
@@ -193,7 +194,7 @@ def hard_labels(
 
 def check_target(name: str, target: object, rows: int, num_classes: int, ignore_index: int | None, reference_name: str, reference: Tensor) -> Tensor:
     """Labels (N,) int64; where their values may be read, each is a class or `ignore_index`."""
-    target = check_labels(name, target, rows, reference_name, reference)
+    target = check_labels(name, target, rows, reference_name, reference, or_soft=ignore_index is not None)
     if values_may_be_read(target):
         low, high = target.aminmax()
         if int(low) < 0 or int(high) >= num_classes:

@@ -201,16 +201,49 @@ def test_features_that_are_all_alike() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"dim": 4}, ValueError, ["dim", "4", "16"]),
+        ({"dim": 15}, ValueError, ["dim", "15", "16"]),
+        ({"dim": 16.0}, TypeError, ["dim", "16.0"]),
+        ({"dim": None}, TypeError, ["dim", "None"]),
         ({"temperature": 0.0}, ValueError, ["temperature", "0.0"]),
+        ({"temperature": float("nan")}, ValueError, ["temperature", "nan"]),
+        ({"temperature": "0.1"}, TypeError, ["temperature", "'0.1'"]),
+        ({"tau": float("inf")}, ValueError, ["tau must be a finite number, got inf"]),
+        ({"tau": "1"}, TypeError, ["tau", "'1'"]),
         ({"reduction": "max"}, ValueError, ["reduction", "'max'"]),
         ({"backend": "cuda"}, ValueError, ["backend", "'cuda'"]),
-        ({"class_counts": [3, 0]}, ValueError, ["class_counts[1]"]),
+        ({"class_counts": [3, 0]}, ValueError, ["class_counts[1]", "0"]),
+        ({"class_counts": [3, float("nan")]}, ValueError, ["class_counts[1]", "nan"]),
+        ({"class_counts": []}, ValueError, ["class_counts", "empty"]),
+        ({"class_counts": 5}, ValueError, ["class_counts", "()"]),
     ],
 )
 def test_refusals(arguments: dict[str, object], error: type[Exception], words: list[str]) -> None:
     with pytest.raises(error) as caught:
         ProCoLoss(**{"class_counts": COUNTS, "dim": 16, **arguments})  # type: ignore[arg-type]
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    with pytest.raises(ValueError, match="16 columns"):
-        ProCoLoss(COUNTS, 16)(torch.zeros(2, 5), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"features": torch.zeros(2, 5)}, ValueError, ["features", "16 columns", "(2, 5)"]),
+        ({"features": torch.zeros(16)}, ValueError, ["features", "(16,)"]),
+        ({"features": torch.zeros(0, 16)}, ValueError, ["features", "(0, 16)"]),
+        ({"features": torch.zeros(2, 16, dtype=torch.int64)}, TypeError, ["features", "int64"]),
+        ({"features": [[0.0] * 16] * 2}, TypeError, ["features", "list"]),
+        ({"features": torch.zeros(2, 16, device="meta")}, ValueError, ["features", "meta", "cpu"]),
+        ({"target": torch.tensor([0, 4])}, ValueError, ["target[1]", "4", "[0, 4)"]),
+        ({"target": torch.tensor([-100, 1])}, ValueError, ["target[0]", "-100", "[0, 4)"]),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, ["target", "(2,)", "(3,)"]),
+        ({"target": torch.zeros(2)}, TypeError, ["target", "float32"]),
+        ({"target": torch.zeros(2, 4)}, TypeError, ["target", "no soft labels"]),
+        ({"target": [0, 1]}, TypeError, ["target", "list"]),
+        ({"target": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, ["target", "meta", "cpu"]),
+    ],
+)
+def test_calls_that_are_refused_leave_the_averages_alone(changes: dict[str, object], error: type[Exception], words: list[str]) -> None:
+    criterion = ProCoLoss(COUNTS, 16)
+    with pytest.raises(error) as caught:
+        criterion(**{"features": torch.ones(2, 16), "target": torch.tensor([0, 1]), **changes})  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not criterion.counts.any()

@@ -213,7 +213,7 @@ def _sharded_loss(
         target, target_b, lam, terms_options["ignore_index"] = hard_labels(target, target_b, lam, terms_options["ignore_index"])
         for name, labels in (("target", target), ("target_b", target_b)):
             if labels is not None:
-                check_labels(name, labels, features.shape[0], "features", features)
+                check_labels(name, labels, features.shape[0], "features", features, or_soft=True)
         if isinstance(lam, Tensor) and lam.shape not in ((), features.shape[:1]):
             raise ValueError(f"lam must be a number, or a tensor of shape () or ({features.shape[0]},), got {tuple(lam.shape)}")
         if lam is not None and not isinstance(lam, Tensor) and target_b is not None:

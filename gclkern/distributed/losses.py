@@ -89,7 +89,7 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
                 check_matrix("features", features)
                 check_matrix("linear_weight", linear_weight)
                 for name, mine in zip(("target", "target_b"), labels, strict=False):
-                    check_labels(name, mine, features.shape[0], "features", features)
+                    check_labels(name, mine, features.shape[0], "features", features, or_soft=True)
                 seed = resolve_seed(seed, features.device)
         except (ValueError, TypeError) as error:
             problem = error

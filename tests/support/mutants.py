@@ -29,15 +29,16 @@ _SKIPPED_KEYWORDS = ("num_warps", "num_stages", "enable_fp_fusion", "is_pure", "
 @dataclass(frozen=True)
 class Mutant:
     function: str  # the outermost function or class around it; "" for the module
-    line: int
-    text: str  # of the line
+    lines: tuple[int, int]  # of what is replaced, the first and the last
+    around: tuple[int, int]  # of `function`
+    text: str  # of the first line
     before: str
     after: str
-    source: str  # the changed file
+    source: str  # the changed file, whose other lines keep their numbers
     key: str  # stays as long as the function around it does
 
     def __str__(self) -> str:
-        return f"{self.line}: {self.before} -> {self.after}"
+        return f"{self.lines[0]}: {self.before} -> {self.after}"
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
@@ -119,6 +120,8 @@ def mutants(source: str) -> list[Mutant]:
                 assert replaced.end_lineno is not None and replaced.end_col_offset is not None
                 first, last = offset(replaced.lineno, replaced.col_offset), offset(replaced.end_lineno, replaced.end_col_offset)
                 key = hashlib.sha256(f"{whole}\0{first - offset(outer.lineno, 0)}\0{last - first}\0{text}".encode()).hexdigest()[:16]
-                changed = source[:first] + text + source[last:]
-                found.append(Mutant(name, replaced.lineno, lines[replaced.lineno - 1].strip(), ast.unparse(replaced), text, changed, key))
+                end = len(text) - text.endswith(")")
+                changed = source[:first] + text[:end] + "\n" * source.count("\n", first, last) + text[end:] + source[last:]
+                span, around = (replaced.lineno, replaced.end_lineno), (outer.lineno, outer.end_lineno or outer.lineno)
+                found.append(Mutant(name, span, around, lines[replaced.lineno - 1].strip(), ast.unparse(replaced), text, changed, key))
     return found

@@ -1,20 +1,23 @@
 """Mutation testing: does a test fail when the code is wrong? python -m tests.support.mutation [FILE ...] [--limit N] [--seconds S]
 
-Each mutant (mutants.py) changes one place of a file. It is killed if one of the file's tests fails on it. The mutants of a file are taken in an order that is
-drawn once and spreads every prefix evenly over the file, so that the first N are a fair sample. Libraries are imported once, in the process that each mutant is
-forked from, and the tests that have killed the most in the least time run first. Results are kept in a file: a run that is stopped goes on where it was, and a
-changed function is tried anew. The report is tests/mutation.md. A survivor becomes a test, or an entry of tests/equivalent_mutants.toml that says why nothing
-can tell it from the original.
+Each mutant (mutants.py) changes one place of a file. It is killed if one of the file's tests fails on it. The mutants of a file are tried in a random order, so
+that the first N are a random sample, from which the report (tests/mutation.md) estimates how many of all would be killed. The tests of a file run once to see
+how long each takes and which lines it runs; a mutant is tried on those that run its lines, in a fork of a process that has collected them. Results are kept in
+a file: a run that is stopped goes on where it was, and a changed function is tried anew. A survivor becomes a test, or an entry of
+tests/equivalent_mutants.toml that says why nothing can tell it from the original.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
+import hashlib
+import inspect
 import json
+import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -23,8 +26,10 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -36,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "tests" / "mutation.md"
 REASONS = ROOT / "tests" / "equivalent_mutants.toml"
 KEPT = ROOT / "build" / "mutants.jsonl"
+SEED = 2026  # of the samples
 
 _KERNELS, _TORCH = "triton and not compiled", "not triton and not cpu"
 _LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py"]
@@ -43,16 +49,22 @@ _HEAD = ["tests/test_operations.py", "tests/test_linear_gcl_cross_entropy.py"]
 _CONTRASTIVE = ["tests/test_operations.py", "tests/test_supervised_contrastive.py"]
 # What is changed, and the tests that should notice: files, and an expression of pytest's -k.
 TESTS: dict[str, tuple[list[str], str]] = {
+    "kernels/angles.py": (["tests/test_angular_losses.py"], _KERNELS),
     "kernels/centroids.py": (["tests/test_centroids.py"], _KERNELS),
     "kernels/contrastive_loss.py": (_CONTRASTIVE, f"{_KERNELS} and (not operations or contrastive)"),
     "kernels/contrastive_terms.py": (_CONTRASTIVE, "not operations or contrastive"),
     "kernels/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"({_KERNELS} or tile) and (not operations or dro_lt)"),
+    "kernels/exponentials.py": (["tests/kernels/test_exponentials.py"], ""),
     "kernels/head.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
     "kernels/logit_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
     "kernels/noise.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/products.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
     "kernels/row_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
+    "kernels/runtime.py": (["tests/test_operators.py", *_LOGITS], _KERNELS),
+    "kernels/terms.py": (["tests/test_operators.py", "tests/test_dispatch.py", *_LOGITS], _KERNELS),
+    "kernels/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_KERNELS} and (not operations or vmf)"),
+    "gclkern/torch_backend/angles.py": (["tests/test_angular_losses.py"], _TORCH),
     "gclkern/torch_backend/centroids.py": (["tests/test_centroids.py"], _TORCH),
     "gclkern/torch_backend/contrastive_loss.py": (_CONTRASTIVE, f"{_TORCH} and (not operations or contrast)"),
     "gclkern/torch_backend/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"{_TORCH} and (not operations or dro_lt)"),
@@ -60,54 +72,192 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "gclkern/torch_backend/logit_loss.py": (["tests/test_operators.py", *_LOGITS], f"{_TORCH} and (not operations or gcl)"),
     "gclkern/torch_backend/noise.py": (["tests/test_noise.py"], _TORCH),
     "gclkern/torch_backend/rows.py": (["tests/test_operators.py", *_LOGITS, "tests/test_soft_labels.py"], f"{_TORCH} and (not operations or gcl)"),
+    "gclkern/torch_backend/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_TORCH} and (not operations or vmf)"),
     "gclkern/samplers.py": (["tests/test_samplers.py"], ""),
 }
 
 
-def sample_order(count: int) -> list[int]:
-    """A permutation of `count` places: halves of halves, each time the middle of what is widest, so that every prefix covers the file evenly."""
-    bits = max(count - 1, 1).bit_length()
-    shift = random.Random(0).randrange(1 << bits)
-    places = (int(f"{number:0{bits}b}"[::-1], 2) ^ shift for number in range(1 << bits))
-    return [place for place in places if place < count]
+def sample(name: str, source: str, reasons: Reasons) -> list[Mutant]:
+    """The mutants of a file in a random order, which changes elsewhere leave as it is."""
+    candidates = [mutant for mutant in mutants(source) if (name, mutant.function) not in reasons.functions]
+    return sorted(candidates, key=lambda mutant: hashlib.sha256(f"{SEED} {mutant.key}".encode()).digest())
 
 
 # ---- the tests of one mutant, in a process of their own
 
 
-@dataclass
-class Watch:
-    """A plugin of pytest: chooses and orders the tests, measures the CPU time of each and tells which one fails. One that takes far longer ends all."""
+def in_fork(work: Callable[[Callable[[dict[str, Any]], None]], int], *, group: bool) -> Iterator[dict[str, Any]]:
+    """What `work` tells in a fork of this process, and at last its exit code. With `group` it gets a process group, which is killed afterwards."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        if group:
+            os.setpgrp()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with os.fdopen(writer, "w") as pipe:
 
-    usual: dict[str, float]  # seconds by the test's id; empty to measure, for `budget` seconds at most
-    rank: dict[str, float]  # lower is earlier
+            def tell(news: dict[str, Any]) -> None:
+                pipe.write(json.dumps(news) + "\n")
+                pipe.flush()
+
+            code = 99
+            try:
+                code = work(tell)
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            finally:
+                os._exit(code)
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as pipe:
+            yield from map(json.loads, pipe)
+        yield {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what the tests have started, and at a signal the tests themselves
+            (os.killpg if group else os.kill)(child, signal.SIGKILL if group else signal.SIGTERM)
+
+
+@dataclass
+class Test:
+    """What is known of a test: its CPU time, and the lines of the changed file that it runs."""
+
+    seconds: float
+    lines: frozenset[int]
+
+    def touches(self, span: tuple[int, int]) -> bool:
+        return any(line in self.lines for line in range(span[0], span[1] + 1))
+
+
+def chosen_tests(mutant: Mutant, tests: dict[str, Test], kills: Counter[str]) -> list[str]:
+    """Those that run the changed lines, or where none is known the function; all where the change takes effect at the import, or its result is cached.
+
+    First come those that have killed the most in the least time.
+    """
+    chosen = [name for name, test in tests.items() if test.touches(mutant.lines)] or [name for name, test in tests.items() if test.touches(mutant.around)]
+    if not mutant.function or any("cache" in line for line in mutant.source.splitlines()[mutant.around[0] - 2 : mutant.around[1]]):
+        chosen = list(tests)
+    return sorted(chosen, key=lambda name: tests[name].seconds / (kills[name] + 0.05))
+
+
+@dataclass
+class Session:
+    """A plugin of pytest: once the tests are collected, they run in forks, the first time without a change and then on each mutant.
+
+    So neither imports nor the collection are repeated. A fork gives the changed code to the functions that exist; Triton's interpreter reads a function from
+    the file when it first runs it, which is in the fork. A mutant that changes what an import computes is in the file before this process starts; `mutants` is
+    empty then.
+    """
+
+    path: Path  # the changed file
+    mutants: list[Mutant]
+    tests: dict[str, Test]  # empty to find them, within `budget` seconds
+    kills: Counter[str]
     budget: float
-    report: Any  # a pipe
-    times: dict[str, float] = field(default_factory=dict)
-    started: float = 0.0
+    until: float
+    tell: Callable[[dict[str, Any]], None]
 
     def pytest_sessionstart(self) -> None:
         settings.register_profile("mutants", settings.default, phases=(Phase.explicit, Phase.generate))
         settings.load_profile("mutants")  # a failure is enough: no simpler example of it is looked for
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.usual:
-            items[:] = sorted((item for item in items if item.nodeid in self.usual), key=lambda item: self.rank[item.nodeid])
-            return
-        before: Counter[str] = Counter()  # one case of each test function, then the second of each
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        functions: dict[str, list[FunctionType]] = {}
+        for thing in gc.get_objects():
+            if isinstance(thing, FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path):
+                functions.setdefault(thing.__code__.co_qualname, []).append(thing)
+        gc.freeze()
+        items = {item.nodeid: item for item in session.items}
+        tried: list[Mutant | None] = list(self.mutants) if self.mutants or not self.tests else [None]
+        if not self.tests:
+            for news in in_fork(functools.partial(self.measure, session), group=True):
+                self.tell(news)
+                if "test" in news:
+                    self.tests[news["test"]] = Test(news["seconds"], frozenset(news["lines"]))
+                elif news.get("code") or "failed" in news:
+                    return True
+        source = self.path.read_text(encoding="utf-8")
+        for mutant in tried:
+            if time.monotonic() > self.until:
+                break
+            names = chosen_tests(mutant, self.tests, self.kills) if mutant is not None else sorted(self.tests, key=lambda name: self.tests[name].seconds)
+            session.items[:] = [items[name] for name in names if name in items]
+            if mutant is not None:
+                self.path.write_text(mutant.source, encoding="utf-8")
+            told: dict[str, Any] = {}
+            for news in in_fork(functools.partial(self.try_one, session, mutant, functions), group=True):
+                told |= news
+            self.path.write_text(source, encoding="utf-8")
+            if told["code"] in (-signal.SIGALRM, -signal.SIGPROF):
+                told["failed"] = "a test that does not end"
+            killer = told.get("failed", "the process's end" if told["code"] else None)
+            self.kills[killer or ""] += 1
+            self.tell({"mutant": mutant.key if mutant is not None else "", "killer": killer, "tests": len(names)})
+        return True
+
+    def measure(self, session: pytest.Session, tell: Callable[[dict[str, Any]], None]) -> int:
+        """Run the tests, one case of each function, then the second of each and so on."""
+        before: Counter[str] = Counter()
         places = {}
-        for item in items:
+        for item in session.items:
             function = item.nodeid.partition("[")[0]
             places[item] = before[function]
             before[function] += 1
-        items.sort(key=lambda item: places[item])
+        session.items.sort(key=lambda item: places[item])
+        end = time.process_time() + self.budget
+        names: dict[str, bool] = {}  # whether a file's name is that of the changed one
+        lines: set[int] = set()
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            name = frame.f_code.co_filename
+            if name not in names:
+                names[name] = os.path.realpath(name) == str(self.path)
+            return trace_line if names[name] else None
+
+        def trace_line(frame: FrameType, event: str, argument: object) -> Any:
+            lines.add(frame.f_lineno)
+            return trace_line
+
+        def before_test(name: str) -> None:
+            lines.clear()
+            sys.settrace(trace)
+
+        def after_test(name: str, seconds: float) -> None:
+            sys.settrace(None)
+            tell({"test": name, "seconds": seconds, "lines": sorted(lines)})
+            if time.process_time() > end:
+                os._exit(0)
+
+        session.config.pluginmanager.register(Watch(before_test, after_test, tell))
+        return run_items(session)
+
+    def try_one(self, session: pytest.Session, mutant: Mutant | None, functions: dict[str, list[FunctionType]], tell: Callable[[dict[str, Any]], None]) -> int:
+        if mutant is not None:
+            for name, code in function_codes(mutant.source):
+                if name.partition(".")[0] == mutant.function:
+                    for function in functions.get(name, ()):
+                        function.__code__ = code.replace(co_filename=function.__code__.co_filename)
+
+        def before_test(name: str) -> None:
+            signal.setitimer(signal.ITIMER_PROF, 2.0 + 3 * self.tests[name].seconds)
+            signal.alarm(600)  # for one that waits forever
+
+        session.config.pluginmanager.register(Watch(before_test, lambda name, seconds: None, tell))
+        return run_items(session)
+
+
+@dataclass
+class Watch:
+    """A plugin of pytest: measures tests, and ends the process at the first that fails."""
+
+    before_test: Callable[[str], None]
+    after_test: Callable[[str, float], None]
+    tell: Callable[[dict[str, Any]], None]
+    started: float = 0.0
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.started = time.process_time()
-        if self.usual:
-            signal.setitimer(signal.ITIMER_PROF, 2.0 + 3 * self.usual[nodeid])
-            signal.alarm(600)  # for one that waits forever
+        self.before_test(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -115,68 +265,74 @@ class Watch:
             os._exit(1)  # pytest would take longer to end than most tests take
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        self.times[nodeid] = time.process_time() - self.started
-        if not self.usual and sum(self.times.values()) > self.budget:
-            self.tell({"times": self.times})
-            os._exit(0)
-
-    def pytest_sessionfinish(self) -> None:
-        self.tell({"times": self.times})
-
-    def tell(self, news: dict[str, Any]) -> None:
-        self.report.write(json.dumps(news) + "\n")
-        self.report.flush()
+        self.after_test(nodeid, time.process_time() - self.started)
 
 
-def run_tests(tree: Path, tests: tuple[list[str], str], usual: dict[str, float], rank: dict[str, float], budget: float) -> tuple[bool, dict[str, Any]]:
-    """Whether they pass, and what the watch reports. They run in a fork of this process, which has the large libraries imported already."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os.setpgrp()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def run_items(session: pytest.Session) -> int:
+    for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    return 0
+
+
+def function_codes(source: str) -> list[tuple[str, CodeType]]:
+    """The code of each function and method, by its qualified name."""
+    found: list[tuple[str, CodeType]] = []
+    waiting = [compile(source, "", "exec", dont_inherit=True)]
+    while waiting:
+        for constant in waiting.pop().co_consts:
+            if isinstance(constant, CodeType):
+                found.append((constant.co_qualname, constant))
+                if not constant.co_flags & inspect.CO_NEWLOCALS:  # the body of a class
+                    waiting.append(constant)
+    return found
+
+
+def at_import(source: str) -> list[tuple[object, ...]]:
+    """What runs when the file is imported: bodies of the module and of classes, whose constants hold defaults of parameters, too."""
+    module = compile(source, "", "exec", dont_inherit=True)
+    bodies = [module, *(code for _, code in function_codes(source) if not code.co_flags & inspect.CO_NEWLOCALS)]
+    return [(body.co_code, body.co_names, *(constant for constant in body.co_consts if not isinstance(constant, CodeType))) for body in bodies]
+
+
+def session_of(
+    name: str, tree: Path, mutants: list[Mutant], tests: dict[str, Test], kills: Counter[str], budget: float, until: float
+) -> Iterator[dict[str, Any]]:
+    """What a session in a fork of this process, which has the large libraries imported, tells of the tests of a file and its mutants."""
+
+    def work(tell: Callable[[dict[str, Any]], None]) -> int:
+        os.chdir(tree)
+        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT)))]
+        for module in [module for module in sys.modules if module.partition(".")[0] in ("tests", "gclkern", "benchmarks")]:
+            del sys.modules[module]
+        files, expression = TESTS[name]
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        os.chdir(tree)
-        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT)))]
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "gclkern", "benchmarks")]:
-            del sys.modules[name]
-        files, expression = tests
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        with os.fdopen(writer, "w") as report:
-            code = pytest.main([*files, "-k", expression, "-q", "-p", "no:cacheprovider", "--assert=plain"], plugins=[Watch(usual, rank, budget, report)])
-            os._exit(code)
-    os.close(writer)
-    told: dict[str, Any] = {}
-    try:
-        with os.fdopen(reader) as report:
-            for line in report:
-                told |= json.loads(line)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what the tests have started, and at a signal the tests themselves
-    if code in (4, 5):
-        sys.exit(f"no tests for {tests}")
-    if code in (-signal.SIGALRM, -signal.SIGPROF):
-        told["failed"] = "a test that does not end"
-    return code == 0, told
+        plugin = Session((tree / name).resolve(), mutants, tests, kills, budget, until, tell)
+        return pytest.main([*files, "-k", expression, "-q", "-p", "no:cacheprovider", "--assert=plain"], plugins=[plugin])
+
+    return in_fork(work, group=False)
 
 
 # ---- all mutants of a file
 
 
 class Results:
-    """What became of each mutant, kept from run to run."""
+    """What became of each mutant, kept from run to run: at first, and at last."""
 
     def __init__(self) -> None:
-        lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
-        self.fates: dict[tuple[str, str], str] = {(row["file"], row["key"]): row["fate"] for row in map(json.loads, lines)}
+        self.first: dict[tuple[str, str], str] = {}
+        self.fates: dict[tuple[str, str], str] = {}
+        for row in map(json.loads, KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []):
+            self.set(row["file"], row["key"], row["fate"])
+
+    def set(self, name: str, key: str, fate: str) -> None:
+        self.first.setdefault((name, key), fate)
+        self.fates[name, key] = fate
 
     def add(self, name: str, mutant: Mutant, fate: str) -> None:
-        self.fates[name, mutant.key] = fate
+        self.set(name, mutant.key, fate)
         KEPT.parent.mkdir(exist_ok=True)
         with KEPT.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "key": mutant.key, "fate": fate, "mutant": str(mutant)}) + "\n")
@@ -214,36 +370,57 @@ def copy_tree(folder: Path) -> Path:
 
 def try_file(name: str, tree: Path, results: Results, reasons: Reasons, limit: int, until: float, budget: float, *, again: bool) -> None:
     source = (tree / name).read_text(encoding="utf-8")
-    everything = mutants(source)
-    candidates = [mutant for mutant in everything if (name, mutant.function) not in reasons.functions]
-    chosen = [candidates[place] for place in sample_order(len(candidates))[:limit]]
-    tests = TESTS[name]
     waiting = [
-        mutant for mutant in chosen
+        mutant for mutant in sample(name, source, reasons)[:limit]
         if (fate := results.fates.get((name, mutant.key))) is None or (again and fate == "survived" and reasons.of(name, mutant) is None)
     ]  # fmt: skip
-    if not waiting or time.monotonic() > until:
-        return
-    passed, told = run_tests(tree, tests, {}, {}, budget)
-    if not passed:
-        sys.exit(f"{name}: fails without any change: {told.get('failed', 'its tests')}")
-    times = told["times"]
+    usual = at_import(source)
+    alone = [mutant for mutant in waiting if at_import(mutant.source) != usual]
+    waiting = [mutant for mutant in waiting if mutant not in alone]
+    by_key = {mutant.key: mutant for mutant in waiting}
+    tests: dict[str, Test] = {}
     kills: Counter[str] = Counter()
-    print(f"{name}: {len(waiting)} of {len(everything)} mutants, {len(times)} tests in {sum(times.values()):.0f} s", flush=True)  # noqa: T201
-    for mutant in waiting:
+
+    def follow(events: Iterator[dict[str, Any]], mutant: Mutant | None = None) -> None:
+        for event in events:
+            if "seconds" in event:
+                tests[event["test"]] = Test(event["seconds"], frozenset(event["lines"]))
+            elif "failed" in event:
+                sys.exit(f"{name}: fails without any change: {event['failed']}")
+            elif "mutant" in event:
+                tried, killer = mutant or by_key[event["mutant"]], event["killer"]
+                kills[killer or ""] += 1
+                results.add(name, tried, "killed" if killer else "survived")
+                print(f"{name}:{tried}: {f'killed by {killer}' if killer else 'SURVIVED'} ({event['tests']} tests)", flush=True)  # noqa: T201
+            elif event.get("code") in (4, 5):
+                sys.exit(f"no tests for {name}")
+            elif event.get("code") and mutant is None:
+                sys.exit(f"{name}: the tests end with {event['code']}")
+            elif event.get("code"):
+                results.add(name, mutant, "killed")
+                print(f"{name}:{mutant}: killed at the import", flush=True)  # noqa: T201
+
+    if not waiting and not alone:
+        return
+    follow(session_of(name, tree, waiting, tests, kills, budget, until))
+    print(f"{name}: {len(tests)} tests in {sum(test.seconds for test in tests.values()):.0f} s", flush=True)  # noqa: T201
+    for mutant in alone:
         if time.monotonic() > until:
             break
         (tree / name).write_text(mutant.source, encoding="utf-8")
-        rank = {test: seconds / (kills[test] + 0.05) for test, seconds in times.items()}
-        passed, told = run_tests(tree, tests, times, rank, budget)
-        killer = told.get("failed", "the process's end")
-        kills[killer] += 1
-        results.add(name, mutant, "survived" if passed else "killed")
-        print(f"{name}:{mutant}: {'SURVIVED' if passed else f'killed by {killer}'}", flush=True)  # noqa: T201
+        follow(session_of(name, tree, [], tests, kills, budget, until), mutant)
     (tree / name).write_text(source, encoding="utf-8")
 
 
 # ---- the report
+
+
+def interval(share: float, count: float) -> str:
+    """Wilson's interval of 95% for a share of a population, from its share in a random sample of `count`."""
+    z = 1.96
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    return f"{100 * share:.1f} ({100 * low:.1f} to {100 * min(high, 1.0):.1f})"
 
 
 def report(results: Results, reasons: Reasons) -> str:
@@ -251,27 +428,39 @@ def report(results: Results, reasons: Reasons) -> str:
         "# Mutants",
         "",
         "By `python -m tests.support.mutation`, which says how they are made and drawn. Set aside are mutants in functions that decide time or memory alone;",
-        "equivalent are survivors with an argument below. All others that were tried should be killed. What survived the tests",
-        "that fit into `--budget` was tried with further tests of the suite before it was called a survivor here.",
+        "of the others a random sample was tried. Equivalent are survivors with an argument below. The percentage is of the mutants that are not equivalent:",
+        "how many the suite killed when they were first tried, with the interval of 95% for all mutants of the file. Those that survived then and are",
+        "killed now have got a test since.",
         "",
-        "| file | mutants | set aside | tried | killed | equivalent | survived |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| file | mutants | set aside | tried | equivalent | killed at first | killed since | survive | killed at first, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    totals, survivors, arguments = [0] * 6, [], []
+    totals, survivors, arguments = [0] * 7, [], []
+    weights: list[tuple[int, int, float]] = []  # of each file: its mutants, those that were tried and count, and their share killed
     for name in TESTS:
-        everything = mutants((ROOT / name).read_text(encoding="utf-8"))
-        aside = [mutant for mutant in everything if (name, mutant.function) in reasons.functions]
-        tried = [(mutant, results.fates[name, mutant.key]) for mutant in everything if mutant not in aside and (name, mutant.key) in results.fates]
+        source = (ROOT / name).read_text(encoding="utf-8")
+        everything, candidates = mutants(source), sample(name, source, reasons)
+        tried = [(mutant, results.fates[name, mutant.key]) for mutant in candidates if (name, mutant.key) in results.fates]
         survived = [mutant for mutant, fate in tried if fate == "survived"]
         argued = [mutant for mutant in survived if reasons.of(name, mutant) is not None]
-        counts = [len(everything), len(aside), len(tried), len(tried) - len(survived), len(argued), len(survived) - len(argued)]
+        at_first = sum(results.first[name, mutant.key] == "killed" for mutant, _ in tried)
+        decided = len(tried) - len(argued)
+        counts = [
+            len(everything), len(everything) - len(candidates), len(tried), len(argued), at_first, len(tried) - len(survived) - at_first,
+            len(survived) - len(argued),
+        ]  # fmt: skip
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
-        survivors += [f"- {name}:{mutant.line}: `{mutant.before}` -> `{mutant.after}`" for mutant in survived if mutant not in argued]
-        arguments += [f"- {name}:{mutant.line}: `{mutant.before}` -> `{mutant.after}`: {reasons.of(name, mutant)}" for mutant in argued]
-    decided = totals[2] - totals[4]
-    lines += [f"| all | {' | '.join(map(str, totals))} |", "", f"Killed of those not equivalent: {100 * totals[3] / max(decided, 1):.1f}%.", ""]
-    lines += ["## Survivors", "", *(survivors or ["None."]), "", "## Equivalent", "", *arguments, "", "## Set aside", ""]
+        if decided:
+            weights.append((len(candidates), decided, at_first / decided))
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} | {interval(at_first / decided, decided) if decided else '-'} |")
+        survivors += [f"- {name}:{mutant.lines[0]}: `{mutant.before}` -> `{mutant.after}`" for mutant in survived if mutant not in argued]
+        arguments += [f"- {name}:{mutant.lines[0]}: `{mutant.before}` -> `{mutant.after}`: {reasons.of(name, mutant)}" for mutant in argued]
+    if weights:  # files are sampled at different rates: each counts by its size, and the sample by what one at the same rate would need for this precision
+        size = sum(whole for whole, _, _ in weights)
+        share = sum(whole * killed for whole, _, killed in weights) / size
+        overall = interval(share, size**2 / sum(whole**2 / decided for whole, decided, _ in weights))
+        lines.append(f"| all, each file by its size | {' | '.join(map(str, totals))} | {overall} |")
+    lines += ["", "## Survivors", "", *(survivors or ["None."]), "", "## Equivalent", "", *arguments, "", "## Set aside", ""]
     lines += [f"- {name}, `{function}`: {reason}" for (name, function), reason in reasons.functions.items()]
     return "\n".join(lines) + "\n"
 

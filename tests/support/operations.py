@@ -18,7 +18,7 @@ from gclkern.kernels.terms import PREFIXES, statistics_dtype
 from gclkern.proco import vmf_contrast
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, angle_sets, cosines, labels, option_sets, vector
-from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, FAMILY, HEAD, LOGITS, Wrong
+from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, CONTRAST, CONTRASTIVE, FAMILY, HEAD, LOGITS, Wrong
 
 CLASSES, DIM = 37, 19  # no multiple of a vector, an alignment or a group of the noise
 
@@ -147,7 +147,8 @@ def _contrastive_samples(rows: int) -> dict[str, Options]:
 
 def _vmf_cross_entropy(cosine: Tensor, target: Tensor, concentration: Tensor, backend: str = "auto", **options: Any) -> Tensor:
     """ProCo's loss: the cross entropy of the contrasts, of cosines in float32 or better as its module has them."""
-    contrast = vmf_contrast(cosine.to(statistics_dtype(cosine)), concentration, DIM, 0.5, backend)
+    cosine = cosine.to(statistics_dtype(cosine)) if cosine.is_floating_point() else cosine
+    contrast = vmf_contrast(cosine, concentration, DIM, 0.5, backend)
     return gcl_cross_entropy(contrast, target, scale=1.0, backend=backend, **options)
 
 
@@ -209,11 +210,11 @@ OPERATIONS = [
     Operation(
         "supervised_contrastive", supervised_contrastive, oracle.supervised_contrastive, _contrastive_samples,
         {"features": "rows dims", "target": "rows", "prototypes": "classes dims", "class_counts": "classes"}, leaves=("features", "prototypes"),
-        narrow=("features",), grid=False, batch=True, backends=("torch", "triton"),
+        narrow=("features",), grid=False, batch=True, backends=("torch", "triton"), wrong=CONTRASTIVE,
     ),
     Operation(
         "vmf_contrast", _vmf_cross_entropy, _exact_vmf_cross_entropy, _vmf_samples, {"cosine": "rows classes", "concentration": "classes", **_FAMILY},
-        leaves=("cosine", "bias"), narrow=("cosine",), backends=("torch", "triton"),
+        leaves=("cosine", "bias"), narrow=("cosine",), backends=("torch", "triton"), wrong=CONTRAST,
     ),
     Operation(
         "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,

@@ -30,6 +30,8 @@ VALID: dict[str, Options] = {
     "gcl_cross_entropy by angles": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels(), "angular": True, "margin": 0.5},
     "linear_gcl_cross_entropy materialised": {"features": torch.ones(ROWS, WIDTH), "linear_weight": torch.ones(CLASSES, WIDTH), "target": _labels()},
     "dro_lt_loss": {"features": torch.zeros(5, 4), "target": torch.zeros(5, dtype=torch.int64), "centroids": torch.zeros(3, 4), "epsilon": 0.5},
+    "supervised_contrastive": {"features": torch.ones(ROWS, WIDTH), "target": _labels(), "prototypes": torch.ones(CLASSES, WIDTH)},
+    "vmf_contrast": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels(), "concentration": torch.ones(CLASSES)},
     "class_centroids": {"features": torch.zeros(3, 2), "target": torch.zeros(3, dtype=torch.int64), "num_classes": 2},
 }
 
@@ -181,6 +183,52 @@ BOUND: tuple[Wrong, ...] = (
     Wrong("class_weight", ValueError, "requires a gradient", {"class_weight": torch.ones(3, requires_grad=True)}),
     Wrong("reduction", ValueError, "must be one of", {"reduction": "average"}),
     Wrong("backend", ValueError, "must be one of", {"backend": "cuda"}),
+)
+
+CONTRASTIVE: tuple[Wrong, ...] = (
+    *_values(
+        ("temperature", 0.0), ("temperature", -1.0), ("temperature", 0.003), ("temperature", NAN), ("temperature", INF), ("reduction", "average"),
+        ("reduction", None), ("backend", "cuda"), ("backend", "cpu"), ("backend", None),
+    ),
+    *_types(
+        ("features", [[1.0] * WIDTH] * ROWS), ("prototypes", [[1.0] * WIDTH] * CLASSES), ("target", [0, 4, 2]), ("class_counts", [1.0] * CLASSES),
+        ("temperature", "0.1"), ("temperature", None), ("temperature", True), ("temperature", torch.tensor(0.1)), ("include_samples", 1),
+        ("include_samples", None), ("include_own_class", 0), ("include_own_class", "no"),
+    ),
+    *_tensors(ValueError, "features", *(torch.ones(shape) for shape in ((WIDTH,), (0, WIDTH), (ROWS, 0), (2, ROWS, WIDTH)))),
+    *_tensors(ValueError, "prototypes", *(torch.ones(shape) for shape in ((WIDTH,), (0, WIDTH), (CLASSES, WIDTH + 1), (1, CLASSES, WIDTH)))),
+    *(
+        wrong
+        for name, shape in (("features", (ROWS, WIDTH)), ("prototypes", (CLASSES, WIDTH)))
+        for dtype in (torch.int64, torch.complex64, torch.bool)
+        for wrong in _tensors(TypeError, name, torch.ones(shape, dtype=dtype))
+    ),
+    *_tensors(TypeError, "prototypes", torch.ones(CLASSES, WIDTH, dtype=torch.float16), torch.ones(CLASSES, WIDTH, dtype=torch.float64)),
+    *_tensors(ValueError, "target", *(torch.zeros(shape, dtype=torch.int64) for shape in ((ROWS + 1,), (), (ROWS, 1)))),
+    *_tensors(TypeError, "target", *(torch.zeros(ROWS, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.bool))),
+    Wrong("target", TypeError, "takes no soft labels", {"target": torch.ones(ROWS, CLASSES)}),
+    *(Wrong("target", ValueError, f"target[1] is {wrong}", {"target": torch.tensor([0, wrong, 2])}) for wrong in (CLASSES, -1, -100, 10**12)),
+    Wrong("target", ValueError, f"target[1] is {CLASSES}", {"target": torch.tensor([0, CLASSES, 2]), "prototypes": None, "class_counts": torch.ones(CLASSES)}),
+    *_tensors(ValueError, "class_counts", *(torch.ones(shape) for shape in ((CLASSES + 1,), (), (CLASSES, 1)))),
+    *_tensors(TypeError, "class_counts", torch.ones(CLASSES, dtype=torch.complex64)),
+    *(
+        Wrong("class_counts", ValueError, f"class_counts[1] is {shown}", {"class_counts": torch.tensor([1.0, value, 1.0, 1.0, 1.0])})
+        for value, shown in ((0.5, "0.5"), (-3.0, "-3"), (NAN, "nan"), (INF, "inf"))
+    ),
+    Wrong("class_counts", ValueError, "requires a gradient", {"class_counts": torch.ones(CLASSES, requires_grad=True)}),
+    *(
+        Wrong(name, ValueError, "meta", {name: value.to("meta")})
+        for name, value in (("prototypes", torch.ones(CLASSES, WIDTH)), ("target", _labels()), ("class_counts", torch.ones(CLASSES)))
+    ),
+    Wrong("prototypes", ValueError, "no keys", {"prototypes": None, "include_samples": False}),
+)  # fmt: skip
+
+# Its module checks the rest, see test_proco.py.
+CONTRAST: tuple[Wrong, ...] = (
+    *_tensors(ValueError, "cosine", *(torch.zeros(shape) for shape in ((CLASSES,), (0, CLASSES), (ROWS, 0), (1, ROWS, CLASSES)))),
+    *_tensors(TypeError, "cosine", *(torch.zeros(ROWS, CLASSES, dtype=dtype) for dtype in (torch.int64, torch.complex64, torch.bool))),
+    *_values(("backend", "cuda"), ("backend", "cpu"), ("backend", None)),
+    Wrong("concentration", ValueError, "requires a gradient", {"concentration": torch.ones(CLASSES, requires_grad=True)}),
 )
 
 
