@@ -40,7 +40,7 @@ from gclkern.training.network import Network, gather_classifier, load_network, n
 from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer, Progress
-from gclkern.training.recipes import CLOUDS, METHODS, RETRAINS, SAMPLERS, Phase, default_method, list_by_family, plan_run
+from gclkern.training.recipes import CLOUDS, FUSED, METHODS, RETRAINS, SAMPLERS, Phase, default_method, list_by_family, plan_run
 from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.seeds import derive_seed
@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"share of training images held out to fit the temperature and select the best epoch (default {default.holdout:g})",
     )
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
-    add("--test-list", metavar="FILE", help="the same for test images")
+    add("--test-list", metavar="FILE", help="such a file for the test images")
     add("--image-size", type=number(int, 1), metavar="PIXELS", help="height and width of image files (default 224; for your own images their usual size)")
     add("--workers", type=number(int, 0), metavar="N", help="processes that read image files (default as many as cores, at most 4)")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
@@ -267,19 +267,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--robust-layers", metavar="NAMES", help=layers)
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
     add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
-    add("--margin", type=number(float, 0), metavar="COSINE", help="margin of GCL's loss in all stages, largest margin of LDAM's")
-    add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines of GCL's and LDAM's losses and of a cosine classifier's re-training")
+    add("--margin", type=number(float, 0), metavar="SIZE", help="margin of the losses of gcl, agcl and arcface, largest margin of ldam and dbm, in all stages")
+    add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in losses with clouds or margins and in re-training after them")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
     parts = f"{', '.join(PARTS)}, joined by commas, or {', '.join(COMBINED)} (default: depends on the data set)"
     add("--augment", metavar="PARTS", help=f"augmentation of training images: {parts}")
-    add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline by cross entropy for as many epochs (default: on digits-lt)")
+    add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline with cross entropy for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, a network of torchvision, such as resnet50, or timm:NAME (default: depends on the data set)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for places-lt)")
     add("--train", choices=("all", "last-block"), help="part of the backbone that stage 1 trains (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled alike)")
-    add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=f"factor on epochs not given and on warm-up (default {default.epochs_scale:g})")
+    scale = f"factor on the published epochs and warm-up; epochs that a flag sets stay as they are (default {default.epochs_scale:g})"
+    add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=scale)
     add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")
     add("--lr", type=number(float, 0), metavar="RATE", help="learning rate of stage 1")
     add("--weight-decay", type=number(float, 0, 1000), metavar="FACTOR", help="weight decay of all stages")
@@ -295,7 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--amp", choices=list(AMP), help=f"autocast (default {default.amp})")
     add("--compile", action="store_true", help="compile the step with torch.compile")
     add("--capture", action=argparse.BooleanOptionalAction, help="run the step as a CUDA graph (default: where possible)")
-    add("--shard-classes", action="store_true", help="spread the classifier's classes over the processes of torchrun (gcl methods)")
+    fused = ", ".join(name for name, method in METHODS.items() if method.loss in FUSED)
+    add("--shard-classes", action="store_true", help=f"spread the classifier's classes over the processes of torchrun; for {fused}")
     add("--channels-last", action="store_true", help="store images and weights in the memory format channels_last")
     add("--deterministic", action="store_true", help="use only bitwise repeatable algorithms, on a GPU too")
     group = parser.add_argument_group("runs and checkpoints")

@@ -44,7 +44,7 @@ GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked 
 # A short schedule takes less of DRO-LT's own phases than of the others: their epochs draw n_max * C images, four times the training set of CIFAR-10-LT.
 ROBUST_SHARE = 0.25
 HEADER = ("", "epochs", "seeds", "top-1", "best epoch", "published", *GROUPS, "ECE")
-# Settings that say where things are, not what was done.
+# Settings that only say where files are or how a run is observed; they are left out of results.
 PLACES = {"data_dir", "out", "resume", "evaluate", "stage1", "download", "workers", "checkpoint_seconds", "pictures"}
 
 
@@ -198,7 +198,7 @@ class Bench:
         return self.results / f"{run.name}.json"
 
     def command(self, run: Run) -> list[str]:
-        """That begins the run or goes on with it."""
+        """The command that starts the run or continues it."""
         folder, train = self.folder(run), [sys.executable, str(self.train)]
         files = [] if run.data == "digits-lt" else ["--data-dir", self.data_dir]
         if (folder / "last.pt").exists():
@@ -254,7 +254,7 @@ def _value(text: str) -> Any:
 
 
 def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> list[Run]:
-    """Run what is not finished, `jobs` at a time, until it is or a signal or the clock says stop; returns the runs that failed."""
+    """Run what is not finished, `jobs` at a time, until all is done, a signal arrives or `seconds` are over; returns the runs that failed."""
     began = time.monotonic()
     pending = [run for run in runs if not bench.result(run).exists()]
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are finished", flush=True)

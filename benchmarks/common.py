@@ -25,7 +25,7 @@ from benchmarks.timing import Call
 RESULTS = ROOT / "benchmarks" / "results"
 SCALE = 30.0  # GCL's first stage
 NOISE_MUL = 0.5
-STOPPED, BROKEN = 10, 11  # how a benchmark process ends when its time is over, and when a failed kernel has taken its CUDA context along
+STOPPED, BROKEN = 10, 11  # exit codes of a benchmark process: its time is over; a failed kernel has destroyed its CUDA context
 BOTH = "forward + backward"
 PHASES = ("forward", "backward", BOTH)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}  # autocast: features of its dtype beside float32 weights
@@ -60,7 +60,7 @@ INATURALIST = Shape("iNaturalist", 512, 8142, 2048, 1000, 2, "counts_inat18.txt"
 HUNDRED_THOUSAND = Shape("100k classes", 4096, 100_000, 512)
 MILLION = Shape("1M classes", 1024, 1_000_000, 512)
 
-# By the machine and what is asked of it. The shapes that decide come first: a report that runs out of time lacks the others.
+# By grid. The most important shapes come first, because a report that runs out of time lacks the last ones.
 SHAPES = {
     "smoke": (SMOKE,),
     "cpu": (CIFAR, IMAGENET),
@@ -149,7 +149,7 @@ class Operation:
     phases: tuple[str, ...] = PHASES
     dtypes: tuple[str, ...] = tuple(DTYPES)
     shapes: Mapping[str, tuple[Shape, ...]] | None = None  # None: SHAPES
-    least_bytes: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0  # 0: no bound worth a number
+    least_bytes: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0  # 0: no useful bound
     least_flops: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0
     swept: tuple[str, ...] = ()  # contestants whose growth is measured
     cold: bool = False  # whether training finds the inputs in memory rather than in the cache

@@ -71,7 +71,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     selected: list[Case] = [params["case"] for params in parameters if "case" in params and isinstance(params["case"], Case)]
     session.config.stash[_SELECTED] = selected
     if session.config.getoption("benchmark_only"):
-        gc.freeze()  # what is loaded by now stays: each case's search for garbage need not look at it
+        gc.freeze()  # so that the garbage collection of each case skips the objects that exist by now
 
 
 def pytest_unconfigure() -> None:
@@ -112,7 +112,7 @@ def _record(config: pytest.Config, case: Case, result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _announced(config: pytest.Config, case: Case) -> Iterator[None]:
-    """While the case runs, a file beside the record holds the result that it has if the process does not survive it."""
+    """While the case runs, a file beside the record holds the result to record if the process dies."""
     path: Path | None = config.getoption("--record")
     if path is None:
         yield
@@ -201,7 +201,7 @@ def _context_is_gone() -> bool:
 
 @pytest.fixture
 def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], None]:
-    """Runs a case: once where benchmarks are not asked for, else timed, with its memory, and recorded, be it as a failure."""
+    """Runs a case: with --benchmark-only it is timed, its memory measured and the result recorded, also a failure; else it runs once."""
 
     def run(case: Case) -> None:
         try:

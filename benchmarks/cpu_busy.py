@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_busy [--threads 2 --rounds 15 --json PATH]
 
 Contestants take turns in one process; first with the machine to themselves, then beside the other processes. The report has medians over the rounds, in
-float32 with noise, of the loss with all gradients, and by how much the other processes slow a contestant down: where work is shared out fairly, by about 2.
-Run it on a machine with nothing else to do.
+float32 with noise, of the loss with all gradients, and by how much the other processes slow a contestant down: by about 2 if the scheduler is fair.
+Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations

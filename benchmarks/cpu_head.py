@@ -107,7 +107,7 @@ def rows_of(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def verdict(seconds: dict[str, list[float]]) -> str:
-    """What the measurement says, in a line."""
+    """The conclusion of the measurement in one line."""
     ours = min((name for name in seconds if name.startswith("gclkern")), key=lambda name: statistics.median(seconds[name]))
     bare, plain = ratio(seconds[ours], seconds["bare products"]), ratio(seconds["plain torch"], seconds[ours])
     how = "faster than" if plain["low"] > 1 else "slower than" if plain["high"] < 1 else "level with"
@@ -128,7 +128,7 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     found = {}
     for name in names:
         if name == "torch.compile":
-            continue  # its process has compiled just before: what of its memory the step takes does not show
+            continue  # its process has just compiled, which hides the memory of the step
         note(f"memory of {name}")
         command = [sys.executable, "-m", "benchmarks.cpu_head", *sizes, "--memory-of", name]
         peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

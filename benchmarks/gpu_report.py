@@ -1,9 +1,9 @@
-"""Everything that a machine with a GPU is asked for, in one command that may be interrupted: python -m benchmarks.gpu_report
+"""All tests and measurements for a machine with a GPU, in one command that may be interrupted: python -m benchmarks.gpu_report
 
-First the steps that decide, which need torch and Triton alone (see gpu_steps.py), each kernel's time beside its prediction, and, where ncu is installed, its
-counters; then, where pytest is installed, tests, sanitizers and all benchmarks. All is in one JSON file in benchmarks/results/, with a copy in $OUT where
-that is set. The file is written after every step; the same command continues it, in the next call or on another machine that has the file. It begins anew when
-the kernels have changed.
+First come the steps that decide between designs, which only need torch and Triton (see gpu_steps.py), each kernel's time beside its prediction, and, where ncu
+is installed, its counters; then, where pytest is installed, tests, sanitizers and all benchmarks. The results are in one JSON file in benchmarks/results/, with
+a copy in $OUT if that is set. The file is written after every step, and the same command continues it, also on another machine that has the file. It starts
+again when the kernels have changed.
 
 --dry-run shows the schedule and runs the deciding steps at tiny sizes, on a CPU where there is no GPU. Without it and without a GPU, tests and benchmarks run
 with a CPU's shapes.
@@ -49,8 +49,8 @@ LIBRARY_KERNEL = re.compile("gemm|nvjet|cutlass|splitk", re.IGNORECASE)  # the n
 CALL_SECONDS = 540  # of the 600 that a call may take
 PREDICTION_SECONDS, KERNELS_SECONDS, NCU_SECONDS = 60.0, 20.0, 60.0
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
-SHORTEST = 10.0  # with less left, a step does not begin: it would hardly end
-ATTEMPTS = 2  # at a step that does not end, over all calls
+SHORTEST = 10.0  # with less time left, no step starts, because it would hardly end
+ATTEMPTS = 2  # at a step that does not end, over all calls of this command
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
 BENCHMARKS = ("head", "logit_loss", "dro_lt", "contrastive", "proco", "centroids", "noise", "training_step", "sampler")
 # Which cases of a file, as pytest's -k takes it: on a GPU a contestant that takes as long to compile as thirty others to measure comes when those are done.
@@ -148,7 +148,7 @@ def machine() -> dict[str, Any]:
 
 
 def hear_interrupts() -> None:
-    """Undo that a shell's background job ignores them: the processes that it starts would inherit that, and have no last words."""
+    """Handle SIGINT even in a shell's background job, which ignores it: child processes would inherit that, and could not write their results when stopped."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -188,7 +188,7 @@ def run(
 def attempt(
     report: Report, name: str, command: Sequence[str], limit: float, environment: dict[str, str] | None = None, last_words: float = 0.0
 ) -> tuple[int, str] | None:
-    """Runs a step's command; None where it did not end: the step stays open, until ATTEMPTS calls have tried."""
+    """Runs a step's command; None if it did not end. The step then stays open, until it has been tried ATTEMPTS times."""
     seconds = min(report.seconds_left, 5 * limit if report.tiny else limit)  # a dry run may be on a slow and busy machine
     if seconds < SHORTEST:
         return None
@@ -203,7 +203,7 @@ def attempt(
 
 
 def device_tests(*among: str) -> list[str]:
-    """The test files with tests that run on the GPU, and those that cannot be imported; tests of a CPU's code say here what they say in CI."""
+    """The test files with tests that run on the GPU, and those that cannot be imported. Tests of CPU code are left out: CI runs them."""
     if not installed("pytest"):
         return []
     if not GPU:
@@ -263,7 +263,7 @@ def sanitizer(report: Report, tool: str) -> None:
 
 
 def guarded(report: Report, work: Callable[[], None]) -> None:
-    """An error of the report itself costs the step that it happens in, and no other."""
+    """Runs a step and records an error of the report's own code, so that the other steps still run."""
     try:
         work()
     except Exception:
@@ -283,7 +283,7 @@ def checks(report: Report) -> None:
 
 
 class Record:
-    """The results of a benchmark file, which its process writes down line by line, on their way into the report."""
+    """The results of a benchmark file, which its process appends to a file line by line, and which `absorb` copies into the report."""
 
     def __init__(self, report: Report, path: str, folder: Path) -> None:
         self.report, self.path = report, path
@@ -293,20 +293,20 @@ class Record:
         self.lines.write_text("".join(json.dumps(result) + "\n" for result in results if result["file"] == path))
 
     def absorb(self) -> list[dict[str, Any]]:
-        """The file's results so far; the report has them from now on."""
+        """The file's results so far, which are added to the report."""
         lines = self.lines.read_text().split("\n")[:-1]  # the last may be half written
         found = [{**json.loads(line), "file": self.path} for line in lines]
         self.report.data["benchmarks"] = self.others + found
         self.report.save()
         return found
 
-    def comes_on(self, start: float) -> bool:
-        """Whether a process that began at `start` still gets somewhere."""
+    def is_progressing(self, start: float) -> bool:
+        """Whether a process that was started at `start` still produces results."""
         self.absorb()
         return time.time() - max(start, self.lines.stat().st_mtime) < STALLED
 
     def give_up_a_case(self) -> None:
-        """The case that ended the process, or held it up, has had its chance."""
+        """Record the failure of the case that ended or blocked the process, so that it is not run again."""
         with self.lines.open("a") as file:
             file.write(self.begun.read_text() + "\n")
         self.begun.unlink()
@@ -327,7 +327,7 @@ def benchmark(report: Report, name: str, cases: str) -> None:
             options = ["--benchmark-only", "--record", str(record.lines), "--stop-after", str(report.seconds_left - 25), "-q", "-p", "no:cacheprovider"]
             command = [sys.executable, "-m", "pytest", path, *options, "-k", cases]
             known = len(record.absorb())
-            code, output = run(command, report.seconds_left - 5, watch=partial(record.comes_on, time.time()))
+            code, output = run(command, report.seconds_left - 5, watch=partial(record.is_progressing, time.time()))
             found = record.absorb()
             if code in (0, 1, 5):
                 mine = [result for result in found if cases in (ALL, COMPILED if result["contestant"] == COMPILED else REST)]
@@ -349,7 +349,7 @@ def benchmark_step(name: str, cases: str) -> str:
 
 
 def benchmark_parts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Files and which of their cases: first what decides, last what takes long. On a CPU all together, because there the contestants take turns."""
+    """Files and which of their cases: first those without torch.compile, last those with it. On a CPU all at once, as contestants take turns there."""
     if not GPU:
         return [(name, ALL) for name in BENCHMARKS], []
     return [(name, REST) for name in BENCHMARKS], [(name, COMPILED) for name in WITH_COMPILED]
@@ -458,7 +458,7 @@ def counters(report: Report) -> None:
 
 
 def table(data: dict[str, Any]) -> str:
-    """The whole operation of every shape: ours beside its floor and its peers."""
+    """The time and memory of every operation and shape: ours, and its ratio to the floor and to other implementations."""
     results = [result for result in data["benchmarks"] if "error" not in result]
     groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for result in results:

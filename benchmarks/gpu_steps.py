@@ -1,7 +1,7 @@
-"""The steps of benchmarks.gpu_report that decide something, each a process of its own: python -m benchmarks.gpu_steps NAME OUT.json [--tiny]
+"""The steps of benchmarks.gpu_report that decide between designs, each in its own process: python -m benchmarks.gpu_steps NAME OUT.json [--tiny]
 
-They need torch and Triton alone, no pytest. A step writes what it measured and, under "verdict", what that says in words. With --tiny a step takes small sizes,
-and on a machine without a GPU everything runs on the CPU: that shows that the step works.
+They only need torch and Triton, not pytest. A step writes what it measured and, under "verdict", the conclusion in words. With --tiny a step takes small sizes,
+and on a machine without a GPU everything runs on the CPU, to check that the step works.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROUNDS = 5
 # What design and predictions ask for: seconds of the loss, and the head in bare products.
 LOSS_GOAL = {INATURALIST.name: 20e-6, HUNDRED_THOUSAND.name: 0.9e-3, MILLION.name: 2.3e-3}
 HEAD_GOAL = {INATURALIST.name: 1.5, HUNDRED_THOUSAND.name: 1.55, MILLION.name: 1.7}
-LIBRARY_PAYS = 1.3  # a product of ours that takes so many times torch.mm's should be torch.mm's
+LIBRARY_PAYS = 1.3  # a product of ours that takes this many times as long as torch.mm should be replaced by it
 
 
 def seconds(call: Call) -> float:

@@ -1,4 +1,4 @@
-"""Do the defaults for images of one's own work? An image folder, every method with the same defaults: python -m benchmarks.own_images --cifar data
+"""Compares methods on an image folder, with the defaults for images of your own: python -m benchmarks.own_images --cifar data
 
     python -m benchmarks.own_images --cifar data --pixels 16 --epochs 24    # a quarter of the time on a CPU
 

@@ -1,4 +1,4 @@
-"""Every kernel a few times: what sanitizers and profilers run.
+"""Runs every kernel a few times, for sanitizers and profilers.
 
 python -m benchmarks.profile_kernels                          small odd shapes, with every optional term of the losses
 python -m benchmarks.profile_kernels --shape iNaturalist      one of the benchmarks' shapes, as training uses the losses

@@ -1,7 +1,7 @@
 """How long a call takes: on a GPU the device's time, by replaying a CUDA graph of many calls; elsewhere the wall clock.
 
-A caller gives makers, one for each set of inputs. A maker does what is not timed and returns the call that is. The calls take turns, so that no call
-finds in the cache what training would find in memory; how many sets that takes, `cold_copies` says.
+A caller gives makers, one for each set of inputs. A maker does the part that is not timed and returns the call to time. The calls take turns, so that no call
+finds in the cache what training would read from memory; `cold_copies` returns the number of sets that this takes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Maker = Callable[[], Call]
 
 GRAPH_SECONDS = 5e-4  # a graph holds enough calls to run this long, so that what it does once, such as setting a generator's state, does not show
 MAX_CALLS = 64
-# What the `how` of such a result holds, or the message of an error that came after it: torch's allocator then waits for the capture's end for ever, and no
-# later case of the process is to be trusted.
+# Part of `Timed.how` after a failed capture, or of the message of an error that followed it: torch's allocator then waits for the end of the capture for ever,
+# so that no later result of the process can be trusted.
 CAPTURE_FAILED = "capture failed"
-ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # what all rounds that take turns may take together
-ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # and their number: for a median at least, at most
+ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # of all rounds of a group together
+ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # their least number, for a median, and the most
 
 
 class Stopwatch:
-    """A clock that only moves by what it is given. As pytest-benchmark's timer it makes a round's duration the one that a GPU's events tell."""
+    """A clock that advances only by what is added to it. As pytest-benchmark's timer it makes a round last as long as the GPU's events measured."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -43,7 +43,7 @@ class Timed:
 
 
 def cold_copies(input_bytes: int, device: torch.device) -> int:
-    """Sets of inputs that make a GPU's cache forget the first before it comes round again; at most 32, so the smallest problems stay warm."""
+    """The number of input sets that, used in turn, evict each other from a GPU's cache; at most 32, so the smallest problems stay in the cache."""
     if device.type != "cuda":
         return 1
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -81,7 +81,7 @@ def prepare(makers: Sequence[Maker], device: torch.device, *, graph: bool) -> Ti
     except RuntimeError as error:
         reason = f"{CAPTURE_FAILED}: {str(error).splitlines()[0][:120]}"
     try:
-        # it leaves its stream current, and torch's generator in the state of a capture that goes on; what it allocated is free by now, as the error is gone
+        # a failed capture leaves its stream current, and torch's generator in the state of a capture; its memory is free, because the error is handled
         torch.cuda.set_stream(outside)
         torch.cuda.synchronize(device)
         index = torch.cuda.current_device() if device.index is None else device.index

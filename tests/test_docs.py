@@ -91,7 +91,7 @@ def test_the_first_code_of_the_readme_is_what_ci_runs() -> None:
 def test_the_api_reference_has_every_public_name() -> None:
     shown = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)) - {"gclkern.options"}
     public = {f"gclkern.{name}" for name in gclkern.__all__ if not isinstance(getattr(gclkern, name), ModuleType)}
-    public |= {f"{module.__name__}.{name}" for module in (gclkern.functional, gclkern.distributed) for name in module.__all__}
+    public |= {f"{module.__name__}.{name}" for module in (gclkern.functional, gclkern.distributed, gclkern.training) for name in module.__all__}
     samplers = vars(gclkern.samplers).items()
     public |= {f"gclkern.samplers.{name}" for name, value in samplers if isinstance(value, type) and name.endswith("Sampler") and is_ours(name, value)}
     assert shown == public

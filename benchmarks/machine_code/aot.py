@@ -1,4 +1,4 @@
-"""Compiles what a launcher launches, for GPUs that this machine does not have, and reads what the compiler made of it.
+"""Compiles the kernels that a launcher launches for GPUs that this machine does not have, and reads the machine code.
 
 A case is a module-level function that calls operators with CPU tensors. A separate process, where kernels are compiled and not interpreted, records its
 launches without running them and compiles them for the target, so a kernel gets the very signature, divisibility and constants of the real launch.
@@ -72,9 +72,9 @@ class CompiledKernel:
 
     @property
     def spills_in_loops(self) -> int:
-        """How often loops, or a kernel without loops, put registers aside or take them back; for AMD all spilled registers.
+        """Instructions in loops, or in a kernel without loops, that spill a register or load it back; for AMD all spilled registers.
 
-        A register that is put aside once, before a loop, costs nothing: some versions of the assembler do so where others find room.
+        A register that is spilled once, before a loop, costs nothing: some versions of the assembler do so where others do not need to.
         """
         if self.target.startswith("gfx"):
             return self.spill_stores
@@ -111,7 +111,7 @@ def _workers(vendor: str) -> ProcessPoolExecutor:
 
 
 def cache_folder() -> str:
-    """A folder for what is compiled, which goes when this process does."""
+    """A temporary folder for compiled code, deleted when this process ends."""
     cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
     atexit.register(cache.cleanup)
     return cache.name

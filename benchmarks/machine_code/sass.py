@@ -1,4 +1,4 @@
-"""Reading NVIDIA machine code: instructions, the loops they form, and what a loop spends.
+"""Reading NVIDIA machine code: instructions, the loops they form, and the cost of a loop.
 
 The loops are the natural loops of the control-flow graph, so a slow path that the assembler moved behind the end of the kernel still belongs to the loop
 that branches to it.
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-# What a loop is for: moving data or matrix products. A loop without any of these (waiting at a barrier, say) is never the hot one.
+# Opcodes that do a loop's work: moving data, matrix products, special functions. A loop without any of these, such as one that waits at a barrier, is never the
+# hot one.
 WORK = ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG", "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "MUFU")
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"

@@ -107,7 +107,18 @@ def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, co
         if phase.robust:
             image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=processes.device)
             check_layers(network.backbone, phase.robust_layers, image)
-        part, fewest = phase.batch_size // (processes.world * config.accumulate), getattr(network.backbone, "fewest_images", 1)
-        if part < fewest and phase.has_batch_statistics:
-            remedy = "take a larger `batch_size` or a smaller `accumulate`"
-            raise ValueError(f"{phase.name}: the batch normalisation of this network needs {fewest} images at a time, but it is given {part}; {remedy}")
+        check_part_size(phase, network, config, processes)
+
+
+def check_part_size(phase: Phase, network: Network, config: RunConfig, processes: Processes) -> None:
+    """Check that batch normalisation can be trained on the images that a process passes through the network at a time.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    together = phase.batch_size // (processes.world * config.accumulate)
+    if together < getattr(network.backbone, "fewest_images", 1) and phase.has_batch_statistics:
+        raise ValueError(
+            f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
+            f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"
+        )

@@ -95,7 +95,7 @@ class RunConfig:
         names = {field.name for field in fields(cls)}
         if different := sorted(names ^ values.keys()):
             settings = ", ".join(different)
-            raise ValueError(f"it was written by another version of gclkern, which has not the same settings ({settings}); use the version that wrote it")
+            raise ValueError(f"it was written by another version of gclkern, whose settings differ from this one's ({settings}); use the version that wrote it")
         return cls(**values)
 
     def changed_from(self, other: RunConfig) -> list[str]:

@@ -27,8 +27,8 @@ class _Classifier(nn.Module):
 class ScaledClassifier(_Classifier):
     """A classifier with a factor for each class: LWS learns it and tau-norm sets it (Kang et al., ICLR 2020, section 4.2), MiSLAS learns it with the weights.
 
-    logit_ij = factor_j * (<f_i, w_j> + bias_j); with `normalize` f and w have unit length, as in a cosine classifier. That has no `bias`, which
-    post-hoc logit adjustment adds.
+    logit_ij = factor_j * (<f_i, w_j> + bias_j); with `normalize` f and w have unit length, as in a cosine classifier. A cosine classifier has no `bias`;
+    post-hoc logit adjustment adds one.
     """
 
     def __init__(self, in_features: int, num_classes: int, *, normalize: bool, bias: bool) -> None:

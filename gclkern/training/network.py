@@ -23,8 +23,10 @@ from gclkern.training.seeds import derive_seed
 
 
 def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
-    """The classifier of a phase: "linear", "cosine", one of them "scaled" or "calibrated", "adjusted cosine", which has a bias, "nearest mean", "tde" or
-    "meta-embedding".
+    """The classifier of a phase.
+
+    Args:
+        kind: "linear" or "cosine", also after "scaled" or "calibrated"; "adjusted cosine", which has a bias; "nearest mean"; "tde"; or "meta-embedding".
     """
     if kind == "linear":
         return nn.Linear(in_features, num_classes)
@@ -81,7 +83,7 @@ def model_name(config: RunConfig, data: DataSplits) -> str:
 
 
 def backbone_name(phase: Phase, config: RunConfig, data: DataSplits) -> str:
-    """The backbone of a phase, with the kind that it is made into."""
+    """The backbone of a phase by the name that `build_backbone` takes, such as "two-branch:resnet32"."""
     name = model_name(config, data)
     return f"{phase.backbone}:{name}" if phase.backbone and not name.startswith(KINDS) else name
 

@@ -69,7 +69,7 @@ def tau_normalise(network: Network, tau: float) -> None:
 
 @torch.no_grad()
 def logit_adjustment(network: Network, prior: Tensor) -> Callable[[float], None]:
-    """A function of tau that makes the logits z_ij - tau log prior_j, by the bias of the classifier; `prior` is the logarithm (C,)."""
+    """A function of tau that sets the classifier's bias so that the logits are z_ij - tau log prior_j; `prior` is log prior (C,)."""
     before = network.head.bias.clone()
     step = prior.to(before.device) / network.scale
 

@@ -38,7 +38,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 class RunFolder:
-    """Writes what a run leaves behind; on ranks but the first it writes nothing. The folder is the run's own as long as its process lives.
+    """Writes what a run leaves behind; only the first rank writes. Other runs cannot write to the folder as long as this process lives.
 
     `history`, one row for each epoch, `reports`, one for each finished phase, and `seconds` are part of the checkpoint: files are rewritten from them, so
     that a resumed run leaves the same files as an uninterrupted one.
@@ -95,7 +95,7 @@ class RunFolder:
                 logger.finish(self.path, self.config.to_dict(), results)
 
     def close(self) -> None:
-        """Let other runs have the folder."""
+        """Unlock the folder for other runs."""
         if self.write:
             self._lock.release()
 

@@ -26,7 +26,7 @@ from gclkern.training.seeds import derive_seed
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# Kinds of a classifier's parameters that a phase trains by `Phase.trains`; all others train the weights.
+# Which kinds of a classifier's parameters are trained, by `Phase.trains`; for its other values, the weights.
 _TRAINED_KINDS = {"scale": {"scale"}, "head-and-scale": {"weights", "scale"}, "calibration": {"calibration"}}
 
 
@@ -62,7 +62,7 @@ class TrainingStep(nn.Module):
         block = getattr(self.network.backbone, "layer4", None)
         if not isinstance(block, nn.Module):
             name = type(self.network.backbone).__name__
-            raise ValueError(f"only torchvision's ResNets have a last block to train alone, {name} has not; take `train=all`")
+            raise ValueError(f"the last block can be trained by itself only in torchvision's ResNets, not in {name}; take `train=all`")
         return block
 
     def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
@@ -313,17 +313,7 @@ def begin_epoch(phase: Phase, trainer: Trainer, batches: PhaseBatches, progress:
 
 
 def build_trainer(phase: Phase, network: Network, class_counts: list[int], config: RunConfig, processes: Processes) -> Trainer:
-    """The trainer of a phase. With `shard_classes` the network's classifier is spread over the processes.
-
-    Raises:
-        ValueError: a process would run fewer images at once than the network's batch normalisation can be trained on.
-    """
-    together = phase.batch_size // (processes.world * config.accumulate)
-    if together < getattr(network.backbone, "fewest_images", 1) and phase.has_batch_statistics:
-        raise ValueError(
-            f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "
-            f"take a larger `batch_size`, a smaller `accumulate`, larger images or another `model`"
-        )
+    """The trainer of a phase. With `shard_classes` the network's classifier is spread over the processes."""
     sharded = config.shard_classes and phase.loss in FUSED
     if sharded:
         shard_classifier(network)

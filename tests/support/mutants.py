@@ -1,4 +1,4 @@
-"""Every change of one place of a source file that mutation.py tries: in Triton or in Python, each is one that a slip of the hand makes.
+"""The mutants of a source file that mutation.py tries: changes of one place, in Triton or in Python, such as a programmer's slip would make.
 
 A comparison or an operator is exchanged for its neighbour, a term of a sum or a mask left out, a constant moved, a maximum made a minimum, the arms of a
 selection swapped, a condition negated, a store or an addition in place left out.
@@ -42,7 +42,7 @@ class Mutant:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """What is replaced, and by what."""
+    """The nodes to replace, each with its replacement."""
     match node:
         case ast.Compare(ops=[operator]) if type(operator) in _COMPARISONS:
             changed = copy.copy(node)

@@ -1,4 +1,4 @@
-"""The losses and the noise in float64, in the plainest style: what the package is tested against.
+"""The losses and the noise in float64, in the plainest style: the reference that the package is tested against.
 
 Nothing here comes from the package. The noise is written with Python's integers and `math`, the losses sample by sample from their definitions, and every
 gradient is autograd's. Slow and obvious on purpose.
@@ -45,7 +45,7 @@ def noise(seed: int, rows: int, columns: int, row_offset: int = 0, class_offset:
 
 
 def added_to_angle(cosine: Tensor, angle: Tensor, easy: bool) -> Tensor:
-    """The cosine of the angle plus another."""
+    """The cosine of the sum of the cosine's angle and `angle`."""
     if easy and cosine <= 0:
         return cosine
     theta = torch.acos(cosine)
@@ -64,7 +64,7 @@ def clouded_logits(
     difficulty_margin: bool = False,
     easy_margin: bool = False,
 ) -> Tensor:
-    """z_ij = s (cos_ij - cloud_j e_ij - margin_j [j = t_i]) + bias_j, sample by sample; some of it may add to the angle instead."""
+    """z_ij = s (cos_ij - cloud_j e_ij - margin_j [j = t_i]) + bias_j, sample by sample; cloud and margin may add to the angle instead."""
     rows, columns = cosine.shape
     margins = torch.zeros(columns, dtype=torch.float64) if margin is None else torch.as_tensor(margin, dtype=torch.float64).expand(columns)
     logits = []

@@ -35,7 +35,7 @@ VALID: dict[str, Options] = {
     "class_centroids": {"features": torch.zeros(3, 2), "target": torch.zeros(3, dtype=torch.int64), "num_classes": 2},
 }
 
-# What an argument needs beside it before it is looked at.
+# Further arguments without which an argument is not checked.
 _COMPANIONS: dict[str, Options] = {"seed": {"cloud": torch.ones(CLASSES)}, "target_b": {"lam": 0.5}, "lam": {"target_b": torch.tensor([1, 1, 1])}}
 
 

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gclkern.training.backbones import build_backbone
-from gclkern.training.batches import step_batches
+from gclkern.training.batches import check_part_size, step_batches
 from gclkern.training.config import RunConfig
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import Batch, Classification, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import build_loss, plan
-from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, build_trainer, mixup
+from gclkern.training.trainer import CapturedStep, Trainer, TrainingStep, mixup
 from gclkern.weights import DeferredReweighting
 from tests.training import test_contrast
 
@@ -347,9 +347,9 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_single_images_are_refused_where_batch_normalisation_cannot_take_them() -> None:
     network = Network(build_backbone("small-cnn", image_size=2), build_head("linear", 64, 3))
     phase = replace(plan("ce", None, "cifar10-lt", COUNTS)[0], batch_size=4)
-    build_trainer(phase, network, COUNTS, RunConfig(accumulate=2), Processes("cpu"))
+    check_part_size(phase, network, RunConfig(accumulate=2), Processes("cpu"))
     with pytest.raises(ValueError, match=r"stage-1: batch normalisation cannot be trained on 1 image.*take a larger `batch_size`, a smaller `accumulate`"):
-        build_trainer(phase, network, COUNTS, RunConfig(accumulate=4), Processes("cpu"))
+        check_part_size(phase, network, RunConfig(accumulate=4), Processes("cpu"))
 
 
 class Views(Objective):

@@ -84,11 +84,11 @@ def _cause(line: str) -> str:
     if line.startswith(("#", "//")):
         return "; a list has no comments, remove the line"
     if line.startswith(('"', "'")):
-        return "; a path stands without quotes, even if it holds spaces"
+        return "; write paths without quotes, even if they hold spaces"
     if re.search(r"[,;]\s*\d*$", line):
-        return "; path and label are parted by a space, not by a comma or a semicolon"
+        return "; separate path and label by a space, not by a comma or a semicolon"
     if "\\" in line:
-        return "; folders are parted by /, not by a backslash"
+        return "; separate folders by /, not by a backslash"
     if not line.isprintable():
         return "; it holds bytes that are not UTF-8, save the list as UTF-8"
     return ""

@@ -1,4 +1,4 @@
-"""What a phase minimises: from a network and a batch to a number.
+"""What a phase minimises: an objective computes the loss of a network on a batch.
 
 Most methods are a loss of the logits or features of one batch: :mod:`gclkern.training.recipes.losses` builds it, :class:`Classification` applies it. A method
 that needs more has an :class:`Objective` in a file of its own here, and a line in OBJECTIVES under the name that `Phase.loss` has:

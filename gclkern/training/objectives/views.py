@@ -16,7 +16,7 @@ def features_of(network: Network, *images: Tensor) -> tuple[Tensor, ...]:
 
 
 def flat_views(views: Tensor) -> Tensor:
-    """Views (N, V, C, H, W) one below the other: (V * N, C, H, W), with the samples of the first view first."""
+    """Views (N, V, C, H, W) as one batch (V * N, C, H, W), with the samples of the first view first."""
     return views.transpose(0, 1).flatten(0, 1)
 
 

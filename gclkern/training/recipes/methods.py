@@ -39,16 +39,16 @@ METHODS: dict[str, Method] = {
     "mixup": Method("Cross entropy and class weights", "cross entropy with mixup: stage 1 of mislas (CVPR 2021)", "ce", settings="mixup"),
     "focal": Method("Cross entropy and class weights", "focal loss, gamma 2", "focal"),
     "cb": Method("Cross entropy and class weights", "class-balanced: weights by effective numbers of samples", "cb"),
-    "ldam-drw": Method("Margins", "margins that grow for rare classes, class weights at the end (NeurIPS 2019)", "ldam", head="cosine", drw=0.8),
-    "arcface": Method("Margins", "a margin of all classes that adds to the angle (CVPR 2019)", "arcface", head="cosine"),
-    "dbm": Method("Margins", "angles that grow for rare classes and hard samples, logit adjustment (AAAI 2025)", "dbm", head="cosine", settings="dbm"),
+    "ldam-drw": Method("Margins", "margins, larger for rare classes; class weights in the last epochs (NeurIPS 2019)", "ldam", head="cosine", drw=0.8),
+    "arcface": Method("Margins", "one margin for all classes, added to the angle (CVPR 2019)", "arcface", head="cosine"),
+    "dbm": Method("Margins", "angular margins, larger for rare classes and hard samples; logit adjustment (AAAI 2025)", "dbm", head="cosine", settings="dbm"),
     "la": Method("Logit adjustment", "cross entropy of logits + log prior (ICLR 2021)", "la"),
     "balanced-softmax": Method("Logit adjustment", "the same with tau 1 (NeurIPS 2020)", "la"),
-    "gcl": Method("Gaussian clouds", "clouds around the cosines, large for rare classes (CVPR 2022)", "gcl", head="cosine", settings="gcl", retrain="gcl"),
+    "gcl": Method("Gaussian clouds", "clouds: noise on the cosines, larger for rare classes (CVPR 2022)", "gcl", head="cosine", settings="gcl", retrain="gcl"),
     "gcl-ldam-drw": Method("Gaussian clouds", "gcl's clouds and ldam-drw's margins and weights in one stage", "gcl", head="cosine", drw=0.8),
-    "agcl": Method("Gaussian clouds", "gcl whose clouds add to the angle (TAI 2024)", "agcl", head="cosine", settings="gcl", retrain="gcl"),
+    "agcl": Method("Gaussian clouds", "gcl with clouds that add to the angle (TAI 2024)", "agcl", head="cosine", settings="gcl", retrain="gcl"),
     "gcl-dbm": Method("Gaussian clouds", "gcl's clouds and dbm's margins and logit adjustment in one stage", "gcl-dbm", head="cosine", settings="dbm"),
-    "dro-lt": Method("Robust features", "cross entropy, then features near their class's centroid (ICCV 2021)", "ce", robust=True),
+    "dro-lt": Method("Robust features", "cross entropy, then features pulled to their class's centroid (ICCV 2021)", "ce", robust=True),
     "gcl+dro-lt": Method("Robust features", "dro-lt's robust phase between gcl's stages", "gcl", head="cosine", settings="gcl", robust=True, retrain="gcl"),
     "bcl": Method(
         "Contrast", "balanced contrast of two views and class prototypes, beside logit adjustment (CVPR 2022)", "bcl", settings="bcl",
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
         more={"views": ("sim-sharp", "sim-sharp")},
     ),
     "hybrid-sc": Method(
-        "Contrast", "contrast of samples that fades out, a classifier on class-balanced batches (CVPR 2021)", "hybrid-sc", settings="hybrid-sc",
+        "Contrast", "contrast of samples, replaced step by step by a classifier on class-balanced batches (CVPR 2021)", "hybrid-sc", settings="hybrid-sc",
         more={"views": (None,), "second_sampler": "class-balanced"},
     ),
     "hybrid-psc": Method(
@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
         more={"backbone": "two-branch"}, models=dict.fromkeys(("imagenet", "places", "inat"), "resnext50_32x4d"), retrains=_NEW_HEADS,
     ),
     "bbn": Method(
-        "Other networks", "two branches, one on rare classes, whose shares shift (CVPR 2020)", "bbn", settings="bbn",
+        "Other networks", "two branches, the second on rare classes, whose share grows in training (CVPR 2020)", "bbn", settings="bbn",
         more={"backbone": "two-branch", "second_sampler": "reversed", "nesterov": True}, models={"places": "resnet50"},
     ),
     "oltr": Method(
@@ -84,10 +84,10 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 _LEARNED, _COMPUTED = "Trained", "Computed without training"
 RETRAINS: dict[str, Retrain] = {
-    "none": Retrain("None", "stage 1 is all"),
+    "none": Retrain("None", "no stage 2"),
     "crt": Retrain(_LEARNED, "a new classifier on class-balanced batches (ICLR 2020)"),
     "lws": Retrain(_LEARNED, "a factor for each class (ICLR 2020)"),
-    "tau-norm": Retrain(_COMPUTED, "weights over a power of their norms (ICLR 2020)"),
+    "tau-norm": Retrain(_COMPUTED, "weights divided by a power of their norms (ICLR 2020)"),
     "ncm": Retrain(_COMPUTED, "the nearest class mean of centred, normalised features (ICLR 2020)"),
     "post-hoc-la": Retrain(_COMPUTED, "logits - tau log prior (ICLR 2021)"),
     "gcl": Retrain(_LEARNED, "gcl's second stage: the classifier with clouds and a margin (CVPR 2022)"),

@@ -23,10 +23,11 @@ class Phase:
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
     head: str = "linear"  # a kind of network.build_head
-    trains: str = "all"  # or "last-block" and the classifier, "backbone", "head", its "scale", "head-and-scale", its "calibration", or the "embedding" with
-    # attention and the classifier; the rest is frozen
+    # What is trained, the rest is frozen: "all", "backbone", "head", "last-block" of the backbone and the head, "embedding" with attention and the head (OLTR),
+    # or of the head the "scale", "head-and-scale" or the "calibration". Without epochs, what is computed instead: "tau-norm", "ncm" or "post-hoc-la".
+    trains: str = "all"
     backbone: str = ""  # what the run's network is made into: a kind of training/composed_backbones.py, "" for the network itself
-    pretrained: bool = False  # whether a fresh network has pretrained weights, if the run does not say it
+    pretrained: bool = False  # whether a fresh network has pretrained weights, unless the run's settings decide it
     start: str = "previous"  # "fresh" network, the "previous" phase's, or that with a "new head"
     drw: float | None = None  # share of the epochs after which the class weights are used
     robust: float = 0.0  # weight of the DRO-LT bound, which is added to the loss

@@ -139,7 +139,7 @@ def _scaled(phase: Phase, factor: float) -> Phase:
 
 
 def _given(phase: Phase, fields: dict[str, Any]) -> Phase:
-    """The phase with fields that were given; the published options of its sampler are those of the published sampler."""
+    """The phase with the given fields. A given sampler does not get the options of the published one."""
     own_sampler: dict[str, Any] = {"sampler_options": {}} if "sampler" in fields else {}
     return replace(phase, **own_sampler, **fields)
 
@@ -181,7 +181,7 @@ def plan(
     possible = METHODS[method].retrains
     if possible is not None and retrain not in possible:
         raise ValueError(
-            f"`retrain={retrain}`: the classifier of {method} cannot be re-trained so; take {' or '.join(f'`retrain={r}`' for r in sorted(possible))}"
+            f"`retrain={retrain}`: the classifier of {method} cannot be re-trained this way; take {' or '.join(f'`retrain={r}`' for r in sorted(possible))}"
         )
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":

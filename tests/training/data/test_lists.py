@@ -18,8 +18,8 @@ from tests.training.test_data import write_image
     ("text", "message"),
     [
         ("a.jpg 0\n# more of them\n", r"list\.txt:2: expected .* got '# more of them'; a list has no comments, remove the line"),
-        ("a.jpg,0\n", r"list\.txt:1: expected .*; path and label are parted by a space, not by a comma or a semicolon"),
-        ('"a b.jpg" "0"\n', "a path stands without quotes"),
+        ("a.jpg,0\n", r"list\.txt:1: expected .*; separate path and label by a space, not by a comma or a semicolon"),
+        ('"a b.jpg" "0"\n', "write paths without quotes"),
         ("a.jpg 0\n\nb.jpg 99999999999999999999\n", r"list\.txt:3: the label 99999999999999999999 is too large: labels are 0 to C - 1"),
         ("b.jpg 123456789\n", "the label 123456789 is too large"),
         ("b.jpg " + "9" * 5000 + "\n", r"list\.txt:1: the label 9{30} is too large"),
@@ -35,9 +35,9 @@ def test_lines_that_are_refused(text: str, message: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "cause"),
     [
-        ("cat/0.png,", "path and label are parted by a space, not by a comma"),
-        ('"cat/0.png"', "a path stands without quotes"),
-        ("cat\\0.png", "folders are parted by /, not by a backslash"),
+        ("cat/0.png,", "separate path and label by a space, not by a comma"),
+        ('"cat/0.png"', "write paths without quotes"),
+        ("cat\\0.png", "separate folders by /, not by a backslash"),
         ("# cat/0.png", "a list has no comments"),
         ("cat/\udcff.png", "bytes that are not UTF-8, save the list as UTF-8"),
     ],

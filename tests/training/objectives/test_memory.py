@@ -104,7 +104,7 @@ def test_places_trains_attention_embedding_and_classifier() -> None:
 
 
 def test_other_re_trainings_are_refused() -> None:
-    with pytest.raises(ValueError, match="`retrain=lws`: the classifier of oltr cannot be re-trained so; take `retrain=none`"):
+    with pytest.raises(ValueError, match="`retrain=lws`: the classifier of oltr cannot be re-trained this way; take `retrain=none`"):
         plan("oltr", "lws", "cifar10-lt", COUNTS)
-    with pytest.raises(ValueError, match="`retrain=tau-norm`: the classifier of tde cannot be re-trained so; take `retrain=crt` or `retrain=gcl` or"):
+    with pytest.raises(ValueError, match="`retrain=tau-norm`: the classifier of tde cannot be re-trained this way; take `retrain=crt` or `retrain=gcl` or"):
         plan("tde", "tau-norm", "cifar10-lt", COUNTS)
