@@ -474,11 +474,15 @@ def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct
     return [*found.values(), *Counter(launches.products).items()]
 
 
+def _predictions_of(shape: Shape, what: str) -> list[Prediction]:
+    return [predict(launch, repeats) for launch, repeats in launches_of(shape, what)]
+
+
 def predictions(shapes: Iterable[Shape] = SHAPES, whats: Iterable[str] = WHATS) -> Iterator[tuple[Shape, str, list[Prediction]]]:
-    """Of each shape and plan, compiled side by side."""
-    futures: list[tuple[Shape, str, Future[Any]]] = [(shape, what, aot.in_worker(launches_of, shape, what)) for shape in shapes for what in whats]
+    """Of each shape and plan, compiled and read side by side."""
+    futures: list[tuple[Shape, str, Future[Any]]] = [(shape, what, aot.in_worker(_predictions_of, shape, what)) for shape in shapes for what in whats]
     for shape, what, future in futures:
-        yield shape, what, [predict(launch, repeats) for launch, repeats in future.result()]
+        yield shape, what, future.result()
 
 
 def bare_seconds(shape: Shape, products: int = 3) -> float:

@@ -6,10 +6,8 @@ launches without running them and compiles them for the target, so a kernel gets
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import io
 import multiprocessing
 import os
 import re
@@ -39,8 +37,7 @@ SHARED_LIMIT = {
     "gfx942": 64 * KIB,
     "gfx950": 160 * KIB,
 }
-_SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_REGISTERS = re.compile(r"Used (\d+) registers")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,8 @@ class CompiledKernel:
     constants: dict[str, Any]  # the launch's constexpr arguments
     shared_bytes: int
     registers: int  # per thread
-    spill_stores: int  # NVIDIA: bytes; AMD: spilled vector registers
-    spill_loads: int
-    assembly: str  # SASS, or AMD assembly
+    stack: int  # per thread: NVIDIA: bytes, 0 where nothing spills; AMD: spilled vector registers
+    binary: bytes  # cubin, or AMD assembly
 
     @property
     def shared_limit(self) -> int:
@@ -63,12 +59,20 @@ class CompiledKernel:
 
     @cached_property
     def program(self) -> Program:
+        """Read on demand: to disassemble takes as long as to compile, and most kernels are only asked for their registers."""
         if self.target.startswith("gfx"):
             raise ValueError(f"loops are read from NVIDIA machine code, and this is {self.target}")
-        return Program.parse(self.assembly)
+        return Program.parse(_cuobjdump("-sass", self.binary))
 
     def hot_loop(self, contains: str | None = None) -> Code:
         return self.program.hot_loop(contains)
+
+    @property
+    def spill_stores(self) -> int:
+        """NVIDIA: bytes of a thread's registers that the code spills; AMD: spilled vector registers."""
+        if self.target.startswith("gfx") or self.stack == 0:
+            return self.stack
+        return sum(i.bits for i in self.program.instructions if i.mnemonic == "STL") // 8
 
     @property
     def spills_in_loops(self) -> int:
@@ -76,8 +80,8 @@ class CompiledKernel:
 
         A register that is spilled once, before a loop, costs nothing: some versions of the assembler do so where others do not need to.
         """
-        if self.target.startswith("gfx"):
-            return self.spill_stores
+        if self.target.startswith("gfx") or self.stack == 0:
+            return self.stack
         loops = self.program.loops
         inside = frozenset[int]().union(*(loop.body for loop in loops))
         return sum(i.mnemonic in ("STL", "LDL") and (not loops or i.address in inside) for i in self.program.instructions)
@@ -106,28 +110,22 @@ def specialisations(case: Callable[[], object], target: str) -> set[tuple[str, s
 @functools.cache
 def _workers(vendor: str) -> ProcessPoolExecutor:
     # A vendor has workers of its own, because kernel modules ask once, at import, whose GPU they run on.
-    count = min(WORKERS, os.cpu_count() or 1) if vendor == "cuda" else 1
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor, cache_folder()))
+    sharing = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # processes that share the cores with this one
+    count = max(1, min(WORKERS, os.cpu_count() or 1) // sharing) if vendor == "cuda" else 1
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), prepare_worker, (vendor,))
 
 
-def cache_folder() -> str:
-    """A temporary folder for compiled code, deleted when this process ends."""
-    cache = tempfile.TemporaryDirectory(prefix="aot-cache-", ignore_cleanup_errors=True)
-    atexit.register(cache.cleanup)
-    return cache.name
+def prepare_worker(vendor: str) -> None:
+    """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor.
 
-
-def prepare_worker(vendor: str, cache: str) -> None:
-    """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor, and never taken from a cache."""
+    They are kept in Triton's cache (TRITON_CACHE_DIR), whose keys cover the source, the options and the compiler, so no other process compiles them again.
+    """
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
-    import triton
 
     torch.set_num_threads(1)
     torch.version.cuda = "13.0" if vendor == "cuda" else None
     torch.version.hip = "7.0" if vendor == "hip" else None
-    triton.knobs.compilation.always_compile = True
-    triton.knobs.cache.dir = cache
 
 
 @contextlib.contextmanager
@@ -209,30 +207,23 @@ def specialise(launch: Launch, target: str) -> Specialised:
 
 
 def _compile(launch: Launch, specialised: Specialised) -> CompiledKernel:
-    import triton
-
-    target = specialised.target
-    # The assembler's report passes through Python's stdout: Triton prints it when asked.
-    log = io.StringIO()
-    triton.knobs.nvidia.dump_ptxas_log = True
-    with contextlib.redirect_stdout(log):
-        built = specialised.compile()
+    target, built = specialised.target, specialised.compile()
     shared = int(built.metadata.shared)
     if target.startswith("gfx"):
         assembly = built.asm["amdgcn"]
-        registers, spills = _metadata_entry(assembly, "vgpr_count"), _metadata_entry(assembly, "vgpr_spill_count")
+        registers, stack = _metadata_entry(assembly, "vgpr_count"), _metadata_entry(assembly, "vgpr_spill_count")
         shared = max(shared, _metadata_entry(assembly, "group_segment_fixed_size"))
-        stores = loads = spills
+        binary = assembly.encode()
     else:
-        assembly = _disassemble(built.asm["cubin"])
-        report = _SPILL.search(log.getvalue())
-        used = _REGISTERS.search(log.getvalue())
-        if report is None or used is None:
-            raise RuntimeError(f"the assembler's report is not understood:\n{log.getvalue()}")
-        registers, stores, loads = int(used[1]), int(report[2]), int(report[3])
+        binary = built.asm["cubin"]
+        report = _cuobjdump("-res-usage", binary)
+        usage = _USAGE.search(report)
+        if usage is None:
+            raise RuntimeError(f"the report of a kernel's resources is not understood:\n{report}")
+        registers, stack = int(usage[1]), int(usage[2])
     options = {name: value for name, value in launch.kwargs.items() if name not in launch.kernel.arg_names}
     constants = {name: value for name, value in specialised.constants.items() if isinstance(value, bool | int | float | str | None)}
-    return CompiledKernel(launch.name, target, options, constants, shared, registers, stores, loads, assembly)
+    return CompiledKernel(launch.name, target, options, constants, shared, registers, stack, binary)
 
 
 def _metadata_entry(assembly: str, name: str) -> int:
@@ -242,11 +233,11 @@ def _metadata_entry(assembly: str, name: str) -> int:
     return int(match[1])
 
 
-def _disassemble(cubin: bytes) -> str:
+def _cuobjdump(what: str, cubin: bytes) -> str:
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(path)]
+        command = [triton.knobs.nvidia.cuobjdump.path, what, str(path)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

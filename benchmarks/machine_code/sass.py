@@ -76,8 +76,11 @@ class Instruction:
     @property
     def load_bits(self) -> int | None:
         """How many bits of global memory one thread reads with it; None for anything else and for bulk copies."""
-        if self.mnemonic not in ("LDG", "LDGSTS"):
-            return None
+        return self.bits if self.mnemonic in ("LDG", "LDGSTS") else None
+
+    @property
+    def bits(self) -> int:
+        """How many bits of memory one thread accesses with this load or store."""
         suffixes = self.opcode.split(".")
         for width in (256, 128, 64):
             if str(width) in suffixes:

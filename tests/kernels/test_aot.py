@@ -52,7 +52,7 @@ def test_a_loop_is_found_and_its_work_counted(target: str) -> None:
     assert len(loop.load_bits) * 4 == loop.count("MUFU.EX2")
     assert 2 < loop.instructions_per("MUFU.EX2") < 8
     assert loop.slow_paths == 0
-    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    assert kernel.spill_stores == 0
     assert 0 < kernel.shared_bytes <= SHARED_LIMIT[target]
 
 
@@ -65,7 +65,6 @@ def test_spills_are_reported() -> None:
     (kernel,) = compile_case(too_few_registers, "sm_90")
     assert kernel.registers <= 24
     assert kernel.spill_stores > 0
-    assert kernel.spill_loads > 0
     assert kernel.spills_in_loops > 0
 
 

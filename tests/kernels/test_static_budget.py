@@ -5,6 +5,7 @@ Every case runs a launcher at iNaturalist size, whose 8142 classes are divisible
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -214,7 +215,7 @@ def builds(request: pytest.FixtureRequest) -> Builds:
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec"):
             wanted.add((item.callspec.params["case"], item.callspec.params.get("target", "sm_90")))
-    return Builds(wanted)
+    return Builds(set() if "PYTEST_XDIST_WORKER" in os.environ else wanted)  # each process of pytest-xdist has all the items, and runs some
 
 
 @pytest.mark.parametrize(("case", "target"), FIT)

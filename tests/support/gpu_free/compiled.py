@@ -18,7 +18,7 @@ from tests.support.gpu_free import ptx
 
 def install(target: str) -> None:
     """From now on kernels of this process are compiled for `target` and run on CPU tensors. Nothing may have imported Triton yet."""
-    aot.prepare_worker("cuda", aot.cache_folder())
+    aot.prepare_worker("cuda")
     from triton.runtime.jit import JITFunction
 
     import gclkern.kernels.products  # noqa: F401 (which shall see that kernels are compiled)
