@@ -1,7 +1,7 @@
 """The loss of cosines (N, C) that are in memory: GCL's first stage, noise on.
 
-The cosines are as warm as training leaves them: the product has just written them, so where they fit the cache they stay in it, for every contestant alike.
-Under autocast cosines are what bf16 ones are, so that is no dtype of its own here.
+As in training, the product has just written the cosines, so they stay in the cache if they fit, for every contestant alike.
+Under autocast the cosines are bfloat16, so autocast is not a case of its own.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """Shapes that differ in one size alone: how the head's cost grows with it."""
+    """Shapes that differ in only one size, to show how the head's cost grows with it."""
 
     base: tuple[int, int, int]  # samples, classes, dimensions
     sizes: Mapping[str, tuple[int, ...]]  # the values that each of them takes while the others stay
@@ -153,7 +153,7 @@ class Operation:
     least_flops: Callable[[Shape, str, str], float] = lambda shape, dtype, phase: 0.0
     swept: tuple[str, ...] = ()  # contestants whose growth is measured
     cold: bool = False  # whether training finds the inputs in memory rather than in the cache
-    graph: bool = True  # whether the device's time counts alone; else launches count too, as in a training loop
+    graph: bool = True  # whether only the device's time counts; else launches count too, as in a training loop
     on_device: bool = True  # False: runs on the CPU everywhere
 
     def cases(self, grid: str) -> Iterable[Case]:

@@ -314,7 +314,7 @@ class Record:
 
 
 def benchmark(report: Report, name: str, cases: str) -> None:
-    """A file's `cases`: those of torch.compile alone, all but those, or all."""
+    """A file's `cases`: only those of torch.compile, all but those, or all."""
     path, step = f"benchmarks/bench_{name}.py", benchmark_step(name, cases)
     if not report.open(step):
         return
@@ -430,7 +430,7 @@ def counters(report: Report) -> None:
     if not GPU or shutil.which("ncu") is None:
         report.close(name, "not here")
         return
-    # of our kernels alone: Triton gives a kernel the name of its function
+    # only of our kernels, which Triton calls by the names of their functions
     names = re.findall(r"^def (\w+_kernel)\(", "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py")), re.MULTILINE)
     options = ["--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({'|'.join(names)})$"]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
     python -m benchmarks.own_images --cifar data --pixels 16 --epochs 24    # a quarter of the time on a CPU
 
 The folder is written from CIFAR-100: 40 classes with 270 to 5 training images each (imbalance 50), 2,757 in all, and 100 test images each, as PNG. Runs of
-train.py differ in the method, the number of epochs and the seed alone. A finished run leaves a JSON file in --results and is not run again, an unfinished one
+train.py differ only in the method, the number of epochs and the seed. A finished run leaves a JSON file in --results and is not run again, an unfinished one
 is resumed from its checkpoint, so the same command continues. At the end the table is printed, as docs/accuracy.md has it.
 """
 

@@ -210,7 +210,7 @@ def cpu_loops(path: Path) -> str:
 
 
 def _reports(results: Path, *, gpu: bool) -> list[Path]:
-    """Reports that are complete: one that still runs is no result."""
+    """The reports that are complete."""
     files = (path for path in sorted(results.glob("*.json")) if path.stem not in CPU_TABLES and (path.name != "cpu.json") == gpu)
     return [path for path in files if json.loads(path.read_text())["complete"]]
 
@@ -247,7 +247,7 @@ def charts(path: Path) -> dict[str, str]:
 
 
 def _sweeps(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The results in which one size alone changes, by that size."""
+    """The results in which only one size changes, by that size."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in _whole(data):
         if result["shape"].startswith("sweep "):
@@ -305,7 +305,7 @@ def accuracy(results: Path) -> str:
     explained = [
         "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
         "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
-        "releases choose their epoch on the test set: the best of the evaluated epochs, so chosen, is for comparison with them alone.",
+        'releases choose their epoch on the test set; the column "best epoch" is chosen in the same way, only for comparison with them.',
     ]
     code = measured_at("training code", [result["code"] for result in results_of(results / "accuracy")], training_hash())
     source = "By `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."

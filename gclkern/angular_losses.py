@@ -57,7 +57,7 @@ class AGCLLoss(GCLLoss):
         class_counts: training samples of each class (C,), all positive.
         noise_mul: size of the rarest class's cloud in units of a right angle, in [0, 1]. 0.5 is the release's for Places-LT; there is none for CIFAR.
         margin: added to the target's angle, in radians, in [0, pi/2]: a number, or (C,). 0 is the release's for Places-LT.
-        easy_margin: turn positive cosines alone, as the release does for Places-LT.
+        easy_margin: add angles only where the cosine is positive, as the release does for Places-LT.
         scale, gamma, focal_detach: as in :class:`gclkern.GCLLoss`; stage 2 has gamma=1.
         weight, label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 

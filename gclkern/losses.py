@@ -91,7 +91,7 @@ class _ClassLoss(PreciseBuffers):
             if value is None:
                 self.register_buffer(name, None)
             elif isinstance(value, Tensor):
-                # a copy, so that weights written into the buffer for a new epoch change this loss alone
+                # a copy, so that weights written into the buffer for a new epoch only change this loss
                 self.register_buffer(name, value.detach().to(torch.float32, copy=True), persistent=False)
             else:
                 setattr(self, name, value)

@@ -157,7 +157,7 @@ class InstanceBalancedSampler(_EpochSampler):
         num_replicas, rank: number of ranks and this one; default torch.distributed's where it is initialised, else 1 and 0.
 
     Raises:
-        TypeError, ValueError: labels that are not such integers or empty, another argument that is no int or out of range.
+        TypeError, ValueError: labels that are empty or not integers of at least 0; another argument that is not an int or is out of range.
 
     Example:
         >>> sampler = InstanceBalancedSampler([0, 0, 0, 1])

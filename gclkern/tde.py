@@ -25,9 +25,9 @@ class TDEClassifier(PreciseBuffers):
     (the total direct effect). In training mode every forward pass updates the average, m <- momentum m + mean_i x_i; only its direction matters. Before the
     first pass it is 0 and nothing is subtracted.
 
-    Prediction changes the features alone, so any linear classifier or fused loss can follow: :meth:`directions` is u or its correction, and
-    :meth:`scaled_weight` the rest. The logits are ``directions(features) @ scaled_weight().T``, to train with any loss over logits; the paper uses plain
-    cross entropy. The fused form, which never holds the logits:
+    Prediction only changes the features, so any linear classifier or fused loss can follow: :meth:`directions` returns u or its correction, and
+    :meth:`scaled_weight` the other factor. The logits are ``directions(features) @ scaled_weight().T``, to train with any loss over logits; the paper uses
+    plain cross entropy. The fused form, which never holds the logits:
 
         gclkern.functional.linear_gcl_cross_entropy(classifier.directions(features), classifier.scaled_weight(), target, normalize=False, scale=1.0)
 

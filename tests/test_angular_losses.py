@@ -118,7 +118,7 @@ def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, 
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("form", ["logits", *PLANS])
 def test_one_larger_cosine_makes_a_sample_hard(form: str, backend: str, device: torch.device) -> None:
-    """Wherever its class is: in the first panel, in the last one, or the other target; and an equal one does not."""
+    """Its class may be in the first panel, in the last one, or the other target. An equal cosine does not make the sample hard."""
     features = torch.full((6, 150), -0.1)
     target, second = torch.tensor([70, 70, 70, 3, 127, 70]), torch.tensor([70, 70, 3, 70, 127, 70])
     features[range(6), target] = 0.5
@@ -160,7 +160,7 @@ def test_loss_and_gradient(name: str, two: bool, reduction: str) -> None:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_the_head_has_the_same_options(name: str) -> None:
-    """Of one process, and that of classes spread over processes, with and without sampling of classes."""
+    """The head of one process, and the head whose classes are spread over processes, with and without sampling of classes."""
     criterion = CRITERIA[name][0](**CRITERIA[name][1])
     linear: dict[str, Any] = {
         **{option: getattr(criterion, option) for option in ("scale", "gamma", "weight", "angular", "difficulty_margin", "easy_margin")},

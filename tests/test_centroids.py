@@ -51,7 +51,7 @@ def test_any_shape(rows: int, classes: int, dim: int, seed: int, backend: str, d
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    """They are exact in float32, in which they are added."""
+    """16-bit features are added in float32, where they are exact."""
     check(*problem(150, 5, 33, dtype=dtype), 5, backend, device)
 
 
@@ -79,7 +79,7 @@ def test_the_type_of_labels_holds_all_of_them(num_classes: int) -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
 def test_a_label_out_of_range_belongs_to_no_class(wrong: int, backend: str, device: torch.device) -> None:
-    """What happens on a GPU, where labels are not read; the operators do it anywhere."""
+    """As on a GPU, where the public function does not read labels; the operators behave so on every device."""
     features, target = problem(90, 5, 8)
     target[17] = wrong
     features[17] = float("nan")

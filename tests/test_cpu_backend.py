@@ -76,7 +76,7 @@ def test_logits_made_again_give_the_gradient_of_kept_exponentials(monkeypatch: p
 
 @pytest.mark.compiled
 def test_a_forked_process_computes_alone(tmp_path: Path) -> None:
-    """It has none of its parent's threads. A test that hangs here waits for them."""
+    """A forked process has none of its parent's threads; if this test hangs, the process waits for them."""
     code = """
         import os, torch
         from gclkern import cloud_noise
@@ -136,7 +136,7 @@ VARIANTS = {"sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C compiler on Linux")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Path) -> None:
-    """With the sanitizers of addresses and of undefined behaviour, and without any instruction set beyond the compiler's own target."""
+    """Built with the address and undefined-behaviour sanitizers, and for the compiler's default instruction set only."""
     path = tmp_path / "variant.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", '-DGCLKERN_SOURCES="variant"']
     sources = sorted(map(str, NATIVE.glob("*.c")))

@@ -104,7 +104,7 @@ def test_calibration_error_equals_that_of_torchmetrics() -> None:
 
 
 def test_a_shift_of_the_margin_is_a_shift_of_the_logit() -> None:
-    """What the helper above assumes of torch's function, on a case by hand."""
+    """The function above assumes this of torch's loss; checked on a case by hand."""
     cosine, target = torch.tensor([[0.5, 0.2, -0.1]]), torch.tensor([0])
     ours = gcl_cross_entropy(cosine, target, scale=10.0, margin=0.3)
     torch.testing.assert_close(ours, F.cross_entropy(torch.tensor([[2.0, 2.0, -1.0]]), target))

@@ -89,7 +89,7 @@ def test_any_shape(
 @pytest.mark.triton
 @pytest.mark.parametrize("tile", [(16, 32, 32), (16, 16, 32), (8, 8, 128)], ids=str)
 def test_every_tile(tile: tuple[int, int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles of each kind in all three dimensions, the last ones part empty; which kind a batch gets depends on its size."""
+    """Several tiles of each shape in all three dimensions, the last of them partly empty; the tile's shape depends on the batch size."""
     from gclkern.kernels import dro_lt
 
     monkeypatch.setattr(dro_lt, "_distance_tile", lambda num_anchors, num_rows: tile)
@@ -235,7 +235,7 @@ def operators(backend: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40, -(2**62)])
 def test_a_label_out_of_range_spoils_its_own_row_only(wrong: int, backend: str, device: torch.device) -> None:
-    """What happens on a GPU, where labels are not read; the operators do it anywhere."""
+    """As on a GPU, where the public function does not read labels; the operators behave so on every device."""
     features, target, centroids, epsilon = (part.to(device) for part in problem(9, 4, 6))
     target[3] = wrong
     forward, backward = operators(backend)

@@ -100,8 +100,8 @@ def test_extreme_logits(scale: float, sign: float, backend: str, device: torch.d
         check(cosine, target, options, vector(3, 0.5, 1.0), scale=scale, reduction="none", backend=backend)
 
 
-def test_logits_of_a_large_common_part(backend: str, device: torch.device) -> None:
-    """Softmax ignores a shift, and so may the kernels only if they subtract the largest logit."""
+def test_logits_with_a_large_common_offset(backend: str, device: torch.device) -> None:
+    """The softmax does not depend on a common shift; kernels only have this property if they subtract the largest logit."""
     cosine = cosines(4, 15, device=device).round(decimals=3) + 1024
     check(cosine, labels(4, 15), {"scale": 1.0}, reduction="mean", backend=backend)
     check(-cosine, labels(4, 15), {"scale": 1.0}, reduction="mean", backend=backend)
@@ -129,7 +129,7 @@ def test_a_bad_row_leaves_the_others_right(bad: float, name: str, backend: str, 
     assert call(cosine.detach(), target, options, reduction="sum", backend=backend).isnan()
 
 
-def test_a_logit_of_minus_infinity_is_a_class_that_cannot_be(backend: str, device: torch.device) -> None:
+def test_a_logit_of_minus_infinity_masks_a_class(backend: str, device: torch.device) -> None:
     """Masked classes, as torch treats them: probability and gradient 0 for a class, an infinite loss for a target."""
     cosine, target = cosines(4, 33, device=device), labels(4, 33)
     cosine[0, (target[0] + 1) % 33] = cosine[1, 7] = float("-inf")
@@ -225,7 +225,7 @@ def test_the_targets_gradient_keeps_its_digits(rest: float, dtype: torch.dtype, 
 @pytest.mark.parametrize("gamma", [1.0, 2.0])
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_focal_factor_keeps_its_digits(gamma: float, detach: bool, backend: str, device: torch.device) -> None:
-    """(1 - exp(-l))^gamma of a loss of 2e-4: -expm1 keeps what 1 - exp would lose."""
+    """(1 - exp(-l))^gamma at a loss of 2e-4: -expm1 keeps the digits that 1 - exp would lose."""
     cosine, target = confident(8, 50, 2e-4)
     options = {"gamma": gamma, "focal_detach": detach, "reduction": "none"}
     leaf, double = cosine.clone().to(device).requires_grad_(), cosine.double().requires_grad_()
@@ -400,7 +400,7 @@ def test_a_label_out_of_range_makes_its_row_nan(wrong: int, backend: str, device
 @pytest.mark.triton
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_more_rows_than_one_program_finishes(reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of more than 512 rows, in small."""
+    """The code path of batches of more than 512 rows, at a small size."""
     from gclkern.kernels import row_loss
 
     monkeypatch.setattr(row_loss, "MAX_ROWS_OF_ONE_PROGRAM", 2)
@@ -478,7 +478,7 @@ def test_more_logits_than_32_bits_count() -> None:
 
 @pytest.mark.gpu
 def test_noise_on_a_gpu_is_within_its_bound(backend: str) -> None:
-    """With cosines of 0 and two classes the loss tells the difference of two draws."""
+    """With cosines of 0 and two classes, the loss is a function of the difference of two draws."""
     cosine, target, cloud = torch.zeros(64, 2, device="cuda"), torch.zeros(64, dtype=torch.int64), torch.ones(2)
     losses = gcl_cross_entropy(cosine, target.to("cuda"), cloud.to("cuda"), scale=1.0, seed=9, reduction="none", backend=backend)
     expected = oracle.gcl_cross_entropy(cosine.cpu().double(), target, cloud.double(), scale=1.0, seed=9, reduction="none")

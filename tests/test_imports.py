@@ -94,7 +94,7 @@ def test_no_import_points_up(module: str) -> None:
         assert {other for other in IMPORTS[module] if other.startswith("gclkern.kernels")} <= SHARED
 
 
-def test_no_circle() -> None:
+def test_no_import_cycle() -> None:
     """A package's __init__ stands for its name alone; its modules do not count as importing it."""
     graph = {module: {other for other in others if not module.startswith(f"{other}.")} for module, others in IMPORTS.items()}
     try:

@@ -78,7 +78,7 @@ def test_other_counts_are_refused(counts: Any, words: list[str]) -> None:
 
 
 def test_labels_are_taken_by_place() -> None:
-    """The index of a Series of labels, which a shuffled or filtered table has, is not their order."""
+    """Labels in a Series keep their order, whatever its index; shuffled or filtered tables have an index in another order."""
     names = Series([0, 0, 0, 1], [3, 1, 0, 2])
     assert list(samplers.ClassBalancedSampler(names, seed=1)) == list(samplers.ClassBalancedSampler([0, 0, 0, 1], seed=1))  # type: ignore[arg-type]
 
@@ -248,7 +248,7 @@ def test_ddp_leaves_the_sums_of_a_rank_alone() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="inductor needs a C++ compiler")
 def test_a_seed_for_every_step_under_inductor(device: torch.device) -> None:
-    """Another noise each step, that of the eager call, and no compilation for a seed."""
+    """Each step has its own noise, equal to that of an eager call, and a new seed does not compile again."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     cosine, target = cosines(4, 6, device=device), labels(4, 6).to(device)

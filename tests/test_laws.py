@@ -109,7 +109,7 @@ def test_the_order_of_rows_does_not_matter(operation: Operation, backend: str, d
 @pytest.mark.parametrize("operation", [*FAMILY, *BOUND, *(operation for operation in OPERATIONS if not operation.leaves)], ids=str)
 @given(data=st.data())
 def test_every_row_twice(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
-    """A mean stays, and each copy has half of the gradient. A softmax over the batch has twice as many samples, which adds log 2 to each class's term."""
+    """The mean stays the same, and each copy has half of the gradient. In a softmax over the batch, twice as many samples add log 2 to each class's term."""
     arguments = problem(data, operation, backend, device)
     rows = len(arguments["target"])
     twice = reordered(operation, arguments, "rows", torch.arange(rows).repeat(2))
@@ -162,7 +162,7 @@ def test_the_order_of_classes_does_not_matter(operation: Operation, backend: str
 @every_backend
 @pytest.mark.parametrize("operation", FAMILY, ids=str)
 @given(data=st.data())
-def test_a_class_in_two_halves(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+def test_splitting_a_class_in_two_changes_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
     """A class that is no target, twice, with half of its probability each: nothing changes, and the halves share its gradient."""
     arguments = problem(data, operation, backend, device, without=("label_smoothing",))
     bias = arguments.get("bias", torch.zeros(CLASSES).to(arguments[operation.narrow[0]]))
@@ -219,7 +219,7 @@ def test_a_constant_for_all_logits_changes_nothing(operation: Operation, backend
 @pytest.mark.parametrize("operation", HEADS, ids=str)
 @given(data=st.data())
 def test_the_length_of_a_row_does_not_matter_where_it_is_normalised(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
-    """Its gradient shrinks as it grows."""
+    """The longer the row, the smaller its gradient."""
     arguments = problem(data, operation, backend, device, noise=True, without=("normalize",))
     random = generator(data.draw(seeds, "lengths"))
     lengths = {name: torch.rand(len(arguments[name]), 1, generator=random, dtype=torch.float64).mul(4).exp().to(arguments[name]) for name in operation.narrow}

@@ -169,7 +169,7 @@ def test_calibration_is_the_papers_formula() -> None:
 
 
 def test_calibration_starts_as_the_identity_and_learns_from_there() -> None:
-    """The confidence has no gradient while scale and offset change nothing; after one step of these it has."""
+    """The confidence has no gradient at first, while scale and offset do not change the logits; after one step of scale and offset it has one."""
     layer = AdaptiveCalibration(7, 3)
     logits, target = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 1, 2, 2, 2])
     assert torch.equal(layer(logits, features()), logits)

@@ -88,7 +88,7 @@ def test_no_class_is_ignored() -> None:
     assert loss.item() == pytest.approx(math.log(3))
 
 
-def test_of_torch() -> None:
+def test_equals_torchs_loss_of_class_probabilities() -> None:
     """Without a weight the loss is torch's of class probabilities."""
     target, options = labels(ROWS, CLASSES), mixed(ROWS, CLASSES)
     soft, logits = soft_labels(target, options["target_b"], options["lam"], CLASSES), cosines(ROWS, CLASSES)
@@ -221,7 +221,7 @@ def test_smoothing_of_each_class_in_a_head(plan: str, backend: str, device: torc
 
 
 def test_the_compiled_loops_have_no_contrast_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They leave it to torch; asked for by name they say so."""
+    """torch computes it instead; backend="cpu" raises an error that says so."""
     monkeypatch.setattr(cpu_backend, "is_available", True)
     cosine, target = cosines(ROWS, CLASSES), labels(ROWS, CLASSES)
     with pytest.raises(ValueError, match=r'backend="cpu" has no supervised_contrastive'):

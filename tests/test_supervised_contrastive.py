@@ -252,7 +252,7 @@ def test_modules() -> None:
 
 
 def test_supcon_of_plain_torch() -> None:
-    """Written as it is often seen, over the whole matrix."""
+    """Compared with the usual implementation over the whole matrix."""
     features, target, _ = problem(20, 4, 6, {})
     logits = F.normalize(features) @ F.normalize(features).T / 0.1
     others = ~torch.eye(20, dtype=torch.bool)

@@ -24,7 +24,7 @@ def compiled(function: Callable[..., Tensor], **options: Any) -> tuple[Callable[
 
 
 def test_one_graph_for_every_mixing_share() -> None:
-    """Mixup draws another number for every batch."""
+    """Mixup draws a new share for every batch, which must not compile a new graph."""
     step, counter = compiled(lambda x, target, lam: gcl_cross_entropy(x, target, target_b=target.flip(0), lam=lam))
     cosine, target = cosines(6, CLASSES), labels(6, CLASSES)
     graphs = []

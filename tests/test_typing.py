@@ -47,6 +47,6 @@ LOSSES: list[type] = [
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, gather_batch, sharded_linear_gcl_cross_entropy, *LOSSES, gclkern.DROLTLoss, ShardedLinearGCLLoss])
-def test_annotations_have_values(function: Any) -> None:
-    """Programs that build objects from configuration files evaluate them."""
+def test_annotations_can_be_evaluated(function: Any) -> None:
+    """Programs that build objects from configuration files evaluate annotations, so every name in them must exist at run time."""
     assert "return" in typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]

@@ -71,7 +71,7 @@ def test_cben_weights() -> None:
 
 @pytest.mark.parametrize("make", [lambda: LDAMLoss(CIFAR), lambda: GCLLoss(CIFAR), lambda: torch.nn.CrossEntropyLoss()])
 def test_weights_are_deferred(make: Any) -> None:
-    """And written in place: a captured step reads this memory. Epochs may come in any order, as in a resumed run."""
+    """Weights are written in place, because a captured step reads this memory. Epochs may come in any order, as in a resumed run."""
     criterion = make()
     reweighting = DeferredReweighting(criterion, CIFAR, 3, beta=0.9)
     memory = criterion.weight.data_ptr()

@@ -116,7 +116,7 @@ def _workers(vendor: str) -> ProcessPoolExecutor:
 
 
 def prepare_worker(vendor: str) -> None:
-    """Runs in a fresh process before anything imports Triton: kernels shall be compiled here, for this vendor.
+    """Runs in a fresh process before anything imports Triton, so that kernels are compiled there, for this vendor.
 
     They are kept in Triton's cache (TRITON_CACHE_DIR), whose keys cover the source, the options and the compiler, so no other process compiles them again.
     """

@@ -157,7 +157,7 @@ def _composed(kind: str, plain: str, image_size: int | None, in_channels: int, p
 
 
 def _resnet10(in_channels: int) -> Any:
-    """ResNet-10, which torchvision has not: one block in each of its four layers."""
+    """ResNet-10, with one block in each of its four layers; torchvision does not have it."""
     resnet = need("torchvision.models.resnet", "the network resnet10")
     if in_channels != 3:
         raise ValueError(f"resnet10 takes images of 3 channels, but these have {in_channels}; take small-cnn, resnet32 or a network of timm")

@@ -59,7 +59,7 @@ def summary(bench: Bench, run: Run) -> Any:
 
 
 def test_train_understands_every_run() -> None:
-    """And no two runs of all tables share a file, unless they are the same."""
+    """No two runs of all tables share a file, unless they are the same run."""
     found: dict[str, list[str]] = {}
     for table in TABLES.values():
         for run in runs_of(table):
@@ -196,7 +196,7 @@ def test_a_page_shows_these_tables(results: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_table_by_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_trains_and_makes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command as a user runs it, on digits."""
     table = ["cpu", "--data", "digits-lt", "--imbalance", "20", "--methods", "gcl-stage1", "gcl", "--seeds", "0", "--epochs-scale", "0.025"]
     accuracy.main([*table, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
@@ -223,7 +223,7 @@ def test_options_replace_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert asked == runs_of(Table(("cifar100-lt", "cifar10-lt"), (50.0,), ("gcl",), (3, 4)))
 
 
-def test_the_minutes_left_of_a_gpu_go_to_rows_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_side_by_side_stop_when_their_seconds_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of the module's docstring: CIFAR-100-LT in full schedules, first seeds first, and no more than the given seconds."""
     asked: dict[str, Any] = {}
 

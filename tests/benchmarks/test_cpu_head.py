@@ -11,7 +11,7 @@ from benchmarks.cpu_head import median_interval, rows_of, verdict
 
 @pytest.mark.parametrize(("count", "low", "high"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (15, 4, 12), (50, 18, 33)])
 def test_interval_of_the_median(count: int, low: int, high: int) -> None:
-    """The places are those of the published tables of the sign test."""
+    """The ranks of the values at the ends of the interval are those of published tables of the sign test."""
     values = list(range(1, count + 1))
     random.Random(0).shuffle(values)
     assert median_interval(values) == (low, high)

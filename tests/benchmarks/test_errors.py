@@ -23,7 +23,7 @@ def test_every_case_is_committed() -> None:
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreter, pytest.mark.slow])])
 def test_small_cases_measured_again(implementation: str) -> None:
-    """Another processor, or another number of threads, adds up in another order: four times the committed error, and two roundings."""
+    """Up to four times the committed error and two roundings, because another processor or number of threads adds up in another order."""
     for case, committed in LIBRARY:
         if case.implementation == implementation and case.classes <= SMALL:
             for name, found in asdict(errors.measure(case)).items():
@@ -31,7 +31,7 @@ def test_small_cases_measured_again(implementation: str) -> None:
 
 
 def test_the_target_keeps_its_digits() -> None:
-    """1e-5 in float32 for logits that are not shifted; a 16-bit gradient has its own rounding on top."""
+    """The error of the target's gradient is at most 1e-5 in float32 for logits without an offset; a 16-bit gradient adds its rounding."""
     allowed = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-11}
     for case, committed in LIBRARY:
         if case.offset == 0.0 or case.operation == "DRO-LT bound":

@@ -131,7 +131,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_a_test_that_loses_the_device_fails_alone(tmp_path: Path) -> None:
-    """Its process ends, another one does the tests that are left, and the report has what the test said."""
+    """The test's process ends, another process runs the remaining tests, and the report contains the message of the failed test."""
     (tmp_path / "lost.py").write_text("""
 import pytest, torch
 
@@ -168,7 +168,7 @@ def pytest_runtest_call(item):
 
 @pytest.mark.parametrize("code", [-11, 3], ids=["killed by a signal", "left by itself"])
 def test_a_case_that_ends_the_process_is_left_out(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its result is the error; the process starts again and does the rest."""
+    """The error is recorded as the result of the case; a new process runs the remaining cases."""
     monkeypatch.delenv("OUT", raising=False)
     report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 100)
     line = {"operation": "noise", "contestant": "gclkern", "phase": "draw", "dtype": "fp32", "shape": "made up"}
@@ -232,7 +232,7 @@ class FakeCUDA:
 
 
 def test_a_graphs_launch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host needs a while before the device begins; a device that is still busy with the same work hides that."""
+    """The host needs time to launch a graph, which does not show if the device is still busy with a first replay."""
     cuda = FakeCUDA(monkeypatch)
     idle = True
 
@@ -248,7 +248,7 @@ def test_a_graphs_launch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_after_a_failed_capture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By that the benchmarks' process knows that it has to end: torch's allocator would make the next case wait for ever."""
+    """The benchmark process ends when it sees that message, because torch's allocator would make the next case wait for ever."""
     FakeCUDA(monkeypatch)
 
     def fails(*args: Any) -> Any:
@@ -263,7 +263,7 @@ def test_an_error_after_a_failed_capture_says_so(monkeypatch: pytest.MonkeyPatch
         prepare([lambda: lambda: None], torch.device("cuda", 0), graph=True)
 
 
-def test_what_stays_after_the_first_call_is_not_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_leaves_out_memory_that_stays_after_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix library's workspace comes from torch's allocator in the first call that needs it, and stays."""
     cuda = FakeCUDA(monkeypatch)
     workspace = 32 * 2**20

@@ -48,7 +48,7 @@ def test_the_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_source_has_a_result_that_belongs_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that moves or comes along is covered without a list to keep."""
+    """Files that are moved or added are covered, because there is no list of files."""
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     hashes = {"kernels": provenance.kernels_hash, "torch": provenance.torch_hash, "training": provenance.training_hash}
     changes = {

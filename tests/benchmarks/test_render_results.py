@@ -18,7 +18,7 @@ def test_pages_agree_with_the_results() -> None:
 
 
 def test_figures_of_other_code_are_called_stale() -> None:
-    """Independent of what renders them: a page that shows a hash of other code than this has the word stale beside it."""
+    """Checked independently of the renderer: where a page shows the hash of other code than the present one, the word stale stands beside it."""
     now = {"CPU code": provenance.torch_hash(), "kernels": provenance.kernels_hash(), "training code": provenance.training_hash()}
     said = []
     for page in render_results.PAGES:
@@ -33,7 +33,7 @@ def test_figures_of_other_code_are_called_stale() -> None:
 
 
 def test_no_figures_are_written_by_hand() -> None:
-    """Times, memory and accuracies come from result files: outside of the generated sections a page has none, so none goes out of date unseen."""
+    """Outside of the generated sections, pages contain no times, memory sizes or accuracies, which would go out of date unnoticed."""
     pages = {*render_results.PAGES, provenance.ROOT / "docs" / "losses.md", provenance.ROOT / "docs" / "training.md"}
     for page in pages:
         prose = re.sub(r"<!-- results:begin .*?<!-- results:end -->", "", page.read_text(), flags=re.DOTALL)

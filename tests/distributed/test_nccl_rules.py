@@ -191,7 +191,7 @@ class Images:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_training_and_evaluation(rules: Rules, sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a step but DistributedDataParallel, which torch answers for, and what is done between steps."""
+    """A whole step without DistributedDataParallel, which is torch's, and the calls between steps."""
     monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
     ranks = Processes.single(META)
     ranks.world, ranks.rank = WORLD, RANK

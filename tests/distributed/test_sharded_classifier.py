@@ -66,7 +66,7 @@ def test_too_many_ranks_are_refused() -> None:
         even_sizes(5, 4)
 
 
-def test_alone_it_is_the_ordinary_layer_and_loss() -> None:
+def test_one_process_equals_the_ordinary_layer_and_loss() -> None:
     whole, sharded = classifiers()
     features, target = features_of(1)
     assert torch.equal(whole.weight, sharded.weight)
@@ -91,7 +91,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.5, 1.0])
 def test_drawn_classes(rate: float) -> None:
-    """All labels are in, nothing twice, the share is met, another seed draws others."""
+    """All labels are drawn, no class is drawn twice, the share is right, and another seed draws other classes."""
     ranks, shards, target = Ranks(), Shards(0, (CLASSES,)), torch.tensor([3, 49, 3, 0, -100])
 
     def draw(seed: int) -> Tensor:
@@ -121,7 +121,7 @@ def test_places_of_labels_that_are_no_class() -> None:
 
 
 def test_sampled_loss_is_that_of_the_drawn_classes() -> None:
-    """Against the ordinary head on the drawn rows alone, with class vectors and a second target; the gradient has those rows and no others."""
+    """Compared with the ordinary head on only the drawn rows, with class vectors and a second target; the gradient has those rows and no others."""
     features, target = features_of(1)
     second = labels(ROWS, CLASSES, seed=8)
     weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
@@ -146,7 +146,7 @@ def test_sampled_loss_is_that_of_the_drawn_classes() -> None:
 
 
 def test_row_sgd_is_sgd_on_the_rows_of_a_step() -> None:
-    """Two of three steps name row 2; the others are torch's SGD of a weight that has those rows alone, and what no step names stays bitwise."""
+    """Compared with torch's SGD on a weight that only has the rows of a step; row 2 is in two of three steps, and rows of no step do not change."""
     weight, dense = torch.nn.Parameter(torch.randn(6, 3)), torch.nn.Parameter(torch.zeros(6, 3))
     start = weight.detach().clone()
     dense.data.copy_(start)
@@ -193,7 +193,7 @@ def test_row_sgd_takes_parameters_that_come_later() -> None:
 
 @pytest.mark.parametrize("wrong", [{"epsilon": torch.rand(ROWS)}, {"class_weight": torch.rand(CLASSES + 1)}])
 def test_dro_lt_refuses_vectors_of_another_length(wrong: dict[str, Tensor]) -> None:
-    """Looked up by label they would pass, with another class's values."""
+    """Without the check, looking them up by label would succeed with the values of another class."""
     features, target = features_of(1)
     (name,) = wrong
     with pytest.raises(ValueError, match=name):

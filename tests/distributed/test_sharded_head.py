@@ -128,7 +128,7 @@ def test_equals_one_process(world: int) -> None:
 
 
 def test_torch_compile_leaves_the_sharded_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that agree on a call read each other's numbers, which no graph can hold."""
+    """To check a call, ranks read each other's numbers, which cannot be part of a graph."""
     traced: list[bool] = []
 
     class SeenRanks(Ranks):

@@ -54,7 +54,7 @@ def test_guarded_threads_change_nothing() -> None:
     assert not out[90:].any()
 
 
-def test_threads_may_part_and_meet_again() -> None:
+def test_threads_may_diverge_and_reconverge() -> None:
     loop = """
 	mov.b32 %r6, 0f00000000;
 	and.b32 %r8, %r2, 3;
@@ -99,14 +99,14 @@ def test_shared_memory_crosses_warps() -> None:
         ("setp.lt.u32 %p2, %r2, 7; @%p2 shfl.sync.bfly.b32 %r6, %r2, 1, 31, -1;", RuntimeError, "part of a warp is not here"),
     ],
 )
-def test_what_a_gpu_need_not_notice_is_an_error(body: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_that_a_gpu_may_ignore_are_errors(body: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx, "_LIMIT", 1000)
     with pytest.raises(error, match=message):
         run(body, numbers(100), 100, shared=256)
 
 
 @pytest.mark.parametrize("waited", [True, False])
-def test_a_copy_that_nobody_waits_for_is_not_there(waited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_a_copy_that_was_not_waited_for_is_nan(waited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx, "DEFERRED", True)
     copy = f"""
 	shl.b32 %r7, %r2, 2;

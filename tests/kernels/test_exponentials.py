@@ -71,7 +71,7 @@ def test_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.dev
 
 @pytest.mark.usefixtures("paying")
 def test_whole_tiles_and_a_tail(device: torch.device) -> None:
-    """Of 2048 classes, each of which a program may take alone."""
+    """Tiles of 2048 classes, each of which may have a program of its own."""
     generator = torch.Generator().manual_seed(0)
     features, weight = torch.randn(3, 8, generator=generator).to(device, torch.float16), torch.randn(5000, 8, generator=generator).to(device, torch.float16)
     options: Options = {"seed": 5, "plan": "materialised", "backend": "triton", "reduction": "none"}
@@ -118,7 +118,7 @@ def test_a_target_keeps_its_digits(device: torch.device) -> None:
 
 @pytest.mark.usefixtures("paying")
 def test_rows_that_hold_no_number(device: torch.device) -> None:
-    """An ignored row of NaN counts for nothing, another one for itself alone; a label out of range makes its own row NaN."""
+    """A row of NaN has no effect if it is ignored, and else only affects itself; a label out of range makes its own row NaN."""
     features, weight, target = problem(device)
     target[0] = -100
     clean = call(features, weight, target, reduction="none")

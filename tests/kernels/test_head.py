@@ -53,7 +53,7 @@ def test_sixteen_bit_rows_at_an_odd_address_are_not_loaded_in_pairs(launches: La
 
 @pytest.mark.parametrize(("value", "expected"), [("high", "tf32"), ("tf32", "tf32"), ("highest", "ieee"), ("ieee", "ieee")])
 def test_float32_products_follow_both_settings_of_their_precision(launches: Launches, device: torch.device, value: str, expected: str) -> None:
-    """Where the new one chose tf32, to ask for the old one is an error."""
+    """If the new setting chose tf32, torch raises an error when the old setting is read."""
     from gclkern.kernels.products import uses_cublas
 
     features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
@@ -92,7 +92,7 @@ def test_wide_tiles(plan: str, device: torch.device, launches: Launches, monkeyp
 @compiled
 @pytest.mark.parametrize("plan", PLANS)
 def test_products_in_tf32(plan: str, device: torch.device) -> None:
-    """Within its 10 bits of mantissa, and visibly not float32."""
+    """The error is within tf32's 10 bits of mantissa, and larger than float32's."""
     generator = torch.Generator().manual_seed(0)
     features, weight = (torch.randn(size, 40, generator=generator).to(device).requires_grad_() for size in (6, 150))
     target = labels(6, 150).to(device)
@@ -114,7 +114,7 @@ def test_products_in_tf32(plan: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_librarys_product_gives_the_same_gradient(plan: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several panels of classes, where it adds to what is there; on a GPU it is torch.mm with a float32 result, of two 16-bit matrices."""
+    """Over several panels of classes, whose products are added up; on a GPU it is torch.mm of two 16-bit matrices with a float32 result."""
     from gclkern.kernels import head, products
 
     torch.manual_seed(0)

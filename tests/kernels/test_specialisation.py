@@ -87,7 +87,7 @@ CASES: dict[str, Callable[..., None]] = {
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", CASES)
 def test_no_batch_after_the_first_compiles_anything(name: str, target: str) -> None:
-    """But for one kernel, which is compiled once for numbers of rows that are multiples of 16 and once for others."""
+    """Except for one kernel, which is compiled once for numbers of rows that are multiples of 16 and once for other numbers."""
     known = specialisations(functools.partial(CASES[name], 512, 0, 0), target)
     assert known
     known |= {launch for launch in specialisations(functools.partial(CASES[name], 300, 0, 0), target) if launch[0] == "_gradient_kernel"}

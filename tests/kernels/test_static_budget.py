@@ -290,7 +290,7 @@ def test_the_exponentials_fill_a_multiprocessor(builds: Builds) -> None:
 
 @pytest.mark.parametrize("case", [head_bf16, loss_bf16])
 def test_no_load_of_the_gradient_waits_for_another_one(builds: Builds, case: Case) -> None:
-    """Its cosines are on their way before it is asked whether their row has a gradient, and the seed is read before the loop."""
+    """The gradient kernel loads cosines before it reads whether their row has a gradient, and the seed before the loop."""
     for build in builds.of(case, "sm_90", "_gradient_kernel"):
         opcodes = build.hot_loop("MUFU.EX2").opcodes
         widest = max(build.hot_loop("MUFU.EX2").load_bits)

@@ -18,7 +18,7 @@ def check_layers(backbone: nn.Module, layers: Sequence[str], images: Tensor) -> 
     """Check by a forward pass of `images` that the backbone has layers of these names, each with an output.
 
     Raises:
-        ValueError: it has not; the message names some that it has.
+        ValueError: a layer does not exist, or has no output that is a tensor; the message names some that exist.
     """
     layers = [name for name in layers if name != FEATURES]
     if not layers:  # the usual case, in which a run starts without a forward pass

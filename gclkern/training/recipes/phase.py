@@ -41,7 +41,7 @@ class Phase:
     nesterov: bool = False
     # Batch normalisation: "train" has batch statistics in the trained parts and running statistics in the frozen ones, "frozen" running statistics in all.
     # "shifted" has batch statistics, which move the running ones, in a frozen backbone, whose parameters stay (MiSLAS); "shifted-last-block" has them in
-    # the last block of a ResNet alone.
+    # only the last block of a ResNet.
     batch_norm: str = "train"
 
     @property
