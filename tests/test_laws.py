@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.cases import Options
-from tests.support.operations import CLASSES, OPERATIONS, Operation, Outcome, outcome
+from tests.support.operations import CLASSES, DIM, OPERATIONS, Operation, Outcome, outcome
 
 LOSSES = [operation for operation in OPERATIONS if operation.leaves]
 FAMILY = [operation for operation in LOSSES if not operation.batch]
 BOUND = [operation for operation in LOSSES if operation.name == "dro_lt_loss"]
 HEADS = [operation for operation in LOSSES if "linear_weight" in operation.leaves]
+CONTRAST = [operation for operation in LOSSES if operation.name == "supervised_contrastive"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 every_backend = pytest.mark.parametrize(
@@ -34,10 +35,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def problem(data: st.DataObject, operation: Operation, backend: str, device: torch.device, *, noise: bool = False, without: tuple[str, ...] = ()) -> Options:
-    """A sample of the table with other numbers in its matrices, for a mean or a sum."""
+def problem(
+    data: st.DataObject, operation: Operation, backend: str, device: torch.device, *, noise: bool = False, without: tuple[str, ...] = (), sample: str = ""
+) -> Options:  # fmt: skip
+    """A sample of the table, any or the one of that name, with other numbers in its matrices, for a mean or a sum."""
     rows = data.draw(st.integers(1, 6), "rows")
-    name = data.draw(st.sampled_from(sorted(operation.samples(rows))), "sample")
+    name = sample or data.draw(st.sampled_from(sorted(operation.samples(rows))), "sample")
     arguments = operation.sample(name, rows, device, torch.float64 if backend == "torch" else torch.float32)
     random = generator(data.draw(seeds, "numbers"))
     for matrix in operation.narrow:
@@ -106,11 +109,14 @@ def test_the_order_of_rows_does_not_matter(operation: Operation, backend: str, d
 
 
 @every_backend
-@pytest.mark.parametrize("operation", [*FAMILY, *BOUND, *(operation for operation in OPERATIONS if not operation.leaves)], ids=str)
+@pytest.mark.parametrize("operation", [*FAMILY, *BOUND, *CONTRAST, *(operation for operation in OPERATIONS if not operation.leaves)], ids=str)
 @given(data=st.data())
 def test_every_row_twice(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
-    """The mean stays the same, and each copy has half of the gradient. In a softmax over the batch, twice as many samples add log 2 to each class's term."""
-    arguments = problem(data, operation, backend, device)
+    """The mean stays the same, and each copy has half of the gradient. In a softmax over the batch, twice as many samples add log 2 to the term of each class.
+
+    Samples that are keys of one another would get a key of cosine 1, so of the contrastive losses only the one with prototypes alone is tested.
+    """
+    arguments = problem(data, operation, backend, device, sample="prototypes alone" if operation in CONTRAST else "")
     rows = len(arguments["target"])
     twice = reordered(operation, arguments, "rows", torch.arange(rows).repeat(2))
     if operation.leaves:
@@ -127,17 +133,20 @@ def test_every_row_twice(operation: Operation, backend: str, device: torch.devic
 
 
 @every_backend
-@pytest.mark.parametrize("operation", FAMILY, ids=str)
+@pytest.mark.parametrize("operation", [*FAMILY, *CONTRAST], ids=str)
 @given(data=st.data())
 def test_parts_of_a_batch_add_up(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
     """Micro-batches, each at its place in the noise's grid: losses are those of the whole, and gradients of the sum add up to its gradient."""
-    arguments = problem(data, operation, backend, device, noise=True) | {"reduction": "sum"}
+    sample = "prototypes alone" if operation in CONTRAST else ""
+    arguments = problem(data, operation, backend, device, noise=True, sample=sample) | {"reduction": "sum"}
     rows = len(arguments["target"])
     cut, start = data.draw(st.integers(0, rows), "cut"), arguments.pop("row_offset", 0)
-    whole, whole_losses = run(operation, backend, arguments | {"row_offset": start}), losses(operation, backend, arguments | {"row_offset": start})
-    parts = [
-        reordered(operation, arguments, "rows", torch.arange(*ends)) | {"row_offset": start + ends[0]} for ends in ((0, cut), (cut, rows)) if ends[0] < ends[1]
-    ]
+
+    def part(first: int, last: int) -> Options:
+        return reordered(operation, arguments, "rows", torch.arange(first, last)) | ({"row_offset": start + first} if operation.grid else {})
+
+    whole, whole_losses = run(operation, backend, part(0, rows)), losses(operation, backend, part(0, rows))
+    parts = [part(first, last) for first, last in ((0, cut), (cut, rows)) if first < last]
     found = [run(operation, backend, part) for part in parts]
     assert_same(torch.cat([losses(operation, backend, part) for part in parts]), whole_losses, "losses")
     assert_same(torch.stack([part.value for part in found]).sum(), whole.value, "value")
@@ -183,6 +192,23 @@ def test_splitting_a_class_in_two_changes_nothing(operation: Operation, backend:
 
 
 @every_backend
+@pytest.mark.parametrize("operation", CONTRAST, ids=str)
+@given(data=st.data())
+def test_a_class_of_one_key_in_two_halves(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """A prototype without samples, twice, where each class counts twice as many keys, so that each key weighs half."""
+    arguments = problem(data, operation, backend, device, sample="everything")
+    chosen = data.draw(st.sampled_from([j for j in range(CLASSES) if j not in arguments["target"].tolist()]), "class")
+    halved = reordered(operation, arguments, "classes", torch.tensor([*range(CLASSES), chosen]))
+    halved["class_counts"][[chosen, CLASSES]] *= 2
+    before, after = run(operation, backend, arguments), run(operation, backend, halved)
+    assert_same(after.value, before.value, "value")
+    assert_same(after.grads["features"], before.grads["features"], "features")
+    grad, half = after.grads["prototypes"].split([CLASSES, 1])
+    assert_same(grad[chosen], half[0], "both halves")
+    assert_same(grad.index_add(0, torch.tensor([chosen], device=grad.device), half), before.grads["prototypes"], "prototypes")
+
+
+@every_backend
 @pytest.mark.parametrize("operation", BOUND, ids=str)
 @given(data=st.data())
 def test_a_class_without_samples_adds_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
@@ -216,15 +242,29 @@ def test_a_constant_for_all_logits_changes_nothing(operation: Operation, backend
 
 
 @every_backend
-@pytest.mark.parametrize("operation", HEADS, ids=str)
+@pytest.mark.parametrize("operation", [*HEADS, *CONTRAST], ids=str)
 @given(data=st.data())
 def test_the_length_of_a_row_does_not_matter_where_it_is_normalised(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
     """The longer the row, the smaller its gradient."""
     arguments = problem(data, operation, backend, device, noise=True, without=("normalize",))
     random = generator(data.draw(seeds, "lengths"))
-    lengths = {name: torch.rand(len(arguments[name]), 1, generator=random, dtype=torch.float64).mul(4).exp().to(arguments[name]) for name in operation.narrow}
-    before, after = run(operation, backend, arguments), run(operation, backend, arguments | {name: arguments[name] * lengths[name] for name in lengths})
+    matrices = [name for name in operation.differentiable(arguments) if arguments[name].dim() == 2]
+    lengths = {name: torch.rand(len(arguments[name]), 1, generator=random, dtype=torch.float64).mul(4).exp().to(arguments[name]) for name in matrices}
+    before, after = run(operation, backend, arguments), run(operation, backend, arguments | {name: arguments[name] * lengths[name] for name in matrices})
     assert_same_outcome(Outcome(after.value, {name: grad * lengths.get(name, 1.0) for name, grad in after.grads.items()}), before)
+
+
+@every_backend
+@pytest.mark.parametrize("operation", [*BOUND, *CONTRAST], ids=str)
+@given(data=st.data())
+def test_a_rotation_changes_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """Distances and cosines stay, and gradients turn with the points."""
+    arguments = problem(data, operation, backend, device)
+    random = generator(data.draw(seeds, "rotation"))
+    rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=random, dtype=torch.float64)).Q.to(arguments["features"])
+    points = [name for name in ("features", "centroids", "prototypes") if isinstance(arguments.get(name), Tensor)]
+    before, after = run(operation, backend, arguments), run(operation, backend, arguments | {name: arguments[name] @ rotation for name in points})
+    assert_same_outcome(after, Outcome(before.value, {name: grad @ rotation if name in points else grad for name, grad in before.grads.items()}))
 
 
 @every_backend
