@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 every_backend = pytest.mark.parametrize(
     "backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled), pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.slow])]
 )
+torch_and_kernels = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.exhaustive])])
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -191,7 +192,7 @@ def test_splitting_a_class_in_two_changes_nothing(operation: Operation, backend:
         assert_same(grad, before.grads[name], name)
 
 
-@every_backend
+@torch_and_kernels
 @pytest.mark.parametrize("operation", CONTRAST, ids=str)
 @given(data=st.data())
 def test_a_class_of_one_key_in_two_halves(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
@@ -254,7 +255,7 @@ def test_the_length_of_a_row_does_not_matter_where_it_is_normalised(operation: O
     assert_same_outcome(Outcome(after.value, {name: grad * lengths.get(name, 1.0) for name, grad in after.grads.items()}), before)
 
 
-@every_backend
+@torch_and_kernels
 @pytest.mark.parametrize("operation", [*BOUND, *CONTRAST], ids=str)
 @given(data=st.data())
 def test_a_rotation_changes_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:

@@ -154,6 +154,21 @@ def test_samples_without_positives(backend: str, device: torch.device) -> None:
     assert supervised_contrastive(features[:1], target[:1], reduction="none", backend=backend).eq(0).all()
 
 
+def test_temperature_1_and_more_classes_than_columns(backend: str, device: torch.device) -> None:
+    """Each sample's factor in the gradient is exactly 1 then, as only 0 is special."""
+    features, target, _ = problem(20, 6, 3, {})
+    check(features, target, {"temperature": 1.0, "reduction": "none"}, backend, device, torch.linspace(-1.0, 2.0, 20))
+
+
+def test_the_upstream_gradient_of_a_sample_without_positives_is_not_read(backend: str, device: torch.device) -> None:
+    features, target, _ = problem(8, 3, 5, {})
+    leaf = features.to(device).requires_grad_()
+    upstream = torch.ones(8, device=device)
+    upstream[0] = torch.nan  # the only sample of its class
+    supervised_contrastive(leaf, target.to(device), reduction="none", backend=backend).backward(upstream)
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad[0].ne(0).any()
+
+
 def test_a_label_out_of_range_spoils_its_own_row_only(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where labels are not read, as on a GPU."""
     monkeypatch.setattr("gclkern.validation.values_may_be_read", lambda tensor: False)
