@@ -147,7 +147,7 @@ def resident_blocks(registers: int, shared_bytes: int, warps: int) -> int:
 
 
 def memory_reads(programs: int, at_a_time: int, reads: Callable[[int], Sequence[tuple[object, float]]], cache: float = CACHE) -> float:
-    """Bytes that miss the cache when programs run in the order of their numbers: a wave reads each panel once, a later one finds what is still there."""
+    """Bytes that miss the cache if programs run in the order of their numbers: a wave reads each panel once, and a later wave hits what is still cached."""
     held: OrderedDict[object, float] = OrderedDict()
     size = missed = 0.0
     for first in range(0, programs, at_a_time):
@@ -165,7 +165,7 @@ def memory_reads(programs: int, at_a_time: int, reads: Callable[[int], Sequence[
 
 
 def walk(code: Sequence[Instruction]) -> float:
-    """Clocks of one warp alone, the second time it comes by: what the first left on its way is waited for."""
+    """Clocks of a single warp in a later pass of a loop, so that waits for results of the pass before are included."""
     clock = start = 0.0
     ready = [0.0] * 6
     for _ in range(2):
@@ -187,7 +187,7 @@ def instructions_demand(code: Sequence[Instruction], warps: int) -> Demand:
 
 
 def product_step(rows: int, columns: int, depth: int, size: int) -> Demand:
-    """A pass over `depth` of a tile rows x columns: copies to shared memory, and products from there."""
+    """The work of one step over `depth` of a tile rows x columns: copies to shared memory, and products from there."""
     tensor = 2.0 * rows * columns * depth / TENSOR_RATE[size]
     copied = (rows + columns) * depth * size
     read = (rows + columns * max(rows // 64, 1)) * depth * size  # every 64 rows read all columns
@@ -222,7 +222,7 @@ class Regions(NamedTuple):
 
 
 def regions(program: Program) -> Regions:
-    """Around the loop that does the products, or else the exponentials; without one, all loops together, as if they made equally many passes."""
+    """The regions around the loop with the products, else with the exponentials; without such a loop, of all loops together, as if all ran equally often."""
     for work in ("HGMMA", "MUFU.EX2"):
         loops = [loop for loop in program.loops if loop.code.count(work)]
         innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
@@ -248,12 +248,12 @@ def _tiles(extent: int, tile: int) -> int:
 
 
 def _uncached(size: float) -> float:
-    """Bytes of a buffer that the kernel before has written, as far as they are no longer in the cache."""
+    """Bytes of a buffer, written by the previous kernel, that are no longer in the cache."""
     return size if size > CACHE else 0.0
 
 
 def raster(program: int, fast_tiles: int) -> tuple[int, int]:
-    """The kernels' own order of tiles."""
+    """The slow and the fast tile of a program, as `products.tile_of_program` orders them."""
     from gclkern.kernels.products import tile_of_program
 
     slow, fast = tile_of_program.fn(program, fast_tiles)
@@ -344,7 +344,7 @@ def _finish_weights_work(launch: Compiled) -> Work:
 
 
 def _passes(launch: Compiled) -> int:
-    """Of the loops over a row."""
+    """The passes of a loop over the elements of a row."""
     return _tiles(launch["dim"], launch["DEPTH"]) if "DEPTH" in launch.kernel.constants else 1
 
 
@@ -354,7 +354,7 @@ def _unit_rows_work(launch: Compiled) -> Work:
 
 
 def _stream_work(launch: Compiled) -> Work:
-    """A kernel that reads or writes each of its tensors once, but for those of which it gathers some rows."""
+    """The work of a kernel that reads or writes each of its tensors once, except those from which it gathers some rows."""
     gathered = ("weight_ptr", "cosine_a_ptr", "cosine_b_ptr")
     return Work(
         _passes(launch), read_bytes=sum(value.nbytes for name, value in launch.arguments.items() if isinstance(value, Operand) and name not in gathered)
@@ -384,7 +384,7 @@ class Operand(NamedTuple):
 
 
 def predict_product(product: LibraryProduct, repeats: int = 1) -> Prediction:
-    """By cuBLAS at its full rate, but for what the last wave of its tiles leaves idle. Fewer tiles than multiprocessors are split along the depth."""
+    """The time of cuBLAS at its full rate, with multiprocessors idle in the last wave of tiles. Fewer tiles than multiprocessors are split along the depth."""
     moved = product.itemsize * product.depth * (product.rows + product.columns) + product.out_itemsize * product.rows * product.columns
     flops = 2.0 * product.rows * product.depth * product.columns
     waves = _tiles(product.rows, 128) * _tiles(product.columns, 256) / PROCESSORS
@@ -445,7 +445,7 @@ def _loss(shape: Shape, noise: bool) -> None:
 
 
 def _plain(launch: Launch) -> dict[str, Any]:
-    """The arguments that can leave their process."""
+    """The arguments that can be sent to another process."""
     found: dict[str, Any] = {}
     for name, value in {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.kwargs}.items():
         if isinstance(value, torch.Tensor):
@@ -479,14 +479,14 @@ def _predictions_of(shape: Shape, what: str) -> list[Prediction]:
 
 
 def predictions(shapes: Iterable[Shape] = SHAPES, whats: Iterable[str] = WHATS) -> Iterator[tuple[Shape, str, list[Prediction]]]:
-    """Of each shape and plan, compiled and read side by side."""
+    """The predictions for each shape and plan, whose kernels are compiled in parallel."""
     futures: list[tuple[Shape, str, Future[Any]]] = [(shape, what, aot.in_worker(_predictions_of, shape, what)) for shape in shapes for what in whats]
     for shape, what, future in futures:
         yield shape, what, future.result()
 
 
 def bare_seconds(shape: Shape, products: int = 3) -> float:
-    """The matrix products alone, by cuBLAS; each also moves its operands and its result."""
+    """Seconds of only the matrix products, by cuBLAS; each also moves its operands and its result."""
     flops = 2.0 * shape.rows * shape.classes * shape.dim
     moved = 2.0 * (shape.rows * shape.dim + shape.classes * shape.dim + shape.rows * shape.classes)
     return products * (LAUNCH + smooth_maximum(flops / LIBRARY_RATE, moved / MEMORY_RATE))

@@ -28,7 +28,7 @@ def save_terms(ctx: Any, tensors: tuple[Tensor | None, ...], terms: LossTerms) -
 
 
 def saved_terms(ctx: Any) -> tuple[tuple[Tensor, ...], LossTerms]:
-    """What `save_terms` saved."""
+    """The tensors and the terms that `save_terms` saved."""
     tensors = ctx.saved_tensors
     values = [*tensors[-len(_TENSORS) :], *ctx.other_terms]
     return tensors[: -len(_TENSORS)], LossTerms(*[values[place] for place in _ORDER])

@@ -17,6 +17,12 @@ def set_debug(enabled: bool) -> None:
 
     Without it a label out of range on a GPU makes the loss of that row NaN; with it, it raises the ValueError that CPU tensors always raise.
 
+    Args:
+        enabled: False at first, because reading values makes the host wait for the GPU.
+
+    Raises:
+        TypeError: not a bool.
+
     Example:
         >>> import gclkern
         >>> gclkern.set_debug(True)

@@ -43,6 +43,16 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
 
     Returns:
         (N, C), in the dtype of `cosine`.
+
+    Raises:
+        TypeError, ValueError: `cosine` is not a floating-point matrix, `concentration` requires a gradient, or the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from gclkern.proco import vmf_contrast
+        >>> contrast = vmf_contrast(torch.tensor([[0.9, 0.0]]), torch.tensor([50.0, 50.0]), dim=32, temperature=0.1)
+        >>> bool(contrast[0, 0] > contrast[0, 1])
+        True
     """
     check_matrix("cosine", cosine)
     refuse_gradient("concentration", concentration)

@@ -23,7 +23,7 @@ LOCATE = "import gclkern, gclkern.kernels.terms as t, os; print(os.path.realpath
 
 
 def run(python: Path | str, *args: str, cwd: Path, compiler: str = "no-compiler") -> subprocess.CompletedProcess[str]:
-    """Runs Python. Without a compiler: each installation would wait for it, and has to do without it."""
+    """Runs Python without a C compiler, which each installation would wait for and has to work without."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")} | {"CC": compiler}
     done = subprocess.run([str(python), *args], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

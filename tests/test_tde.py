@@ -20,7 +20,7 @@ ROWS, WIDTH, CLASSES = 5, 12, 4
 
 
 def features(seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """With a common part, as features after a ReLU have it."""
+    """Features with a common part, as after a ReLU."""
     return (torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.7).to(dtype)
 
 

@@ -18,7 +18,7 @@ CIFAR = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
 def exact_weights(counts: list[int], beta: float) -> list[float]:
-    """In rational numbers, so that beta^n rounds nowhere."""
+    """The weights in rational numbers, so that beta^n is not rounded."""
     exact = Fraction(beta)
     values = [(1 - exact) / (1 - exact**n) for n in counts]
     return [float(len(counts) * value / sum(values)) for value in values]

@@ -30,6 +30,10 @@ class Classifier(nn.Module):
 
     It is in eval mode and stays there; its parameters do not require gradients.
 
+    Args:
+        checkpoint: as :func:`gclkern.training.checkpoint.load_checkpoint` returns it; usually :func:`load_classifier` builds this class.
+        device: where the network runs.
+
     Attributes:
         class_names: (C,) names in the order of the logits; class numbers as text if the data set has no names.
         class_counts: (C,) training images of each class.
@@ -39,6 +43,9 @@ class Classifier(nn.Module):
         temperature: divisor of the logits; 1 if none was fitted (train.py fits one with `--holdout`).
 
     Shapes: images (N, in_channels, H, W) as `transform` makes them -> logits (N, C), float32.
+
+    Raises:
+        CheckpointError: the weights do not fit the network that the checkpoint names.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
@@ -148,6 +155,9 @@ def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Cla
     Args:
         path: the folder of a finished run, for the network of its last stage; or a checkpoint such as ``runs/digits-lt-gcl/stage-2.pt`` or ``best.pt``.
         device: where the network runs.
+
+    Returns:
+        The network with its class names, the transform of its images and its temperature.
 
     Raises:
         FileNotFoundError: there is no such file; for a folder without a finished run the message names the checkpoints in it.

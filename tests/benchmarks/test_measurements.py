@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def without_noise(inputs: Inputs) -> Inputs:
-    """The same inputs for classes of equal counts, which have no clouds: what is left is no matter of chance."""
+    """The same inputs with equal class counts, so that there are no clouds and the results are not random."""
     return Inputs(inputs.shape, inputs.dtype, inputs.device, inputs.leaves, inputs.target, torch.ones_like(inputs.class_counts))
 
 
@@ -199,7 +199,7 @@ def test_an_error_of_the_report_costs_one_step(tmp_path: Path, monkeypatch: pyte
 
 
 class FakeCUDA:
-    """What timing by events and memory's peak ask of a GPU, on a clock that work moves."""
+    """The functions of torch.cuda that timing by events and the peak of memory use, with a clock that advances with the work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

@@ -209,7 +209,7 @@ def test_row_sgd_refuses_a_negative_rate() -> None:
 
 
 class CountedBytes:
-    """What this rank gives into collective calls, by their kind."""
+    """The bytes that this rank passes to collective calls, by the kind of call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes: dict[str, int] = {}
@@ -248,7 +248,7 @@ def check_layer(rank: int, world: int) -> None:
 
 
 def check_training(rank: int, world: int) -> None:
-    """A backbone under DistributedDataParallel or FSDP2 beside the sharded head trains as one process does; of seeds that differ the first rank's counts."""
+    """A backbone under DistributedDataParallel or FSDP2 with the sharded head trains as in one process; if seeds differ, the first rank's is used."""
     for wrap in (torch.nn.parallel.DistributedDataParallel, fully_shard):
         check_training_beside(wrap, rank, world)
 
@@ -281,7 +281,7 @@ def check_training_beside(wrap: Any, rank: int, world: int) -> None:
 
 
 def check_sampling(rank: int, world: int) -> None:
-    """Every rank's labels are in every rank's softmax, only drawn rows have a gradient, and the draw comes again with the seed."""
+    """The labels of all ranks are among the drawn classes, only drawn rows have a gradient, and the same seed draws the same classes."""
     _, sharded = classifiers()
     features, target = features_of(world)
     criterion = ShardedLinearGCLLoss(COUNTS, sample_rate=0.2)

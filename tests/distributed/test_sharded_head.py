@@ -98,7 +98,7 @@ def kernels(rank: int, world: int, device: str) -> None:
 
 
 def every_option(rank: int, world: int) -> None:
-    """Plans take turns, so that over 1, 2, 3 and 4 ranks each option meets every one."""
+    """The option sets, each with another plan in turn, so that with 1, 2, 3 and 4 ranks each set is tried with every plan."""
     sets = option_sets(ROWS * world, CLASSES) | {f"angles: {name}": options for name, options in angle_sets(ROWS * world, CLASSES).items()}
     for place, (name, options) in enumerate(sets.items(), world):
         compare(rank, world, options, plan=PLANS[place % 3])

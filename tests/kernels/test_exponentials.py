@@ -24,7 +24,7 @@ KERNEL = "_exponentials_kernel"
 
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exponentials pay at any size, in panels of 128 classes."""
+    """Makes the head store exponentials at any size, in panels of 128 classes."""
     from gclkern.kernels import exponentials, head
 
     monkeypatch.setattr(head, "exponentials_pay", lambda *shape: True)

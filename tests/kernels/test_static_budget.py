@@ -195,7 +195,7 @@ def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM, rows: i
 
 
 class Builds:
-    """Compilations of the cases, begun together so that they share the processor's cores."""
+    """Compilations of the cases, started together so that they run in parallel."""
 
     def __init__(self, wanted: set[tuple[Case, str]]) -> None:
         self._futures: dict[tuple[Case, str], Future[list[CompiledKernel]]] = {key: submit(*key) for key in sorted(wanted, key=str)}
