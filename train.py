@@ -225,7 +225,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         path = Path(resume or evaluated)
         checkpoint = load_checkpoint(path / "last.pt" if path.is_dir() else path)
         if resume and checkpoint["kind"] != "training":
-            raise CheckpointError(f"{path} holds a finished network, not a run to go on with; give the run's folder or its last.pt")
+            raise CheckpointError(f"{path} holds a finished network, not a run that can be resumed; give the run's folder or its last.pt")
         config = RunConfig.from_dict(checkpoint["config"])
         config = config.resumed(given) if resume else replace(config, **given)
         out = str(path if path.is_dir() else path.parent)

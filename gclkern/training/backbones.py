@@ -186,7 +186,8 @@ def _try(backbone: Any, name: str, images: Tensor, usual: int) -> int:
         for hook in hooks:
             hook.remove()
     if features.shape != (1, backbone.feature_dim):
-        raise ValueError(f"{name} gives {tuple(features.shape)} for an image instead of ({backbone.feature_dim},) features; take another `model`, as resnet50")
+        given = tuple(features.shape)
+        raise ValueError(f"{name} gives {given} for an image instead of ({backbone.feature_dim},) features; take another `model`, such as resnet50")
     return 2 if lone else 1
 
 
@@ -205,7 +206,8 @@ def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -
     try:
         return create()
     except OSError as error:
-        raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); leave out `pretrained`, or connect once") from error
+        remedy = "leave out `pretrained`, or connect to the internet once"
+        raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); {remedy}") from error
     except Exception as error:
         if not pretrained:
             raise

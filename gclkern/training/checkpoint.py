@@ -177,4 +177,4 @@ def check_same_data(checkpoint: Checkpoint, data: DataSplits) -> None:
         CheckpointError: the data differs; the message says how.
     """
     if difference := data_difference(checkpoint["data"], data.identity):
-        raise CheckpointError(f"{difference}; go on with the data that the run began with, or start a new run")
+        raise CheckpointError(f"{difference}; continue with the data of the run, or start a new run")

@@ -445,7 +445,7 @@ class TestCIFAR:
             (None, "damaged .*pass `download` to fetch it again"),
             ([1], "holds a list"),
             ({b"data": np.zeros((2, 3072))}, r"b'data' must be a uint8 array \(images, 3072\), got a float64 array \(2, 3072\)"),
-            ({b"data": np.zeros((2, 3072), np.uint8)}, r"b'fine_labels' must list 2 classes in \[0, 100\), got None"),
+            ({b"data": np.zeros((2, 3072), np.uint8)}, r"b'fine_labels' must list 2 classes in \[0, 100\), got a value of type NoneType"),
             ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 100]}, r"in \[0, 100\), got a list of 2"),
         ],
     )

@@ -147,7 +147,7 @@ def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str], train: 
     (["--method", "ce", "--retrain-lr", "0.5"], "would do nothing: --retrain-lr"),
     (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
     (["--shard-classes", "--amp", "fp16"], "take --amp bf16"),
-    (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to go on with"),
+    (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to follow nowhere"),
     (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
 ])  # fmt: skip
 def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_other_classes_is_refused(run: tuple[Path, str], tmp_pat
     for part in ("train", "test"):
         (tmp_path / part / "b").rename(tmp_path / part / "c")
     assert "class 1 is 'b' in the checkpoint and 'c' in folder; evaluate" in refused("--evaluate", tmp_path / "run")
-    assert "class 1 is 'b' in the checkpoint and 'c' in folder; go on with the data" in refused("--resume", tmp_path / "run")
+    assert "class 1 is 'b' in the checkpoint and 'c' in folder; continue with the data" in refused("--resume", tmp_path / "run")
     broken = tmp_path / "train" / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert str(broken) in refused(*short, "--out", tmp_path / "broken")

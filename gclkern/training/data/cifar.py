@@ -164,7 +164,7 @@ def load_cifar(name: str, data_dir: str | os.PathLike[str], imbalance: float, pr
     per_class = labels.bincount(minlength=files.num_classes)
     if (fewest := int(per_class.min())) != int(per_class.max()) or fewest == 0:
         found = f"{fewest} to {int(per_class.max())} training images of a class"
-        raise ValueError(f"{printable(str(folder))} has {found}, but {files.torchvision} as many of each; {_AGAIN}")
+        raise ValueError(f"{printable(str(folder))} has {found}, but {files.torchvision} has the same number of each; {_AGAIN}")
     counts = profile_counts(files.num_classes, int(per_class.max()), imbalance, profile)
     train = choose_subset(labels, counts, seed)
     return DataSplits(

@@ -368,7 +368,7 @@ def file_splits(
     """
     num_classes = int(train.labels.max()) + 1 if class_names is None else len(class_names)
     if (highest := int(test.labels.max())) >= num_classes:
-        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}; number classes alike in both lists")
+        raise ValueError(f"the test images have class {highest}, but the training images only 0 to {num_classes - 1}; number classes equally in both lists")
 
     def named(classes: Sequence[int]) -> str:
         shown = ", ".join(str(label) if class_names is None else printable(class_names[label]) for label in classes[:10])
@@ -404,7 +404,7 @@ def file_splits(
         if failures:
             notes.append(f"{part} images left out, since they cannot be read: {len(failures)}, such as {failures[0]}")
         if not len(sets[-1]):
-            raise CorruptImageError(f"not one image can be read, the first is: {failures[0]}")
+            raise CorruptImageError(f"no image can be read; the first error is: {failures[0]}")
     counts = check_counts(sets[0].labels)
     if untested := [label for label, count in enumerate(sets[1].labels.bincount(minlength=num_classes).tolist()) if count == 0]:
         notes.append(f"classes without a test image, which no accuracy counts: {named(untested)}")

@@ -117,7 +117,7 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int | None, wor
     else:
         train, test = _split(train, seed)
         notes.append(
-            f"{printable(str(train_root or root))} has no test set beside it: {_TEST_SHARE:.0%} of each class are taken to test with (seed {seed}), "
+            f"{printable(str(train_root or root))} has no test set beside it: {_TEST_SHARE:.0%} of each class are taken as test images (seed {seed}), "
             f"{len(test.paths)} images"
         )
     return file_splits("folder", train, test, class_names=names, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt, notes=notes)
@@ -127,5 +127,5 @@ def _split(images: ImageFiles, seed: int) -> tuple[ImageFiles, ImageFiles]:
     """A stratified fifth as test set."""
     kept, taken = stratified_split(images.labels, _TEST_SHARE, seed)
     if not taken.numel():
-        raise ValueError("no class has a second image, so that none can be taken to test with; add images, or a folder test/")
+        raise ValueError("no class has a second image, so that no test images can be taken; add images, or a folder test/")
     return images.take(kept), images.take(taken)

@@ -242,7 +242,7 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
     phases = _with_loss_options(phases, {"noise_mul": config.noise_mul, "margin": config.margin, "scale": config.scale})
     whole = [phase.name for phase in phases if phase.name != "baseline" and not (phase.loss in FUSED and phase.head == "cosine")]
     if config.shard_classes and config.amp == "fp16":
-        raise ValueError("`shard_classes`: with `amp=fp16` each process would skip steps of its own; take `amp=bf16`")
+        raise ValueError("`shard_classes`: with `amp=fp16` each process would skip other steps; take `amp=bf16`")
     if config.shard_classes and whole:
         methods = " or ".join(f"`method={name}`" for name, method in METHODS.items() if method.loss in FUSED)
         remedy = f"take {methods}, with `retrain=gcl` or `retrain=none`"
@@ -255,7 +255,7 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
             raise ValueError(f"`robust_layers={config.robust_layers}` names a layer twice; name each once")
         phases = [replace(phase, robust_layers=layers) if phase.robust else phase for phase in phases]
     if config.stage1 and phases[-1].name != "stage-2":
-        raise ValueError(f"`stage1`: there is no stage 2 to go on with after {config.stage1}; choose one with `retrain`")
+        raise ValueError(f"`stage1`: there is no stage 2 to follow {config.stage1}; choose one with `retrain`")
     for phase in phases:
         if phase.batch_size % (processes * config.accumulate):
             parts = f"{processes} processes times `accumulate={config.accumulate}`"

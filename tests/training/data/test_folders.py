@@ -102,7 +102,7 @@ class TestSplit:
         assert (data.class_names, data.class_counts) == (["cat", "dog", "owl"], [8, 4, 1])
         assert data.test.labels.tolist() == [0, 0, 1]
         split, untested, *_ = data.notes
-        assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken to test with (seed 0), 3 images"
+        assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken as test images (seed 0), 3 images"
         assert untested == "classes without a test image, which no accuracy counts: owl"
 
     def test_the_split_depends_on_the_seed_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,5 +130,6 @@ class TestCifar:
 
     def test_classes_of_other_sizes(self, tmp_path: Path) -> None:
         self.change(tmp_path, "train", fine_labels=[0] * 2000)
-        with pytest.raises(ValueError, match=r"cifar-100-python has 0 to 2000 training images of a class, but CIFAR100 as many of each; pass `download`"):
+        message = "cifar-100-python has 0 to 2000 training images of a class, but CIFAR100 has the same number of each; pass `download`"
+        with pytest.raises(ValueError, match=message):
             load_data("cifar100-lt", data_dir=tmp_path, imbalance=2)
