@@ -25,27 +25,27 @@ import torch
 from gclkern.distributed import ShardError
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import WriteError
-from gclkern.training.batches import PhaseBatches, check_phases
-from gclkern.training.calibration import held_out_temperature
+from gclkern.training.batches import check_phases
+from gclkern.training.calibration import held_out_temperature, temperature_of
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.cross_validation import cross_validated_temperatures
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
 from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
-from gclkern.training.evaluation import evaluate, format_table
+from gclkern.training.evaluation import evaluate, evaluate_logits, format_table, predict
 from gclkern.training.extras import need
 from gclkern.training.loggers import LOGGERS
-from gclkern.training.network import Network, gather_classifier, load_network, network_checkpoint, prepare, start
+from gclkern.training.network import Network, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import echo, finish_output, save_traceback
+from gclkern.training.phase_training import PhaseTraining
 from gclkern.training.processes import Processes, stop_requests
-from gclkern.training.progress import CheckpointTimer, Progress
+from gclkern.training.progress import CheckpointTimer
 from gclkern.training.recipes import CLOUDS, FUSED, METHODS, RETRAINS, SAMPLERS, Phase, default_method, list_by_family, plan_run
 from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.run_folder import RunFolder, new_folder
-from gclkern.training.seeds import derive_seed
 from gclkern.training.summary import conclude, describe, progress_bar, report_columns
-from gclkern.training.trainer import AMP, Trainer, begin_epoch, build_trainer
+from gclkern.training.trainer import AMP
 
 # Errors whose messages are for the user.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
@@ -155,45 +155,36 @@ def train_phase(
     phase: Phase, network: Network, data: DataSplits, run: RunFolder, processes: Processes, timer: CheckpointTimer, checkpoint: Checkpoint | None
 ) -> None:
     """Train the network in place, from the beginning of the phase or from a checkpoint of it."""
-    config = run.config
-    batches = PhaseBatches(phase, data.train, config.seed, processes)
-    trainer = build_trainer(phase, network, data.class_counts, config, processes)
-    progress = Progress.start(processes.device)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint["trainer"])
-        progress.load_state_dict(checkpoint["progress"])
-    done = (progress.epoch * batches.steps + progress.step) * phase.batch_size
-    with progress_bar(phase.name, phase.epochs * batches.steps * phase.batch_size, done, show=processes.rank == 0) as bar:
+    config, amp = run.config, AMP[run.config.amp]
+    training = PhaseTraining(phase, network, data, config, processes, checkpoint)
+    progress, eval_network, steps = training.progress, training.trainer.eval_network, training.batches.steps
+    done = (progress.epoch * steps + progress.step) * phase.batch_size
+    with progress_bar(phase.name, phase.epochs * steps * phase.batch_size, done, show=processes.rank == 0) as bar:
         while progress.epoch < phase.epochs:
-            rate = begin_epoch(phase, trainer, batches, progress, data.num_classes)
-            for samples in batches.training(progress.epoch, progress.step):
-                seed = derive_seed(config.seed, phase.name, progress.epoch, progress.step)
-                progress.total += trainer.step(samples, seed, progress.epoch * batches.steps + progress.step, **progress.centroids)
-                progress.step += 1
+            for _ in training.steps():
                 bar.update(phase.batch_size)
-                if progress.step < batches.steps and (processes.world == 1 or progress.step % 20 == 1) and timer.due():
-                    save_progress(phase, network, trainer, progress, data, run, stop=timer.stopping)
-            loss = float(processes.mean(progress.total)) / batches.steps
+                if progress.step < steps and (processes.world == 1 or progress.step % 20 == 1) and timer.due():
+                    save_progress(training, data, run, stop=timer.stopping)
+            loss = float(processes.mean(progress.total)) / steps
             if not math.isfinite(loss):
                 remedy = f"a lower --{'retrain-' * (phase.name == 'stage-2')}lr" + ", or without --amp fp16" * (config.amp == "fp16")
                 raise ValueError(f"{phase.name}: the loss of epoch {progress.epoch + 1} is {loss}; train with {remedy}")
-            row: dict[str, Any] = {"phase": phase.name, "epoch": progress.epoch + 1, "lr": rate, "loss": loss}
+            row: dict[str, Any] = {"phase": phase.name, "epoch": progress.epoch + 1, "lr": training.rate, "loss": loss}
             if (progress.epoch + 1) % (config.eval_every or max(1, phase.epochs // 20)) == 0 or progress.epoch + 1 == phase.epochs:
-                row |= report_columns(evaluate(trainer.eval_network, data.test, data, processes, AMP[config.amp]))
+                row |= report_columns(evaluate(eval_network, data.test, data, processes, amp))
                 if data.holdout is not None:
-                    held_out = evaluate(trainer.eval_network, data.holdout, data, processes, AMP[config.amp]).groups
+                    logits, _ = predict(eval_network, data.holdout, processes, amp=amp)
+                    held_out = evaluate_logits(logits, data.holdout.labels, data.groups, data.num_classes).groups
                     row["holdout"] = sum(held_out.values()) / len(held_out)
                     if row["holdout"] > progress.best:
                         progress.best = row["holdout"]
-                        temperature = held_out_temperature(trainer.eval_network, data, processes, AMP[config.amp])
-                        run.save("best.pt", network_checkpoint(trainer.eval_network, phase, data, config, temperature))
+                        run.save("best.pt", network_checkpoint(eval_network, phase, data, config, temperature_of(logits, data.holdout.labels)))
             run.log(row)
             bar.set_postfix(loss=f"{loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
             progress.next_epoch()
             if timer.due(phase_ends=progress.epoch == phase.epochs):
-                save_progress(phase, network, trainer, progress, data, run, stop=timer.stopping)
-    network.load_state_dict(trainer.eval_network.state_dict())
-    gather_classifier(network)
+                save_progress(training, data, run, stop=timer.stopping)
+    training.finish()
 
 
 def add_temperatures(run: RunFolder, temperatures: Mapping[str, float], data: DataSplits, processes: Processes) -> None:
@@ -205,11 +196,11 @@ def add_temperatures(run: RunFolder, temperatures: Mapping[str, float], data: Da
         run.save(f"{name}.pt", {**checkpoint, "temperature": temperature})
 
 
-def save_progress(phase: Phase, network: Network, trainer: Trainer, progress: Progress, data: DataSplits, run: RunFolder, *, stop: bool) -> None:
+def save_progress(training: PhaseTraining, data: DataSplits, run: RunFolder, *, stop: bool) -> None:
     """Write last.pt, from which the run can be resumed; with `stop`, raise Stopped."""
     run.save("last.pt", {
-        **network_checkpoint(network, phase, data, run.config), "kind": "training", "trainer": trainer.state_dict(),
-        "progress": progress.state_dict(trainer.processes), "history": run.history, "reports": run.reports, "seconds": run.seconds,
+        **network_checkpoint(training.network, training.phase, data, run.config), "kind": "training", "trainer": training.trainer.state_dict(),
+        "progress": training.progress.state_dict(training.processes), "history": run.history, "reports": run.reports, "seconds": run.seconds,
     })  # fmt: skip
     if stop:
         raise Stopped

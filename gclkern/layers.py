@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gclkern.kernels.terms import SMALLEST_NORM
-from gclkern.validation import check_int
+from gclkern.validation import check_int, check_last_dimension
 
 
 def unit_rows(rows: Tensor, smallest_norm: float = SMALLEST_NORM) -> Tensor:  # an argument, because TorchScript cannot read the module's constant
@@ -67,8 +67,7 @@ class CosineLinear(nn.Module):
         self,
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., C)
-        if features.dim() == 0 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features must have shape (..., {self.in_features}), got {list(features.shape)}")
+        check_last_dimension("features", features, self.in_features)
         return F.linear(unit_rows(features).to(features.dtype), unit_rows(self.weight).to(features.dtype))
 
     def extra_repr(self) -> str:
@@ -124,10 +123,8 @@ class AdaptiveCalibration(nn.Module):
         logits: Tensor,  # (..., C)
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., C)
-        if logits.dim() == 0 or logits.shape[-1] != self.num_classes:
-            raise ValueError(f"logits must have shape (..., {self.num_classes}), got {list(logits.shape)}")
-        if features.dim() == 0 or features.shape[-1] != self.confidence.in_features:
-            raise ValueError(f"features must have shape (..., {self.confidence.in_features}), got {list(features.shape)}")
+        check_last_dimension("logits", logits, self.num_classes)
+        check_last_dimension("features", features, self.confidence.in_features)
         confidence = torch.sigmoid(self.confidence(features))
         return logits + confidence * ((self.scale - 1) * logits + self.offset)  # this form of the formula is exact for a = 1, b = 0
 

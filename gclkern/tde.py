@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gclkern.buffers import PreciseBuffers
 from gclkern.layers import unit_rows
-from gclkern.validation import check_int, check_number
+from gclkern.validation import check_int, check_last_dimension, check_number
 
 
 class TDEClassifier(PreciseBuffers):
@@ -107,8 +107,7 @@ class TDEClassifier(PreciseBuffers):
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D)
         """The unit vectors of all heads; in eval mode corrected, in training mode after an update of the mean feature."""
-        if features.dim() == 0 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features must have shape (..., {self.in_features}), got {list(features.shape)}")
+        check_last_dimension("features", features, self.in_features)
         unit = unit_rows(self._heads(features))
         if self.training:
             self._update(features)

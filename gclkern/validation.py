@@ -156,6 +156,12 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
+def check_last_dimension(name: str, value: Tensor, size: int) -> None:
+    """Of features or logits that a layer takes; TorchScript compiles it with the layer."""
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (..., {size}), got {list(value.shape)}")
+
+
 def check_same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     if value.device != reference.device:
         raise ValueError(f"{name} is on {value.device} but {reference_name} is on {reference.device}; move one of them")

@@ -61,9 +61,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def temperature_of(logits: Tensor, labels: Tensor) -> float | None:
+    """The fitted temperature; None for logits that are not finite, of a network that diverged."""
+    return fit_temperature(logits, labels) if bool(logits.isfinite().all()) else None
+
+
 def held_out_temperature(network: Network, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> float | None:
     """The temperature of a network, fitted on the held-out images; None without such images, or if the network diverged. A collective call."""
     if data.holdout is None:
         return None
-    logits, _ = predict(network, data.holdout, processes, amp=amp)
-    return fit_temperature(logits, data.holdout.labels) if bool(logits.isfinite().all()) else None
+    return temperature_of(predict(network, data.holdout, processes, amp=amp)[0], data.holdout.labels)

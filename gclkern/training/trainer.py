@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear
-from gclkern.training.batches import PhaseBatches, plain_batches
 from gclkern.training.config import RunConfig
-from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, shard_classifier, whole_state
 from gclkern.training.objectives import Batch, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
-from gclkern.training.progress import Progress
 from gclkern.training.recipes import FUSED, Phase
 from gclkern.training.seeds import derive_seed
 
@@ -294,22 +291,6 @@ class Trainer:
         self.module.objective.load_state_dict(state["objective"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-
-
-def begin_epoch(phase: Phase, trainer: Trainer, batches: PhaseBatches, progress: Progress, num_classes: int) -> float:
-    """Prepare the trainer for an epoch, or to continue in the middle of one: learning rate, objective, mode. Returns the learning rate."""
-    network, objective = trainer.module.network, trainer.module.objective
-    rate = phase.schedule.rate(phase.lr, progress.epoch, phase.epochs)
-    trainer.set_rate(rate)
-    objective.set_epoch(network, progress.epoch, phase.epochs, rate)
-    if progress.step == 0:
-        if objective.needs_centroids(progress.epoch):
-            plain = objective.plain_centroids
-            loader = plain_batches(batches.images, trainer.processes) if plain else batches.epoch("centroids", progress.epoch)
-            progress.centroids = epoch_centroids(network, loader, num_classes, trainer.processes, objective.centroid_features)
-        objective.begin_epoch(network, progress.epoch, progress.centroids)
-    trainer.module.train()
-    return rate
 
 
 def build_trainer(phase: Phase, network: Network, class_counts: list[int], config: RunConfig, processes: Processes) -> Trainer:

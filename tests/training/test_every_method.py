@@ -13,15 +13,13 @@ import pytest
 import torch
 
 from gclkern.training import load_classifier
-from gclkern.training.batches import PhaseBatches
 from gclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
 from gclkern.training.network import load_network, network_checkpoint, prepare
+from gclkern.training.phase_training import PhaseTraining
 from gclkern.training.processes import Processes
-from gclkern.training.progress import Progress
-from gclkern.training.recipes import METHODS, RETRAINS, Phase, plan
-from gclkern.training.trainer import Trainer, begin_epoch, build_trainer
+from gclkern.training.recipes import METHODS, RETRAINS, plan
 from tests.support.processes import start_train, train
 
 # They compare samples of all processes, but only within a part of an accumulated batch, so that two processes are one that does not accumulate: see
@@ -73,15 +71,9 @@ DATA = load_data("digits-lt")
 ALONE = Processes.single(torch.device("cpu"))
 
 
-def take_steps(phase: Phase, trainer: Trainer, progress: Progress, stop: int) -> list[float]:
-    """Losses of the steps up to `stop` of the second epoch, as train.py computes them."""
-    batches = PhaseBatches(phase, DATA.train, 0, ALONE)
-    begin_epoch(phase, trainer, batches, progress, DATA.num_classes)
-    losses = []
-    for samples in islice(batches.training(progress.epoch, progress.step), stop - progress.step):
-        losses.append(float(trainer.step(samples, 7 + progress.step, progress.step, **progress.centroids)))
-        progress.step += 1
-    return losses
+def take_steps(training: PhaseTraining, stop: int) -> list[float]:
+    """The sum of the epoch's losses after each step up to `stop`."""
+    return [float(training.progress.total) for _ in islice(training.steps(), stop - training.progress.step)]
 
 
 LAST_PHASES = {method: plan(method, "none", "digits-lt", DATA.class_counts)[-1] for method in METHODS}
@@ -103,25 +95,20 @@ def test_the_state_of_every_phase_is_in_its_checkpoint(name: str, tmp_path: Path
     first = plan(method, "none", "digits-lt", DATA.class_counts)[0]
     network = None if phase.start == "fresh" else prepare(first, None, DATA, config, ALONE.device)
     network = prepare(phase, network, DATA, config, ALONE.device)
-    trainer = build_trainer(phase, network, DATA.class_counts, config, ALONE)
-    progress = Progress.start(ALONE.device)
-    take_steps(phase, trainer, progress, 2)
-    progress.next_epoch()
-    take_steps(phase, trainer, progress, 2)
-    state = {"trainer": trainer.state_dict(), "progress": progress.state_dict(ALONE)}
+    training = PhaseTraining(phase, network, DATA, config, ALONE)
+    take_steps(training, 2)
+    training.progress.next_epoch()
+    take_steps(training, 2)
+    state = {"trainer": training.trainer.state_dict(), "progress": training.progress.state_dict(ALONE)}
     save_checkpoint(tmp_path / "last.pt", {**network_checkpoint(network, phase, DATA, config), **state})
-    losses = take_steps(phase, trainer, progress, 4)
+    losses = take_steps(training, 4)
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
     checkpoint = load_checkpoint(tmp_path / "last.pt")
-    resumed = load_network(checkpoint, ALONE.device)
-    again = build_trainer(phase, resumed, DATA.class_counts, config, ALONE)
-    again.load_state_dict(checkpoint["trainer"])
-    progress = Progress.start(ALONE.device)
-    progress.load_state_dict(checkpoint["progress"])
-    assert take_steps(phase, again, progress, 4) == losses
-    for name, value in trainer.eval_network.state_dict().items():
-        assert torch.equal(again.eval_network.state_dict()[name], value), name
+    again = PhaseTraining(phase, load_network(checkpoint, ALONE.device), DATA, config, ALONE, checkpoint)
+    assert take_steps(again, 4) == losses
+    for name, value in training.trainer.eval_network.state_dict().items():
+        assert torch.equal(again.trainer.eval_network.state_dict()[name], value), name
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,17 @@ def test_a_baseline_differs_in_the_loss_alone(method: str, dataset: str) -> None
     given = {"lr": 0.3, "weight_decay": 0.01, "mixup": 0.7, "sampler": "class-balanced"}
     baseline, first, *rest = plan(method, None, dataset, COUNTS, baseline=True, stage1=given)
     epochs = first.epochs + sum(phase.epochs for phase in rest)
-    assert baseline == replace(first, name="baseline", epochs=epochs, loss="ce", options={}, head="linear", drw=None)
+    assert baseline == replace(first, name="baseline", epochs=epochs, loss="ce", options={"scale": 30.0}, drw=None)
+    scaled = plan_run(RunConfig(method=method, data=dataset, baseline=True, scale=24.0), COUNTS, 1)
+    assert [phase.options["scale"] for phase in scaled[:2]] == [24.0, 24.0]
+
+
+def test_the_baseline_of_another_classifier_is_linear() -> None:
+    for method in ("la", "bbn", "tde"):
+        baseline = plan(method, None, "digits-lt", COUNTS, baseline=True)[0]
+        assert (baseline.loss, baseline.head, baseline.options) == ("ce", "linear", {})
+    with pytest.raises(ValueError, match="`scale` does nothing here"):
+        plan_run(RunConfig(method="bcl", data="imagenet-lt", baseline=True, scale=24.0), COUNTS, 1)
 
 
 def test_every_phase_is_shortened_by_one_factor() -> None:

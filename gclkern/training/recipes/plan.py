@@ -93,6 +93,11 @@ def _memory_phase(first: Phase, group: str) -> Phase:
 _PLAIN: dict[str, Any] = {"views": (), "second_sampler": None, "lr_factors": {}, "nesterov": False, "batch_norm": "train"}
 
 
+def _plain_options(first: Phase) -> dict[str, Any]:
+    """Options of cross entropy for stage 1's kind of classifier: a cosine classifier keeps its scale."""
+    return {"scale": first.options.get("scale", COSINE_SCALE)} if first.head == "cosine" else {}
+
+
 def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[int]) -> Phase:
     first, group = replace(first, **_PLAIN), family(dataset)
     new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
@@ -107,7 +112,7 @@ def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[i
             sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
         )  # fmt: skip
         return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
-    options: dict[str, Any] = {"scale": first.options.get("scale", COSINE_SCALE)} if first.head == "cosine" else {}
+    options = _plain_options(first)
     plain = replace(first, name="stage-2", schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None, start="previous")
     if retrain == "mislas":
         values = mislas(dataset, class_counts)
@@ -156,7 +161,7 @@ def plan(
         dataset: decides the published settings.
         class_counts: training images of each class.
         baseline: whether to train another network first, which differs from stage 1 only in its loss, cross entropy, and in its epochs, those of all other
-            phases together.
+            phases together. Its classifier is a cosine classifier where stage 1's is one, else linear.
         epochs_scale: factor on the published epochs and warm-up of every phase, which keeps at least one epoch. If it is 1 and `stage1` has `epochs`, later
             phases are scaled by the same ratio.
         cloud: one of CLOUDS; None is "log", the paper's choice.
@@ -200,14 +205,15 @@ def plan(
         parse_augmentation(augment)
         phases = [replace(phase, augment=augment) for phase in phases]
     if baseline:
-        epochs = sum(phase.epochs for phase in phases)
-        phases.insert(0, replace(phases[0], name="baseline", epochs=epochs, loss="ce", options={}, head="linear", drw=None, **_PLAIN))
+        first, epochs = phases[0], sum(phase.epochs for phase in phases)
+        head = first.head if first.head == "cosine" else "linear"
+        phases.insert(0, replace(first, name="baseline", epochs=epochs, loss="ce", options=_plain_options(first), head=head, drw=None, **_PLAIN))
     return phases
 
 
 def _options(phase: Phase) -> dict[str, str]:
-    """Arguments of the phase's loss that a run may set, and their names there. A re-trained cosine classifier has the scale that it was trained with."""
-    of_head = {"scale": "scale"} if phase.name == "stage-2" and "scale" in phase.options else {}
+    """Arguments of the phase's loss that a run may set, and their names there. A baseline and a re-training of a cosine classifier have stage 1's scale."""
+    of_head = {"scale": "scale"} if phase.name in ("baseline", "stage-2") and "scale" in phase.options else {}
     return of_head | LOSS_OPTIONS.get(phase.loss, {})
 
 
@@ -216,7 +222,7 @@ def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> l
     for name, value in given.items():
         if value is None:
             continue
-        if not any(name in _options(phase) for phase in phases):
+        if not any(name in _options(phase) for phase in phases if phase.name != "baseline"):
             *some, last = (loss for loss, names in LOSS_OPTIONS.items() if name in names)
             takers = f"{', '.join(some)} and {last}"
             raise ValueError(f"`{name}` does nothing here: only the losses {takers} have it; leave it out, or choose another method")

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from gclkern import MemoryLoss
-from gclkern.training.batches import PhaseBatches, plain_batches
+from gclkern.training.batches import plain_batches
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
 from gclkern.training.network import build_network, prepare
 from gclkern.training.objectives import Batch, build_objective
+from gclkern.training.phase_training import PhaseTraining
 from gclkern.training.processes import Processes
-from gclkern.training.progress import Progress
 from gclkern.training.recipes import plan
-from gclkern.training.trainer import TrainingStep, begin_epoch, build_trainer
+from gclkern.training.trainer import TrainingStep
 
 COUNTS = [50, 20, 5]
 FIRST, SECOND = plan("oltr", None, "digits-lt", COUNTS)
@@ -48,8 +48,7 @@ def test_the_first_memory_is_that_of_all_training_images_without_augmentation() 
     data, processes = load_data("digits-lt"), Processes.single(torch.device("cpu"))
     config, phase = RunConfig(method="oltr"), plan("oltr", None, "digits-lt", data.class_counts)[1]
     network: Any = build_network("modulated:small-cnn", "meta-embedding", 10, in_channels=1, image_size=8)
-    trainer = build_trainer(phase, network, data.class_counts, config, processes)
-    begin_epoch(phase, trainer, PhaseBatches(phase, data.train, 0, processes), Progress.start(processes.device), 10)
+    PhaseTraining(phase, network, data, config, processes).begin_epoch()
     network.eval()
     features = torch.cat([network.backbone(images) for images, _ in plain_batches(data.train, processes)]).double()
     means = torch.stack([features[data.train.labels == label].mean(0) for label in range(10)])
