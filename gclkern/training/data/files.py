@@ -385,7 +385,7 @@ def file_splits(
     if image_size is None:
         image_size = choose_size(train.paths)
         if image_size != _LARGE:
-            notes = [*notes, f"images are taken at {image_size} x {image_size} pixels, by their usual shorter side; `image_size` changes it"]
+            notes = [*notes, f"images are resized to {image_size} x {image_size} pixels, their usual shorter side; `image_size` changes it"]
     notes = [*notes, *duplicate_notes((train.paths, train.labels.tolist()), (test.paths, test.labels.tolist()))]
     augment = "crop" if image_size <= SMALL and name in OWN else "resized-crop,flip,color"
     settings: dict[str, Any] = {"mean": mean, "std": std, "augment": augment}
@@ -407,11 +407,11 @@ def file_splits(
             raise CorruptImageError(f"no image can be read; the first error is: {failures[0]}")
     counts = check_counts(sets[0].labels)
     if untested := [label for label, count in enumerate(sets[1].labels.bincount(minlength=num_classes).tolist()) if count == 0]:
-        notes.append(f"classes without a test image, which no accuracy counts: {named(untested)}")
+        notes.append(f"classes without a test image, which are not part of any accuracy: {named(untested)}")
     groups = count_groups(counts)
     if name in OWN and len(groups) < 3 <= num_classes and max(counts) > min(counts):
         groups = tercile_groups(counts)
-        notes.append("many, medium and few are thirds of the classes by their counts, since 100 and 20 images do not part these")
+        notes.append("many, medium and few are thirds of the classes by their counts, since limits of 100 and 20 images would leave a group empty")
     return DataSplits(
         name=name,
         train=sets[0],

@@ -103,7 +103,7 @@ class TestSplit:
         assert data.test.labels.tolist() == [0, 0, 1]
         split, untested, *_ = data.notes
         assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken as test images (seed 0), 3 images"
-        assert untested == "classes without a test image, which no accuracy counts: owl"
+        assert untested == "classes without a test image, which are not part of any accuracy: owl"
 
     def test_the_split_depends_on_the_seed_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gclkern.training.data.files._MEMORY", 0)
@@ -157,7 +157,7 @@ class TestMemory:
             written[str(path)] = pixels.permute(2, 0, 1)
         data = load_data("folder", data_dir=pets, workers=0)
         assert (data.image_size, data.train.augment) == (32, "crop")
-        assert data.notes == ["images are taken at 32 x 32 pixels, by their usual shorter side; `image_size` changes it"]
+        assert data.notes == ["images are resized to 32 x 32 pixels, their usual shorter side; `image_size` changes it"]
         for part, images in (("train", data.train), ("test", data.test)):
             expected = torch.stack([pixels for path, pixels in written.items() if f"/{part}/" in path])
             found = next(images.loader([list(range(8))], device=torch.device("cpu")))[0]
@@ -197,7 +197,7 @@ class TestMemory:
             write_images(tmp_path / part, a=7, b=5, c=2)
         data = load(tmp_path)
         assert data.groups == {"many": [0], "medium": [1], "few": [2]}
-        assert data.notes == ["many, medium and few are thirds of the classes by their counts, since 100 and 20 images do not part these"]
+        assert data.notes == ["many, medium and few are thirds of the classes by their counts, since limits of 100 and 20 images would leave a group empty"]
 
 
 class TestDuplicates:
