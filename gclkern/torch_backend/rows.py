@@ -196,7 +196,7 @@ class _Target(NamedTuple):
 
     loss: Tensor
     grad: Tensor  # dz at the target
-    others: Tensor  # the sum of dz over all other classes, but for `smooth`
+    others: Tensor  # the sum of dz over all other classes, without `smooth`
     log_others: Tensor  # dz at another class of logit u is exp(u - log_others) * others - smooth * its weight
     smooth: Tensor | float
 

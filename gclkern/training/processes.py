@@ -35,8 +35,8 @@ class Processes:
                 raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {found}; start torchrun with --nproc-per-node {found}")
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            # Before there is a group: its functions take the group of that moment as a default argument, and DistributedDataParallel imports it. Closing a
-            # group that is still held leaves threads of gloo running, and one that holds a tensor while Python shuts down aborts the process.
+            # Imported before there is a group, because its functions take the present group as a default argument, and DistributedDataParallel imports it.
+            # Closing a group that is still referenced leaves threads of gloo running; one that holds a tensor while Python shuts down aborts the process.
             importlib.import_module("torch.distributed.nn")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 

@@ -39,7 +39,7 @@ CLOUDS: dict[str, dict[str, Any]] = {
     "power-1/3": {"strategy": "power", "exponent": 1 / 3},
     "power-1/4": {"strategy": "power", "exponent": 1 / 4},
 }
-# Losses of features and the weight of a cosine classifier, by the arguments of LinearGCLLoss that make it each of them.
+# Losses that LinearGCLLoss computes from features and the weight of a cosine classifier, with the arguments that select each of them.
 _DBM: dict[str, Any] = {"noise_mul": 0.0, "difficulty_margin": True, "tau": 1.0}
 FUSED: dict[str, dict[str, Any]] = {
     "gcl": {}, "agcl": {"angular": True}, "arcface": {"noise_mul": 0.0, "angular": True}, "dbm": _DBM, "gcl-dbm": _DBM,

@@ -12,7 +12,7 @@ class Method:
     """What trains stage 1. Its numbers are in settings.py."""
 
     family: str  # its heading in `train.py --help`
-    summary: str  # its line there
+    summary: str  # its line in `train.py --help`
     loss: str  # of stage 1: a loss of losses.py or an objective of training/objectives
     head: str = "linear"
     settings: str = "plain"  # key of its settings in STAGE_1; a data set without this key has those of "plain"

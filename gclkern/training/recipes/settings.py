@@ -53,9 +53,10 @@ BBN_INAT_STEPS = Schedule("steps", milestones=(120 / 180, 160 / 180), factors=(0
 THIRDS = Schedule("steps", milestones=(1 / 3, 2 / 3), factors=(0.1, 0.01))  # [C] OLTR
 
 _FROM_SCRATCH: dict[str, Any] = {"trains": "all", "pretrained": False}  # on Places-LT, where others train a part of a pretrained network
-# [C] De-confound-TDE: the network itself, and a momentum that follows the learning rate. Its cosine is an epoch ahead, so that the last one learns nothing.
+# [C] De-confound-TDE: the network as it is, and a momentum that follows the learning rate. The release's cosine schedule is an epoch ahead, so that its last
+# epoch trains nothing.
 _TDE_LARGE: dict[str, Any] = {"backbone": "", "options": {"alpha": 3.0, "momentum_by_rate": True}}
-# [C] BBN: shares as if there were 200 epochs, and colours are left alone.
+# [C] BBN: shares as if there were 200 epochs, and no change of colours.
 _BBN_LARGE: dict[str, Any] = {"options": {"period": 200 / 180}, "augment": "resized-crop,flip"}
 
 # Stage 1 by data set or family of data sets, and by `Method.settings`; see `stage1_settings`.
