@@ -29,7 +29,8 @@ def test_wrong_uses_are_type_errors_and_right_ones_are_not(tmp_path: Path) -> No
     [
         *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.GCLLoss, gclkern.LinearGCLLoss, ShardedLinearGCLLoss)),
         *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.DROLTLoss)),
-        *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.CosFaceLoss, gclkern.FocalLoss)),
+        *(lambda loss=loss: loss([5, 2], noize_mul=1.0) for loss in (gclkern.AGCLLoss, gclkern.DBMLoss, gclkern.LabelAwareSmoothingLoss)),
+        *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.CosFaceLoss, gclkern.FocalLoss, gclkern.ArcFaceLoss)),
         *(lambda loss=loss: loss(noize_mul=1.0) for loss in (gclkern.SupConLoss, gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss)),
         lambda: gclkern.ProCoLoss([5, 2], 16, noize_mul=1.0),  # type: ignore[call-arg]
     ],
@@ -42,7 +43,8 @@ def test_a_misspelt_keyword_is_named(build: Callable[[], object]) -> None:
 FUNCTIONS = [gclkern.cloud_sizes, gclkern.cloud_noise, *(getattr(gclkern.functional, name) for name in gclkern.functional.__all__), sharded_dro_lt_loss]
 LOSSES: list[type] = [
     gclkern.GCLLoss, gclkern.LinearGCLLoss, gclkern.LDAMLoss, gclkern.LogitAdjustedLoss, gclkern.CosFaceLoss, gclkern.FocalLoss, gclkern.SupConLoss,
-    gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss, gclkern.ProCoLoss,
+    gclkern.BalancedContrastiveLoss, gclkern.PrototypicalContrastiveLoss, gclkern.ProCoLoss, gclkern.LabelAwareSmoothingLoss, gclkern.ArcFaceLoss,
+    gclkern.AGCLLoss, gclkern.DBMLoss, gclkern.MemoryLoss,
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Right and wrong uses of the losses, for a type checker alone: nothing runs this file.
+"""Right and wrong uses of the losses, only for a type checker: nothing runs this file.
 
 Each `type: ignore` names the error that the line must have; where a line has none, `mypy --strict` reports an unused ignore.
 """
@@ -10,11 +10,15 @@ from torch import Tensor
 
 import gclkern
 from gclkern import (
+    AGCLLoss,
+    ArcFaceLoss,
     BalancedContrastiveLoss,
     CosFaceLoss,
+    DBMLoss,
     DROLTLoss,
     FocalLoss,
     GCLLoss,
+    LabelAwareSmoothingLoss,
     LDAMLoss,
     LinearGCLLoss,
     LogitAdjustedLoss,
@@ -40,6 +44,10 @@ def right() -> list[Tensor]:
         LogitAdjustedLoss(counts, tau=1.0, reduction="none")(cosine, target, target_b=target, lam=cloud),
         CosFaceLoss(margin=0.3, label_smoothing=0.1)(cosine, target),
         FocalLoss(gamma=1.0, backend="triton")(cosine, target),
+        LabelAwareSmoothingLoss(counts, shape="convex", reduction="sum")(cosine, target),
+        ArcFaceLoss(margin=0.3, weight=cloud)(cosine, target),
+        AGCLLoss(counts, easy_margin=True, reduction="none")(cosine, target, seed=1),
+        DBMLoss(counts, noise_mul=0.5, label_smoothing=0.1)(cosine, target),
         DROLTLoss(counts, epsilon="sqrt", base_epsilon=1.0)(features, target, centroids),
         SupConLoss(temperature=0.2, reduction="sum")(*gather_batch(features, target, averaged_gradients=True)),
         BalancedContrastiveLoss(backend="torch")(features, weight, target),
@@ -62,6 +70,10 @@ def wrong_keywords() -> None:
     LogitAdjustedLoss(counts, label_smooting=0.1)  # type: ignore[call-arg]
     CosFaceLoss(margn=0.3)  # type: ignore[call-arg]
     FocalLoss(gama=2.0)  # type: ignore[call-arg]
+    LabelAwareSmoothingLoss(counts, haed=0.3)  # type: ignore[call-arg]
+    ArcFaceLoss(margn=0.3)  # type: ignore[call-arg]
+    AGCLLoss(counts, noize_mul=0.5)  # type: ignore[call-arg]
+    DBMLoss(counts, margn=0.1)  # type: ignore[call-arg]
     DROLTLoss(counts, temprature=1.0)  # type: ignore[call-arg]
     SupConLoss(temprature=1.0)  # type: ignore[call-arg]
     ProCoLoss(counts, 16, temprature=1.0)  # type: ignore[call-arg]
@@ -86,6 +98,11 @@ def wrong_choices() -> None:
     LogitAdjustedLoss(counts, reduction="avg")  # type: ignore[arg-type]
     CosFaceLoss(reduction="avg")  # type: ignore[arg-type]
     FocalLoss(reduction="avg")  # type: ignore[arg-type]
+    LabelAwareSmoothingLoss(counts, shape="round")  # type: ignore[arg-type]
+    gclkern.label_aware_smoothing(counts, shape="round")  # type: ignore[arg-type]
+    ArcFaceLoss(reduction="avg")  # type: ignore[arg-type]
+    AGCLLoss(counts, backend="cuda")  # type: ignore[arg-type]
+    DBMLoss(counts, reduction="avg")  # type: ignore[arg-type]
     DROLTLoss(counts, reduction="avg")  # type: ignore[arg-type]
     DROLTLoss(counts, epsilon="learnt")  # type: ignore[arg-type]
     functional.gcl_cross_entropy(cosine, target, reduction="avg")  # type: ignore[arg-type]
