@@ -300,7 +300,8 @@ def test_ranks_come_from_the_process_group(process_group: None, monkeypatch: pyt
     assert list(sampler) == list(CBENSampler(LABELS, num_replicas=4, rank=3))
     sampler = CBENSampler(LABELS, num_replicas=2, rank=1)
     assert (sampler.num_replicas, sampler.rank) == (2, 1)
-    with pytest.raises(ValueError, match="rank must be in"):
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 1\], got 2"):
         list(CBENSampler(LABELS, num_replicas=2))
 
 
@@ -383,6 +384,7 @@ def test_refusals(make: Callable[..., Any], arguments: dict[str, Any], error: ty
     ("arguments", "error", "words"),
     [
         ({"epoch": -1}, ValueError, ["epoch", "-1"]),
+        ({"epoch": 2**31}, ValueError, ["epoch", str(2**31)]),
         ({"epoch": 1.0}, TypeError, ["epoch", "1.0"]),
         ({"epoch": 0, "position": 4}, ValueError, ["position", "4", "[0, 3]"]),
         ({"epoch": 0, "position": -1}, ValueError, ["position", "-1"]),
@@ -392,6 +394,13 @@ def test_refused_places(arguments: dict[str, Any], error: type[Exception], words
     with pytest.raises(error, match=re.escape(words[0])) as caught:
         CBENSampler([0, 1, 1]).set_epoch(**arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@every_sampler
+def test_the_last_epoch(make: Callable[..., Any]) -> None:
+    sampler = make(LABELS, num_samples=10)
+    sampler.set_epoch(2**31 - 1)
+    assert len(list(sampler)) == 10
 
 
 @every_sampler

@@ -35,7 +35,7 @@ class Mutant:
     before: str
     after: str
     source: str  # the changed file, whose other lines keep their numbers
-    key: str  # stays as long as the function around it does
+    key: str  # stays as long as the code of the function around it does; comments and docstrings may change
 
     def __str__(self) -> str:
         return f"{self.lines[0]}: {self.before} -> {self.after}"
@@ -99,6 +99,14 @@ def _places(node: ast.AST) -> Iterator[ast.AST]:
             yield from _places(child)
 
 
+def _without_docstrings(node: ast.stmt) -> str:
+    code = copy.deepcopy(node)
+    for part in ast.walk(code):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
+            del part.body[0]
+    return ast.unparse(code)
+
+
 def mutants(source: str) -> list[Mutant]:
     """Every change of one place, in the order of the source."""
     lines = source.splitlines(keepends=True)
@@ -113,13 +121,14 @@ def mutants(source: str) -> list[Mutant]:
     for outer in ast.parse(source).body:
         if isinstance(outer, _SKIPPED):
             continue
-        whole = ast.get_source_segment(source, outer)
+        code, number = _without_docstrings(outer), 0
         name = outer.name if isinstance(outer, ast.FunctionDef | ast.ClassDef) else ""
         for node in (outer, *_places(outer)):
             for replaced, text in _changes(node):
                 assert replaced.end_lineno is not None and replaced.end_col_offset is not None
                 first, last = offset(replaced.lineno, replaced.col_offset), offset(replaced.end_lineno, replaced.end_col_offset)
-                key = hashlib.sha256(f"{whole}\0{first - offset(outer.lineno, 0)}\0{last - first}\0{text}".encode()).hexdigest()[:16]
+                key = hashlib.sha256(f"{code}\0{number}".encode()).hexdigest()[:16]
+                number += 1
                 end = len(text) - text.endswith(")")
                 changed = source[:first] + text[:end] + "\n" * source.count("\n", first, last) + text[end:] + source[last:]
                 span, around = (replaced.lineno, replaced.end_lineno), (outer.lineno, outer.end_lineno or outer.lineno)
