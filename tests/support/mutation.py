@@ -239,7 +239,7 @@ class Session:
                         function.__code__ = code.replace(co_filename=function.__code__.co_filename)
 
         def before_test(name: str) -> None:
-            signal.setitimer(signal.ITIMER_PROF, 2.0 + 3 * self.tests[name].seconds)
+            signal.setitimer(signal.ITIMER_PROF, 20.0 + 3 * self.tests[name].seconds)  # the first test of a fork may import what another one imported before
             signal.alarm(600)  # for one that waits forever
 
         session.config.pluginmanager.register(Watch(before_test, lambda name, seconds: None, tell))
@@ -430,7 +430,8 @@ def report(results: Results, reasons: Reasons) -> str:
         "By `python -m tests.support.mutation`, which says how they are made and drawn. Set aside are mutants in functions that decide time or memory alone;",
         "of the others a random sample was tried. Equivalent are survivors with an argument below. The percentage is of the mutants that are not equivalent:",
         "how many the suite killed when they were first tried, with the interval of 95% for all mutants of the file. Those that survived then and are",
-        "killed now have got a test since.",
+        "killed now have got a test since. What survived the tests that fit into `--budget` was tried with further tests of the suite before it was called a",
+        "survivor here.",
         "",
         "| file | mutants | set aside | tried | equivalent | killed at first | killed since | survive | killed at first, % |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

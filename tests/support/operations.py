@@ -105,7 +105,7 @@ def _head_samples(rows: int) -> dict[str, Options]:
     given = {"features": features, "linear_weight": weight, "target": labels(rows, CLASSES)}
     chosen = ("plain", "bias", "weight_smoothing", "focal_undetached", "cloud", "mixed", "focal_stage_2", "everything")
     samples = {name: given | option_sets(rows, CLASSES)[name] for name in chosen}
-    return samples | {"plain product": given | option_sets(rows, CLASSES)["everything"] | {"normalize": False, "scale": 1.0}}
+    return samples | {"plain product": given | option_sets(rows, CLASSES)["everything"] | {"normalize": False, "scale": 0.5}}
 
 
 def _angle_samples(rows: int) -> dict[str, Options]:
