@@ -79,12 +79,9 @@ def default_model(image_size: int, images: int) -> str:
     return "resnet18" if images < 50_000 else "resnet50"
 
 
-def reasons(class_counts: Sequence[int], *, pretrained: bool) -> str:
+def reasons(class_counts: Sequence[int], *, pretrained: bool, second_stage: bool) -> str:
     """An explanation of the settings, printed before a run starts."""
     images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
-    seen = settings.epochs * images
     start = "from pretrained weights, so a quarter of the epochs and a low rate" if pretrained else "from scratch"
-    return (
-        f"by default for {images} images {start}: {settings.epochs} epochs, which see {seen:,} images; stage 2 takes {_RETRAIN_SHARE:.0%} of the epochs of "
-        "stage 1 at a rate that follows from its steps; the same for every method"
-    )
+    later = f"; stage 2 takes {_RETRAIN_SHARE:.0%} of the epochs of stage 1 at a rate that follows from its steps" if second_stage else ""
+    return f"by default for {images} images {start}: {settings.epochs} epochs, which see {settings.epochs * images:,} images{later}; the same for every method"

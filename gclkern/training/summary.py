@@ -51,7 +51,8 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
     one = len(augmentations) == 1
     lines += [f"augmentation of training images{'' if one else ' of ' + name}: {parts}" for parts, name in augmentations.items()]
     if family(run.config.data) == "own":
-        lines.append(own_data.reasons(data.class_counts, pretrained=bool(run.config.pretrained)))
+        second_stage = phases[-1].name == "stage-2" and phases[-1].epochs > 0
+        lines.append(own_data.reasons(data.class_counts, pretrained=bool(run.config.pretrained), second_stage=second_stage))
     for phase in phases:
         if not phase.epochs:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")
