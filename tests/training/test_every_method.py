@@ -25,7 +25,7 @@ from tests.support.processes import start_train, train
 # They compare samples of all processes, but only within a part of an accumulated batch, so that two processes are one that does not accumulate: see
 # test_contrast.py, which also kills them.
 CONTRAST_OF_SAMPLES = ("bcl", "gcl+bcl", "proco", "hybrid-sc")
-SHORT = ["--epochs-scale", "0.025", "--no-baseline", "--no-pictures", "--device", "cpu", "--holdout", "0.1"]
+SHORT = ["--epochs-scale", "0.1", "--eval-every", "4", "--no-baseline", "--no-pictures", "--device", "cpu", "--holdout", "0.1"]
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
@@ -42,11 +42,8 @@ def check_killed(folder: Path, *settings: object) -> None:
     assert metrics(folder / "killed") == metrics(folder / "whole")
 
 
-# Methods that differ from another one in their loss of a batch alone.
-ANOTHER_LOSS = ("mixup", "focal", "cb", "arcface", "dbm", "balanced-softmax", "gcl-ldam-drw", "agcl", "gcl-dbm", "gcl+bcl", "hybrid-psc")
-
-
-@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.exhaustive if name in ANOTHER_LOSS else pytest.mark.slow) for name in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, tmp_path: Path) -> None:
     settings = [*SHORT, "--method", method]
     output = train(*settings, "--accumulate", "2", "--out", tmp_path / "whole")
@@ -59,7 +56,8 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     if method not in CONTRAST_OF_SAMPLES:
         train(*settings, "--out", tmp_path / "two", ranks=2)
         # The first phase alone: later ones may start from centroids, and the running statistics of batch normalisation behind them are those of one process.
-        one, two = ([float(row["loss"]) for row in metrics(tmp_path / name) if row["phase"] == "stage-1"] for name in ("whole", "two"))
+        # Two epochs: later ones multiply the rounding.
+        one, two = ([float(row["loss"]) for row in metrics(tmp_path / name) if row["phase"] == "stage-1"][:2] for name in ("whole", "two"))
         assert two == pytest.approx(one, rel=2e-3)  # rounding, which the steps carry along
 
     for name in reports:
@@ -122,10 +120,8 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "retrain",
-    [pytest.param(name, marks=pytest.mark.slow if name in ("crt", "mislas", "disalign") else pytest.mark.exhaustive) for name in RETRAINS if name != "none"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("retrain", [name for name in RETRAINS if name != "none"])
 def test_every_re_training(retrain: str, stage1: Path, tmp_path: Path) -> None:
     """All start from one stage 1, and so from the same running statistics of batch normalisation."""
     settings = [*SHORT, "--method", "ce", "--retrain", retrain, "--stage1"]

@@ -18,7 +18,7 @@ from tests.support import crash_points, random_kills
 from tests.support.processes import Run, start_train, train
 
 TINY = ["--epochs-scale", "0.001", "--batch-size", "128", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
-SHORT = ["--epochs", "3", "--retrain-epochs", "2", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
+SHORT = ["--epochs", "2", "--retrain-epochs", "1", "--no-baseline", "--no-pictures", "--device", "cpu", "--checkpoint-seconds", "0"]
 
 
 def outcome(folder: Path) -> tuple[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ def table(output: str) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of the default run, shortened."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    return folder, processes.train(*SHORT, "--retrain-epochs", "2", "--out", folder)
+    return folder, processes.train(*SHORT, "--retrain-epochs", "2", "--no-pictures", "--out", folder)
 
 
 def test_the_table_compares_the_stages_with_the_baseline(run: tuple[Path, str]) -> None:
@@ -103,8 +104,7 @@ def test_the_baseline_has_the_same_budget(run: tuple[Path, str]) -> None:
 
 def test_the_folder_is_complete(run: tuple[Path, str]) -> None:
     files = {path.name for path in run[0].iterdir()}
-    pictures = {"curves.png", "class-accuracy.png", "group-confusion.png", "tsne.png"}
-    assert files >= {"config.json", "metrics.csv", "summary.json", "last.pt", "baseline.pt", "stage-1.pt", "stage-2.pt"} | pictures
+    assert files >= {"config.json", "metrics.csv", "summary.json", "last.pt", "baseline.pt", "stage-1.pt", "stage-2.pt"}
     assert not [name for name in files if name.endswith(".partial")]
     summary = json.loads((run[0] / "summary.json").read_text())
     assert set(summary["reports"]) == {"baseline", "stage-1", "stage-2"}
@@ -120,8 +120,17 @@ def test_evaluate_repeats_the_report(run: tuple[Path, str], name: str, train: Ca
 
 def test_a_finished_run_resumes_to_the_same_table(run: tuple[Path, str], train: Callable[..., str]) -> None:
     before = json.loads((run[0] / "summary.json").read_text())["seconds"]
-    assert table(train("--resume", run[0], "--no-pictures")) == table(run[1])
+    assert table(train("--resume", run[0])) == table(run[1])
     assert json.loads((run[0] / "summary.json").read_text())["seconds"] > before / 2, "the time before counts"
+
+
+@pytest.mark.slow
+def test_pictures(run: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    processes.train("--resume", folder, "--pictures")
+    names = ("class-accuracy", "class-confusion", "curves", "group-confusion", "tsne", "worst-errors")
+    assert sorted(folder.glob("*.png")) == [folder / f"{name}.png" for name in names]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
