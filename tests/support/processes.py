@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What runs and ranks import, the slowest of it in the middle of their work. A module that is not installed is left out.
 PRELOADED = [
-    "train", "hypothesis", "matplotlib.pyplot", "sklearn.datasets", "sklearn.manifold", "tests.support.crash_points", "torch._dynamo", "torch.distributed.nn",
-    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "triton",
+    "train", "hypothesis", "sklearn.datasets", "tests.support.crash_points", "torch._dynamo", "torch.distributed.nn", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "triton",
 ]  # fmt: skip
 
 

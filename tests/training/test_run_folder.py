@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from gclkern.training.config import RunConfig
 from gclkern.training.recipes import plan
 from gclkern.training.run_folder import RunFolder, new_folder
 from gclkern.training.summary import compared
-from tests.support.processes import ROOT
+from tests.support.processes import Run
 
 COUNTS = [50, 20, 5]
 
@@ -42,23 +41,20 @@ def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
     assert all(folder.is_dir() for folder in folders)
 
 
+def _hold(folder: Path) -> None:
+    run = RunFolder(folder, RunConfig(), write=True)
+    (run.path / "held").touch()
+    time.sleep(60)
+
+
 def test_a_folder_belongs_to_one_run_as_long_as_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
-    script = f"""
-import time
-from pathlib import Path
-from gclkern.training.config import RunConfig
-from gclkern.training.run_folder import RunFolder
-run = RunFolder(Path({str(tmp_path)!r}), RunConfig(), write=True)
-print("here", flush=True)
-time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "here\n"
-        with pytest.raises(ValueError, match="another run is writing to"):
-            RunFolder(tmp_path, RunConfig(), write=True)
-        other.kill()
+    other = Run(_hold, tmp_path)
+    while not (tmp_path / "held").exists() and other.is_running:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another run is writing to"):
+        RunFolder(tmp_path, RunConfig(), write=True)
+    other.kill()
     RunFolder(tmp_path, RunConfig(), write=True)
 
 
