@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.devices import refuse_transforms
-from gclkern.dispatch import call_operator
+from gclkern.cpu_backend.logit_loss import gradient_times, loss_and_gradient
+from gclkern.devices import refuse_transforms, saved_tensors_are_freed
+from gclkern.dispatch import call_operator, calls_directly
 from gclkern.kernels.terms import LossTerms
 
 # save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
@@ -56,6 +57,27 @@ class LogitLoss(torch.autograd.Function):
         bias_grad = ctx.needs_input_grad[1]
         grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, cosine, grad_loss, cosine, saved, *terms, bias_grad)
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
+
+
+class LogitLossInOnePass(torch.autograd.Function):
+    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool) -> Tensor:
+        loss, gradient = loss_and_gradient(cosine, terms, for_backward)
+        ctx.save_for_backward(cosine, gradient)
+        ctx.terms = terms
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("the gradient of the loss", grad_loss)
+        cosine, made = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[1]
+        if torch.is_grad_enabled() or not calls_directly("cpu", made):  # a second derivative, which the operator refuses, or a tracer
+            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", cosine, grad_loss, cosine, [made], *ctx.terms, bias_grad)
+            return grad_cosine, grad_bias if bias_grad else None, None, None
+        return *gradient_times(made, grad_loss, cosine.dtype, ctx.terms.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None
 
 
 class HeadLoss(torch.autograd.Function):

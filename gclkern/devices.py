@@ -1,4 +1,4 @@
-"""Autocast, debug mode, and whether a check may read the values of a tensor."""
+"""The state of torch and of its tensors: autocast, transforms, backward; and debug mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def set_debug(enabled: bool) -> None:
 
 def values_may_be_read(tensor: Tensor) -> bool:
     """Whether a check may read the tensor's values: always on a CPU, on a GPU in debug mode, never for a traced graph or tensors without values."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+    if torch.compiler.is_compiling() or tensor.is_meta or (type(tensor) is not Tensor and isinstance(tensor, FakeTensor)):
         return False
     return _debug or tensor.device.type == "cpu"
 
@@ -61,3 +61,8 @@ def autocast_is_on(device_type: str) -> bool:
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Turn autocast off for operators, which compute in the dtypes of their arguments. Asking first is cheaper than always turning it off."""
     return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else nullcontext()
+
+
+def saved_tensors_are_freed() -> bool:
+    """Whether the backward that runs now is the last of its graph: torch then frees the saved tensors, so a gradient may take the place of one."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()

@@ -105,10 +105,9 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
 def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> Any:
     """Calls the operator of a resolved backend for `name`, one of gclkern.kernels.terms.SCHEMAS, with autocast off; `tensor` is one of `arguments`.
 
-    At small sizes torch's dispatcher takes longer than the compiled loops. So if it has nothing to do (no gradient, tracer or fake tensor), the function behind
-    the operator is called directly.
+    At small sizes torch's dispatcher takes longer than the compiled loops. So if it has nothing to do, the function behind the operator is called directly.
     """
-    if backend == "cpu" and type(tensor) in _PLAIN and _dispatcher_has_nothing_to_do(arguments):
+    if calls_directly(backend, tensor) and not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)):
         function = FUNCTIONS[PREFIXES[backend] + name]
     else:
         if backend == "triton":
@@ -120,10 +119,9 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
     return function(*arguments)
 
 
-def _dispatcher_has_nothing_to_do(arguments: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments))
+def calls_directly(backend: str, tensor: Tensor) -> bool:
+    """Whether calls for `tensor` may go around torch's dispatcher: they are the CPU's, and nothing is traced. The caller looks after gradients."""
+    return backend == "cpu" and type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def head_implementation(backend: str) -> Any:

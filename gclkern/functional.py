@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, SupervisedContrast
+from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast
 from gclkern.devices import values_may_be_read
-from gclkern.dispatch import backend_without_loops, call_operator, resolve_backend, resolve_plan
+from gclkern.dispatch import backend_without_loops, call_operator, calls_directly, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, Plan, Reduction
 from gclkern.validation import (
@@ -139,7 +139,10 @@ def gcl_cross_entropy(
         focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
         ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
-    return LogitLoss.apply(cosine, terms.bias, terms, _gradient_is_wanted(cosine, terms.bias), resolve_backend(backend, cosine))
+    chosen, for_backward = resolve_backend(backend, cosine), _gradient_is_wanted(cosine, terms.bias)
+    if calls_directly(chosen, cosine):
+        return LogitLossInOnePass.apply(cosine, terms.bias, terms, for_backward)
+    return LogitLoss.apply(cosine, terms.bias, terms, for_backward, chosen)
 
 
 def linear_gcl_cross_entropy(

@@ -233,7 +233,7 @@ def class_vector(
     check_same_device(name, value, reference_name, reference)
     if not differentiable:
         refuse_gradient(name, value)
-    return value.to(dtype).contiguous()
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()  # .to() looks the tensor over even where there is nothing to convert
 
 
 def _margin_vector(margin: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -96,7 +96,7 @@ class _Head:
 
     def loops(
         self, name: str, matrix: Tensor, chunk: slice, inverse: Tensor | None, statistics: Tensor, *, sums: Tensor | None = None, losses: Tensor | None = None,
-        loss: Tensor | None = None, denominator: Tensor | None = None, block_peaks: Tensor | None = None, in_place: bool = False,
+        loss: Tensor | None = None, block_peaks: Tensor | None = None, in_place: bool = False,
     ) -> None:  # fmt: skip
         """Call a function of the library on a chunk; `in_place` overwrites the products by the gradient, divided by the norms of the classes."""
         columns = chunk.stop - chunk.start
@@ -104,7 +104,7 @@ class _Head:
         arguments = Logits.pack(
             *pass_terms(self.num_rows, self.num_classes, self.terms), matrix.data_ptr(), 0, columns, 1, NULL if inverse is None else inverse[chunk].data_ptr(),
             address(kept), address(block_peaks), address(sums), chunk.start, columns, statistics.data_ptr(), address(losses), address(loss),
-            address(denominator), NULL, matrix.data_ptr() if in_place else NULL, inverse is not None, NULL, NULL, 0, torch.get_num_threads(),
+            matrix.data_ptr() if in_place else NULL, inverse is not None, torch.get_num_threads(),
         )  # fmt: skip
         call(name, arguments)
 
@@ -126,7 +126,7 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
     unit = _times_rows(head.features, feature_inverse)
     class_inverse = _empty(head.num_classes if normalize else 0)
     inverse = class_inverse if normalize else None
-    statistics, denominator, losses = _empty(STATISTICS, head.num_rows), _empty(), _empty(head.num_rows)
+    statistics, losses = _empty(STATISTICS, head.num_rows), _empty(head.num_rows)
     loss = losses if terms.reduction == "none" else _empty()
     head.panel = _empty(head.num_rows * head.width)
     everything = slice(0, head.num_classes)
@@ -134,16 +134,16 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
         matrix = head.products(unit, everything, inverse, True)
         block_peaks = _empty(head.num_rows, -(-head.num_classes // _BLOCK)) if for_backward and keeps_exponentials(terms) else None
         head.loops(
-            "head_gradient" if for_backward else "logit_forward", matrix, everything, inverse, statistics, losses=losses, loss=loss, denominator=denominator,
+            "logit_gradient" if for_backward else "logit_forward", matrix, everything, inverse, statistics, losses=losses, loss=loss,
             block_peaks=block_peaks, in_place=for_backward,
         )  # fmt: skip
-        return loss, [feature_inverse, class_inverse, denominator, matrix] if for_backward else []
+        return loss, [feature_inverse, class_inverse, matrix] if for_backward else []
     sums = torch.empty((head.num_rows, _SUMS), dtype=torch.float64, device="cpu")
     for chunk in head.chunks():
         matrix = head.products(unit, chunk, inverse, True)
         head.loops("logit_forward", matrix, chunk, inverse, statistics, sums=sums)
-    head.loops("logit_finish", matrix, everything, inverse, statistics, sums=sums, losses=losses, loss=loss, denominator=denominator)
-    return loss, [feature_inverse, class_inverse, denominator, statistics] if for_backward else []
+    head.loops("logit_finish", matrix, everything, inverse, statistics, sums=sums, losses=losses, loss=loss)
+    return loss, [feature_inverse, class_inverse, statistics] if for_backward else []
 
 
 @implements("head_backward", "cpu")
@@ -152,9 +152,9 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
     *fields, normalize, plan, features_grad, weight_grad, bias_grad = args
     terms = LossTerms(*fields)
     head = _Head(features, linear_weight, terms, normalize, plan)
-    feature_inverse, class_inverse, denominator, kept = saved  # kept: the gradient without the upstream factor, or the statistics to recompute it
+    feature_inverse, class_inverse, kept = saved  # kept: the gradient for a grad_loss of 1, or the statistics to make it from
     inverse = class_inverse if normalize else None
-    upstream = _without_ignored((grad_loss.to(torch.float32) / denominator).expand(head.num_rows), terms)
+    upstream = _without_ignored(grad_loss.to(torch.float32).expand(head.num_rows), terms)
     scaled = _times_rows(head.features, feature_inverse * upstream) if weight_grad else None
     unit = head.features
     if plan != "materialised":
@@ -201,5 +201,5 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
     if not for_backward:
         return loss, []
     kept = (num_rows, num_classes) if plan == "materialised" else (STATISTICS, num_rows)
-    shapes = ((num_rows,), (num_classes if normalize else 0,), (), kept)
+    shapes = ((num_rows,), (num_classes if normalize else 0,), kept)
     return loss, [features.new_empty(shape, dtype=torch.float32) for shape in shapes]

@@ -29,10 +29,10 @@ def _structure(members: str) -> struct.Struct:
 
 Logits = _structure(
     "num_rows num_classes target* target_b* lam* cloud* margin* bias* weight* smoothing* seed* scale. gamma. label_smoothing. focal_detach ignore_index "
-    "row_offset class_offset reduction angular difficulty_margin easy_margin weight_sum. matrix* dtype row_stride class_stride class_factor* kept* "
-    "block_peaks* sums* first_class num_columns statistics* losses* loss* denominator* grad_loss* gradient* over_factor grad_bias* partial_sums* strips "
-    "threads"
+    "row_offset class_offset reduction angular difficulty_margin easy_margin weight_sum. divisor. matrix* dtype row_stride class_stride class_factor* "
+    "kept* block_peaks* sums* first_class num_columns statistics* losses* loss* gradient* over_factor threads"
 )
+Product = _structure("num_rows num_columns made* grad_loss* grad_stride gradient* dtype scale. grad_bias* partial_sums* strips threads")
 Rows = _structure("num_rows dim matrix* dtype row_stride column_stride no_direction. inverse* products* factor* out* out_dtype threads")
 Noise = _structure("num_rows num_classes seed* row_offset class_offset out* threads")
 Bound = _structure(
@@ -42,7 +42,8 @@ Bound = _structure(
 Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* threads")
 
 _FUNCTIONS = (
-    "logit_forward", "logit_finish", "logit_backward", "head_gradient", "inverse_norms", "project", "noise", "bound_forward", "bound_backward", "segment_sums",
+    "logit_forward", "logit_finish", "logit_backward", "logit_gradient", "gradient_times", "inverse_norms", "project", "noise", "bound_forward",
+    "bound_backward", "segment_sums",
 )  # fmt: skip
 
 

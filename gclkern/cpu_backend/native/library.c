@@ -83,40 +83,42 @@ static double weight_of(const struct terms *terms, int64_t label) {
     return label < 0 || label >= terms->num_classes ? 0.0 : (double)terms->weight[label];
 }
 
-/* The loss as the reduction wants it, and the number that it was divided by; torch's rule, mixed. */
-static void reduce(const struct logits *call) {
-    const struct terms *terms = &call->terms;
-    double total = 0.0, denominator = 0.0;
-    *call->denominator = 1.0f;
-    if (terms->reduction == NONE) return;
+/* What a mean divides by: torch's rule, mixed. */
+static double divisor_of(const struct terms *terms) {
+    if (terms->reduction != MEAN) return 1.0;
+    double divisor = 0.0;
     for (int64_t row = 0; row < terms->num_rows; row++) {
-        total += (double)call->losses[row];
         if (is_ignored(terms, row)) continue;
         if (terms->weight == NULL || terms->gamma > 0.0) {
-            denominator += 1.0;
+            divisor += 1.0;
         } else if (terms->target_b == NULL) {
-            denominator += weight_of(terms, terms->target[row]);
+            divisor += weight_of(terms, terms->target[row]);
         } else {
             double lam = (double)terms->lam[row];
-            denominator += lam * weight_of(terms, terms->target[row]) + (1.0 - lam) * weight_of(terms, terms->target_b[row]);
+            divisor += lam * weight_of(terms, terms->target[row]) + (1.0 - lam) * weight_of(terms, terms->target_b[row]);
         }
     }
-    if (terms->reduction == MEAN) {
-        *call->denominator = (float)denominator;
-        total /= denominator;
-    }
-    *call->loss = (float)total;
+    return divisor;
 }
 
-/* The call with the sum of its weights. */
+/* The call with what it takes from all classes and all rows. */
 static struct logits prepared(const struct logits *given) {
     struct logits call = *given;
     struct terms *terms = &call.terms;
+    terms->divisor = divisor_of(terms);
     terms->weight_sum = (double)terms->num_classes;
     if (terms->weight == NULL || (terms->smoothing == NULL && terms->label_smoothing == 0.0)) return call;
     terms->weight_sum = 0.0;
     for (int64_t k = 0; k < terms->num_classes; k++) terms->weight_sum += (double)terms->weight[k];
     return call;
+}
+
+/* The loss as the reduction wants it. */
+static void reduce(const struct logits *call) {
+    if (call->terms.reduction == NONE) return;
+    double total = 0.0;
+    for (int64_t row = 0; row < call->terms.num_rows; row++) total += (double)call->losses[row];
+    *call->loss = (float)(total / call->terms.divisor);
 }
 
 /* The loss of logits, from all classes or, with `sums`, what a chunk of classes adds to it. */
@@ -133,25 +135,31 @@ EXPORT void gclkern_logit_finish(const struct logits *given) {
     reduce(&call);
 }
 
-EXPORT void gclkern_logit_backward(const struct logits *call) {
-    int64_t num_rows = call->terms.num_rows, columns = call->num_columns;
+/* The gradient for a grad_loss of 1, of a chunk of classes. */
+EXPORT void gclkern_logit_backward(const struct logits *given) {
+    struct logits call = prepared(given);
+    run(loops->logit_backward, &call, call.terms.num_rows, call.num_columns, call.threads);
+}
+
+/* The loss, and the gradient for a grad_loss of 1. */
+EXPORT void gclkern_logit_gradient(const struct logits *given) {
+    struct logits call = prepared(given);
+    run(loops->logit_gradient, &call, call.terms.num_rows, call.num_columns, call.threads);
+    reduce(&call);
+}
+
+EXPORT void gclkern_gradient_times(const struct product *call) {
+    int64_t num_rows = call->num_rows, columns = call->num_columns;
     if (call->grad_bias == NULL) {
-        run(loops->logit_backward, call, num_rows, columns, call->threads);
+        run(loops->gradient_times, call, num_rows, columns, call->threads);
         return;
     }
-    run(loops->logit_backward, call, call->strips, (num_rows + call->strips - 1) / call->strips * columns, call->threads);
+    run(loops->gradient_times, call, call->strips, (num_rows + call->strips - 1) / call->strips * columns, call->threads);
     for (int64_t k = 0; k < columns; k++) {
         double sum = 0.0;
         for (int64_t strip = 0; strip < call->strips; strip++) sum += (double)call->partial_sums[strip * columns + k];
-        call->grad_bias[k] = (float)(sum / call->terms.scale); /* the bias, unlike the cosines, is not scaled */
+        call->grad_bias[k] = (float)(sum / call->scale);
     }
-}
-
-/* The loss, and in place of the products its gradient without the upstream one. */
-EXPORT void gclkern_head_gradient(const struct logits *given) {
-    struct logits call = prepared(given);
-    run(loops->head_gradient, &call, call.terms.num_rows, call.num_columns, call.threads);
-    reduce(&call);
 }
 
 EXPORT void gclkern_inverse_norms(const struct rows *call) { run(loops->inverse_norms, call, call->num_rows, call->dim, call->threads); }

@@ -27,33 +27,30 @@ static void logit_finish(const void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) finish_row(call, row, &call->sums[row]);
 }
 
-static float upstream_of(const struct logits *call, int64_t row) {
-    if (call->grad_loss == NULL) return (float)call->terms.scale;
-    return call->grad_loss[call->terms.reduction == NONE ? row : 0] / *call->denominator * (float)call->terms.scale;
+static void logit_backward(const void *context, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) row_gradient(context, row);
+}
+
+/* Forward, and the gradient of each row while it is in the cache. */
+static void logit_gradient(const void *context, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+        logit_forward(context, row, row + 1);
+        row_gradient(context, row);
+    }
 }
 
 /* Rows, or with grad_bias strips of rows. */
-static void logit_backward(const void *context, int64_t begin, int64_t end) {
-    const struct logits *call = context;
+static void gradient_times(const void *context, int64_t begin, int64_t end) {
+    const struct product *call = context;
     if (call->grad_bias == NULL) {
-        for (int64_t row = begin; row < end; row++) row_gradient(call, row, upstream_of(call, row), call->over_factor != 0, NULL);
+        for (int64_t row = begin; row < end; row++) row_times(call, row, NULL);
         return;
     }
-    int64_t num_rows = call->terms.num_rows, columns = call->num_columns;
+    int64_t num_rows = call->num_rows, columns = call->num_columns;
     for (int64_t strip = begin; strip < end; strip++) {
         float *sums = call->partial_sums + strip * columns;
         memset(sums, 0, (size_t)columns * sizeof *sums);
-        for (int64_t row = num_rows * strip / call->strips; row < num_rows * (strip + 1) / call->strips; row++) {
-            row_gradient(call, row, upstream_of(call, row), call->over_factor != 0, sums);
-        }
-    }
-}
-
-/* Forward and backward of rows whose products stay in the cache between the two. */
-static void head_gradient(const void *context, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-        logit_forward(context, row, row + 1);
-        logit_backward(context, row, row + 1);
+        for (int64_t row = num_rows * strip / call->strips; row < num_rows * (strip + 1) / call->strips; row++) row_times(call, row, sums);
     }
 }
 
@@ -237,6 +234,6 @@ static void segment_totals(const void *context, int64_t begin, int64_t end) {
 }
 
 const struct loops GCLKERN_LOOPS = {
-    NAME_OF(GCLKERN_LOOPS), logit_forward, logit_finish, logit_backward, head_gradient, inverse_norms, project, noise, bound_forward, bound_pull,
-    bound_features, segment_sums, segment_parts, segment_totals,
+    NAME_OF(GCLKERN_LOOPS), logit_forward, logit_finish, logit_backward, logit_gradient, gradient_times, inverse_norms, project, noise, bound_forward,
+    bound_pull, bound_features, segment_sums, segment_parts, segment_totals,
 };

@@ -25,7 +25,9 @@ struct terms {
     const int64_t *seed;
     double scale, gamma, label_smoothing;
     int64_t focal_detach, ignore_index, row_offset, class_offset, reduction, angular, difficulty_margin, easy_margin;
-    double weight_sum; /* of all classes, or their number without weights; the library sets it in a copy */
+    /* The library sets these in a copy: */
+    double weight_sum; /* of all classes, or their number without weights */
+    double divisor;    /* what a mean divides by; else 1 */
 };
 
 /* The sums over a row's classes so far. */
@@ -53,13 +55,23 @@ struct logits {
     float *statistics;   /* (STATISTICS, N) */
     float *losses;       /* (N,) */
     float *loss;         /* () the mean or the sum; NULL: for `losses` alone */
-    float *denominator;  /* () */
-    const float *grad_loss; /* () or (N,); NULL: 1 */
-    void *gradient;      /* (N, columns) in `dtype` */
+    float *gradient;      /* (N, columns) for a grad_loss of 1; may be `kept` */
     int64_t over_factor;  /* whether gradient is multiplied by class_factor */
-    float *grad_bias;    /* (C,) */
-    float *partial_sums; /* (strips, C) for grad_bias */
-    int64_t strips;      /* into which the rows are cut where grad_bias is wanted */
+    int64_t threads;
+};
+
+/* A gradient that was made for a grad_loss of 1, times another one. */
+struct product {
+    int64_t num_rows, num_columns;
+    const float *made;      /* (N, C) */
+    const float *grad_loss; /* () or (N,), grad_stride apart */
+    int64_t grad_stride;
+    void *gradient;         /* (N, C) in `dtype`; may be `made` */
+    int64_t dtype;
+    double scale;           /* of the cosines, which the bias lacks */
+    float *grad_bias;       /* (C,) sums of the columns over `scale` */
+    float *partial_sums;    /* (strips, C) for grad_bias */
+    int64_t strips;         /* into which the rows are cut where grad_bias is wanted */
     int64_t threads;
 };
 
@@ -132,7 +144,7 @@ typedef void loop(const void *call, int64_t begin, int64_t end);
 
 struct loops {
     const char *name;
-    loop *logit_forward, *logit_finish, *logit_backward, *head_gradient, *inverse_norms, *project, *noise, *bound_forward, *bound_pull,
+    loop *logit_forward, *logit_finish, *logit_backward, *logit_gradient, *gradient_times, *inverse_norms, *project, *noise, *bound_forward, *bound_pull,
         *bound_features, *segment_sums, *segment_parts, *segment_totals;
 };
 

@@ -23,6 +23,8 @@ enum { COUNTERS = 2 };
 /* A word of each of COUNTERS counters, in the low half of 64 bits; what is in the high half does not matter. */
 typedef uint64_t words __attribute__((vector_size(8 * COUNTERS)));
 
+typedef uint32_t word32 __attribute__((may_alias)); /* half of a 64-bit element */
+
 INLINE words broadcast(uint64_t value) { return (words){0} + value; }
 
 /* The 64-bit product of the low halves. */
@@ -49,7 +51,6 @@ enum {
 
 /* The four words of 16 counters from `group` on, two of them to an element, in the order of the classes that they serve. */
 INLINE void philox_unit(uint64_t *pairs, uint64_t seed, uint64_t row, uint64_t group) {
-    uint64_t low[UNIT / GROUP], high[UNIT / GROUP];
     for (int first = 0; first < UNIT / GROUP; first += COUNTERS) {
         words c0 = broadcast(0), c1 = broadcast(row), c2 = broadcast(row >> 32), c3 = broadcast(0);
         for (int k = 0; k < COUNTERS; k++) c0[k] = group + (uint64_t)(first + k);
@@ -65,12 +66,10 @@ INLINE void philox_unit(uint64_t *pairs, uint64_t seed, uint64_t row, uint64_t g
             key1 += 0xBB67AE85u;
         }
         words c01 = (c0 & broadcast(0xffffffffu)) | c1 << 32, c23 = (c2 & broadcast(0xffffffffu)) | c3 << 32;
-        memcpy(low + first, &c01, sizeof c01);
-        memcpy(high + first, &c23, sizeof c23);
-    }
-    for (int k = 0; k < UNIT / GROUP; k++) {
-        pairs[2 * k] = low[k];
-        pairs[2 * k + 1] = high[k];
+        for (int k = 0; k < COUNTERS; k++) {
+            pairs[2 * (first + k)] = c01[k];
+            pairs[2 * (first + k) + 1] = c23[k];
+        }
     }
 }
 
@@ -105,19 +104,24 @@ INLINE void quarter_circle(float angle, float *sine, float *cosine) {
     *cosine = even - odd;
 }
 
+/* min(x, 1) for x >= 0, whose bits have the order of the numbers: compilers vectorise the minimum of integers. */
+INLINE float at_most_1(float x) {
+    int32_t bits = (int32_t)bits_of(x), one = 0x3f800000;
+    return float_of((uint32_t)(bits < one ? bits : one));
+}
+
 /* The noise of the 128 classes from 8 * group on. */
 INLINE void noise_unit(float *out, uint64_t seed, uint64_t row, uint64_t group) {
     uint64_t pairs[UNIT / 4];
-    uint32_t word[UNIT / 2];
     philox_unit(pairs, seed, row, group);
-    memcpy(word, pairs, sizeof word);
+    const word32 *word = (const word32 *)pairs;
     for (int k = 0; k < UNIT / 2; k++) {
         float radius = sqrtf(squared_radius(((float)(int32_t)(word[k] & 0xffffu) + 0.5f) * 0x1p-16f));
         float sine, cosine;
         quarter_circle(((float)(int32_t)(word[k] >> 16) - 32767.5f) * (1.57079633f * 0x1p-16f), &sine, &cosine);
         float even = radius * cosine, odd = radius * sine;
-        out[2 * k] = even < 1.0f ? even : 1.0f;
-        out[2 * k + 1] = odd < 1.0f ? odd : 1.0f;
+        out[2 * k] = at_most_1(even);
+        out[2 * k + 1] = at_most_1(odd);
     }
 }
 

@@ -278,49 +278,66 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
     call->losses[row] = (float)loss;
 }
 
-/* The gradient of a row's logits times `upstream`, and per class over class_factor where `factored`, into `gradient`; added to `column_sums` unless NULL. */
-INLINE void row_gradient(const struct logits *call, int64_t row, float upstream, int over_factor, float *column_sums) {
+/* The gradient of a row's logits for a grad_loss of 1, with over_factor times class_factor. */
+INLINE void row_gradient(const struct logits *call, int64_t row) {
     const struct terms *terms = &call->terms;
     int64_t columns = call->num_columns;
-    char *out = (char *)call->gradient + row * columns * size_of(call->dtype);
-    float block[BLOCK], slopes[BLOCK], room[NOISE_ROOM];
+    float *gradient = call->gradient + row * columns;
+    if (is_ignored(terms, row)) {
+        fill(gradient, 0.0f, columns);
+        return;
+    }
+    float upstream = (float)(terms->scale / terms->divisor);
+    float slopes[BLOCK];
     float part[STATISTICS];
     int has_slopes = call->kept == NULL && turns_classes(terms);
     for (int k = 0; k < STATISTICS; k++) part[k] = call->statistics[k * terms->num_rows + row];
-    int ignored = is_ignored(terms, row);
     for (int64_t first = 0, index = 0; first < columns; first += BLOCK, index++) {
-        int64_t count = smaller(BLOCK, columns - first);
-        if (ignored) {
-            fill(block, 0.0f, count);
-            store(out, call->dtype, first, block, count);
-            continue;
-        }
-        float factor = part[SLOPE] * upstream;
+        int64_t count = smaller(BLOCK, columns - first), column = call->first_class + first;
+        float *out = gradient + first, factor = part[SLOPE] * upstream;
         if (call->kept != NULL) {
             const float *kept = call->kept + row * columns + first;
             factor *= expf(call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR]);
-            for (int64_t k = 0; k < count; k++) block[k] = kept[k] * factor;
+            for (int64_t k = 0; k < count; k++) out[k] = kept[k] * factor;
         } else {
+            float block[BLOCK], room[NOISE_ROOM];
             load_logits(call, row, first, count, block, has_slopes ? slopes : NULL, room);
-            for (int64_t k = 0; k < count; k++) block[k] = exponential(block[k] - part[ANCHOR]) * factor;
+            for (int64_t k = 0; k < count; k++) out[k] = exponential(block[k] - part[ANCHOR]) * factor;
         }
-        int64_t column = call->first_class + first;
         if (is_smoothed(terms)) {
             float smooth = part[SMOOTH] * upstream;
             const float *weight = terms->weight == NULL ? NULL : terms->weight + column;
-            for (int64_t k = 0; k < count; k++) block[k] -= weight == NULL ? smooth : smooth * weight[k];
+            for (int64_t k = 0; k < count; k++) out[k] -= weight == NULL ? smooth : smooth * weight[k];
         }
         if (has_slopes) {
-            for (int64_t k = 0; k < count; k++) block[k] *= slopes[k];
+            for (int64_t k = 0; k < count; k++) out[k] *= slopes[k];
         }
         int64_t place = place_of(terms->target, row, column, count), place_b = place_of(terms->target_b, row, column, count);
-        if (place >= 0) block[place] = part[GRADIENT] * upstream;
-        if (place_b >= 0) block[place_b] = part[GRADIENT_B] * upstream;
+        if (place >= 0) out[place] = part[GRADIENT] * upstream;
+        if (place_b >= 0) out[place_b] = part[GRADIENT_B] * upstream;
+        if (call->over_factor) {
+            for (int64_t k = 0; k < count; k++) out[k] *= call->class_factor[first + k];
+        }
+    }
+}
+
+/* A row of the gradient times the upstream gradient; added to `column_sums` unless NULL. */
+INLINE void row_times(const struct product *call, int64_t row, float *column_sums) {
+    int64_t columns = call->num_columns;
+    const float *made = call->made + row * columns;
+    char *out = (char *)call->gradient + row * columns * size_of(call->dtype);
+    float upstream = call->grad_loss[row * call->grad_stride];
+    if (!isfinite(upstream)) { /* an ignored row keeps its gradient of 0 */
+        int64_t k = 0;
+        while (k < columns && made[k] == 0.0f) k++;
+        if (k == columns) upstream = 0.0f;
+    }
+    float block[BLOCK];
+    for (int64_t first = 0; first < columns; first += BLOCK) {
+        int64_t count = smaller(BLOCK, columns - first);
+        for (int64_t k = 0; k < count; k++) block[k] = made[first + k] * upstream;
         if (column_sums != NULL) {
             for (int64_t k = 0; k < count; k++) column_sums[first + k] += block[k];
-        }
-        if (over_factor) {
-            for (int64_t k = 0; k < count; k++) block[k] *= call->class_factor[first + k];
         }
         store(out, call->dtype, first, block, count);
     }

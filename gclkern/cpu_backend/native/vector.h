@@ -113,16 +113,14 @@ INLINE float sum_lanes(const float *lanes) {
     return half[0];
 }
 
-/* The largest of a padded block; NaN is passed over. */
+/* The largest of a padded block, or NaN. Compilers vectorise the maximum of integers: bits have the order of the numbers, once negative ones are turned over. */
 INLINE float largest(const float *values, int64_t padded) {
-    float lanes[LANES];
-    fill(lanes, -INFINITY, LANES);
-    for (int64_t k = 0; k < padded; k += LANES) {
-        for (int l = 0; l < LANES; l++) lanes[l] = values[k + l] > lanes[l] ? values[k + l] : lanes[l];
+    int32_t peak = INT32_MIN;
+    for (int64_t k = 0; k < padded; k++) {
+        int32_t bits = (int32_t)bits_of(values[k]), key = bits ^ ((bits >> 31) & INT32_MAX);
+        peak = key > peak ? key : peak;
     }
-    float peak = lanes[0];
-    for (int l = 1; l < LANES; l++) peak = lanes[l] > peak ? lanes[l] : peak;
-    return peak;
+    return float_of((uint32_t)(peak ^ ((peak >> 31) & INT32_MAX)));
 }
 
 /* exp(x) for x <= 0 to 2 units in the last place; 0 below the normal numbers, NaN of NaN. */
