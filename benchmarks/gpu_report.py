@@ -377,7 +377,8 @@ def predictions(report: Report) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "predictions.json")
-        command = [sys.executable, "-m", "benchmarks.predict_times", "--json", str(path), *(["--tiny"] if report.tiny else [])]
+        wanted = ["--tiny"] if report.tiny else ["--shapes", *(shape.name for shape in predict_times.SHAPES)]
+        command = [sys.executable, "-m", "benchmarks.predict_times", "--json", str(path), *wanted]
         done = attempt(report, name, command, PREDICTION_SECONDS)
         if done is not None:
             found = json.loads(path.read_text()) if path.exists() else []

@@ -1,4 +1,4 @@
-"""Predicted microseconds of every launch of the head and of the loss on an H200, from machine code: python -m benchmarks.predict_times
+"""Predicted microseconds of every launch of the head and of the losses on an H200, from machine code: python -m benchmarks.predict_times
 
 Nothing is measured: the launches of each shape and plan are compiled for sm_90, and what a GPU has to do for them is counted. A kernel takes as long as the
 resource that it keeps busy longest, a little longer where two are nearly as busy:
@@ -7,6 +7,9 @@ resource that it keeps busy longest, a little longer where two are nearly as bus
     tensor, shared, L2  the tiles of a product: 4096 operations, 128 bytes of shared memory and about 39 bytes from the L2 cache a clock and multiprocessor
     latency             one warp alone: stalls and scoreboards as the assembler wrote them
     memory              bytes that the order of the tiles leaves to the L2 cache's misses
+
+Products in float32 run on the CUDA cores, where `issue` counts them; what they read from shared memory is not counted. Operators of torch beside the kernels
+take a launch each and the bytes of their tensors.
 
 Programs that do not fit at once come in waves, whose last may be nearly empty. No constant below comes from a run of these kernels: benchmarks.gpu_report
 prints the predictions beside its measurements.
@@ -26,6 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import HUNDRED_THOUSAND, INATURALIST, MILLION, SCALE, SMOKE, Shape
 from benchmarks.machine_code import aot
@@ -37,8 +42,10 @@ if TYPE_CHECKING:
     from gclkern.kernels.terms import LossTerms
 
 SHAPES = (INATURALIST, HUNDRED_THOUSAND, MILLION)
+SAMPLES = (Shape("4096 samples", 4096, 100, 128), Shape("16384 samples", 16384, 100, 128))  # the keys of a contrastive loss
 PLANS = ("materialised", "chunked", "recompute")
 WHATS = ("loss", "loss without noise", *PLANS)
+CONTRASTIVE = ("SupCon", "BCL")
 
 # An H200.
 PROCESSORS = 132
@@ -52,6 +59,7 @@ TENSOR_RATE = {2: 4096.0, 4: 2048.0}  # operations a clock and multiprocessor, b
 MUFU_CLOCKS = 8  # of a warp's instruction, on its quarter of a multiprocessor
 QUARTERS = 4
 LIBRARY_RATE = 790e12  # operations a second of cuBLAS at 16 bits
+FLOAT32_RATE = PROCESSORS * CLOCK * 2 * 128  # operations a second of the CUDA cores: what a float32 product can reach at most
 LAUNCH = 1.5e-6  # of a kernel in a CUDA graph
 PRODUCT_LATENCY = 200.0  # clocks between two steps of a product that one block alone cannot hide: barrier, wait, start of the tensor cores
 # Clocks until the result is there, of what the assembler guards by a scoreboard.
@@ -105,6 +113,7 @@ class Work:
     reads: Callable[[int], Sequence[tuple[object, float]]] | None = None  # panels of a program, by its number
     read_bytes: float = 0.0  # in place of panels: what is read once
     written: float = 0.0
+    hot: Sequence[str] = ("HGMMA", "MUFU.EX2")  # what the innermost loop is for: the first of these that a loop has
 
 
 @dataclass(frozen=True)
@@ -221,24 +230,24 @@ class Regions(NamedTuple):
     inner: tuple[Instruction, ...]
 
 
-def regions(program: Program) -> Regions:
-    """The regions around the loop with the products, else with the exponentials; without such a loop, of all loops together, as if all ran equally often."""
-    for work in ("HGMMA", "MUFU.EX2"):
+def regions(program: Program, hot: Sequence[str]) -> Regions:
+    """The regions around the loop with the first of `hot` that a loop has; without such a loop, of all loops together, as if all made equally many passes."""
+    for work in hot:
         loops = [loop for loop in program.loops if loop.code.count(work)]
         innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
         if not innermost:
             continue
-        hot = min(innermost, key=lambda loop: loop.code.instructions_per(work))
-        around = [loop for loop in program.loops if loop.body > hot.body]
-        outermost = max([hot, *around], key=lambda loop: len(loop.body))
+        inner = min(innermost, key=lambda loop: loop.code.instructions_per(work))
+        around = [loop for loop in program.loops if loop.body > inner.body]
+        outermost = max([inner, *around], key=lambda loop: len(loop.body))
         after = []
         for instruction in program.instructions:
             if instruction.address > outermost.back_branch:
                 after.append(instruction)
                 if instruction.mnemonic == "EXIT" and instruction.predicate is None:
                     break
-        outer = tuple(i for i in outermost.code.instructions if i.address not in hot.body) if around else ()
-        return Regions((*_shortest(program, outermost.header), *after), outer, hot.code.instructions)
+        outer = tuple(i for i in outermost.code.instructions if i.address not in inner.body) if around else ()
+        return Regions((*_shortest(program, outermost.header), *after), outer, inner.code.instructions)
     looped = frozenset[int]().union(*(loop.body for loop in program.loops))
     return Regions(tuple(i for i in program.instructions if i.address not in looped), (), tuple(i for i in program.instructions if i.address in looped))
 
@@ -343,6 +352,11 @@ def _finish_weights_work(launch: Compiled) -> Work:
     return Work(1, read_bytes=_uncached(gradient.nbytes) + weight.nbytes, written=out.nbytes)
 
 
+def _keys_work(launch: Compiled) -> Work:
+    """Products with all keys of a part; these stay in the L2 cache."""
+    return Work(_tiles(launch["dim"], launch["DEPTH"]), launch["tiles_per_split"], written=launch["part_ptr"].nbytes, hot=("HGMMA", "FFMA"))
+
+
 def _passes(launch: Compiled) -> int:
     """The passes of a loop over the elements of a row."""
     return _tiles(launch["dim"], launch["DEPTH"]) if "DEPTH" in launch.kernel.constants else 1
@@ -373,6 +387,8 @@ WORK: dict[str, Callable[[Compiled], Work]] = {
     "_exponentials_kernel": _exponentials_work,
     "_targets_kernel": _targets_work,
     "_finish_weights_kernel": _finish_weights_work,
+    "_log_total_kernel": _keys_work,
+    "_pull_kernel": _keys_work,
 }
 
 
@@ -381,6 +397,28 @@ class Operand(NamedTuple):
 
     itemsize: int
     nbytes: int
+
+
+class TorchOperators(NamedTuple):
+    """Operators of torch, each of which runs on a GPU as a kernel of its own or as several."""
+
+    launches: int
+    nbytes: float  # that they read and write, where the L2 cache cannot hold them
+
+
+class _CountOperators(TorchDispatchMode):
+    """Counts the operators of a block, but for those that only make views or allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.nbytes = 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func._schema.name:
+            self.launches += 1
+            self.nbytes += _uncached(sum(value.nbytes for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)))
+        return out
 
 
 def predict_product(product: LibraryProduct, repeats: int = 1) -> Prediction:
@@ -395,12 +433,15 @@ def predict_product(product: LibraryProduct, repeats: int = 1) -> Prediction:
     return Prediction("torch.mm", repeats, grid, 0, 1, waves, moved, "memory" if memory > compute else "tensor", repeats * seconds)
 
 
-def predict(launch: Compiled | LibraryProduct, repeats: int = 1) -> Prediction:
+def predict(launch: Compiled | LibraryProduct | TorchOperators, repeats: int = 1) -> Prediction:
     if isinstance(launch, LibraryProduct):
         return predict_product(launch, repeats)
+    if isinstance(launch, TorchOperators):
+        seconds = launch.launches * LAUNCH + launch.nbytes / MEMORY_RATE
+        return Prediction("operators of torch", launch.launches, (), 0, 1, 0.0, launch.nbytes, "launches", seconds)
     kernel = launch.kernel
     work = WORK.get(kernel.name, _stream_work)(launch)
-    parts = regions(kernel.program)
+    parts = regions(kernel.program, work.hot)
     block = instructions_demand(parts.once, launch.warps)
     pass_ = instructions_demand(parts.inner, launch.warps)
     if work.step is not None:
@@ -444,6 +485,15 @@ def _loss(shape: Shape, noise: bool) -> None:
     logit_backward(loss, cosine, saved, *terms, False)
 
 
+def _contrastive(shape: Shape, what: str) -> None:
+    from gclkern.kernels.contrastive_loss import contrastive_backward, contrastive_forward
+
+    features, target = torch.zeros(shape.rows, shape.dim), torch.zeros(shape.rows, dtype=torch.int64)
+    prototypes, counts = (torch.zeros(shape.classes, shape.dim), torch.ones(shape.classes)) if what == "BCL" else (None, None)
+    loss, saved = contrastive_forward(features, prototypes, target, counts, 0.1, True, True, "mean")
+    contrastive_backward(loss, features, prototypes, counts, saved, 0.1, True, True, True, prototypes is not None)
+
+
 def _plain(launch: Launch) -> dict[str, Any]:
     """The arguments that can be sent to another process."""
     found: dict[str, Any] = {}
@@ -455,12 +505,16 @@ def _plain(launch: Launch) -> dict[str, Any]:
     return found
 
 
-def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct, int]]:
-    """The launches of a plan, or of the "loss" of ready logits, in order, and how often each runs; in a worker of benchmarks.machine_code.aot."""
+def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct | TorchOperators, int]]:
+    """The launches of a plan, or of a loss, in order, and how often each runs; in a worker of benchmarks.machine_code.aot."""
+    operators = _CountOperators()
     serves = mock.patch("gclkern.kernels.products.uses_cublas", lambda gradient, weight, device: gradient == weight)  # as on a GPU
     with aot.as_on("sm_90"), serves, capture_launches(execute=False) as launches:
         if what in PLANS:
             _head(shape, what)
+        elif what in CONTRASTIVE:
+            with operators:
+                _contrastive(shape, what)
         else:
             _loss(shape, what == "loss")
     found: dict[str, tuple[Compiled, int]] = {}
@@ -471,16 +525,18 @@ def launches_of(shape: Shape, what: str) -> list[tuple[Compiled | LibraryProduct
         same = {name: value for name, value in arguments.items() if name not in ("target_shift", "first_group", "class_offset", "shift")}
         key = f"{kernel.name} {launch.grid} {same} {kernel.constants}"
         found[key] = Compiled(kernel, launch.grid, arguments), found.get(key, (None, 0))[1] + 1
-    return [*found.values(), *Counter(launches.products).items()]
+    beside = [(TorchOperators(operators.launches, operators.nbytes), 1)] if operators.launches else []
+    return [*found.values(), *Counter(launches.products).items(), *beside]
 
 
 def _predictions_of(shape: Shape, what: str) -> list[Prediction]:
     return [predict(launch, repeats) for launch, repeats in launches_of(shape, what)]
 
 
-def predictions(shapes: Iterable[Shape] = SHAPES, whats: Iterable[str] = WHATS) -> Iterator[tuple[Shape, str, list[Prediction]]]:
-    """The predictions for each shape and plan, whose kernels are compiled in parallel."""
-    futures: list[tuple[Shape, str, Future[Any]]] = [(shape, what, aot.in_worker(_predictions_of, shape, what)) for shape in shapes for what in whats]
+def predictions(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str, list[Prediction]]]:
+    """The predictions for each shape and what runs at it, whose kernels are compiled in parallel."""
+    wanted = [(shape, what) for shape in shapes for what in (("loss",) if shape is SMOKE else CONTRASTIVE if shape in SAMPLES else WHATS)]
+    futures: list[tuple[Shape, str, Future[Any]]] = [(shape, what, aot.in_worker(_predictions_of, shape, what)) for shape, what in wanted]
     for shape, what, future in futures:
         yield shape, what, future.result()
 
@@ -492,9 +548,19 @@ def bare_seconds(shape: Shape, products: int = 3) -> float:
     return products * (LAUNCH + smooth_maximum(flops / LIBRARY_RATE, moved / MEMORY_RATE))
 
 
+def bare_float32_seconds(shape: Shape) -> float:
+    """Two float32 products of all samples with all samples at the full rate of the CUDA cores, of which nothing is written."""
+    return 2 * (LAUNCH + 2.0 * shape.rows**2 * shape.dim / FLOAT32_RATE)
+
+
 def table(shape: Shape, what: str, found: Sequence[Prediction]) -> str:
     total = sum(prediction.seconds for prediction in found)
-    lines = [f"{shape.name}, {what}: {1e6 * total:.0f} us" + (f", {total / bare_seconds(shape):.2f} of three bare products" if what in PLANS else "")]
+    ratio = ""
+    if what in PLANS:
+        ratio = f", {total / bare_seconds(shape):.2f} of three bare products"
+    elif what in CONTRASTIVE:
+        ratio = f", {total / bare_float32_seconds(shape):.2f} of two bare float32 products"
+    lines = [f"{shape.name}, {what}: {1e6 * total:.0f} us{ratio}"]
     for prediction in found:
         grid = " x ".join(map(str, prediction.grid))
         lines.append(
@@ -506,13 +572,13 @@ def table(shape: Shape, what: str, found: Sequence[Prediction]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {shape.name: shape for shape in SHAPES}
+    names = {shape.name: shape for shape in (*SHAPES, *SAMPLES)}
     parser.add_argument("--shapes", nargs="+", choices=list(names), default=list(names), metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--json", type=Path, help="write the predictions there too")
     parser.add_argument("--tiny", action="store_true", help="one small loss alone: that the command works")
     args = parser.parse_args(argv)
     found = []
-    for shape, what, rows in predictions([SMOKE], ["loss"]) if args.tiny else predictions([names[name] for name in args.shapes]):
+    for shape, what, rows in predictions([SMOKE] if args.tiny else [names[name] for name in args.shapes]):
         print(table(shape, what, rows), flush=True)
         found += [{"shape": shape.name, "what": what, **asdict(row)} for row in rows] if args.json else []
     if args.json:

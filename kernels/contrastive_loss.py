@@ -5,6 +5,8 @@
 
 A cosine x_i . x_k stands in the denominators of i and of k, so that one pass over the keys of i gives the gradient of x_i in both parts, without atomics. The
 prototypes are keys in one launch and rows in another. Operands are float32 unit rows; see gclkern.kernels.contrastive_terms for the formula.
+
+Each tile of rows has several programs, which share its keys so that a GPU is full. They store partial results, added in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from .centroids import segment_sums
 from .contrastive_terms import Keys
 from .products import _precision
 from .row_loss import LOG2E
-from .runtime import batch_kernel, on_device
+from .runtime import MULTIPROCESSORS, batch_kernel, on_device
 from .terms import implements, shapes_of
 
 _ROWS = 64
 _COLUMNS = 64
 _PULL_TILE = 32  # rows and columns: beside the sums of the rows, a larger tile would spill registers
 _DEPTH = 32
+RESIDENT = 2  # programs that a multiprocessor of Hopper holds at a time, of each kernel; where all weights are 1 it holds 4
 
 
 @triton.jit
@@ -62,19 +65,18 @@ def _log_total_kernel(
     label_ptr, right_label_ptr,  # (N,), (K,) or None for prototypes
     own_ptr,  # (N,) or None where all weights are 1
     other_ptr,  # (K,)
-    peak_ptr, total_ptr,  # (N,)
-    num_rows, num_columns, dim, scale2,
-    SELF: tl.constexpr, RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    part_ptr,  # (splits, N) binary logarithm of the sums over each part of the keys
+    num_rows, num_columns, dim, scale2, tiles_per_split,
+    SELF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
     label = _label(label_ptr, rows, in_batch)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    if RESUME:
-        peak = tl.load(peak_ptr + rows, mask=in_batch, other=-float("inf"))
-        total = tl.load(total_ptr + rows, mask=in_batch, other=0.0)
-    for start in range(0, num_columns, COLUMNS):
+    split = tl.program_id(1)
+    first = split * tiles_per_split * COLUMNS
+    for start in range(first, tl.minimum(first + tiles_per_split * COLUMNS, num_columns), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         present = columns < num_columns
         logit = scale2 * _cosines(left_ptr, rows, num_rows, right_ptr, columns, num_columns, dim, ROWS, COLUMNS, DEPTH, PRECISION)
@@ -92,8 +94,7 @@ def _log_total_kernel(
         anchor = tl.where(top == -float("inf"), 0.0, top)
         total = total * tl.exp2(peak - anchor) + tl.sum(tl.exp2(logit - anchor[:, None]), axis=1)
         peak = top
-    tl.store(peak_ptr + rows, peak, mask=in_batch)
-    tl.store(total_ptr + rows, total, mask=in_batch)
+    tl.store(part_ptr + split * num_rows + rows, tl.log2(total) + peak, mask=in_batch)
 
 
 @batch_kernel
@@ -103,18 +104,18 @@ def _pull_kernel(
     own_ptr, right_own_ptr, other_ptr, right_other_ptr,  # (N,), (K,) weights, or None where all are 1
     log_total2_ptr, rate_ptr,  # (N,) None: rows without a denominator of their own
     right_log_total2_ptr, right_rate_ptr,  # (K,) the same of the columns
-    out_ptr,  # (N, D)
-    num_rows, num_columns, dim, scale2,
-    SELF: tl.constexpr, RESUME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    part_ptr,  # (splits, N, D) sums over each part of the columns
+    num_rows, num_columns, dim, scale2, tiles_per_split,
+    SELF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     in_batch = rows < num_rows
     label = _label(label_ptr, rows, in_batch)
-    out = out_ptr + (rows.to(tl.int64) * dim)[:, None] + width[None, :]
-    inside = in_batch[:, None] & (width < dim)[None, :]
-    total = tl.load(out, mask=inside, other=0.0) if RESUME else tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(0, num_columns, COLUMNS):
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    split = tl.program_id(2)
+    first = split * tiles_per_split * COLUMNS
+    for start in range(first, tl.minimum(first + tiles_per_split * COLUMNS, num_columns), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         present = columns < num_columns
         logit = scale2 * _cosines(left_ptr, rows, num_rows, right_ptr, columns, num_columns, dim, ROWS, COLUMNS, DEPTH, PRECISION)
@@ -139,53 +140,61 @@ def _pull_kernel(
         pull = tl.where(counted, pull, 0.0)
         keys = right_ptr + (tl.minimum(columns, num_columns - 1).to(tl.int64) * dim)[:, None] + width[None, :]
         total = tl.dot(pull, tl.load(keys, mask=(width < dim)[None, :], other=0.0), total, input_precision=PRECISION, out_dtype=tl.float32)
-    tl.store(out, total, mask=inside)
+    part = part_ptr + ((split * num_rows + rows).to(tl.int64) * dim)[:, None] + width[None, :]
+    tl.store(part, total, mask=in_batch[:, None] & (width < dim)[None, :])
+
+
+def tiles_per_split(programs: int, tiles: int) -> int:
+    """Tiles of keys that a program takes, where each of `programs` could take all `tiles`: as few as keep one wave of programs."""
+    return triton.cdiv(tiles, max(1, min(tiles, RESIDENT * MULTIPROCESSORS // programs)))
 
 
 def _log_totals(keys: Keys) -> Tensor:
-    num_rows, dim = keys.unit.shape
-    peak = torch.empty(num_rows, dtype=torch.float32, device=keys.unit.device)
-    total = torch.empty_like(peak)
-    parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(keys.unit, keys.label, keys.other)] if keys.include_samples else []
+    num_rows = keys.unit.shape[0]
+    row_tiles = triton.cdiv(num_rows, _ROWS)
+    sides: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(keys.unit, keys.label, keys.other)] if keys.include_samples else []
     if keys.prototypes is not None:
-        parts.append((keys.prototypes, None, keys.prototype_other))
-    for place, (right, right_label, other) in enumerate(parts):
-        _log_total_kernel[(triton.cdiv(num_rows, _ROWS),)](
-            keys.unit, right, keys.label, right_label, keys.own, other, peak, total, num_rows, right.shape[0], dim, LOG2E / keys.temperature,
-            SELF=right is keys.unit, RESUME=place > 0, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, PRECISION=_precision(), num_warps=4, num_stages=3,
-            enable_fp_fusion=True,
+        sides.append((keys.prototypes, None, keys.prototype_other))
+    parts = []
+    for right, right_label, other in sides:
+        tiles = triton.cdiv(right.shape[0], _COLUMNS)
+        share = tiles_per_split(row_tiles, tiles)
+        part = torch.empty(triton.cdiv(tiles, share), num_rows, dtype=torch.float32, device=keys.unit.device)
+        _log_total_kernel[(row_tiles, part.shape[0])](
+            keys.unit, right, keys.label, right_label, keys.own, other, part, num_rows, right.shape[0], keys.unit.shape[1], LOG2E / keys.temperature, share,
+            SELF=right is keys.unit, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, PRECISION=_precision(), num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
-    return (total.log2_() + peak).div_(LOG2E)
+        parts.append(part)
+    return torch.cat(parts).div_(LOG2E).logsumexp(0)
 
 
 def _pulls(keys: Keys, log_total: Tensor, rate: Tensor) -> tuple[Tensor, Tensor | None]:
-    log_total2 = log_total * LOG2E
-    samples = (keys.unit, keys.label, keys.own, keys.other, log_total2, rate)
-    grad = torch.empty_like(keys.unit)
-    if keys.include_samples:
-        _pull(keys, samples, samples, grad, resume=False)
+    samples = (keys.unit, keys.label, keys.own, keys.other, log_total * LOG2E, rate)
     if keys.prototypes is None:
-        return grad, None
+        return _pull(keys, samples, samples).sum(0), None
     prototypes = (keys.prototypes, None, None, keys.prototype_other, None, None)
-    _pull(keys, samples, prototypes, grad, resume=keys.include_samples)
-    grad_prototypes = torch.empty_like(keys.prototypes)
-    _pull(keys, prototypes, samples, grad_prototypes, resume=False)
-    return grad, grad_prototypes
+    parts = [_pull(keys, samples, samples)] if keys.include_samples else []
+    return torch.cat([*parts, _pull(keys, samples, prototypes)]).sum(0), _pull(keys, prototypes, samples).sum(0)
 
 
 _Side = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # unit rows, labels, own, other, log denominators, rates
 
 
-def _pull(keys: Keys, left: _Side, right: _Side, out: Tensor, *, resume: bool) -> None:
+def _pull(keys: Keys, left: _Side, right: _Side) -> Tensor:
+    """Partial gradients (splits, N, D) of the rows on the left."""
     (rows, label, own, other, log_total2, rate), (columns, right_label, right_own, right_other, right_log_total2, right_rate) = left, right
     num_rows, dim = rows.shape
     width = min(128, max(16, triton.next_power_of_2(dim)))
-    _pull_kernel[(triton.cdiv(num_rows, _PULL_TILE), triton.cdiv(dim, width))](
-        rows, columns, label, right_label, own, right_own, other, right_other, log_total2, rate, right_log_total2, right_rate, out,
-        num_rows, columns.shape[0], dim, LOG2E / keys.temperature,
-        SELF=rows is columns, RESUME=resume, ROWS=_PULL_TILE, COLUMNS=_PULL_TILE, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=4, num_stages=2,
+    grid, tiles = (triton.cdiv(num_rows, _PULL_TILE), triton.cdiv(dim, width)), triton.cdiv(columns.shape[0], _PULL_TILE)
+    share = tiles_per_split(grid[0] * grid[1], tiles)
+    part = torch.empty(triton.cdiv(tiles, share), num_rows, dim, dtype=torch.float32, device=rows.device)
+    _pull_kernel[(*grid, part.shape[0])](
+        rows, columns, label, right_label, own, right_own, other, right_other, log_total2, rate, right_log_total2, right_rate, part,
+        num_rows, columns.shape[0], dim, LOG2E / keys.temperature, share,
+        SELF=rows is columns, ROWS=_PULL_TILE, COLUMNS=_PULL_TILE, DEPTH=_DEPTH, WIDTH=width, PRECISION=_precision(), num_warps=4, num_stages=2,
         enable_fp_fusion=True,
     )  # fmt: skip
+    return part
 
 
 @implements("contrastive_forward", "triton")

@@ -92,6 +92,28 @@ def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeyp
     check(features, target, options, backend, device)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("processors", [1, 3])
+def test_programs_that_take_several_tiles(processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them where a GPU is full without splits; with three multiprocessors the last split of three tiles has one."""
+    from gclkern.kernels import contrastive_loss
+
+    monkeypatch.setattr(contrastive_loss, "MULTIPROCESSORS", processors)
+    assert contrastive_loss.tiles_per_split(3, 3) == {1: 3, 3: 2}[processors]
+    features, target, options = problem(70, 5, 9, FORMS["BCL"])
+    check(features, target, options, "triton", device)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("programs", "tiles", "share"), [(64, 64, 16), (128, 128, 64), (512, 512, 512), (4, 128, 2), (1, 3, 1)])
+def test_programs_fill_a_gpu_once(programs: int, tiles: int, share: int) -> None:
+    from gclkern.kernels.contrastive_loss import RESIDENT, tiles_per_split
+    from gclkern.kernels.runtime import MULTIPROCESSORS
+
+    assert tiles_per_split(programs, tiles) == share
+    assert programs * -(-tiles // share) <= max(RESIDENT * MULTIPROCESSORS, programs)
+
+
 @pytest.mark.parametrize("form", ["SupCon", "BCL", "decoupled BCL"])
 @pytest.mark.parametrize("temperature", [1 / 300, 0.02, 0.07, 5.0])
 def test_any_temperature(temperature: float, form: str, backend: str, device: torch.device) -> None:

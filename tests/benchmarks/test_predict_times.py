@@ -18,6 +18,8 @@ from benchmarks.predict_times import (
     Compiled,
     Demand,
     Operand,
+    TorchOperators,
+    bare_float32_seconds,
     launches_of,
     memory_reads,
     predict,
@@ -99,7 +101,7 @@ def test_a_product_by_the_library() -> None:
     assert split.seconds == pytest.approx(LAUNCH + flops / 16 / LIBRARY_RATE, rel=0.2)
 
 
-def launches_with(shape: Shape, exponentials: bool) -> list[tuple[Compiled | LibraryProduct, int]]:
+def launches_with(shape: Shape, exponentials: bool) -> list[tuple[Compiled | LibraryProduct | TorchOperators, int]]:
     """In a worker."""
     with mock.patch("gclkern.kernels.head.exponentials_pay", return_value=exponentials):
         return launches_of(shape, "materialised")
@@ -144,3 +146,18 @@ def test_every_launch_has_a_prediction() -> None:
     assert all(1e-6 < predict(launch, repeats).seconds < 1e-3 for launch, repeats in found)
     assert isinstance(found[0][0].arguments["x_ptr"], Operand)
     assert isinstance(found[-1][0], LibraryProduct), "the features' gradient"
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_a_contrastive_loss_is_predicted_by_its_products() -> None:
+    """Each of N^2 cosines takes D fused multiply-adds in forward and 2 D in backward, and the model has them between once and three times."""
+    shape = Shape("samples", 4096, 100, 128)
+    launches = in_worker(launches_of, shape, "SupCon").result()
+    found = {launch.kernel.name: predict(launch, repeats) for launch, repeats in launches if isinstance(launch, Compiled)}
+    product = (bare_float32_seconds(shape) - 2 * LAUNCH) / 2
+    assert product < found["_log_total_kernel"].seconds < 3 * product
+    assert 2 * product < found["_pull_kernel"].seconds < 6 * product
+    (beside,) = (launch for launch, _ in launches if isinstance(launch, TorchOperators))
+    assert 50 < beside.launches < 300
+    assert predict(beside).seconds == pytest.approx(beside.launches * LAUNCH, rel=0.1), "small tensors stay in the cache"

@@ -288,6 +288,14 @@ def test_the_exponentials_fill_a_multiprocessor(builds: Builds) -> None:
         assert build.hot_loop("MUFU.EX2").count("STG.E.128") == 2, "16 exponentials a thread, rounded to 16 bits"
 
 
+@pytest.mark.parametrize(("case", "kernel"), [(contrastive, "_log_total_kernel"), (contrastive, "_pull_kernel")])
+def test_programs_that_share_keys_run_at_once(builds: Builds, case: Case, kernel: str) -> None:
+    from gclkern.kernels.contrastive_loss import RESIDENT
+
+    for build in builds.of(case, "sm_90", kernel):
+        assert resident_blocks(build.registers, build.shared_bytes, build.options["num_warps"]) >= RESIDENT
+
+
 @pytest.mark.parametrize("case", [head_bf16, loss_bf16])
 def test_no_load_of_the_gradient_waits_for_another_one(builds: Builds, case: Case) -> None:
     """The gradient kernel loads cosines before it reads whether their row has a gradient, and the seed before the loop."""
