@@ -85,22 +85,27 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, backend: str
-    ) -> Tensor:
+        ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, normalize: bool, plan: str, for_backward: bool,
+        backend: str, with_top1: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         if bias is not None:
             terms = terms._replace(bias=bias)
-        loss, saved = call_operator("head_forward", backend, features, features, linear_weight, *terms, normalize, plan, for_backward)
-        save_terms(ctx, (features, linear_weight, *saved), terms)
+        loss, saved = call_operator("head_forward", backend, features, features, linear_weight, *terms, normalize, plan, for_backward, with_top1)
+        kept = saved[:-1] if with_top1 else saved
+        save_terms(ctx, (features, linear_weight, *kept), terms)
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
-        return loss
+        if not with_top1:
+            return loss
+        ctx.mark_non_differentiable(saved[-1])
+        return loss, saved[-1]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms("the gradient of the loss", grad_loss)
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
         grads = call_operator("head_backward", ctx.backend, features, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
 class DROLTBound(torch.autograd.Function):

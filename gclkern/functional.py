@@ -2,12 +2,15 @@
 
 gcl_cross_entropy          from cosines or logits (N, C)
 linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D), fused: normalisation, product, noise and softmax
+                           with_top1: and whether each sample is classified correctly
 dro_lt_loss                the DRO-LT bound of features around their class centroids
 supervised_contrastive     a softmax over samples and class prototypes: SupCon, BCL, PSC
 class_centroids            the mean feature of each class
 """
 
 from __future__ import annotations
+
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass
 from gclkern.devices import values_may_be_read
 from gclkern.dispatch import backend_without_loops, call_operator, calls_directly, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
-from gclkern.options import Backend, Plan, Reduction
+from gclkern.options import Backend, LinearCrossEntropyOptions, Plan, Reduction
 from gclkern.validation import (
     REDUCTIONS,
     check_choice,
@@ -35,7 +38,7 @@ from gclkern.validation import (
     refuse_gradient,
 )
 
-__all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy", "supervised_contrastive"]
+__all__ = ["class_centroids", "dro_lt_loss", "gcl_cross_entropy", "linear_gcl_cross_entropy", "linear_gcl_cross_entropy_with_top1", "supervised_contrastive"]
 
 
 def gcl_cross_entropy(
@@ -210,16 +213,67 @@ def linear_gcl_cross_entropy(
         >>> features.grad.shape, classifier.weight.grad.shape
         (torch.Size([8, 16]), torch.Size([100, 16]))
     """
-    features = check_head(features, linear_weight, normalize=normalize)
-    terms = loss_terms(
-        "features", features, linear_weight.shape[0], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam,
-        gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin, easy_margin=easy_margin,
-        ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
+    loss: Tensor = _head_loss(
+        features, linear_weight, target, cloud, False, normalize=normalize, plan=plan, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b,
+        lam=lam, gamma=gamma, focal_detach=focal_detach, label_smoothing=label_smoothing, angular=angular, difficulty_margin=difficulty_margin,
+        easy_margin=easy_margin, ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset, backend=backend,
     )  # fmt: skip
+    return loss
+
+
+_HEAD_DEFAULTS: dict[str, Any] = linear_gcl_cross_entropy.__kwdefaults__ or {}
+
+
+def linear_gcl_cross_entropy_with_top1(
+    features: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (C, D)
+    target: Tensor,  # (N,)
+    cloud: Tensor | None = None,  # (C,)
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear_gcl_cross_entropy`, and whether each sample is classified correctly, from the same matrix product.
+
+    A prediction is the class of the largest cosine (with ``normalize=False`` of the largest product), before noise, margin and bias are added. So
+    ``top1.mean()`` is the accuracy on the batch, which would otherwise cost a second product. Nothing waits for the GPU.
+
+    Args:
+        features, linear_weight, target, cloud, options: as in :func:`linear_gcl_cross_entropy`.
+
+    Returns:
+        The loss, as :func:`linear_gcl_cross_entropy` returns it, and top1 (N,) in its dtype, without a gradient: 1 where the target has the largest cosine,
+        else 0. Of mixed targets the one with the largest cosine counts with its share, `lam` or 1 - `lam`. A tie with another class is 0, and so is an
+        ignored sample; a label out of range on a GPU makes it NaN. With 16-bit features, cosines that differ by less than their rounding may be ranked either
+        way.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_gcl_cross_entropy`.
+
+    Example:
+        >>> import torch, gclkern
+        >>> features, target = torch.randn(8, 16), torch.arange(8)
+        >>> classifier = gclkern.CosineLinear(16, 100)
+        >>> loss, top1 = gclkern.functional.linear_gcl_cross_entropy_with_top1(features, classifier.weight, target, margin=0.1)
+        >>> top1.equal((classifier(features).argmax(1) == target).float())
+        True
+    """
+    unknown = options.keys() - _HEAD_DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"linear_gcl_cross_entropy_with_top1() got an unexpected keyword argument {min(unknown)!r}")
+    loss, top1 = _head_loss(features, linear_weight, target, cloud, True, **{**_HEAD_DEFAULTS, **options})
+    return loss, top1
+
+
+def _head_loss(
+    features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None, with_top1: bool, *, normalize: bool, plan: str, backend: str,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The loss, or with `with_top1` the pair of loss and top-1."""
+    features = check_head(features, linear_weight, normalize=normalize)
+    terms = loss_terms("features", features, linear_weight.shape[0], target, cloud, **options)
     chosen = resolve_backend(backend, features)
     resolved = resolve_plan(plan, features, linear_weight.shape[0], normalize=normalize, backend=chosen)
     for_backward = _gradient_is_wanted(features, linear_weight, terms.bias)
-    return HeadLoss.apply(features, linear_weight, terms.bias, terms, normalize, resolved, for_backward, chosen)
+    return HeadLoss.apply(features, linear_weight, terms.bias, terms, normalize, resolved, for_backward, chosen, with_top1)
 
 
 def dro_lt_loss(

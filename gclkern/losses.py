@@ -18,7 +18,7 @@ from gclkern.buffers import PreciseBuffers
 from gclkern.clouds import cloud_sizes
 from gclkern.devices import refuse_transforms, values_may_be_read
 from gclkern.dispatch import BACKENDS, PLANS
-from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, linear_gcl_cross_entropy_with_top1
 from gclkern.options import Backend, GCLOptions, LearnedEpsilon, LossOptions, Plan, Reduction, SmoothingShape, Strategy
 from gclkern.validation import (
     REDUCTIONS,
@@ -337,6 +337,33 @@ class LinearGCLLoss(_CloudedLoss):
 
         @same_signature(forward)
         def __call__(self) -> None: ...
+
+    def with_top1(
+        self,
+        features: Tensor,  # (N, D)
+        linear_weight: Tensor,  # (C, D)
+        target: Tensor,  # (N,)
+        *,
+        target_b: Tensor | None = None,  # (N,)
+        lam: Tensor | float | None = None,
+        seed: Tensor | int | None = None,
+        row_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and 1 or 0 for each sample that the classifier predicts right or wrong (N,), without a second matrix product.
+
+        Predictions are by cosines, without noise and margin, see :func:`gclkern.functional.linear_gcl_cross_entropy_with_top1`.
+
+        Example:
+            >>> import torch, gclkern
+            >>> classifier, target = gclkern.CosineLinear(16, 3), torch.tensor([0, 1, 2, 0])
+            >>> loss, top1 = gclkern.LinearGCLLoss([500, 50, 5]).with_top1(classifier.weight[target], classifier.weight, target)
+            >>> top1.mean()
+            tensor(1.)
+        """
+        self._check_classes("linear_weight", linear_weight, 0)
+        return linear_gcl_cross_entropy_with_top1(
+            features, linear_weight, target, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, plan=self.plan, **self._arguments()
+        )
 
     def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
         return linear_gcl_cross_entropy(*inputs, plan=self.plan, **options)

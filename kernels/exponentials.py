@@ -29,6 +29,7 @@ from .logit_loss import (
     MOST_SPLITS,
     ROW_ALIGNMENT,
     STATS_COLUMNS,
+    accumulate_hardest,
     add_noise_and_bias,
     empty_rows,
     empty_statistics,
@@ -78,9 +79,9 @@ def _anchor2(scale: float) -> float:
 
 @triton.jit
 def _exponential_tile(
-    rest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
+    rest, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
     num_classes, padded, row_offset, first_group, scale2, anchor2,
-    MASKED: tl.constexpr, TWO: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+    MASKED: tl.constexpr, TWO: tl.constexpr, HARDEST: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     classes = tile * COLUMNS + tl.arange(0, COLUMNS)
     present = classes >= 0
@@ -95,6 +96,8 @@ def _exponential_tile(
         cosine = tl.load(cosine_ptr + at, mask=(classes < padded)[None, :], other=0.0).to(tl.float32)
     else:
         cosine = tl.load(cosine_ptr + at).to(tl.float32)
+    if HARDEST:
+        hardest = accumulate_hardest(hardest, cosine, classes, present, target, target_b, MASKED, TWO)
     v, _ = add_noise_and_bias(
         cosine,
         rows + row_offset,
@@ -118,13 +121,13 @@ def _exponential_tile(
         outside |= classes[None, :] == target_b[:, None]
     if MASKED:
         outside |= ~present[None, :]
-    return rest + tl.sum(tl.where(outside, 0.0, exponential).reshape(ROWS, COLUMNS // 8, 8), axis=2)
+    return rest + tl.sum(tl.where(outside, 0.0, exponential).reshape(ROWS, COLUMNS // 8, 8), axis=2), hardest
 
 
 @batch_kernel
 def _exponentials_kernel(
     cosine_ptr, exponential_ptr, stride_vectors, padded,  # (N, padded C), the same memory twice
-    target_ptr, target_b_ptr, cloud_ptr, seed_ptr, inverse_norm_ptr, peak_ptr, rest_ptr,  # (splits, N)
+    target_ptr, target_b_ptr, cloud_ptr, seed_ptr, inverse_norm_ptr, peak_ptr, rest_ptr, hardest_ptr,  # (splits, N)
     num_rows, num_classes, tiles_per_split, row_offset, first_group, scale2, anchor2, anchor,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -138,23 +141,28 @@ def _exponentials_kernel(
     seed = load_seed(seed_ptr)
     rows = tl.minimum(rows, num_rows - 1)  # so that no load needs a mask
     rest = tl.zeros((ROWS, COLUMNS // 8), tl.float32)  # for every lane of 8 neighbouring classes: threads exchange no values in the loop
+    hardest = tl.full((ROWS, COLUMNS // 8), -float("inf"), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_classes, COLUMNS))
     whole = tl.maximum(first, tl.minimum(last, num_classes // COLUMNS))
     for tile in range(first, whole):
-        rest = _exponential_tile(
-            rest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
-            num_classes, padded, row_offset, first_group, scale2, anchor2, False, target_b_ptr is not None, VECTOR, ROWS, COLUMNS, NVIDIA,
+        rest, hardest = _exponential_tile(
+            rest, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
+            num_classes, padded, row_offset, first_group, scale2, anchor2, False, target_b_ptr is not None, hardest_ptr is not None,
+            VECTOR, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
     for tile in range(whole, last):
-        rest = _exponential_tile(
-            rest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
-            num_classes, padded, row_offset, first_group, scale2, anchor2, True, target_b_ptr is not None, VECTOR, ROWS, COLUMNS, NVIDIA,
+        rest, hardest = _exponential_tile(
+            rest, hardest, tile, rows, in_batch, target, target_b, cosine_ptr, exponential_ptr, stride_vectors, cloud_ptr, inverse_norm_ptr, seed,
+            num_classes, padded, row_offset, first_group, scale2, anchor2, True, target_b_ptr is not None, hardest_ptr is not None,
+            VECTOR, ROWS, COLUMNS, NVIDIA,
         )  # fmt: skip
     total = tl.sum(rest, axis=1)
     at = split.to(tl.int64) * num_rows + rows
     tl.store(peak_ptr + at, tl.where(total == 0.0, -float("inf"), anchor), mask=in_batch)
     tl.store(rest_ptr + at, total, mask=in_batch)
+    if hardest_ptr is not None:
+        tl.store(hardest_ptr + at, tl.max(hardest, axis=1), mask=in_batch)
 
 
 @triton.jit
@@ -218,7 +226,7 @@ def _finish_weights_kernel(
     tl.store(out_ptr + (classes * dim)[:, None] + at[None, :], gradient.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-def run_forward(features: Tensor, linear_weight: Tensor, terms: LossTerms, shards: ClassShards | None) -> tuple[Tensor, list[Tensor]]:
+def run_forward(features: Tensor, linear_weight: Tensor, terms: LossTerms, shards: ClassShards | None, top1: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """`head.run_forward` of normalised rows. In place of the cosines the exponentials are kept, and the unit features are float16."""
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     unit, inverse_norm = unit_features(features, terms, normalize=True, dtype=torch.float16)
@@ -232,14 +240,14 @@ def run_forward(features: Tensor, linear_weight: Tensor, terms: LossTerms, shard
         products.library_product(whole_vectors(unit), whole_vectors(weight).T, cosine[:, part])
     rows, columns = _tile_shape(num_classes)
     splits = _splits(triton.cdiv(num_rows, rows), triton.cdiv(num_classes, columns))
-    peak, rest, blend, hardest = empty_statistics(splits, num_rows, terms, features.device)
-    exponential = _exponentials(cosine, terms, inverse_norm_weight, peak, rest)
+    peak, rest, blend, hardest = empty_statistics(splits, num_rows, terms, features.device, top1=top1 is not None)
+    exponential = _exponentials(cosine, terms, inverse_norm_weight, peak, rest, hardest)
     anchor2, local = _anchor2(terms.scale), terms
     if shards is not None:
         peak, rest, blend, hardest, owns = shards.merge(peak, rest, blend, hardest, [own] if own_b is None else [own, own_b], terms.scale)
         own, own_b = owns[0], None if own_b is None else owns[1]
         num_classes, terms = shards.num_classes, shards.terms
-    loss, stats, denominator = finish_rows(own, own_b, peak, rest, blend, hardest, num_classes, terms)
+    loss, stats, denominator = finish_rows(own, own_b, peak, rest, blend, hardest, num_classes, terms, top1)
     _targets_kernel[(triton.cdiv(num_rows, 128),)](
         exponential, exponential.stride(0), inverse_norm_weight, local.target, local.target_b, stats, num_rows, linear_weight.shape[0], anchor2,
         SMALLEST=SMALLEST_EXPONENT, ROWS=128, num_warps=4, enable_fp_fusion=True,
@@ -263,14 +271,14 @@ def _splits(row_tiles: int, class_tiles: int) -> int:
     return min(range(1, min(class_tiles, MOST_SPLITS) + 1), key=time)
 
 
-def _exponentials(cosine: Tensor, terms: LossTerms, inverse_norm: Tensor, peak: Tensor, rest: Tensor) -> Tensor:
+def _exponentials(cosine: Tensor, terms: LossTerms, inverse_norm: Tensor, peak: Tensor, rest: Tensor, hardest: Tensor | None) -> Tensor:
     num_rows, num_classes = cosine.shape
     exponential = cosine.view(torch.bfloat16)
     rows, columns = _tile_shape(num_classes)
     splits, anchor2, vector = peak.shape[0], _anchor2(terms.scale), 8
     _exponentials_kernel[(triton.cdiv(num_rows, rows), splits)](
         cosine, exponential, cosine.stride(0) // vector, padded_columns(num_classes),
-        terms.target, terms.target_b, terms.cloud, terms.seed, inverse_norm, peak, rest,
+        terms.target, terms.target_b, terms.cloud, terms.seed, inverse_norm, peak, rest, hardest,
         num_rows, num_classes, triton.cdiv(triton.cdiv(num_classes, columns), splits), terms.row_offset, terms.class_offset // 8,
         terms.scale * LOG2E, anchor2, anchor2 / (terms.scale * LOG2E),
         VECTOR=vector, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,

@@ -84,22 +84,23 @@ def _chunks(terms: LossTerms, num_classes: int, size: int) -> Iterator[tuple[sli
 
 
 def run_forward(
-    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, shards: ClassShards | None = None
+    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, shards: ClassShards | None = None, top1: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and for backward: row statistics, denominator, unit features, inverse norms of features and weights, row scales, cosines ("materialised").
 
-    `shards` are the classes that other ranks hold.
+    `shards` are the classes that other ranks hold; `top1` (N,) receives the share of the targets that have the largest cosine.
     """
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     with on_device(features):
         if stores_exponentials(features, num_classes, terms, normalize, plan):
-            return exponentials.run_forward(features, linear_weight, terms, shards)
+            return exponentials.run_forward(features, linear_weight, terms, shards, top1)
         unit, inverse_norm = unit_features(features, terms, normalize=normalize)
         own = target_cosine(features, linear_weight, terms.target, inverse_norm)
         own_b = None if terms.target_b is None else target_cosine(features, linear_weight, terms.target_b, inverse_norm)
         size = chunk_size(plan, num_rows, num_classes)
         fused = plan == "recompute"
-        statistics = empty_statistics(FUSED_SPLITS if fused else stats_splits(num_rows, size), num_rows, terms, features.device)
+        splits = FUSED_SPLITS if fused else stats_splits(num_rows, size)
+        statistics = empty_statistics(splits, num_rows, terms, features.device, top1=top1 is not None)
         cosine = features.new_empty(0) if fused else empty_rows(num_rows, size, _cosine_dtype(features, normalize), features.device)
         inverse_norm_weight = features.new_empty(num_classes if normalize else 0, dtype=torch.float32)
         row_scale = features.new_empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) else 0, dtype=torch.float32)
@@ -124,7 +125,7 @@ def run_forward(
             statistics = Statistics(peak, rest, blend, hardest)
             own, own_b = owns[0], None if own_b is None else owns[1]
             num_classes, terms = shards.num_classes, shards.terms
-        loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms)
+        loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms, top1)
         kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
         kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
         return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, row_scale, kept_cosine]
@@ -132,13 +133,16 @@ def run_forward(
 
 @implements("head_forward", "triton")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *fields, normalize, plan, _ = args
-    return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan)
+    """The loss and what backward needs, followed by top-1 (N,) if asked for: the share of the targets that have the largest cosine."""
+    *fields, normalize, plan, _, top1 = args
+    found = torch.empty(features.shape[0], dtype=torch.float32, device=features.device) if top1 else None
+    loss, saved = run_forward(features, linear_weight, LossTerms(*fields), normalize, plan, top1=found)
+    return loss, saved if found is None else [*saved, found]
 
 
 @shapes_of("head_forward", "triton")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *fields, normalize, plan, _ = args
+    *fields, normalize, plan, _, top1 = args
     terms = LossTerms(*fields)
     (num_rows, dim), num_classes = features.shape, linear_weight.shape[0]
 
@@ -156,6 +160,7 @@ def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list
         empty(num_classes if normalize else 0),
         empty(num_classes if normalize and scales_rows(linear_weight, features.dtype) and not exponential else 0),
         cosine,
+        *([empty(num_rows)] if top1 else []),
     ]
 
 

@@ -491,7 +491,7 @@ class Statistics(NamedTuple):
     peak: Tensor
     rest: Tensor
     blend: Tensor | None  # with label smoothing
-    hardest: Tensor | None  # with a difficulty margin
+    hardest: Tensor | None  # with a difficulty margin or top-1
 
 
 class Layout(NamedTuple):
@@ -613,9 +613,9 @@ def cosine_gradient(
     return class_sum, None if bias_sum is None else bias_sum.sum(0)
 
 
-def empty_statistics(splits: int, num_rows: int, terms: LossTerms, device: torch.device) -> Statistics:
+def empty_statistics(splits: int, num_rows: int, terms: LossTerms, device: torch.device, *, top1: bool = False) -> Statistics:
     """Buffers for the statistics that these terms need."""
-    wanted = (True, True, terms.smoothed, terms.difficulty_margin)
+    wanted = (True, True, terms.smoothed, terms.difficulty_margin or top1)
     parts = iter(torch.empty((sum(wanted), splits, num_rows), dtype=torch.float32, device=device))
     return Statistics(*(next(parts) if want else None for want in wanted))  # type: ignore[arg-type]
 

@@ -9,8 +9,8 @@ target's gradient stays accurate where its probability is close to 1. It stores 
 
     dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-If an angle is added to those of the targets (`LossTerms.turns_targets`), grad_a and grad_b are gradients with respect to s * cosine. A difficulty margin needs
-one more statistic of each row: hardest, the largest cosine of a class that is no target.
+If an angle is added to those of the targets (`LossTerms.turns_targets`), grad_a and grad_b are gradients with respect to s * cosine. A difficulty margin and
+top-1 need one more statistic of each row: hardest, the largest cosine of a class that is no target.
 """
 
 from __future__ import annotations
@@ -142,11 +142,12 @@ def _finish_rows_kernel(
     target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, smoothing_ptr, total_weight_ptr, seed_ptr,
     loss_ptr, kept_ptr, stats_ptr,  # (N,), (N,), (4, N)
     reduced_ptr, denominator_ptr,  # (), where one program has all rows and reduces them, too; else None
+    top1_ptr,  # (N,) share of the targets with the largest cosine, or None
     num_rows, num_classes, splits, row_offset, class_offset, ignore_index, scale, scale2, inverse_scale,
     smoothing, class_share,  # of all classes, and over their number; 1 over their number where each class has its own
     gamma,
-    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, MEAN: tl.constexpr, ANGULAR: tl.constexpr, EASY: tl.constexpr, ROWS: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    GATHER: tl.constexpr, FOCAL: tl.constexpr, DETACH: tl.constexpr, MEAN: tl.constexpr, ANGULAR: tl.constexpr, DIFFICULTY: tl.constexpr,
+    EASY: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows < num_rows
@@ -178,7 +179,7 @@ def _finish_rows_kernel(
             hardest = tl.where(same, hardest, tl.maximum(hardest, cosine_a))
     value_a, own_a, drop_a, slope_a, own_slope_a = _target_logit(
         cosine_a, hardest_a, rows, class_a, present_a, cloud_ptr, margin_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale,
-        ANGULAR, hardest_ptr is not None, EASY, NVIDIA,
+        ANGULAR, DIFFICULTY, EASY, NVIDIA,
     )  # fmt: skip
     weight_a = _load_class(weight_ptr, class_a, present_a, 1.0)
     total_weight = tl.load(total_weight_ptr) if total_weight_ptr is not None else num_classes * 1.0
@@ -203,7 +204,7 @@ def _finish_rows_kernel(
     else:
         value_b, own_b, drop_b, slope_b, own_slope_b = _target_logit(
             cosine_b, hardest, rows, class_b, present_b, cloud_ptr, margin_ptr, bias_ptr, seed_ptr, row_offset, class_offset, inverse_scale,
-            ANGULAR, hardest_ptr is not None, EASY, NVIDIA,
+            ANGULAR, DIFFICULTY, EASY, NVIDIA,
         )  # fmt: skip
         weight_b = _load_class(weight_ptr, class_b, present_b, 1.0)
         share = tl.load(lam_ptr + rows, mask=in_batch, other=1.0)
@@ -255,6 +256,11 @@ def _finish_rows_kernel(
     tl.store(stats_ptr + num_rows + rows, tl.where(ignored, 0.0, tl.where(known, grad_a, nan)), mask=in_batch)
     if target_b_ptr is not None:
         tl.store(stats_ptr + num_rows * 2 + rows, tl.where(ignored, 0.0, tl.where(known, grad_b, nan)), mask=in_batch)
+    if top1_ptr is not None:
+        top1 = tl.where(cosine_a > hardest_a, share, 0.0)
+        if target_b_ptr is not None:
+            top1 += tl.where(cosine_b > hardest, 1.0 - share, 0.0)
+        tl.store(top1_ptr + rows, tl.where(ignored, 0.0, tl.where(known, top1, nan)), mask=in_batch)
     if class_share is not None:
         tl.store(stats_ptr + num_rows * 3 + rows, tl.where(ignored, 0.0, smooth), mask=in_batch)
 
@@ -278,9 +284,10 @@ def finish_rows(
     peak: Tensor,  # (splits, N)
     rest: Tensor,  # (splits, N)
     blend: Tensor | None,  # (splits, N), with label smoothing
-    hardest: Tensor | None,  # (splits, N), with a difficulty margin
+    hardest: Tensor | None,  # (splits, N), with a difficulty margin or top-1
     num_classes: int,
     terms: LossTerms,
+    top1: Tensor | None = None,  # (N,) receives the share of the targets that have the largest cosine
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss ((), or (N,) unreduced), row statistics (4, N) and the mean's denominator ()."""
     splits, num_rows = peak.shape
@@ -296,11 +303,12 @@ def finish_rows(
     _finish_rows_kernel[(1 if one_program else triton.cdiv(num_rows, _ROWS),)](
         cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend, hardest,
         terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
-        loss, kept, stats, reduced if one_program else None, denominator if one_program else None,
+        loss, kept, stats, reduced if one_program else None, denominator if one_program else None, top1,
         num_rows, num_classes, splits, terms.row_offset, terms.class_offset, terms.ignore_index, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         smoothing, smoothing / num_classes if smoothed else None, terms.gamma,
         GATHER=gather, FOCAL=terms.gamma > 0.0, DETACH=terms.focal_detach, MEAN=terms.reduction == "mean", ANGULAR=terms.angular,
-        EASY=terms.easy_margin, ROWS=MAX_ROWS_OF_ONE_PROGRAM if one_program else _ROWS, NVIDIA=NVIDIA, num_warps=8 if one_program else 4, enable_fp_fusion=True,
+        DIFFICULTY=terms.difficulty_margin, EASY=terms.easy_margin, ROWS=MAX_ROWS_OF_ONE_PROGRAM if one_program else _ROWS, NVIDIA=NVIDIA,
+        num_warps=8 if one_program else 4, enable_fp_fusion=True,
     )  # fmt: skip
     if reduced is None or denominator is None:
         return loss, stats, torch.ones((), dtype=torch.float32, device=loss.device)

@@ -79,7 +79,7 @@ SCHEMAS = {
     "segment_sums": "(Tensor features, Tensor target, SymInt num_classes) -> (Tensor, Tensor)",
     "logit_forward": f"(Tensor cosine, {_TERMS}, bool for_backward) -> (Tensor, Tensor[])",
     "logit_backward": f"(Tensor grad_loss, Tensor cosine, Tensor[] saved, {_TERMS}, bool bias_grad) -> (Tensor, Tensor)",
-    "head_forward": f"(Tensor features, Tensor linear_weight, {_TERMS}, bool normalize, str plan, bool for_backward) -> (Tensor, Tensor[])",
+    "head_forward": f"(Tensor features, Tensor linear_weight, {_TERMS}, bool normalize, str plan, bool for_backward, bool top1) -> (Tensor, Tensor[])",
     "head_backward": (
         f"(Tensor grad_loss, Tensor features, Tensor linear_weight, Tensor[] saved, {_TERMS}, bool normalize, str plan, "
         "bool features_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"

@@ -110,3 +110,5 @@ def _operation_has_the_backend(request: pytest.FixtureRequest) -> None:
         return
     if given.params["backend"] not in ("auto", *given.params["operation"].backends):
         pytest.skip("has no such backend")
+    if given.params["backend"] == "triton" and not given.params["operation"].interpreted and not GPU:
+        pytest.skip("another operation's kernels are interpreted")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 LOSSES = [operation for operation in OPERATIONS if operation.leaves]
 every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 # Tracing a head takes seconds where its kernels are interpreted, and all plans are traced in the same way.
-TRACED_ALIKE = ("chunked", "recompute", "angles", "vmf")
+TRACED_ALIKE = ("chunked", "recompute", "angles", "vmf", "top1")
 every_graph = pytest.mark.parametrize(
     "operation", [pytest.param(one, marks=[pytest.mark.exhaustive] if any(part in one.name for part in TRACED_ALIKE) else []) for one in OPERATIONS], ids=str
 )

@@ -143,7 +143,7 @@ def logit_loss(backend: str, case: Case) -> Any:
 
 def head_loss(backend: str, case: Case, plan: str, normalize: bool = True) -> Any:
     def forward(features: Tensor, linear_weight: Tensor, terms: LossTerms) -> Any:
-        return operator(backend, "head_forward")(features, linear_weight, *terms, normalize, plan, True)
+        return operator(backend, "head_forward")(features, linear_weight, *terms, normalize, plan, True, False)
 
     def backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, saved: list[Tensor], terms: LossTerms, bias_grad: bool) -> Any:
         return operator(backend, "head_backward")(grad_loss, features, linear_weight, saved, *terms, normalize, plan, True, True, bias_grad)
@@ -315,7 +315,7 @@ def test_a_label_that_is_no_class_makes_its_row_nan(label: int, backend: str) ->
     loss, *_ = operator(backend, "logit_forward")(cosine, *case.terms(), True)
     assert loss[0].isnan() and torch.equal(loss[others], expected[others])
     for plan in PLANS:
-        loss, _ = operator(backend, "head_forward")(features, linear_weight, *case.terms(), True, plan, True)
+        loss, _ = operator(backend, "head_forward")(features, linear_weight, *case.terms(), True, plan, True, False)
         assert loss[0].isnan() and loss[others].isfinite().all()
 
 
@@ -332,10 +332,10 @@ def test_operators_are_registered_soundly(name: str, reduction: str, backend: st
     for bias_grad in (True, False):
         torch.library.opcheck(logit_backward, (grad_loss, cosine, saved, *terms, bias_grad))
     for plan, normalize in (("materialised", True), ("materialised", False), ("chunked", True), ("recompute", False)):
-        torch.library.opcheck(head_forward, (features, weight, *terms, normalize, plan, True))
-        _, saved = head_forward(features, weight, *terms, normalize, plan, True)
+        torch.library.opcheck(head_forward, (features, weight, *terms, normalize, plan, True, False))
+        _, saved = head_forward(features, weight, *terms, normalize, plan, True, False)
         torch.library.opcheck(head_backward, (grad_loss, features, weight, saved, *terms, normalize, plan, True, True, True))
-    torch.library.opcheck(head_forward, (features, weight, *terms, True, "recompute", False))
+    torch.library.opcheck(head_forward, (features, weight, *terms, True, "recompute", False, True))
 
 
 MEMORY = """

@@ -21,7 +21,7 @@ _PANEL_BYTES = 2 * 2**20  # of cosines: fits the cache, and is small beside the 
 _MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows that are worked on at a time: with their gradient they stay in the third-level cache
 _BLOCK = 512  # BLOCK of native/vector.h
-_SUMS = 8  # numbers of struct sums of native/native.h
+_SUMS = 10  # numbers of struct sums of native/native.h
 # Replaces 1 / |w_j| where the norm counts as 0: it makes cosines smaller than 1e-32, and unlike 0, the bias gradient can be divided by it.
 _NO_DIRECTION = 1e-20
 
@@ -75,6 +75,7 @@ class _Head:
         self.width = min(self.num_classes, max(_MIN_CLASSES, size))
         self.product_classes = min(self.width, max(_MIN_CLASSES, _WEIGHT_BYTES // (4 * linear_weight.shape[1])))
         self.panel = torch.Tensor()  # holds the products of a chunk
+        self.top1: Tensor | None = None
 
     def chunks(self) -> Iterator[slice]:
         return _spans(0, self.num_classes, self.width)
@@ -103,8 +104,8 @@ class _Head:
         kept = None if block_peaks is None else matrix
         arguments = Logits.pack(
             *pass_terms(self.num_rows, self.num_classes, self.terms), matrix.data_ptr(), 0, columns, 1, NULL if inverse is None else inverse[chunk].data_ptr(),
-            address(kept), address(block_peaks), address(sums), chunk.start, columns, statistics.data_ptr(), address(losses), address(loss),
-            matrix.data_ptr() if in_place else NULL, inverse is not None, torch.get_num_threads(),
+            address(kept), address(block_peaks), address(sums), chunk.start, columns, statistics.data_ptr(), address(losses), address(self.top1),
+            address(loss), matrix.data_ptr() if in_place else NULL, inverse is not None, torch.get_num_threads(),
         )  # fmt: skip
         call(name, arguments)
 
@@ -116,9 +117,11 @@ def _empty(*shape: int) -> Tensor:
 @implements("head_forward", "cpu")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The same as gclkern.kernels.head.head_forward."""
-    *fields, normalize, plan, for_backward = args
+    *fields, normalize, plan, for_backward, top1 = args
     terms = LossTerms(*fields)
     head = _Head(features, linear_weight, terms, normalize, plan)
+    found = [_empty(head.num_rows)] if top1 else []
+    head.top1 = found[0] if top1 else None
     feature_inverse = _empty(head.num_rows).fill_(1.0)
     if normalize:
         _inverse_norms(features, 0.0, feature_inverse)
@@ -137,13 +140,13 @@ def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[T
             "logit_gradient" if for_backward else "logit_forward", matrix, everything, inverse, statistics, losses=losses, loss=loss,
             block_peaks=block_peaks, in_place=for_backward,
         )  # fmt: skip
-        return loss, [feature_inverse, class_inverse, matrix] if for_backward else []
+        return loss, [feature_inverse, class_inverse, matrix, *found] if for_backward else found
     sums = torch.empty((head.num_rows, _SUMS), dtype=torch.float64, device="cpu")
     for chunk in head.chunks():
         matrix = head.products(unit, chunk, inverse, True)
         head.loops("logit_forward", matrix, chunk, inverse, statistics, sums=sums)
     head.loops("logit_finish", matrix, everything, inverse, statistics, sums=sums, losses=losses, loss=loss)
-    return loss, [feature_inverse, class_inverse, statistics] if for_backward else []
+    return loss, [feature_inverse, class_inverse, statistics, *found] if for_backward else found
 
 
 @implements("head_backward", "cpu")
@@ -194,12 +197,13 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
 
 @shapes_of("head_forward", "cpu")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *fields, normalize, plan, for_backward = args
+    *fields, normalize, plan, for_backward, top1 = args
     terms = LossTerms(*fields)
     num_rows, num_classes = features.shape[0], linear_weight.shape[0]
     loss = features.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=torch.float32)
+    found = [features.new_empty(num_rows, dtype=torch.float32)] if top1 else []
     if not for_backward:
-        return loss, []
+        return loss, found
     kept = (num_rows, num_classes) if plan == "materialised" else (STATISTICS, num_rows)
     shapes = ((num_rows,), (num_classes if normalize else 0,), kept)
-    return loss, [features.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return loss, [features.new_empty(shape, dtype=torch.float32) for shape in shapes] + found

@@ -30,7 +30,7 @@ def _structure(members: str) -> struct.Struct:
 Logits = _structure(
     "num_rows num_classes target* target_b* lam* cloud* margin* bias* weight* smoothing* seed* scale. gamma. label_smoothing. focal_detach ignore_index "
     "row_offset class_offset reduction angular difficulty_margin easy_margin weight_sum. divisor. matrix* dtype row_stride class_stride class_factor* "
-    "kept* block_peaks* sums* first_class num_columns statistics* losses* loss* gradient* over_factor threads"
+    "kept* block_peaks* sums* first_class num_columns statistics* losses* top1* loss* gradient* over_factor threads"
 )
 Product = _structure("num_rows num_columns made* grad_loss* grad_stride gradient* dtype scale. grad_bias* partial_sums* strips threads")
 Rows = _structure("num_rows dim matrix* dtype row_stride column_stride no_direction. inverse* products* factor* out* out_dtype threads")

@@ -46,7 +46,7 @@ def loss_and_gradient(cosine: Tensor, terms: LossTerms, for_backward: bool) -> t
     kept, peaks = (place, losses + 4 * num_rows) if keeps_exponentials(terms) else (NULL, NULL)
     arguments = Logits.pack(
         *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL, kept, peaks, NULL, 0, num_classes,
-        statistics, loss.data_ptr() if terms.reduction == "none" else losses, loss.data_ptr(), place, 0, torch.get_num_threads(),
+        statistics, loss.data_ptr() if terms.reduction == "none" else losses, NULL, loss.data_ptr(), place, 0, torch.get_num_threads(),
     )  # fmt: skip
     call("logit_gradient" if for_backward else "logit_forward", arguments)
     return loss, gradient

@@ -114,6 +114,10 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
             averaged_gradients=self.averaged_gradients, **{**arguments, "ignore_index": ignore_index},
         )  # fmt: skip
 
+    def with_top1(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Not supported: each rank has the cosines of its own classes alone. Evaluate with a whole classifier, or count on a sample of the batches."""
+        raise NotImplementedError("ShardedLinearGCLLoss has no with_top1, because each rank holds a part of the classes; call the loss, and evaluate apart")
+
     def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
         return sharded_linear_gcl_cross_entropy(*inputs, plan=self.plan, group=self.ranks.group, averaged_gradients=self.averaged_gradients, **options)
 

@@ -41,6 +41,7 @@ from gclkern.torch_backend.rows import (
     row_blocks,
     row_upstream,
     some_zero,
+    top1_rows,
     without,
 )
 
@@ -196,15 +197,16 @@ def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, 
 
 
 def run_forward(
-    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, shards: ClassShards | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss and what backward needs; `shards` are the classes that other ranks hold."""
+    features: Tensor, linear_weight: Tensor, terms: LossTerms, normalize: bool, plan: str, for_backward: bool, shards: ClassShards | None = None,
+    top1: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The loss and what backward needs, followed by top-1 (N,) if asked for; `shards` are the classes that other ranks hold."""
     head = _Head(features, linear_weight, terms, normalize, plan)
     ignored = ignored_rows(terms)
     feature_inverse = _feature_inverse(head.features, ignored, normalize)
     unit = _times_rows(head.features, feature_inverse)
     class_inverse = head.empty(head.num_classes if normalize else 0)
-    sums = RowSums(head.num_rows, terms, head.dtype, head.device)
+    sums = RowSums(head.num_rows, terms, head.dtype, head.device, top1=top1)
     panel = head.empty(head.num_rows * head.width)
     materialised = for_backward and plan == "materialised"
     raw = head.empty(head.num_rows, head.num_classes) if normalize and materialised else None
@@ -221,10 +223,11 @@ def run_forward(
         sums = sums.merged(shards)
     losses, stats = finish_rows(sums, head.num_classes if shards is None else shards.num_classes, ignored)
     loss, denominator = reduce_rows(losses, sums.terms, ignored)
+    found = [top1_rows(sums, head.num_classes, ignored)] if top1 else []
     if not for_backward:
-        return loss, []
+        return loss, found
     if not materialised:
-        return loss, [feature_inverse, class_inverse, denominator, *stats]
+        return loss, [feature_inverse, class_inverse, denominator, *stats, *found]
     stats = stats.times(terms.scale)
     if shards is not None:  # the panel holds exponentials relative to the peaks of this rank's classes
         stats.parts[0] *= torch.exp(finite_peak(local_peak) - finite_peak(sums.peak))
@@ -238,7 +241,7 @@ def run_forward(
     along = head.empty(0)
     if raw is not None:
         along = raw if terms.reduction == "none" else raw.sum(0)
-    return loss, [feature_inverse, class_inverse, denominator, gradient, along]
+    return loss, [feature_inverse, class_inverse, denominator, gradient, along, *found]
 
 
 def run_backward(
@@ -287,8 +290,8 @@ def run_backward(
 
 @implements("head_forward", "torch")
 def head_forward(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *fields, normalize, plan, for_backward = args
-    return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan, for_backward)
+    *fields, normalize, plan, for_backward, top1 = args
+    return run_forward(features, linear_weight, LossTerms(*fields), normalize, plan, for_backward, top1=top1)
 
 
 @implements("head_backward", "torch")
@@ -299,14 +302,15 @@ def head_backward(grad_loss: Tensor, features: Tensor, linear_weight: Tensor, sa
 
 @shapes_of("head_forward", "torch")
 def _(features: Tensor, linear_weight: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    *fields, normalize, plan, for_backward = args
+    *fields, normalize, plan, for_backward, top1 = args
     terms = LossTerms(*fields)
     num_rows, num_classes, dtype = features.shape[0], linear_weight.shape[0], statistics_dtype(features)
     loss = features.new_empty((num_rows,) if terms.reduction == "none" else (), dtype=dtype)
+    found = [features.new_empty(num_rows, dtype=dtype)] if top1 else []
     if not for_backward:
-        return loss, []
+        return loss, found
     kept = gradient_shapes(num_rows, terms)
     if plan == "materialised":
         along = (num_rows, num_classes) if terms.reduction == "none" else (num_classes,)
         kept = ((num_rows, num_classes), along if normalize else (0,))
-    return loss, [features.new_empty(shape, dtype=dtype) for shape in ((num_rows,), (num_classes if normalize else 0,), (), *kept)]
+    return loss, [features.new_empty(shape, dtype=dtype) for shape in ((num_rows,), (num_classes if normalize else 0,), (), *kept)] + found

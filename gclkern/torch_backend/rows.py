@@ -122,19 +122,24 @@ def _places(labels: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
 class RowSums:
     """The sums over classes, gathered from blocks of rows and classes; a row's blocks may come in chunks of classes, the first one from class 0."""
 
-    def __init__(self, num_rows: int, terms: LossTerms, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, num_rows: int, terms: LossTerms, dtype: torch.dtype, device: torch.device, *, top1: bool = False) -> None:
+        targets = len(row_targets(terms))
         self.terms = terms
-        self.peak, self.rest, self.blend, *self.values = torch.empty((3 + len(row_targets(terms)), num_rows), dtype=dtype, device=device).unbind()
+        self.peak, self.rest, self.blend, *self.values = torch.empty((3 + targets, num_rows), dtype=dtype, device=device).unbind()
+        self.bare = list(torch.empty((targets, num_rows), dtype=dtype, device=device)) if top1 else []  # scale * cosine of the targets
         # the largest scale * cosine of a class that is no target
-        self.hardest = torch.empty(num_rows, dtype=dtype, device=device) if terms.difficulty_margin else None
+        self.hardest = torch.empty(num_rows, dtype=dtype, device=device) if terms.difficulty_margin or top1 else None
 
     def add_bare(self, block: Tensor, rows: slice, classes: slice) -> None:
-        """If angles are added to those of the targets, record what that needs of a block of scale * cosine. Call it before noise is added."""
-        if not self.terms.turns_targets:
+        """Where angles are added to the targets', and for top-1: what is needed of scale * cosine of a block, before its noise and `add_`."""
+        if not self.terms.turns_targets and not self.bare:
             return
         first = classes.start == 0
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
-        self._gather(block, places, rows, first)
+        if self.terms.turns_targets:
+            self._gather(block, places, rows, first, self.values)
+        if self.bare:
+            self._gather(block, places, rows, first, self.bare)
         if self.hardest is not None:
             others = block.clone()
             for columns, inside in places:
@@ -142,8 +147,9 @@ class RowSums:
             largest = others.amax(1)
             self.hardest[rows] = largest if first else torch.maximum(self.hardest[rows], largest)
 
-    def _gather(self, block: Tensor, places: list[tuple[Tensor, Tensor]], rows: slice, first: bool) -> None:
-        for (columns, inside), value in zip(places, self.values, strict=True):
+    @staticmethod
+    def _gather(block: Tensor, places: list[tuple[Tensor, Tensor]], rows: slice, first: bool, values: list[Tensor]) -> None:
+        for (columns, inside), value in zip(places, values, strict=True):
             found = block.gather(1, columns)  # undefined where the label is in none of the chunks
             value[rows] = (found if first else torch.where(inside, found, value[rows].unsqueeze(1)))[:, 0]
 
@@ -156,7 +162,7 @@ class RowSums:
             self.blend[rows] = blend if first else self.blend[rows] + blend
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
         if not self.terms.turns_targets:
-            self._gather(block, places, rows, first)
+            self._gather(block, places, rows, first, self.values)
         for columns, inside in places:
             block.scatter_(1, columns, block.gather(1, columns).masked_fill_(inside, -math.inf))
         peak = block.amax(1)
@@ -252,12 +258,30 @@ def _blend_of(sums: RowSums, anchor: Tensor, weight: Tensor | None, drop: Tensor
     return blend
 
 
+def _hardest(largest: Tensor, cosines: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
+    """The largest cosine of the classes other than each target, of which a second target is one."""
+    if len(labels) == 1:
+        return [largest]
+    same = labels[0] == labels[1]
+    return [torch.maximum(largest, other.masked_fill(same, -math.inf)) for other in reversed(cosines)]
+
+
+def top1_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> Tensor:
+    """The share of the targets that have the largest cosine (N,): 0 in ignored rows, NaN for a label that is out of range."""
+    assert sums.hardest is not None
+    targets = row_targets(sums.terms)
+    hits = [(own > other).to(own.dtype) for own, other in zip(sums.bare, _hardest(sums.hardest, sums.bare, targets), strict=True)]
+    share = hits[0] if sums.terms.lam is None else sums.terms.lam * hits[0] + (1 - sums.terms.lam) * hits[1]
+    for target in targets:
+        share = share.masked_fill((target < 0) | (target >= num_classes), math.nan)
+    return without(ignored, share)
+
+
 def _turned_targets(sums: RowSums, labels: list[Tensor]) -> list[TargetLogit]:
     """The targets' logits where angles are added to them."""
-    hardest = [sums.hardest] * len(labels)
-    if sums.hardest is not None and len(labels) == 2:  # to each target, the other one is one of the other classes
-        same = labels[0] == labels[1]
-        hardest = [torch.maximum(sums.hardest, other.masked_fill(same, -math.inf)) for other in reversed(sums.values)]
+    hardest: list[Tensor | None] = [None] * len(labels)
+    if sums.hardest is not None and sums.terms.difficulty_margin:
+        hardest = [*_hardest(sums.hardest, sums.values, labels)]
     return [target_logit(value, largest, label, sums.terms) for value, largest, label in zip(sums.values, hardest, labels, strict=True)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine_code.launches import capture_launches
-from gclkern.functional import linear_gcl_cross_entropy
+from gclkern.functional import linear_gcl_cross_entropy, linear_gcl_cross_entropy_with_top1
 from gclkern.kernels.terms import LossTerms
 from tests.support import oracle
 from tests.support.cases import Options, angle_sets, labels, option_sets, vector
@@ -114,6 +114,19 @@ def test_a_target_keeps_its_digits(device: torch.device) -> None:
     factor = torch.exp2(12 * LOG2E - TOP_EXPONENT - stats[0].double().cpu()) * 12 / ROWS
     found = stored.cpu()[own, target].double() * factor / inverse_norm.cpu()[target].double()
     assert ((found / cosine.grad[own, target] - 1).abs() <= 2**-8 + 12 * 2**-11).all()
+
+
+@pytest.mark.usefixtures("paying")
+@pytest.mark.parametrize("classes", [CLASSES, 2100])  # 2100: the tile of 2048 that needs no mask, too
+def test_top1_is_of_the_cosines(classes: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(classes, 24, generator=generator)
+    target = labels(ROWS, classes)
+    features = torch.randn(ROWS, 24, generator=generator) + 3 * weight[target] * (torch.arange(ROWS) % 2)[:, None]
+    given = features.to(device, torch.float16), weight.to(device, torch.float16), target.to(device)
+    loss, top1 = linear_gcl_cross_entropy_with_top1(*given, torch.ones(classes, device=device), seed=1, plan="materialised", backend="triton")
+    assert loss.equal(linear_gcl_cross_entropy(*given, torch.ones(classes, device=device), seed=1, plan="materialised", backend="triton"))
+    assert top1.cpu().double().equal(oracle.top1(features.half().double(), weight.half().double(), target))
 
 
 @pytest.mark.usefixtures("paying")
@@ -232,7 +245,7 @@ def test_sizes_at_which_they_pay(rows: int, classes: int, dim: int, pays: bool) 
 def test_shapes_without_values_are_those_of_the_kernels(device: torch.device) -> None:
     features, weight, target = problem(device, torch.bfloat16)
     terms = terms_of(target.to(device))
-    arguments = (features, weight, *terms, True, "materialised", True)
+    arguments = (features, weight, *terms, True, "materialised", True, False)
     operator = torch.ops.gclkern.head_forward.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     loss, saved = operator(*arguments)

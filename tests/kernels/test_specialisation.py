@@ -38,7 +38,7 @@ def head(rows: int, row_offset: int, element: int, *, plan: str) -> None:
 
     terms = _terms(rows, row_offset, element)
     features, weight = torch.empty(rows, DIM, dtype=torch.bfloat16), torch.empty(CLASSES, DIM)
-    _, saved = head_forward(features, weight, *terms, True, plan, True)
+    _, saved = head_forward(features, weight, *terms, True, plan, True, False)
     head_backward(torch.ones(1 + element)[element], features, weight, saved, *terms, True, plan, True, True, True)
 
 
@@ -53,7 +53,7 @@ def exponentials(rows: int, row_offset: int, element: int) -> None:
     )
     features, weight = torch.empty(rows, DIM, dtype=torch.bfloat16), torch.empty(CLASSES, DIM)
     with mock.patch("gclkern.kernels.head.exponentials_pay", return_value=True):
-        _, saved = head_forward(features, weight, *terms, True, "materialised", True)
+        _, saved = head_forward(features, weight, *terms, True, "materialised", True, False)
         head_backward(torch.ones(1 + element)[element], features, weight, saved, *terms, True, "materialised", True, True, False)
 
 

@@ -190,7 +190,7 @@ def _head(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int = DIM, rows: i
     features, weight = torch.empty(rows, dim, dtype=dtype), torch.empty(CLASSES, dim, dtype=weight_dtype)
     terms = _terms(True, rows, **angles)
     for plan in plans:
-        loss, saved = head_forward(features, weight, *terms, True, plan, True)
+        loss, saved = head_forward(features, weight, *terms, True, plan, True, False)
         head_backward(loss, features, weight, saved, *terms, True, plan, True, True, False)
 
 

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
+from gclkern.functional import (
+    class_centroids,
+    dro_lt_loss,
+    gcl_cross_entropy,
+    linear_gcl_cross_entropy,
+    linear_gcl_cross_entropy_with_top1,
+    supervised_contrastive,
+)
 from gclkern.kernels.terms import PREFIXES, statistics_dtype
 from gclkern.proco import vmf_contrast
 from tests.support import oracle
@@ -37,6 +44,7 @@ class Operation:
     grid: bool = True  # whether it draws noise at row_offset and class_offset
     batch: bool = False  # whether a row's loss depends on the other rows
     backends: tuple[str, ...] = ("torch", "cpu", "triton")
+    interpreted: bool = True  # False: its kernels are another entry's, and these tests run them on a GPU alone
     wrong: tuple[Wrong, ...] = ()  # changes of the call VALID[name]
 
     def __str__(self) -> str:
@@ -117,6 +125,29 @@ def _angle_samples(rows: int) -> dict[str, Options]:
 def _angle_head_samples(rows: int) -> dict[str, Options]:
     matrices = {name: _head_samples(rows)["plain"][name] for name in ("features", "linear_weight", "target")}
     return {name: matrices | angle_sets(rows, CLASSES)[name] for name in ("plain", "agcl easy", "dbm and clouds", "dbm and everything", "everything")}
+
+
+def _reduced(top1: Tensor, reduction: str = "mean", **_: Any) -> Tensor:
+    return top1 if reduction == "none" else top1.sum() if reduction == "sum" else top1.mean()
+
+
+def _loss_and_top1(features: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Both results in one tensor; its gradient is that of the loss."""
+    loss, top1 = linear_gcl_cross_entropy_with_top1(features, linear_weight, target, **options)
+    return loss + _reduced(top1, **options)
+
+
+def _exact_loss_and_top1(features: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return oracle.linear_gcl_cross_entropy(features, linear_weight, target, **options) + _reduced(
+        oracle.top1(features, linear_weight, target, options.get("target_b"), options.get("lam")), **options
+    )
+
+
+def _top1_samples(rows: int) -> dict[str, Options]:
+    samples = _head_samples(rows)
+    # every other sample lies at its class, and is classified correctly
+    near = samples["plain"]["features"] + 4 * (torch.arange(rows) % 2)[:, None] * samples["plain"]["linear_weight"][samples["plain"]["target"]]
+    return {name: samples[name] | {"features": near} for name in ("plain", "cloud", "mixed", "everything")}
 
 
 def _bound_samples(rows: int) -> dict[str, Options]:
@@ -201,6 +232,11 @@ OPERATIONS = [
     Operation(
         "linear_gcl_cross_entropy by angles", linear_gcl_cross_entropy, oracle.linear_gcl_cross_entropy, _angle_head_samples,
         {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight"), narrow=("features", "linear_weight"),
+    ),
+    Operation(
+        "linear_gcl_cross_entropy_with_top1", _loss_and_top1, _exact_loss_and_top1, _top1_samples,
+        {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight", "bias"),
+        narrow=("features", "linear_weight"), interpreted=False,
     ),
     Operation(
         "dro_lt_loss", dro_lt_loss, oracle.dro_lt_loss, _bound_samples,

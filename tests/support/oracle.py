@@ -254,3 +254,19 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
 
     k = (concentration.square() + 1 / temperature**2 + 2 * concentration * cosine / temperature).sqrt()
     return log_f(k) - log_f(concentration)
+
+
+def top1(
+    features: Tensor, weight: Tensor, target: Tensor, target_b: Tensor | None = None, lam: Tensor | float | None = None, *, ignore_index: int = -100,
+    normalize: bool = True,
+) -> Tensor:  # fmt: skip
+    """The share of each sample's targets that its prediction, the class of the largest cosine, has (N,)."""
+    cosine = unit_rows(features) @ unit_rows(weight).T if normalize else features @ weight.T
+    predicted = cosine.detach().argmax(1)
+    share = torch.ones(len(target), dtype=torch.float64) if lam is None else torch.as_tensor(lam, dtype=torch.float64).expand(len(target))
+    found = share * (predicted == target)
+    dropped = target == ignore_index
+    if target_b is not None:
+        found = found + (1 - share) * (predicted == target_b)
+        dropped = dropped | (target_b == ignore_index)
+    return torch.where(dropped, 0.0, found)

@@ -35,9 +35,10 @@ struct sums {
     double peak;     /* the largest logit of the classes that are no target */
     double rest;     /* their sum of exp(logit - peak) */
     double blend;    /* over all classes, weight times logit */
-    double value[2]; /* the logits of the targets, without margin; where angles are added to these, their cosines */
-    double noise[2]; /* of the targets, where angles are added to them */
-    double hardest;  /* with difficulty_margin, the largest cosine of a class that is no target */
+    double value[2]; /* the logits of the targets, without margin, unless angles are added to them */
+    /* where angles are added to the targets', and for top-1 */
+    double cosine[2], noise[2]; /* of the targets */
+    double hardest;  /* the largest cosine of a class that is no target, where it is needed */
 };
 
 /* What backward needs of a row, four bytes each. */
@@ -54,6 +55,7 @@ struct logits {
     int64_t first_class, num_columns; /* the classes of this call; matrix, class_factor, kept and gradient have these alone */
     float *statistics;   /* (STATISTICS, N) */
     float *losses;       /* (N,) */
+    float *top1;         /* (N,) share of the targets that have the largest cosine; NULL: not wanted */
     float *loss;         /* () the mean or the sum; NULL: for `losses` alone */
     float *gradient;      /* (N, columns) for a grad_loss of 1; may be `kept` */
     int64_t over_factor;  /* whether gradient is multiplied by class_factor */

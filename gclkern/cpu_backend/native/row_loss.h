@@ -98,20 +98,20 @@ INLINE int64_t place_of(const int64_t *target, int64_t row, int64_t first, int64
 INLINE int is_smoothed(const struct terms *terms) { return terms->smoothing != NULL || terms->label_smoothing > 0.0; }
 
 INLINE struct sums no_sums(void) {
-    struct sums sums = {.peak = (double)-INFINITY, .rest = 0.0, .blend = 0.0, .value = {0.0, 0.0}, .noise = {0.0, 0.0}, .hardest = (double)-INFINITY};
+    struct sums sums = {.peak = (double)-INFINITY, .hardest = (double)-INFINITY}; /* the others are 0 */
     return sums;
 }
 
-/* What is needed of a block where angles are added to the targets'. */
+/* What is needed of a block where angles are added to the targets', and for top-1. */
 INLINE void add_bare(const struct logits *call, int64_t row, int64_t first, int64_t count, const int64_t *places, const float *noise, struct sums *sums) {
     float cosine[BLOCK];
     load_cosines(call, row, first, count, cosine);
     for (int t = 0; t < 2; t++) {
         if (places[t] < 0) continue;
-        sums->value[t] = (double)cosine[places[t]];
+        sums->cosine[t] = (double)cosine[places[t]];
         if (noise != NULL) sums->noise[t] = (double)noise[places[t]];
     }
-    if (!call->terms.difficulty_margin) return;
+    if (!call->terms.difficulty_margin && call->top1 == NULL) return;
     for (int t = 0; t < 2; t++) {
         if (places[t] >= 0) cosine[places[t]] = -INFINITY;
     }
@@ -133,12 +133,9 @@ INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
             sums->blend += (double)weighted_sum(scratch, terms->weight == NULL ? NULL : terms->weight + call->first_class + first, count);
         }
         int64_t places[2] = {place_of(terms->target, row, call->first_class + first, count), place_of(terms->target_b, row, call->first_class + first, count)};
-        if (turns_targets(terms)) {
-            add_bare(call, row, first, count, places, noise, sums);
-        } else {
-            if (places[0] >= 0) sums->value[0] = (double)scratch[places[0]];
-            if (places[1] >= 0) sums->value[1] = (double)scratch[places[1]];
-        }
+        if (turns_targets(terms) || call->top1 != NULL) add_bare(call, row, first, count, places, noise, sums);
+        if (places[0] >= 0) sums->value[0] = (double)scratch[places[0]];
+        if (places[1] >= 0) sums->value[1] = (double)scratch[places[1]];
         if (places[0] >= 0) scratch[places[0]] = -INFINITY;
         if (places[1] >= 0) scratch[places[1]] = -INFINITY;
         double peak = (double)largest(scratch, padded);
@@ -209,9 +206,12 @@ INLINE double slope_of(struct target_part part) {
     return part.others * (scale > 1.0 ? 1.0 : scale);
 }
 
-/* `value` and `noise` are those of `struct sums`, `hardest` the largest cosine of any other class. */
-INLINE struct row_target target_of(const struct terms *terms, int64_t label, double value, double noise, double hardest, double anchor) {
-    int inside = label >= 0 && label < terms->num_classes;
+INLINE int is_class(const struct terms *terms, int64_t label) { return label >= 0 && label < terms->num_classes; }
+
+/* Target `t` of a row; `hardest` is the largest cosine of any other class. */
+INLINE struct row_target target_of(const struct terms *terms, int64_t label, const struct sums *sums, int t, double hardest, double anchor) {
+    double value = turns_targets(terms) ? sums->cosine[t] : sums->value[t];
+    int inside = is_class(terms, label);
     int64_t safe = inside ? label : 0;
     double margin = terms->margin == NULL ? 0.0 : (double)terms->margin[safe];
     struct row_target target = {
@@ -223,7 +223,7 @@ INLINE struct row_target target_of(const struct terms *terms, int64_t label, dou
         .own_slope = 1.0,
     };
     if (turns_targets(terms)) {
-        double cosine = target.value, cloud = terms->cloud == NULL ? 0.0 : (double)terms->cloud[safe] * noise;
+        double cosine = target.value, cloud = terms->cloud == NULL ? 0.0 : (double)terms->cloud[safe] * sums->noise[t];
         double angle = terms->angular ? HALF_PI * cloud : 0.0, grown = 0.0; /* the derivative of the margin by the cosine */
         if (terms->difficulty_margin && hardest > cosine) {
             grown = -margin / 2.0;
@@ -243,14 +243,17 @@ INLINE struct row_target target_of(const struct terms *terms, int64_t label, dou
 /* The loss of a row, and its statistics for backward. */
 INLINE void finish_row(const struct logits *call, int64_t row, const struct sums *sums) {
     const struct terms *terms = &call->terms;
-    double statistics[STATISTICS] = {0.0}, loss = 0.0;
+    double statistics[STATISTICS] = {0.0}, loss = 0.0, top1 = 0.0;
     if (!is_ignored(terms, row)) {
         double anchor = finite_peak(sums->peak), log_rest = log(sums->rest), blend = sums->blend - terms->weight_sum * anchor;
         int64_t label = terms->target[row], label_b = terms->target_b == NULL ? label : terms->target_b[row];
         int same = label == label_b;
         /* to each of two targets, the other one is one of the other classes */
-        double hardest = !same && sums->value[1] > sums->hardest ? sums->value[1] : sums->hardest;
-        struct row_target a = target_of(terms, label, sums->value[0], sums->noise[0], hardest, anchor);
+        double hardest_a = !same && sums->cosine[1] > sums->hardest ? sums->cosine[1] : sums->hardest;
+        double hardest_b = !same && sums->cosine[0] > sums->hardest ? sums->cosine[0] : sums->hardest;
+        struct row_target a = target_of(terms, label, sums, 0, hardest_a, anchor);
+        double lam = terms->target_b == NULL ? 1.0 : (double)terms->lam[row];
+        top1 = sums->cosine[0] > hardest_a ? lam : 0.0;
         statistics[ANCHOR] = anchor;
         if (terms->target_b == NULL) {
             struct target_part part = one_target(terms, a, (double)-INFINITY, log_rest, blend, 1.0);
@@ -259,9 +262,8 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
             statistics[SMOOTH] = part.smooth;
             statistics[GRADIENT] = part.gradient * a.own_slope;
         } else {
-            double hardest_b = !same && sums->value[0] > sums->hardest ? sums->value[0] : sums->hardest;
-            struct row_target b = target_of(terms, label_b, sums->value[1], sums->noise[1], hardest_b, anchor);
-            double lam = (double)terms->lam[row];
+            struct row_target b = target_of(terms, label_b, sums, 1, hardest_b, anchor);
+            if (sums->cosine[1] > hardest_b) top1 += 1.0 - lam;
             struct target_part of_a = one_target(terms, a, same ? (double)-INFINITY : b.value, log_rest, blend, lam);
             struct target_part of_b = one_target(terms, b, same ? (double)-INFINITY : a.value, log_rest, blend, 1.0 - lam);
             loss = of_a.loss + of_b.loss;
@@ -273,7 +275,9 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
             statistics[GRADIENT] = own_a + (same ? own_b : across_a);
             statistics[GRADIENT_B] = same ? statistics[GRADIENT] : own_b + across_b;
         }
+        if (!is_class(terms, label) || !is_class(terms, label_b)) top1 = (double)NAN;
     }
+    if (call->top1 != NULL) call->top1[row] = (float)top1;
     for (int k = 0; k < STATISTICS; k++) call->statistics[k * terms->num_rows + row] = (float)statistics[k];
     call->losses[row] = (float)loss;
 }
