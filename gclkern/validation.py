@@ -145,7 +145,8 @@ def device_of(class_counts: ClassCounts) -> torch.device:
 def check_matrix(name: str, value: object) -> Tensor:
     """A non-empty floating-point matrix."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        remedy = "; pass its weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{remedy}")
     refuse_transforms(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")

@@ -276,6 +276,12 @@ def test_a_seed_for_every_step_under_inductor(device: torch.device) -> None:
     assert counters["stats"]["unique_graphs"] <= frames + 1, "a graph for each seed"
 
 
+def test_the_classifier_in_place_of_its_weight() -> None:
+    classifier: Any = gclkern.CosineLinear(4, 3)
+    with pytest.raises(TypeError, match="linear_weight must be a tensor, got CosineLinear; pass its weight"):
+        gclkern.LinearGCLLoss([3, 2, 1])(torch.randn(2, 4), classifier, torch.tensor([0, 1]))
+
+
 def test_scripting_the_classifier() -> None:
     classifier = gclkern.CosineLinear(4, 3)
     with warnings.catch_warnings():

@@ -64,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE", help="file to write, ending in .onnx or .pt2")
     args = parser.parse_args(argv)
     try:
-        export(load_classifier(args.checkpoint), args.file)
+        classifier = load_classifier(args.checkpoint)
+        export(classifier, args.file)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         sys.exit(f"export: error: {error}")
-    print(f"{args.file}: {Path(args.file).stat().st_size / 1e6:.1f} MB")  # noqa: T201
+    shape = f"(N, {classifier.in_channels}, {classifier.image_size}, {classifier.image_size})"
+    print(f"{args.file}: {Path(args.file).stat().st_size / 1e6:.1f} MB; takes images {shape}, returns logits (N, {len(classifier.class_names)})")  # noqa: T201
 
 
 if __name__ == "__main__":

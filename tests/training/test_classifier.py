@@ -123,8 +123,9 @@ def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path
         export.main([str(checkpoint), str(tmp_path / "model.txt")])
 
 
-def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export.main([str(checkpoint), str(tmp_path / "model.pt2")])
+    assert capsys.readouterr().out.endswith(f"MB; takes images (N, 1, 8, 8), returns logits (N, {len(classifier.class_names)})\n")
     extra = {export.METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     for count in (1, 5):
