@@ -66,9 +66,11 @@ def tile_of(dtype: torch.dtype, columns: int, device: torch.device) -> Tile:
     return Tile(128, 256, 64, 8, 3) if columns >= WIDE_COLUMNS and runtime.is_hopper(device) else Tile(128, 128, 64, 8, 3)
 
 
-def fused_tile_of(dtype: torch.dtype) -> Tile:
-    """The tile of the fused kernels, with half the rows, because the noise of a tile needs as many registers as its product."""
-    return Tile(64, 128, 64, 8, 3) if dtype.itemsize == 2 else Tile(64, 32, 32, 8, 3)
+def fused_tile_of(dtype: torch.dtype, *, angular: bool = False) -> Tile:
+    """The tile of the fused kernels, with half the rows, because the noise of a tile needs as many registers as its product; angles need some more."""
+    if dtype.itemsize != 2:
+        return Tile(64, 32, 32, 8, 3)
+    return Tile(64, 64 if angular else 128, 64, 8, 3)
 
 
 def _precision() -> str:
@@ -512,7 +514,7 @@ def fused_stats(
 ) -> None:  # fmt: skip
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile, vector = fused_tile_of(x.dtype), vector_of(x.dtype)
+    tile, vector = fused_tile_of(x.dtype, angular=terms.turns_classes), vector_of(x.dtype)
     peak, rest, blend, hardest = statistics
     splits = peak.shape[0]
     shift = terms.class_offset % 8

@@ -74,15 +74,15 @@ compiled = pytest.mark.skipif(not GPU and PTX_TARGET is None, reason="Triton's i
 
 
 @compiled
-@pytest.mark.parametrize("plan", PLANS)
-def test_wide_tiles(plan: str, device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 128 x 256, which products of 16 bits take on Hopper, with rows, classes and dimensions that end within one."""
+@pytest.mark.parametrize(("plan", "angular"), [*((plan, False) for plan in PLANS), ("recompute", True)])
+def test_wide_tiles(plan: str, angular: bool, device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 x 256, which products of 16 bits take on Hopper, with rows, classes and dimensions that end within one; angles take 64 x 64."""
     from gclkern.kernels import products, runtime
 
     monkeypatch.setattr(products, "MULTIPROCESSORS", 1)  # so that few classes are enough for the weights' gradient
     generator = torch.Generator().manual_seed(0)
     features, weight = (torch.randn(size, 264, generator=generator).to(device, torch.bfloat16) for size in (5, 260))
-    options: Options = {"seed": 5, "scale": 16.0, "reduction": "none", "plan": plan, "backend": "triton"}
+    options: Options = {"seed": 5, "scale": 16.0, "reduction": "none", "plan": plan, "angular": angular, "backend": "triton"}
     check_head_loss(linear_gcl_cross_entropy, features, weight, labels(5, 260), vector(260, 0.0, 0.5), vector(5, 0.5, 2.0), **options)
     if runtime.is_hopper(device):
         tiles = {launch.name: launch.argument("COLUMNS") for launch in launches if launch.name in ("_cosine_kernel", "_weight_gradient_kernel")}
