@@ -64,5 +64,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def saved_tensors_are_freed() -> bool:
-    """Whether the backward that runs now is the last of its graph: torch then frees the saved tensors, so a gradient may take the place of one."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    """Whether the backward that runs now is the last of its graph: torch then frees the saved tensors, so a gradient may take the place of one.
+
+    A version of torch that does not say (its function is private) counts as one that keeps them.
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is not None and not keeps_graph()
