@@ -95,6 +95,14 @@ def test_every_option_follows_the_formula(name: str, backend: str, device: torch
     assert_near(outcome(functools.partial(LOGITS.function, backend=backend), arguments, LOGITS.leaves), expected_outcome(LOGITS, arguments), device)
 
 
+def test_an_easy_margin_leaves_a_cosine_of_0_alone(backend: str, device: torch.device) -> None:
+    """Rows without a direction have it."""
+    plain = moved({"cosine": torch.zeros(2, 5), "target": torch.tensor([0, 3]), "scale": 8.0, "reduction": "none"}, device)
+    function = functools.partial(LOGITS.function, backend=backend)
+    found = outcome(function, plain | {"angular": True, "easy_margin": True, "margin": 0.5}, LOGITS.leaves)
+    assert_near(found, expected_outcome(LOGITS, plain), device)
+
+
 @pytest.fixture
 def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads take the fewest classes at a time."""

@@ -15,6 +15,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -61,8 +62,6 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/products.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
     "kernels/row_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
-    "kernels/runtime.py": (["tests/test_operators.py", *_LOGITS], _KERNELS),
-    "kernels/terms.py": (["tests/test_operators.py", "tests/test_dispatch.py", *_LOGITS], _KERNELS),
     "kernels/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_KERNELS} and (not operations or vmf)"),
     "gclkern/torch_backend/angles.py": (["tests/test_angular_losses.py"], _TORCH),
     "gclkern/torch_backend/centroids.py": (["tests/test_centroids.py"], _TORCH),
@@ -269,7 +268,7 @@ class Watch:
 
 
 def run_items(session: pytest.Session) -> int:
-    for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+    for item, following in itertools.zip_longest(session.items, session.items[1:]):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
     return 0
 
