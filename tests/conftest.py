@@ -39,9 +39,10 @@ settings.load_profile("quick")
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in a process for each core, up to eight, unless the command says how many (-n), measures time or debugs."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # not the whole suite, or one of the processes, which start no others
     option = config.option
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if whole and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not (option.benchmark_only or option.usepdb or option.collectonly):
+    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not (option.benchmark_only or option.usepdb or option.collectonly):
         option.numprocesses = min(os.cpu_count() or 1, 8)
         if option.dist == "no":
             option.dist = "loadfile"  # tests of a file share what takes long to prepare
