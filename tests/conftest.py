@@ -46,6 +46,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses = min(os.cpu_count() or 1, 8)
         if option.dist == "no":
             option.dist = "loadfile"  # tests of a file share what takes long to prepare
+            option.loadscopereorder = False  # in their order, in which files of few but long tests do not come last
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers

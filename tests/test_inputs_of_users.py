@@ -246,6 +246,7 @@ def test_ddp_leaves_the_sums_of_a_rank_alone() -> None:
 # ---- compilers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="inductor needs a C++ compiler")
 def test_a_seed_for_every_step_under_inductor(device: torch.device) -> None:
     """Each step has its own noise, equal to that of an eager call, and a new seed does not compile again."""

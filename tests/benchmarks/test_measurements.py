@@ -115,6 +115,7 @@ def test_a_step_that_does_not_end_is_tried_twice(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "out" / "made-up.json").exists()
 
 
+@pytest.mark.slow
 def test_pytest_may_write_what_it_has_when_its_time_is_over(tmp_path: Path) -> None:
     script = f"""
 import pathlib, time
