@@ -145,7 +145,7 @@ def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path
     assert locate(environment, sdist) == (sdist / "gclkern", sdist / "kernels")
 
     run(environment, "-m", "pytest", "--collect-only", "-qq", "-m", "", "-p", "no:cacheprovider", cwd=sdist)  # fails where a module cannot be imported
-    few = ["tests/test_clouds.py", "tests/test_noise.py", "tests/benchmarks/test_render_results.py", "tests/training/test_schedules.py"]
+    few = ["tests/test_clouds.py", "tests/benchmarks/test_render_results.py", "tests/training/test_schedules.py"]
     run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *few, cwd=sdist)
 
 
