@@ -339,6 +339,7 @@ def test_compiles_under_inductor(operation: Operation, device: torch.device) -> 
     check_compiled(operation, "inductor", "auto", device)
 
 
+@pytest.mark.slow
 @every_graph
 def test_one_graph_for_every_batch(operation: Operation, backend: str, device: torch.device) -> None:
     """dynamic=True makes symbols of everything: of sizes and offsets, and of the numbers that are a function's defaults."""

@@ -78,6 +78,7 @@ def checkout(tmp_path: Path) -> Path:
     return clone(tmp_path / "checkout")
 
 
+@pytest.mark.slow
 def test_a_checkout_runs_its_own_kernels_beside_an_installation(environment: Path, checkout: Path, tmp_path: Path) -> None:
     install(environment, ".", cwd=checkout)
     assert locate(environment, checkout) == (checkout / "gclkern", checkout / "kernels")

@@ -279,6 +279,7 @@ def test_peak_leaves_out_memory_that_stays_after_the_first_call(monkeypatch: pyt
     assert allocated_peak(call, torch.device("cuda")) == 4000
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_memory_and_what_is_included() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_noise.py", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", "CIFAR-100"]
     # benchmarks do not go with pytest-xdist, in whose processes these tests may run themselves
