@@ -29,8 +29,9 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 # Tracing a head takes seconds where its kernels are interpreted, and all plans are traced in the same way.
 TRACED_ALIKE = ("chunked", "recompute", "angles", "vmf", "top1")
 every_graph = pytest.mark.parametrize(
-    "operation", [pytest.param(one, marks=[pytest.mark.exhaustive] if any(part in one.name for part in TRACED_ALIKE) else []) for one in OPERATIONS], ids=str
-)
+    "operation", [pytest.param(one, marks=pytest.mark.exhaustive if any(part in one.name for part in TRACED_ALIKE) else pytest.mark.slow) for one in OPERATIONS],
+    ids=str,
+)  # fmt: skip
 every_loss = pytest.mark.parametrize("operation", LOSSES, ids=str)
 
 
@@ -339,7 +340,6 @@ def test_compiles_under_inductor(operation: Operation, device: torch.device) -> 
     check_compiled(operation, "inductor", "auto", device)
 
 
-@pytest.mark.slow
 @every_graph
 def test_one_graph_for_every_batch(operation: Operation, backend: str, device: torch.device) -> None:
     """dynamic=True makes symbols of everything: of sizes and offsets, and of the numbers that are a function's defaults."""
