@@ -29,9 +29,10 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 # Tracing a head takes seconds where its kernels are interpreted, and all plans are traced in the same way.
 TRACED_ALIKE = ("chunked", "recompute", "angles", "vmf", "top1")
 every_graph = pytest.mark.parametrize(
-    "operation", [pytest.param(one, marks=pytest.mark.exhaustive if any(part in one.name for part in TRACED_ALIKE) else pytest.mark.slow) for one in OPERATIONS],
+    "operation",
+    [pytest.param(one, marks=pytest.mark.exhaustive if any(part in one.name for part in TRACED_ALIKE) else pytest.mark.slow) for one in OPERATIONS],
     ids=str,
-)  # fmt: skip
+)
 every_loss = pytest.mark.parametrize("operation", LOSSES, ids=str)
 
 
