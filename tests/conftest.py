@@ -31,7 +31,7 @@ if PTX_TARGET is not None:
 
 # Few examples, the same in every run: `python -m pytest -m hypothesis --hypothesis-profile thorough` has many, and `minimal` is for interpreted kernels.
 settings.register_profile("quick", max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.register_profile("thorough", settings.get_profile("quick"), max_examples=60)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=40)
 settings.register_profile("minimal", settings.get_profile("quick"), max_examples=3)
 settings.load_profile("quick")
 

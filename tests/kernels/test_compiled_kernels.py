@@ -141,13 +141,15 @@ SELECTED = {
 
 
 FAST = ("sm_90", "centroids")
+# Angles are arithmetic alone, which the interpreter executes as well; they are exhaustive.
 SLOW_FOR_SM_80 = ("heads",)  # whose products differ most from those of sm_90; the losses of ready logits are part of them
 
 
 def _marks(target: str, part: str) -> list[pytest.MarkDecorator]:
     if (target, part) == FAST:
         return []
-    return [pytest.mark.slow if target == "sm_90" or part in SLOW_FOR_SM_80 else pytest.mark.exhaustive]
+    slow = part != "angles" if target == "sm_90" else part in SLOW_FOR_SM_80
+    return [pytest.mark.slow if slow else pytest.mark.exhaustive]
 
 
 @pytest.mark.interpreter
