@@ -104,6 +104,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers in which the plans "chunked" and "recompute" pass over the classes hold the fewest: 64 classes at a time for a few rows, 128 in kernels."""
+    if backend == "triton":
+        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)
+    else:
+        for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES"):
+            monkeypatch.setattr(f"gclkern.{backend}_backend.head.{name}", 1)
+
+
 @pytest.fixture(autouse=True)
 def _operation_has_the_backend(request: pytest.FixtureRequest) -> None:
     """Skips a test of the table of operations on a backend that the operation does not have."""

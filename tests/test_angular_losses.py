@@ -103,16 +103,6 @@ def test_an_easy_margin_leaves_a_cosine_of_0_alone(backend: str, device: torch.d
     assert_near(found, expected_outcome(LOGITS, plain), device)
 
 
-@pytest.fixture
-def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads take the fewest classes at a time."""
-    if backend == "triton":
-        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes
-    else:
-        monkeypatch.setattr(f"gclkern.{backend}_backend.head._CHUNK_BYTES", 1)  # 64
-        monkeypatch.setattr(f"gclkern.{backend}_backend.head._PANEL_BYTES", 1)
-
-
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["everything", "dbm and everything"])

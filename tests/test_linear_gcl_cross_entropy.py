@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.memory import allocated_peak
-from gclkern import cpu_backend, torch_backend
 from gclkern.dispatch import resolve_plan
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.support import oracle
@@ -24,19 +23,6 @@ DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)
 @pytest.fixture(params=PLANS)
 def plan(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The buffers that "chunked" and "recompute" walk over the classes in, shrunk to the fewest classes they take: 64 at a time for a few rows."""
-    if backend in ("torch", "cpu"):
-        module = torch_backend.head if backend == "torch" else cpu_backend.head
-        for name in ("_CHUNK_BYTES", "_PANEL_BYTES", "_WEIGHT_BYTES"):
-            monkeypatch.setattr(module, name, 1)
-    else:
-        from gclkern.kernels import head
-
-        monkeypatch.setattr(head, "PANEL_ELEMENTS", 1)
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0, size: float = 1.0) -> Tensor:

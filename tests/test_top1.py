@@ -29,16 +29,6 @@ DISTURBANCES: dict[str, Options] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_panels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chunked and the fused plan take the fewest classes at a time."""
-    if backend == "triton":
-        monkeypatch.setattr("gclkern.kernels.head.PANEL_ELEMENTS", 1)  # 128 classes
-    else:
-        monkeypatch.setattr(f"gclkern.{backend}_backend.head._CHUNK_BYTES", 1)  # 64
-        monkeypatch.setattr(f"gclkern.{backend}_backend.head._PANEL_BYTES", 1)
-
-
 def problem() -> tuple[Tensor, Tensor, Tensor]:
     """Features, weights and labels, half of which are right: of the first class, the last one, and on both sides of the panels' ends."""
     generator = torch.Generator().manual_seed(1)
@@ -53,6 +43,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 CASES = [("materialised", "clouds and margins"), ("materialised", "difficulty"), ("chunked", "clouds and margins"), ("recompute", "angles")]
 
 
+@pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize(("plan", "name"), CASES)
 def test_predictions_by_bare_cosines(plan: Plan, name: str, backend: Backend, device: torch.device) -> None:
     features, weight, target = problem()
@@ -78,6 +69,7 @@ def test_predictions_by_bare_cosines(plan: Plan, name: str, backend: Backend, de
     assert all(grad.equal(other) for grad, other in zip(grads, torch.autograd.grad(alone, [given["features"], given["linear_weight"]]), strict=True))
 
 
+@pytest.mark.usefixtures("small_panels")
 def test_plain_products_ties_and_a_single_class(backend: Backend, device: torch.device) -> None:
     weight = torch.tensor([[1.0, 0.0], [3.0, 1.0], [3.0, 1.0]], device=device)
     features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], device=device)
@@ -91,6 +83,7 @@ def test_plain_products_ties_and_a_single_class(backend: Backend, device: torch.
     assert linear_gcl_cross_entropy_with_top1(features, weight[:1], target * 0, backend=backend)[1].tolist() == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("small_panels")
 def test_the_module_counts_without_noise(backend: Backend, device: torch.device) -> None:
     features, weight, target = (tensor.to(device) for tensor in problem())
     criterion = LinearGCLLoss([*range(CLASSES, 0, -1)], margin=0.5, backend=backend)
