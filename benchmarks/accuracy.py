@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -32,10 +32,11 @@ import torch
 from benchmarks.common import RESULTS
 from benchmarks.gpu_report import machine
 from benchmarks.provenance import ROOT, training_hash
-from benchmarks.published import PUBLISHED
+from benchmarks.published import PUBLISHED, STRONG_AUGMENTATION
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 from gclkern.training.data.groups import GROUPS
+from gclkern.training.network import build_network
 from gclkern.training.processes import stop_requests
 from gclkern.training.recipes import plan
 
@@ -43,6 +44,7 @@ ACCURACY = RESULTS / "accuracy"
 GRACE = 30.0  # seconds that a run has to write its checkpoint when it is asked to stop
 # A short schedule takes less of DRO-LT's own phases than of the others: their epochs draw n_max * C images, four times the training set of CIFAR-10-LT.
 ROBUST_SHARE = 0.25
+COMPARISON_HEADER = ("", "method", "seeds", "last epoch", "best epoch", "published", "difference", "parameters", "augmentation")
 HEADER = ("", "epochs", "seeds", "top-1", "best epoch", "published", *GROUPS, "ECE")
 # Settings that only say where files are or how a run is observed; they are left out of results.
 PLACES = {"data_dir", "out", "resume", "evaluate", "stage1", "download", "workers", "checkpoint_seconds", "pictures"}
@@ -338,12 +340,61 @@ def _title(found: Sequence[dict[str, Any]]) -> str:
     machine, precision = first["machine"], {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[first["settings"]["amp"]]
     device = f"{machine['cores']} CPU cores ({machine['cpu']})" if machine["device"] == "CPU" else machine["device"]
     codes = ", ".join(f"`{code}`" for code in sorted({result["code"] for result in found}))
-    name = first["data"].upper().replace("CIFAR", "CIFAR-")
-    return f"**{name}, imbalance {first['imbalance']:g}**: {schedule}. {device}, {precision}; code {codes}."
+    return f"**{_name(first['data'])}, imbalance {first['imbalance']:g}**: {schedule}. {device}, {precision}; code {codes}."
+
+
+def _name(data: str) -> str:
+    return data.upper().replace("CIFAR", "CIFAR-")
+
+
+def _markdown(header: Sequence[str], words: int, lines: Iterable[Sequence[str]]) -> str:
+    """A table whose first `words` columns are words and the others numbers."""
+    rows = [header, ("---",) * words + ("---:",) * (len(header) - words), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _augmentation(result: dict[str, Any]) -> str:
+    """What the longest phase does to its images; a data set's own augmentation is CIFAR's crop and flip."""
+    phase = max(result["phases"], key=lambda phase: phase["epochs"])
+    parts = [phase.get("augment") or result["settings"]["augment"] or "crop,flip", *(["mixup"] if phase["mixup"] else [])]
+    return ", ".join(parts).replace(",", ", ").replace("  ", " ")
+
+
+def _parameters(result: dict[str, Any]) -> int:
+    """Parameters of the trained network."""
+    phase = result["phases"][-1]
+    model = result["settings"]["model"] or "resnet32"
+    if phase.get("backbone"):
+        model = f"{phase['backbone']}:{model}"
+    network = build_network(model, phase["head"], len(result["class_counts"]), in_channels=3, image_size=32)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def comparison(results: Path) -> str:
+    """One Markdown table of all full schedules beside the published numbers, by rising accuracy for each data set and factor; empty without one."""
+    full = [result for result in results_of(results) if result["epochs_scale"] == 1]
+    rows: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for result in full:
+        rows.setdefault((result["data"], result["imbalance"], result["method"]), []).append(result)
+    lines = []
+    for key, found in rows.items():
+        top1 = statistics.mean(100 * list(result["reports"].values())[-1]["top1"] for result in found)
+        published = PUBLISHED.get(key)
+        numbers = [
+            str(len(found)),
+            _percent([list(result["reports"].values())[-1]["top1"] for result in found]),
+            _percent([_best_epoch(result) for result in found]),
+            "" if published is None else f"{published:.2f}" + ("†" if key[2] in STRONG_AUGMENTATION else ""),
+            "" if published is None else f"{top1 - published:+.2f}",
+            f"{_parameters(found[0]):,}",
+            _augmentation(found[0]),
+        ]
+        lines.append(((key[0], key[1], top1), [f"{_name(key[0])}, {key[1]:g}", METHODS[key[2]].label, *numbers]))
+    return _markdown(COMPARISON_HEADER, 2, [line for _, line in sorted(lines)]) if lines else ""
 
 
 def tables(results: Path) -> str:
@@ -356,9 +407,8 @@ def tables(results: Path) -> str:
     parts = []
     for _, part in groupby(found, key=common):
         group = list(part)
-        lines: list[Sequence[str]] = [HEADER, ("---", "---", *("---:",) * (len(HEADER) - 2))]
-        lines += [_row(list(rows)) for _, rows in groupby(group, key=lambda result: result["method"])]
-        parts.append(_title(group) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        lines = [_row(list(rows)) for _, rows in groupby(group, key=lambda result: result["method"])]
+        parts.append(_title(group) + "\n\n" + _markdown(HEADER, 2, lines))
     return "\n\n".join(parts)
 
 

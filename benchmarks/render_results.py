@@ -9,6 +9,7 @@ The text between `<!-- results:begin NAME -->` and `<!-- results:end -->` is gen
     cpu_loops  the part of cpu.json that compares the compiled loops with their peers
     cpu        of cpu.json, by `python -m benchmarks.gpu_report` on a machine without a GPU
     gpu        of the other files, by the same command on machines with one
+    comparison the full schedules of accuracy/ beside the published numbers, in one table
     accuracy   of the files in accuracy/, by `python -m benchmarks.accuracy`
     own_images of the files in own_images/, by `python -m benchmarks.own_images`
     errors     of numerics/errors.json, by `python -m benchmarks.errors`
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import methods
-from benchmarks.accuracy import results_of, tables
+from benchmarks.accuracy import comparison, results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
 from benchmarks.own_images import table as own_images_table
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
@@ -39,7 +40,7 @@ from gclkern.training.atomic_files import replace_text
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics", "methods")))
 IMAGES = ROOT / "docs" / "images"
-SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "accuracy", "own_images", "errors", "methods")
+SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "comparison", "accuracy", "own_images", "errors", "methods")
 CPU_TABLES = ("cpu_head", "cpu_busy")  # files of their own beside the reports
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
@@ -298,6 +299,19 @@ def report(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def full_schedules(results: Path) -> str:
+    found = comparison(results / "accuracy")
+    if not found:
+        return "Not measured yet: `python -m benchmarks.accuracy papers`."
+    explained = [
+        "Top-1 in percent on the balanced test set, of ResNet-32 after the full published schedule; data set and imbalance factor are in the first",
+        "column. Ours is the last epoch, mean and standard deviation over seeds. Most releases report the epoch that is best on the test set: the column",
+        '"best epoch", for comparison only.',
+        "† with AutoAugment and Cutout. Methods that are not listed have not been trained with a full schedule.",
+    ]
+    return "\n".join([*explained, "", found])
+
+
 def accuracy(results: Path) -> str:
     found = tables(results / "accuracy")
     if not found:
@@ -386,6 +400,8 @@ def render(name: str, results: Path = RESULTS) -> str:
         text = table(results) if (results / f"{name}.json").exists() else f"Not measured yet: `python -m benchmarks.{name}`."
     elif name == "cpu_loops":
         text = "\n\n".join(map(cpu_loops, _reports(results, gpu=False))) or "Not measured yet: `python -m benchmarks.gpu_report` on a machine without a GPU."
+    elif name == "comparison":
+        text = full_schedules(results)
     elif name == "accuracy":
         text = accuracy(results)
     elif name == "own_images":
@@ -418,6 +434,7 @@ def disagreements(pages: Iterable[Path] = PAGES, results: Path = RESULTS, images
         *((name, [*results.glob(f"{name}.json")]) for name in CPU_TABLES),
         ("cpu", _reports(results, gpu=False)),
         ("gpu", _reports(results, gpu=True)),
+        ("comparison", [*results.glob("accuracy/*.json")]),
         ("accuracy", [*results.glob("accuracy/*.json")]),
         ("own_images", [*results.glob("own_images/*.json")]),
         ("errors", [*results.glob("numerics/errors.json")]),

@@ -11,7 +11,7 @@ import pytest
 
 import train
 from benchmarks import accuracy, render_results
-from benchmarks.accuracy import METHODS, TABLES, Bench, Run, Table, run_all, runs_of, tables
+from benchmarks.accuracy import METHODS, TABLES, Bench, Run, Table, comparison, run_all, runs_of, tables
 from benchmarks.published import PUBLISHED
 from gclkern.training.recipes import plan_run
 
@@ -152,8 +152,10 @@ def test_a_run_that_does_not_stop_is_killed(bench: Bench, monkeypatch: pytest.Mo
 def result(method: str, seed: int, top1: float, *, scale: float = 1.0, few: float | None = None, device: str = "A made-up GPU") -> dict[str, Any]:
     report = {"top1": top1, "groups": {"many": 0.5} | ({} if few is None else {"few": few}), "ece": 0.125}
     return {
-        "data": "cifar10-lt", "imbalance": 100.0, "method": method, "seed": seed, "epochs_scale": scale, "phases": [{"epochs": 200}, {"epochs": 0}],
-        "settings": {"amp": "off"}, "machine": {"device": device, "cores": 2, "cpu": "x86_64"}, "code": "0123456789ab",
+        "data": "cifar10-lt", "imbalance": 100.0, "method": method, "seed": seed, "epochs_scale": scale,
+        "phases": [{"epochs": 200, "mixup": 1.0}, {"epochs": 0, "head": "cosine"}],
+        "settings": {"amp": "off", "augment": None, "model": None}, "class_counts": [50] * 10,
+        "machine": {"device": device, "cores": 2, "cpu": "x86_64"}, "code": "0123456789ab",
         "reports": {"stage-1": {}, "stage-2": report},
         "curves": {"phase": ["stage-1", "stage-2", "stage-2", "stage-2"], "top1": [0.9, None, top1 + 0.01, top1]} if method != "ce" else {},
     }  # fmt: skip
@@ -180,6 +182,15 @@ def test_tables_of_results(results: Path) -> None:
     assert "40.00" in short and "40.00" not in full
 
 
+def test_comparison_with_published_numbers(results: Path) -> None:
+    """Full schedules alone, in the order of their accuracy."""
+    _, _, *lines = comparison(results).splitlines()
+    assert lines == [
+        "| CIFAR-10-LT, 100 | cross entropy | 1 | 70.00 |  | 70.70 | -0.70 | 464,144 | crop, flip, mixup |",
+        "| CIFAR-10-LT, 100 | GCL | 2 | 83.00 ± 1.41 | 84.00 ± 1.41 | 82.68 | +0.32 | 464,144 | crop, flip, mixup |",
+    ]
+
+
 def test_a_page_shows_these_tables(results: Path) -> None:
     page = results.parent / "accuracy.md"
 
@@ -187,12 +198,12 @@ def test_a_page_shows_these_tables(results: Path) -> None:
         return render_results.disagreements([page], results.parent, results.parent)
 
     page.write_text("no tables\n")
-    assert disagreements() == ["no section accuracy"]
-    page.write_text("<!-- results:begin accuracy -->\n<!-- results:end -->\n")
+    assert disagreements() == ["no section comparison", "no section accuracy"]
+    page.write_text("".join(f"<!-- results:begin {name} -->\n<!-- results:end -->\n" for name in ("comparison", "accuracy")))
     page.write_text(render_results.wanted(page.read_text(), results.parent))
     assert disagreements() == [] and "83.00 ± 1.41" in page.read_text()
     (results / "0.json").write_text(json.dumps(result("gcl", 0, 0.83)))
-    assert disagreements() == ["section accuracy"]
+    assert disagreements() == ["section comparison", "section accuracy"]
 
 
 @pytest.mark.slow
