@@ -92,7 +92,7 @@ def main(arguments: Arguments) -> None:
         folder = new_folder(Path("runs"), f"{config.data}-{config.method}")
     run = RunFolder(folder, config, write=processes.rank == 0, checkpoint=checkpoint)
     if processes.rank == 0:
-        echo(describe(run, data, phases_to_come, network, processes))
+        echo(as_flags(describe(run, data, phases_to_come, network, processes)))
     try:
         with stop_requests() as requests:
             timer = CheckpointTimer(processes, requests, config.checkpoint_seconds)

@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from gclkern.training.schedules import Schedule
@@ -26,6 +26,8 @@ _WEIGHT_DECAY = 5e-4
 _RETRAIN_SHARE = 0.15
 _FEWEST_RETRAIN_EPOCHS = 10
 _SUM_OF_RATES = 30 * 169 * 0.002
+_SMALL = 64  # pixels
+_MANY_IMAGES = 50_000  # train a larger network
 # DRO-LT's robust phase takes 80 epochs after 200 on CIFAR.
 ROBUST_SHARE = 0.4
 
@@ -74,14 +76,45 @@ def default_model(image_size: int, images: int) -> str:
         >>> default_model(32, 2_760), default_model(224, 2_760), default_model(224, 400_000)
         ('resnet32', 'resnet18', 'resnet50')
     """
-    if image_size <= 64:
+    if image_size <= _SMALL:
         return "resnet32"  # its first layer has no stride, which suits small images
-    return "resnet18" if images < 50_000 else "resnet50"
+    return "resnet18" if images < _MANY_IMAGES else "resnet50"
 
 
-def reasons(class_counts: Sequence[int], *, pretrained: bool, second_stage: bool) -> str:
-    """An explanation of the settings, printed before a run starts."""
+def reasons(class_counts: Sequence[int], image_size: int, augment: str, *, pretrained: bool, second_stage: bool, given: Container[str]) -> str:
+    """The defaults of a run with their reasons, which are printed before it starts.
+
+    Args:
+        class_counts, image_size, augment: of the training set.
+        pretrained: whether stage 1 starts from pretrained weights.
+        second_stage: whether there is a stage 2 that trains.
+        given: settings that the user has chosen, which are left out.
+
+    Example:
+        >>> print(reasons([1500, 1000, 260], 32, "crop", pretrained=False, second_stage=False, given={"lr"}))
+        defaults for your own images, the same for every method; clouds, margins and scales are those of CIFAR:
+          `model=resnet32`: no stride in its first layer, for images of at most 64 pixels
+          `augment=crop`: no `flip`, which would change letters and signs; add it if a mirrored image has the same class
+          `epochs=145`: from scratch, 2,760 images; together they see 400,200 images
+          `batch_size=64`: as GCL on CIFAR
+    """
     images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
-    start = "from pretrained weights, so a quarter of the epochs and a low rate" if pretrained else "from scratch"
-    later = f"; stage 2 takes {_RETRAIN_SHARE:.0%} of the epochs of stage 1 at a rate that follows from its steps" if second_stage else ""
-    return f"by default for {images} images {start}: {settings.epochs} epochs, which see {settings.epochs * images:,} images{later}; the same for every method"
+    model = default_model(image_size, images)
+    small = image_size <= _SMALL
+    few = f"fewer than {_MANY_IMAGES:,}" if images < _MANY_IMAGES else f"{_MANY_IMAGES:,} or more"
+    network = f"no stride in its first layer, for images of at most {_SMALL} pixels" if small else f"for {few} images of more than {_SMALL} pixels"
+    no_flip = "no `flip`, which would change letters and signs; add it if a mirrored image has the same class"
+    all_parts = "the usual parts for photos; leave out `flip` for text and signs, `color` where colours tell classes apart"
+    start = "from pretrained weights, a quarter of the epochs from scratch" if pretrained else "from scratch"
+    why = {
+        "model": (model, network),
+        "augment": (augment, no_flip if small else all_parts),
+        "epochs": (f"{settings.epochs}", f"{start}, {images:,} images; together they see {settings.epochs * images:,} images"),
+        "batch_size": (f"{settings.batch_size}", "as GCL on CIFAR"),
+        "lr": (f"{settings.lr:g}", "low, for fine-tuning" if pretrained else "CIFAR's 0.1 for batches of 128, halved with the batch"),
+    }
+    lines = ["defaults for your own images, the same for every method; clouds, margins and scales are those of CIFAR:"]
+    lines += [f"  `{name}={value}`: {reason}" for name, (value, reason) in why.items() if name not in given]
+    if second_stage:
+        lines.append(f"  stage 2: {_RETRAIN_SHARE:.0%} of the epochs of stage 1, and the rate that moves the classifier as far as on CIFAR")
+    return "\n".join(lines)

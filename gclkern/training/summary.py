@@ -52,7 +52,10 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
     lines += [f"augmentation of training images{'' if one else ' of ' + name}: {parts}" for parts, name in augmentations.items()]
     if family(run.config.data) == "own":
         second_stage = phases[-1].name == "stage-2" and phases[-1].epochs > 0
-        lines.append(own_data.reasons(data.class_counts, pretrained=bool(run.config.pretrained), second_stage=second_stage))
+        given = {name for name, value in run.config.to_dict().items() if value is not None} | ({"epochs"} if run.config.epochs_scale != 1 else set())
+        lines.append(own_data.reasons(
+            data.class_counts, data.image_size, data.train.augment, pretrained=bool(run.config.pretrained), second_stage=second_stage, given=given
+        ))  # fmt: skip
     for phase in phases:
         if not phase.epochs:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")
@@ -63,7 +66,9 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
         parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
-        parts += [f"class weights from epoch {round(phase.drw * phase.epochs) + 1}"] if phase.drw is not None else []
+        if phase.drw is not None:
+            weighted = round(phase.drw * phase.epochs) + 1
+            parts.append(f"class weights from epoch {weighted}" if weighted <= phase.epochs else "too few epochs for class weights")
         parts += [f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in phase.options.items()]
         lines.append(", ".join(parts))
     per_image = seconds_per_image(network.backbone, (data.channels, data.image_size, data.image_size), processes.device)

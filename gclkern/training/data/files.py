@@ -30,7 +30,7 @@ _LARGE = 224
 _MEMORY = 2 << 30
 _LOOKED_AT = 200
 _WORTH_A_BAR = 1000  # images, which take seconds to decode
-_REPAIR = "repair the file or take it out of the list, or pass `skip_corrupt` to leave out such images"
+_REPAIR = "repair the file, remove it from the data set, or pass `skip_corrupt` to leave out such images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZES_IN_DIGEST = 1000  # reading all file sizes of a large set would take minutes on a network file system
 
