@@ -55,7 +55,7 @@ class LogitLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (cosine, *saved), terms = saved_terms(ctx)
         bias_grad = ctx.needs_input_grad[1]
-        grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, cosine, grad_loss, cosine, saved, *terms, bias_grad)
+        grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, grad_loss, grad_loss, cosine, saved, *terms, bias_grad)
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
@@ -74,8 +74,8 @@ class LogitLossInOnePass(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         cosine, made = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[1]
-        if torch.is_grad_enabled() or not calls_directly("cpu", made):  # a second derivative, which the operator refuses, or a tracer
-            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", cosine, grad_loss, cosine, [made], *ctx.terms, bias_grad)
+        if torch.is_grad_enabled() or not calls_directly("cpu", grad_loss):  # a second derivative, which the operator refuses, or a tracer
+            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, grad_loss, cosine, [made], *ctx.terms, bias_grad)
             return grad_cosine, grad_bias if bias_grad else None, None, None
         return *gradient_times(made, grad_loss, cosine.dtype, ctx.terms.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None
 
@@ -104,7 +104,7 @@ class HeadLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
-        grads = call_operator("head_backward", ctx.backend, features, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+        grads = call_operator("head_backward", ctx.backend, grad_loss, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -127,7 +127,7 @@ class DROLTBound(torch.autograd.Function):
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         grads = call_operator(
-            "dro_lt_backward", ctx.backend, features, grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
+            "dro_lt_backward", ctx.backend, grad_loss, grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
         )
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
@@ -151,7 +151,7 @@ class SupervisedContrast(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         features, prototypes, class_counts, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = call_operator("contrastive_backward", ctx.backend, features, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
+        grads = call_operator("contrastive_backward", ctx.backend, grad_loss, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
 
 
@@ -169,4 +169,4 @@ class VMFContrast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms("the gradient of the contrast", grad)
         cosine, concentration = ctx.saved_tensors
-        return call_operator("vmf_backward", ctx.backend, cosine, grad, cosine, concentration, *ctx.options), None, None, None, None
+        return call_operator("vmf_backward", ctx.backend, grad, grad, cosine, concentration, *ctx.options), None, None, None, None

@@ -120,8 +120,13 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
 
 
 def calls_directly(backend: str, tensor: Tensor) -> bool:
-    """Whether calls for `tensor` may go around torch's dispatcher: they are the CPU's, and nothing is traced. The caller looks after gradients."""
-    return backend == "cpu" and type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    """Whether calls for `tensor` may go around torch's dispatcher: they are the CPU's, and nothing is traced. The caller looks after gradients.
+
+    Only the dispatcher resolves tensors that hold their values with the other sign (`.imag` of a conjugate), or none, because they are zeros of autograd.
+    """
+    if backend != "cpu" or torch.compiler.is_compiling() or type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
+        return False
+    return not torch._C._len_torch_dispatch_stack()
 
 
 def head_implementation(backend: str) -> Any:

@@ -244,6 +244,9 @@ class _CloudedLoss(_ClassLoss):
         )  # fmt: skip
 
 
+_CloudedLoss.__init__.__qualname__ = "GCLLoss.__init__"
+
+
 class GCLLoss(_CloudedLoss):
     r"""Gaussian clouded logits (Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, Eq. 9 and 11).
 

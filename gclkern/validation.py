@@ -143,13 +143,16 @@ def device_of(class_counts: ClassCounts) -> torch.device:
 
 
 def check_matrix(name: str, value: object) -> Tensor:
-    """A non-empty floating-point matrix."""
+    """A non-empty, dense floating-point matrix."""
     if not isinstance(value, Tensor):
         remedy = "; pass its weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{remedy}")
     refuse_transforms(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        found = "a nested tensor; call torch.cat(tensor.unbind())" if value.is_nested else f"{value.layout}; call {name}.to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
     if value.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(value.shape)}")
     if value.shape[0] == 0 or value.shape[1] == 0:
@@ -374,7 +377,7 @@ def check_epsilon(epsilon: Tensor | float, num_classes: int, features: Tensor, d
         raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
     check_same_device("epsilon", epsilon, "features", features)
     check_not_negative("epsilon", epsilon.detach())
-    return epsilon.to(dtype).contiguous()
+    return epsilon.to(dtype).contiguous().resolve_neg()
 
 
 def _check_options(

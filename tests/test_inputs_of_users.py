@@ -136,6 +136,51 @@ def test_a_dtensor_is_told_of_its_remedies() -> None:
         gclkern.LinearGCLLoss(COUNTS)(cosines(4, 5), weight, labels(4, 3))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "remedy"),
+    [
+        (torch.eye(3).to_sparse(), r"torch.sparse_coo; call features.to_dense\(\)"),
+        (torch.nested.nested_tensor([torch.eye(3)], layout=torch.jagged), "a nested tensor; call torch.cat"),
+    ],
+    ids=["sparse", "nested"],
+)
+def test_tensors_without_strides_are_refused(tensor: Tensor, remedy: str) -> None:
+    with pytest.raises(TypeError, match=f"features must be a dense tensor, got {remedy}"):
+        gclkern.LinearGCLLoss(COUNTS)(tensor, torch.eye(3), labels(3, 3))
+
+
+def negated(values: Tensor) -> Tensor:
+    """The same values in a tensor with torch's negative bit, whose memory holds them with the other sign."""
+    view = torch.complex(torch.zeros_like(values), -values).conj().imag
+    assert view.is_neg()
+    return view
+
+
+def results(cosine: Tensor, features: Tensor, epsilon: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Losses of all kinds, and their gradients for one upstream gradient."""
+    target, centroids = torch.tensor([0, 1, 2, 1]), torch.eye(3, 5)
+    cosine, features = cosine.detach().requires_grad_(), features.detach().requires_grad_()
+    pairs = [
+        (gclkern.GCLLoss(COUNTS, scale=4.0)(cosine, target, seed=1), cosine),
+        (gclkern.LinearGCLLoss(COUNTS, scale=4.0)(features, centroids, target, seed=1), features),
+        (gclkern.functional.dro_lt_loss(features, target, centroids, epsilon), features),
+        (gclkern.SupConLoss()(features, target), features),
+    ]
+    means, _ = gclkern.functional.class_centroids(features.detach(), target, 3)
+    return [means, *(loss.detach() for loss, _ in pairs), *(torch.autograd.grad(loss, leaf, upstream)[0] for loss, leaf in pairs)]
+
+
+def test_negated_views_are_their_values() -> None:
+    inputs = [cosines(4, 3), cosines(4, 5, seed=2), torch.tensor(0.3), torch.tensor(-2.0)]
+    for plain, view in zip(results(*inputs), results(*map(negated, inputs)), strict=True):
+        torch.testing.assert_close(view, plain, rtol=0, atol=1e-6)  # the products of the head may add in another order
+
+
+def test_an_upstream_gradient_of_autograds_zeros() -> None:
+    inputs = [cosines(4, 3), cosines(4, 5, seed=2), torch.tensor(0.3)]
+    assert not any(gradient.any() for gradient in results(*inputs, torch._efficientzerotensor(()))[-4:])
+
+
 @pytest.mark.parametrize("kind", ["grad", "vmap", "is_grads_batched"])
 def test_transforms_are_refused_by_name(kind: str) -> None:
     features, target = cosines(4, 5).requires_grad_(), labels(4, 3)
