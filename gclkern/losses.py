@@ -137,7 +137,7 @@ class _ClassLoss(PreciseBuffers):
             vectors["cloud"] = None
         return {**vectors, "backend": self.backend, **self._options()}
 
-    def undisturbed(self, *inputs: Tensor) -> Tensor:
+    def plain_cross_entropy(self, *inputs: Tensor) -> Tensor:
         """The cross entropy of the prediction, softmax(scale * cosine): without noise, margins, bias, class weights, smoothing and focal factor.
 
         Training and validation losses by this name can be compared, in both modes of the module and between losses of the same scale.
@@ -149,7 +149,7 @@ class _ClassLoss(PreciseBuffers):
             >>> import torch
             >>> from gclkern import GCLLoss
             >>> cosine, target = torch.tensor([[0.5, 0.25]]), torch.tensor([0])
-            >>> loss = GCLLoss([9, 1], margin=0.1, scale=4.0).undisturbed(cosine, target)
+            >>> loss = GCLLoss([9, 1], margin=0.1, scale=4.0).plain_cross_entropy(cosine, target)
             >>> torch.allclose(loss, torch.nn.functional.cross_entropy(4 * cosine, target))
             True
         """
@@ -159,7 +159,7 @@ class _ClassLoss(PreciseBuffers):
         self,
         cosine: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
-        """The probability of each class, softmax(scale * cosine), in float32 or better: what :meth:`undisturbed` is the cross entropy of.
+        """The probability of each class, softmax(scale * cosine), in float32 or better: what :meth:`plain_cross_entropy` is the cross entropy of.
 
         Without the scale, the softmax of cosines is nearly uniform: of 10 classes, none has a probability above 0.46.
 

@@ -177,8 +177,8 @@ def test_negated_views_are_their_values() -> None:
 
 
 def test_an_upstream_gradient_of_autograds_zeros() -> None:
-    inputs = [cosines(4, 3), cosines(4, 5, seed=2), torch.tensor(0.3)]
-    assert not any(gradient.any() for gradient in results(*inputs, torch._efficientzerotensor(()))[-4:])
+    inputs = [cosines(4, 3), cosines(4, 5, seed=2), torch.tensor(0.3), torch._efficientzerotensor(())]
+    assert not any(gradient.any() for gradient in results(*inputs)[-4:])
 
 
 @pytest.mark.parametrize("kind", ["grad", "vmap", "is_grads_batched"])

@@ -137,7 +137,7 @@ def test_no_cloud_draws_no_noise(counts: list[int]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_prediction_and_its_undisturbed_cross_entropy() -> None:
+def test_prediction_and_its_plain_cross_entropy() -> None:
     cosine, target = batch()
     weight, margin = vector(CLASSES, 0.1, 2.0), vector(CLASSES)
     disturbed = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
@@ -145,13 +145,13 @@ def test_prediction_and_its_undisturbed_cross_entropy() -> None:
                       LogitAdjustedLoss(COUNTS, scale=20, **disturbed), CosFaceLoss(scale=20, **disturbed), FocalLoss(scale=20, **disturbed),
                       ArcFaceLoss(scale=20, **disturbed)):  # fmt: skip
         for mode in (True, False):
-            assert torch.allclose(criterion.train(mode).undisturbed(cosine, target), F.cross_entropy(20 * cosine, target, reduction="sum"), rtol=1e-10)
+            assert torch.allclose(criterion.train(mode).plain_cross_entropy(cosine, target), F.cross_entropy(20 * cosine, target, reduction="sum"), rtol=1e-10)
         probabilities = criterion.predict_proba(cosine)
         assert torch.allclose(probabilities, (20 * cosine).softmax(1), rtol=1e-12)
         assert torch.allclose(criterion.predict_proba(cosine.bfloat16()), (20 * cosine.bfloat16().float()).softmax(1))
     features, classifier = torch.randn(ROWS, 6), CosineLinear(6, CLASSES)
     for kind in (LinearGCLLoss, ShardedLinearGCLLoss):
-        loss = kind(COUNTS, margin=0.1, gamma=1.0).undisturbed(features, classifier.weight, target)
+        loss = kind(COUNTS, margin=0.1, gamma=1.0).plain_cross_entropy(features, classifier.weight, target)
         assert torch.allclose(loss, F.cross_entropy(30 * classifier(features), target), rtol=1e-5)  # float32
 
 
