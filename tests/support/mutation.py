@@ -1,9 +1,9 @@
 """Mutation testing: does a test fail when the code is wrong? python -m tests.support.mutation [FILE ...] [--limit N] [--seconds S]
 
-Each mutant (mutants.py) changes one place of a file. It is killed if one of the file's tests fails on it. The mutants of a file are tried in a random order, so
-that the first N are a random sample, from which the report (tests/mutation.md) estimates how many of all would be killed. The tests of a file run once to see
-how long each takes and which lines it runs; a mutant is tried on those that run its lines, in a fork of a process that has collected them. Results are kept in
-a file: a run that is stopped goes on where it was, and a changed function is tried anew. A survivor becomes a test, or an entry of
+Each mutant (mutants.py, of C c_mutants.py) changes one place of a file. It is killed if one of the file's tests fails on it. The mutants of a file are tried in
+a random order, so that the first N are a random sample, from which the report (tests/mutation.md) estimates how many of all would be killed. The tests of a
+file run once to see how long each takes and which lines it runs; a mutant is tried on those that run its lines, in a fork of a process that has collected them.
+Results are kept in a file: a run that is stopped goes on where it was, and a changed function is tried anew. A survivor becomes a test, or an entry of
 tests/equivalent_mutants.toml that says why nothing can tell it from the original.
 """
 
@@ -36,6 +36,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
+from tests.support.c_mutants import build, c_mutants
 from tests.support.mutants import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +45,16 @@ REASONS = ROOT / "tests" / "equivalent_mutants.toml"
 KEPT = ROOT / "build" / "mutants.jsonl"
 SEED = 2026  # of the samples
 
-_KERNELS, _TORCH = "triton and not compiled", "not triton and not cpu"
+NATIVE = "gclkern/cpu_backend/native"
+LIBRARY = "gclkern/cpu_backend/_native.abi3.so"
+
+_KERNELS, _TORCH, _CPU = "triton and not compiled", "not triton and not cpu", "cpu and not torch and not process and not compiles and not graph and not exports"
 _LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py"]
 _HEAD = ["tests/test_operations.py", "tests/test_linear_gcl_cross_entropy.py"]
 _CONTRASTIVE = ["tests/test_operations.py", "tests/test_supervised_contrastive.py"]
+_BOUND = ["tests/test_dro_lt.py", "tests/test_operations.py"]
+_LOOPS = [*_LOGITS, "tests/test_linear_gcl_cross_entropy.py", "tests/test_soft_labels.py", "tests/test_top1.py", "tests/test_cpu_backend.py"]
+_ALL_LOOPS = [*_LOOPS, "tests/test_noise.py", "tests/test_dro_lt.py", "tests/test_centroids.py"]
 # What is changed, and the tests that should notice: files, and an expression of pytest's -k.
 TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/angles.py": (["tests/test_angular_losses.py"], _KERNELS),
@@ -62,6 +69,8 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/products.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
     "kernels/row_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
+    "kernels/runtime.py": (["tests/kernels/test_specialisation.py", *_HEAD], "specialisation or triton and linear"),
+    "kernels/terms.py": (["tests/test_operators.py", *_LOGITS, *_CONTRASTIVE[1:], "tests/test_dro_lt.py", "tests/test_proco.py"], "torch and not compiles"),
     "kernels/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_KERNELS} and (not operations or vmf)"),
     "gclkern/torch_backend/angles.py": (["tests/test_angular_losses.py"], _TORCH),
     "gclkern/torch_backend/centroids.py": (["tests/test_centroids.py"], _TORCH),
@@ -72,13 +81,32 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "gclkern/torch_backend/noise.py": (["tests/test_noise.py"], _TORCH),
     "gclkern/torch_backend/rows.py": (["tests/test_operators.py", *_LOGITS, "tests/test_soft_labels.py"], f"{_TORCH} and (not operations or gcl)"),
     "gclkern/torch_backend/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_TORCH} and (not operations or vmf)"),
+    "gclkern/cpu_backend/centroids.py": (["tests/test_centroids.py", "tests/test_operations.py"], f"{_CPU} and (not operations or centroids)"),
+    "gclkern/cpu_backend/dro_lt.py": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
+    "gclkern/cpu_backend/head.py": ([*_HEAD, "tests/test_top1.py"], f"{_CPU} and (not operations or linear)"),
+    "gclkern/cpu_backend/logit_loss.py": ([*_LOGITS, "tests/test_cpu_backend.py"], f"{_CPU} and (not operations or gcl)"),
+    f"{NATIVE}/angles.h": (_LOOPS, f"{_CPU} and (not operations or angles)"),
+    f"{NATIVE}/dro_lt.h": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
+    f"{NATIVE}/library.c": (_ALL_LOOPS, _CPU),
+    f"{NATIVE}/loops.h": (_ALL_LOOPS, _CPU),
+    f"{NATIVE}/philox.h": (["tests/test_noise.py", "tests/test_gcl_cross_entropy.py"], _CPU),
+    f"{NATIVE}/row_loss.h": (_LOOPS, f"{_CPU} and (not operations or gcl)"),
+    f"{NATIVE}/vector.h": (_ALL_LOOPS, _CPU),
     "gclkern/samplers.py": (["tests/test_samplers.py"], ""),
 }
 
 
+def is_native(name: str) -> bool:
+    return name.endswith((".c", ".h"))
+
+
+def mutants_of(name: str, source: str) -> list[Mutant]:
+    return c_mutants(source) if is_native(name) else mutants(source)
+
+
 def sample(name: str, source: str, reasons: Reasons) -> list[Mutant]:
     """The mutants of a file in a random order, which changes elsewhere leave as it is."""
-    candidates = [mutant for mutant in mutants(source) if (name, mutant.function) not in reasons.functions]
+    candidates = [mutant for mutant in mutants_of(name, source) if (name, mutant.function) not in reasons.functions]
     return sorted(candidates, key=lambda mutant: hashlib.sha256(f"{SEED} {mutant.key}".encode()).digest())
 
 
@@ -128,13 +156,14 @@ class Test:
         return any(line in self.lines for line in range(span[0], span[1] + 1))
 
 
-def chosen_tests(mutant: Mutant, tests: dict[str, Test], kills: Counter[str]) -> list[str]:
-    """Those that run the changed lines, or where none is known the function; all where the change takes effect at the import, or its result is cached.
+def chosen_tests(mutant: Mutant, tests: dict[str, Test], kills: Counter[str], *, native: bool) -> list[str]:
+    """Those that run the changed lines, or where none is known the function; all where the change takes effect at the import, its result is cached, or it is
+    in compiled code.
 
     First come those that have killed the most in the least time.
     """
     chosen = [name for name, test in tests.items() if test.touches(mutant.lines)] or [name for name, test in tests.items() if test.touches(mutant.around)]
-    if not mutant.function or any("cache" in line for line in mutant.source.splitlines()[mutant.around[0] - 2 : mutant.around[1]]):
+    if not mutant.function or any("cache" in line for line in mutant.source.splitlines()[mutant.around[0] - 2 : mutant.around[1]]) or native:
         chosen = list(tests)
     return sorted(chosen, key=lambda name: tests[name].seconds / (kills[name] + 0.05))
 
@@ -145,7 +174,7 @@ class Session:
 
     So neither imports nor the collection are repeated. A fork gives the changed code to the functions that exist; Triton's interpreter reads a function from
     the file when it first runs it, which is in the fork. A mutant that changes what an import computes is in the file before this process starts; `mutants` is
-    empty then.
+    empty then. A mutant of a C source is compiled, and the fork loads its library.
     """
 
     path: Path  # the changed file
@@ -179,11 +208,16 @@ class Session:
         for mutant in tried:
             if time.monotonic() > self.until:
                 break
-            names = chosen_tests(mutant, self.tests, self.kills) if mutant is not None else sorted(self.tests, key=lambda name: self.tests[name].seconds)
+            names = sorted(self.tests, key=lambda name: self.tests[name].seconds)
+            if mutant is not None:
+                names = chosen_tests(mutant, self.tests, self.kills, native=self.native)
             session.items[:] = [items[name] for name in names if name in items]
             if mutant is not None:
                 self.path.write_text(mutant.source, encoding="utf-8")
             told: dict[str, Any] = {}
+            if self.native and not build(self.path.parent, self.library):
+                self.path.write_text(source, encoding="utf-8")
+                continue  # no mutant: its types are wrong
             for news in in_fork(functools.partial(self.try_one, session, mutant, functions), group=True):
                 told |= news
             self.path.write_text(source, encoding="utf-8")
@@ -193,6 +227,15 @@ class Session:
             self.kills[killer or ""] += 1
             self.tell({"mutant": mutant.key if mutant is not None else "", "killer": killer, "tests": len(names)})
         return True
+
+    @property
+    def native(self) -> bool:
+        return is_native(self.path.name)
+
+    @property
+    def library(self) -> Path:
+        """Of a mutant."""
+        return self.path.parent.parent / "mutant.so"
 
     def measure(self, session: pytest.Session, tell: Callable[[dict[str, Any]], None]) -> int:
         """Run the tests, one case of each function, then the second of each and so on."""
@@ -231,7 +274,11 @@ class Session:
         return run_items(session)
 
     def try_one(self, session: pytest.Session, mutant: Mutant | None, functions: dict[str, list[FunctionType]], tell: Callable[[dict[str, Any]], None]) -> int:
-        if mutant is not None:
+        if self.native:
+            from gclkern.cpu_backend import library
+
+            library._library = library.load(self.library)
+        elif mutant is not None:
             for name, code in function_codes(mutant.source):
                 if name.partition(".")[0] == mutant.function:
                     for function in functions.get(name, ()):
@@ -357,13 +404,15 @@ class Reasons:
 
 
 def copy_tree(folder: Path) -> Path:
-    """The files that git knows, without its history."""
+    """The files that git knows, without its history, and the compiled loops."""
     tree = folder / "tree"
     listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in os.fsdecode(listed).split("\0"):
         if name and (ROOT / name).exists():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+    if not build(tree / NATIVE, tree / LIBRARY):
+        sys.exit("the loops for the CPU do not compile")
     return tree
 
 
@@ -373,8 +422,8 @@ def try_file(name: str, tree: Path, results: Results, reasons: Reasons, limit: i
         mutant for mutant in sample(name, source, reasons)[:limit]
         if (fate := results.fates.get((name, mutant.key))) is None or (again and fate == "survived" and reasons.of(name, mutant) is None)
     ]  # fmt: skip
-    usual = at_import(source)
-    alone = [mutant for mutant in waiting if at_import(mutant.source) != usual]
+    usual = None if is_native(name) else at_import(source)
+    alone = [] if usual is None else [mutant for mutant in waiting if at_import(mutant.source) != usual]
     waiting = [mutant for mutant in waiting if mutant not in alone]
     by_key = {mutant.key: mutant for mutant in waiting}
     tests: dict[str, Test] = {}
@@ -439,7 +488,7 @@ def report(results: Results, reasons: Reasons) -> str:
     weights: list[tuple[int, int, float]] = []  # of each file: its mutants, those that were tried and count, and their share killed
     for name in TESTS:
         source = (ROOT / name).read_text(encoding="utf-8")
-        everything, candidates = mutants(source), sample(name, source, reasons)
+        everything, candidates = mutants_of(name, source), sample(name, source, reasons)
         tried = [(mutant, results.fates[name, mutant.key]) for mutant in candidates if (name, mutant.key) in results.fates]
         survived = [mutant for mutant, fate in tried if fate == "survived"]
         argued = [mutant for mutant in survived if reasons.of(name, mutant) is not None]

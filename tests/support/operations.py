@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gclkern.functional import (
@@ -22,9 +23,10 @@ from gclkern.functional import (
     supervised_contrastive,
 )
 from gclkern.kernels.terms import PREFIXES, statistics_dtype
+from gclkern.noise import cloud_noise
 from gclkern.proco import vmf_contrast
 from tests.support import oracle
-from tests.support.cases import PLANS, Options, angle_sets, cosines, labels, option_sets, vector
+from tests.support.cases import PLANS, Options, angle_sets, class_smoothing_sets, cosines, labels, mixed, option_sets, vector
 from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, CONTRAST, CONTRASTIVE, FAMILY, HEAD, LOGITS, Wrong
 
 CLASSES, DIM = 37, 19  # no multiple of a vector, an alignment or a group of the noise
@@ -40,7 +42,7 @@ class Operation:
     samples: Callable[[int], dict[str, Options]]  # by name: arguments of so many rows, on the CPU; `everything` has all options
     axes: dict[str, str]  # what the dimensions of a tensor argument are: "rows", "classes" or "dims"
     leaves: tuple[str, ...] = ()  # arguments that have a gradient
-    narrow: tuple[str, ...] = ()  # arguments that may have 16 bits
+    narrow: tuple[str, ...] = ()  # arguments that may have 16 bits, the matrices; none: it makes one
     grid: bool = True  # whether it draws noise at row_offset and class_offset
     batch: bool = False  # whether a row's loss depends on the other rows
     backends: tuple[str, ...] = ("torch", "cpu", "triton")
@@ -104,7 +106,22 @@ def expected(operation: Operation, arguments: Options) -> Outcome:
 
 def _logit_samples(rows: int) -> dict[str, Options]:
     given = {"cosine": cosines(rows, CLASSES), "target": labels(rows, CLASSES)}
-    return {name: given | options for name, options in option_sets(rows, CLASSES).items()}
+    smoothing = class_smoothing_sets(rows, CLASSES)["mixed"]
+    return {name: given | options for name, options in (option_sets(rows, CLASSES) | {"smoothing of each class": smoothing}).items()}
+
+
+def _soft_samples(rows: int) -> dict[str, Options]:
+    """Labels (N, C) of one or two classes a row; what names a class does not go with them."""
+    target, pair = labels(rows, CLASSES), mixed(rows, CLASSES)
+    share = pair["lam"][:, None]
+    soft = share * F.one_hot(target, CLASSES) + (1 - share) * F.one_hot(pair["target_b"], CLASSES)
+    everything = {name: value for name, value in option_sets(rows, CLASSES)["everything"].items() if name not in pair}
+    return {name: {"cosine": cosines(rows, CLASSES), "target": soft} | options for name, options in (("plain", {}), ("everything", everything))}
+
+
+def _exact_of_soft_labels(cosine: Tensor, target: Tensor, **options: Any) -> Tensor:
+    first, second = target.argsort(1, descending=True)[:, :2].T
+    return oracle.gcl_cross_entropy(cosine, first, target_b=second, lam=target.gather(1, first[:, None])[:, 0], **options)
 
 
 def _head_samples(rows: int) -> dict[str, Options]:
@@ -193,6 +210,25 @@ def _vmf_samples(rows: int) -> dict[str, Options]:
     return {"plain": given, "bias": given | option_sets(rows, CLASSES)["bias"], "everything": given | everything}
 
 
+def _noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int, backend: str = "auto") -> Tensor:
+    """The public function has no choice of a backend, so each one is reached by its operator."""
+    if backend == "auto":
+        return cloud_noise(seed, num_rows, num_classes, row_offset=row_offset, class_offset=class_offset)
+    if backend == "triton":
+        import gclkern.kernels.noise  # noqa: F401 (registers the operator)
+
+    noise: Tensor = getattr(torch.ops.gclkern, f"{PREFIXES[backend]}cloud_noise")(seed, num_rows, num_classes, row_offset, class_offset)
+    return noise
+
+
+def _exact_noise(seed: Tensor, num_rows: int, num_classes: int, row_offset: int, class_offset: int) -> Tensor:
+    return oracle.noise(int(seed), num_rows, num_classes, row_offset, class_offset)
+
+
+def _noise_samples(rows: int) -> dict[str, Options]:
+    return {"everything": {"seed": torch.tensor(2**40 + 5), "num_rows": rows, "num_classes": CLASSES, "row_offset": 2**33 + 1, "class_offset": 5}}
+
+
 def _centroids(features: Tensor, target: Tensor, num_classes: int, backend: str = "auto") -> Tensor:
     """The means; the public function has no choice of a backend, so each one is reached by its operator."""
     if backend == "auto":
@@ -210,12 +246,17 @@ def _centroid_samples(rows: int) -> dict[str, Options]:
 
 
 _CLASS_VECTORS = dict.fromkeys(("cloud", "margin", "bias", "weight"), "classes")
-_FAMILY = {"target": "rows", "target_b": "rows", "lam": "rows", **_CLASS_VECTORS}
+_FAMILY = {"target": "rows", "target_b": "rows", "lam": "rows", "label_smoothing": "classes", **_CLASS_VECTORS}
 
 OPERATIONS = [
     Operation(
         "gcl_cross_entropy", gcl_cross_entropy, oracle.gcl_cross_entropy, _logit_samples, {"cosine": "rows classes", **_FAMILY}, leaves=("cosine", "bias"),
         narrow=("cosine",), wrong=(*FAMILY, *LOGITS),
+    ),
+    Operation(
+        "gcl_cross_entropy of soft labels", gcl_cross_entropy, _exact_of_soft_labels, _soft_samples,
+        {"cosine": "rows classes", "target": "rows classes", **_CLASS_VECTORS}, leaves=("cosine", "bias"), narrow=("cosine",),
+        interpreted=False,
     ),
     *(
         Operation(
@@ -256,4 +297,5 @@ OPERATIONS = [
         "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,
         batch=True, wrong=CENTROIDS,
     ),
+    Operation("cloud_noise", _noise, _exact_noise, _noise_samples, {}),
 ]  # fmt: skip
