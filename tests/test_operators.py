@@ -315,8 +315,9 @@ def test_a_label_that_is_no_class_makes_its_row_nan(label: int, backend: str) ->
     loss, *_ = operator(backend, "logit_forward")(cosine, *case.terms(), True)
     assert loss[0].isnan() and torch.equal(loss[others], expected[others])
     for plan in PLANS:
-        loss, _ = operator(backend, "head_forward")(features, linear_weight, *case.terms(), True, plan, True, False)
+        loss, saved = operator(backend, "head_forward")(features, linear_weight, *case.terms(), True, plan, True, True)
         assert loss[0].isnan() and loss[others].isfinite().all()
+        assert saved[-1][0].isnan() and saved[-1][others].isfinite().all(), "top-1"
 
 
 @pytest.mark.parametrize(("name", "reduction"), [("plain", "none"), ("two targets, all options", "mean")])
