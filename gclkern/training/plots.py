@@ -27,7 +27,7 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.5)))
 _GREY = "#777777"
 _TITLES = {
     "top1": "top-1", "balanced": "mean of classes", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "holdout": "held-out", "ece": "ECE",
-    "loss": "training loss", "nll": "test NLL",
+    "loss": "training loss\n(the method's own)", "nll": "test NLL",
 }  # fmt: skip
 # The panels of the curves, and the words in the names of their columns. Accuracies and calibration errors are in [0, 1] and shown in percent.
 _PANELS = {
@@ -39,6 +39,7 @@ _PANELS = {
 _BASELINE = "baseline"  # the phase whose curves are drawn over those of the others
 _MOST_CLASSES = 30  # of a confusion matrix; beyond it only the most confused pairs are shown
 _MOST_PAIRS = 20
+_MOST_LINES, _MOST_DOTS = 50, 200  # classes up to which their accuracies are joined by lines, and drawn as dots
 _MOST_ERRORS = 24
 # With more points t-SNE takes minutes, and points hide each other.
 _MOST_POINTS = 2000
@@ -187,13 +188,15 @@ def plot_class_accuracy(
         if len(report.per_class) != len(order):
             raise ValueError(f"the report of {name} has {len(report.per_class)} classes, but there are {len(order)} class counts")
         shares = 100 * np.array([report.per_class[c] for c in order], dtype=float)  # None, of a report out of a file, becomes NaN
-        if len(order) <= 50:
+        if len(order) <= _MOST_LINES:
             axis.plot(places, shares, markersize=5, linewidth=1.4, label=name, **style)
         else:
-            # with this many classes, single points are too scattered to read: draw them faintly, and a running mean as a line
-            axis.plot(places, shares, color=style["color"], marker=".", markersize=3, linestyle="none", alpha=0.25)
+            # with this many classes, single points are too scattered to read: draw them faintly or not at all, and a running mean as a line
+            if len(order) <= _MOST_DOTS:
+                axis.plot(places, shares, color=style["color"], marker=".", markersize=3, linestyle="none", alpha=0.25)
             axis.plot(places, _running_mean(shares, reach), markersize=5, markevery=max(1, len(order) // 10), linewidth=1.8, label=name, **style)
-    shown = "" if len(order) <= 50 else f" (dots: classes, lines: means of {2 * reach + 1} neighbours)"
+    dots = "dots: classes, " if len(order) <= _MOST_DOTS else ""
+    shown = "" if len(order) <= _MOST_LINES else f" ({dots}lines: means of {2 * reach + 1} neighbours)"
     axis.set(ylabel="accuracy, %", ylim=(-3, 103))
     axis.grid(axis="y", linewidth=0.4, alpha=0.5)
     counts.set(xlabel=f"class, from the most frequent to the rarest{shown}", xlim=(-0.5, len(order) - 0.5))
