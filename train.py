@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for places-lt)")
     add("--train", choices=("all", "last-block"), help="part of the backbone that stage 1 trains (default: last-block on places-lt, else all)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled alike)")
+    add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled in proportion)")
     scale = f"factor on the published epochs and warm-up; epochs that a flag sets stay as they are (default {default.epochs_scale:g})"
     add("--epochs-scale", type=number(float, 0, 1000), metavar="FACTOR", help=scale)
     add("--batch-size", type=number(int, 2), metavar="N", help="images of a step of stage 1, over all processes")

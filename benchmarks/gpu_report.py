@@ -512,7 +512,7 @@ def begin(path: Path, deadline: float) -> Report:
         if same:
             report.data = old
             return report
-        print(f"{path.name} belongs to other sources, versions or another device: beginning anew", flush=True)
+        print(f"{path.name} belongs to other sources, versions or another device: starting again", flush=True)
     report.data = {**identity, "complete": False, "steps": {}, "benchmarks": []}
     return report
 

@@ -42,7 +42,7 @@ COUNTS = profile_counts(CLASSES, 500, 100.0, "exp")
 # class's weight, x the feature.
 FORMULAS = {
     "ce": "CE(z, y)",
-    "mixup": "lam CE(z, y_a) + (1 - lam) CE(z, y_b), images mixed alike",
+    "mixup": "lam CE(z, y_a) + (1 - lam) CE(z, y_b), images mixed in the same shares",
     "focal": "(1 - p_y)^2 CE(z, y)",
     "cb": "w_y CE(z, y), w_j ~ (1 - beta) / (1 - beta^n_j)",
     "ldam-drw": "CE(s (cos_j - m_j [j = y]), y), m_j ~ n_j^(-1/4); from 80% of the epochs weighted like cb",

@@ -222,16 +222,16 @@ def _shortest(program: Program, header: int) -> list[Instruction]:
     return [instruction for block in reversed(way) for instruction in blocks[block]]
 
 
-class Regions(NamedTuple):
-    """The parts of a kernel by how often they run."""
+class LoopNest(NamedTuple):
+    """The instructions of a kernel by how often they run: outside of loops, in the outer loop, in the inner one."""
 
     once: tuple[Instruction, ...]
     outer: tuple[Instruction, ...]
     inner: tuple[Instruction, ...]
 
 
-def regions(program: Program, hot: Sequence[str]) -> Regions:
-    """The regions around the loop with the first of `hot` that a loop has; without such a loop, of all loops together, as if all made equally many passes."""
+def loop_nest(program: Program, hot: Sequence[str]) -> LoopNest:
+    """The loop nest around the loop with the first of `hot` that a loop has; without such a loop, of all loops together, as if all made equally many passes."""
     for work in hot:
         loops = [loop for loop in program.loops if loop.code.count(work)]
         innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
@@ -247,9 +247,9 @@ def regions(program: Program, hot: Sequence[str]) -> Regions:
                 if instruction.mnemonic == "EXIT" and instruction.predicate is None:
                     break
         outer = tuple(i for i in outermost.code.instructions if i.address not in inner.body) if around else ()
-        return Regions((*_shortest(program, outermost.header), *after), outer, inner.code.instructions)
+        return LoopNest((*_shortest(program, outermost.header), *after), outer, inner.code.instructions)
     looped = frozenset[int]().union(*(loop.body for loop in program.loops))
-    return Regions(tuple(i for i in program.instructions if i.address not in looped), (), tuple(i for i in program.instructions if i.address in looped))
+    return LoopNest(tuple(i for i in program.instructions if i.address not in looped), (), tuple(i for i in program.instructions if i.address in looped))
 
 
 def _tiles(extent: int, tile: int) -> int:
@@ -441,7 +441,7 @@ def predict(launch: Compiled | LibraryProduct | TorchOperators, repeats: int = 1
         return Prediction("operators of torch", launch.launches, (), 0, 1, 0.0, launch.nbytes, "launches", seconds)
     kernel = launch.kernel
     work = WORK.get(kernel.name, _stream_work)(launch)
-    parts = regions(kernel.program, work.hot)
+    parts = loop_nest(kernel.program, work.hot)
     block = instructions_demand(parts.once, launch.warps)
     pass_ = instructions_demand(parts.inner, launch.warps)
     if work.step is not None:

@@ -185,7 +185,7 @@ def linear_gcl_cross_entropy(
     Args:
         features: (N, D), float32, bfloat16, float16 or float64. Under autocast they are cast to its dtype; the weights are not.
         linear_weight: (C, D), one row for each class, in the dtype of the features or, beside 16-bit features, float32.
-        target: class of each sample (N,), int64.
+        target: class of each sample (N,), int64, or soft labels (N, C), as in :func:`gcl_cross_entropy`.
         cloud: size of each class's cloud (C,), or None.
         normalize: False takes the plain products <f_i, w_j> as logits (use scale 1).
         plan: "materialised" keeps one (N, C) buffer (three products); "chunked" holds one chunk of classes at a time (four products); "recompute"

@@ -272,7 +272,8 @@ class GCLLoss(_CloudedLoss):
         tau: strength of a logit adjustment: tau * log prior is added to the logits, in eval mode too; see :class:`gclkern.LogitAdjustedLoss`.
         label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
-    Shapes: cosine (N, C), target and target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none", float32 (float64 for float64).
+    Shapes: cosine (N, C), target (N,) int64 or soft labels (N, C), target_b (N,) int64, lam a number, () or (N,) -> () for "mean" and "sum", (N,) for "none";
+    float32 (float64 for float64).
 
     `target_b` and `lam` are the second target of mixup and the weight of the first. Both targets share ONE draw of the noise; the released code calls its
     criterion twice, with two draws. `seed` and `row_offset` choose the noise, see :func:`gclkern.functional.gcl_cross_entropy`; eval mode ignores them.

@@ -5,7 +5,7 @@
     SquareRootSampler         a class by the root of its count, then one of its samples        p_j ~ sqrt(n_j)
     ProgressiveSampler        from instance-balanced to class-balanced over the epochs         (1 - t/T) n_j / N + (t/T) / C
     EffectiveNumberSampler    by effective numbers                                             p_j ~ n_j (1 - beta) / (1 - beta^n_j)
-    ReversedSampler           a class, the rarer the likelier, then one of its samples         p_j ~ 1 / n_j
+    ReversedSampler           a class, more often if it is rare, then a sample of it           p_j ~ 1 / n_j
     CBENSampler               by effective numbers whose beta grows with the cloud             p_j ~ n_j (1 - beta_j) / (1 - beta_j^n_j)
     ClassAwareSampler         the classes in turn, k samples of each, without replacement      p_j = 1 / C
 

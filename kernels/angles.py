@@ -35,7 +35,7 @@ def _sine_and_cosine(angle, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def turn(cosine, angle, EASY: tl.constexpr, NVIDIA: tl.constexpr):
+def add_angle(cosine, angle, EASY: tl.constexpr, NVIDIA: tl.constexpr):
     """cos(theta + angle) of cosine = cos(theta), for angles from 0 to pi, and its derivatives by cosine and by angle.
 
     With EASY angles are only added where the cosine is positive.

@@ -48,7 +48,7 @@ from .products import (
     weight_rows,
     whole_vectors,
 )
-from .row_loss import LOG2E, finish_rows
+from .row_loss import LOG2E, row_losses
 from .runtime import MULTIPROCESSORS, NVIDIA, batch_kernel
 from .terms import ClassShards, LossTerms
 
@@ -68,7 +68,7 @@ def serves(terms: LossTerms, dim: int) -> bool:
 
     Not on AMD GPUs, where some versions of torch have no product of 16-bit matrices in float32.
     """
-    linear = terms.bias is None and not terms.smoothed and not terms.turns_classes and not terms.difficulty_margin
+    linear = terms.bias is None and not terms.smoothed and not terms.adds_class_angles and not terms.difficulty_margin
     return linear and terms.scale <= LARGEST_SCALE and terms.class_offset % 8 == 0 and dim <= LARGEST_DIM and torch.version.hip is None
 
 
@@ -247,7 +247,7 @@ def run_forward(features: Tensor, linear_weight: Tensor, terms: LossTerms, shard
         peak, rest, blend, hardest, owns = shards.merge(peak, rest, blend, hardest, [own] if own_b is None else [own, own_b], terms.scale)
         own, own_b = owns[0], None if own_b is None else owns[1]
         num_classes, terms = shards.num_classes, shards.terms
-    loss, stats, denominator = finish_rows(own, own_b, peak, rest, blend, hardest, num_classes, terms, top1)
+    loss, stats, denominator = row_losses(own, own_b, peak, rest, blend, hardest, num_classes, terms, top1)
     _targets_kernel[(triton.cdiv(num_rows, 128),)](
         exponential, exponential.stride(0), inverse_norm_weight, local.target, local.target_b, stats, num_rows, linear_weight.shape[0], anchor2,
         SMALLEST=SMALLEST_EXPONENT, ROWS=128, num_warps=4, enable_fp_fusion=True,

@@ -36,7 +36,7 @@ from .products import (
     weight_gradient,
     weight_rows,
 )
-from .row_loss import ROW_STATS, finish_rows
+from .row_loss import ROW_STATS, row_losses
 from .runtime import on_device
 from .terms import ClassShards, LossTerms, implements, shapes_of
 
@@ -125,7 +125,7 @@ def run_forward(
             statistics = Statistics(peak, rest, blend, hardest)
             own, own_b = owns[0], None if own_b is None else owns[1]
             num_classes, terms = shards.num_classes, shards.terms
-        loss, stats, denominator = finish_rows(own, own_b, *statistics, num_classes, terms, top1)
+        loss, stats, denominator = row_losses(own, own_b, *statistics, num_classes, terms, top1)
         kept_cosine = cosine if plan == "materialised" else features.new_empty(0)
         kept_norm = features.new_empty(0, dtype=torch.float32) if inverse_norm is None else inverse_norm
         return loss, [stats, denominator, unit, kept_norm, inverse_norm_weight, row_scale, kept_cosine]

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .angles import HALF_PI, turn
+from .angles import HALF_PI, add_angle
 from .philox import noise_tile
-from .row_loss import LOG2E, ROW_STATS, finish_rows
+from .row_loss import LOG2E, ROW_STATS, row_losses
 from .runtime import LOOSE_POINTERS, MULTIPROCESSORS, NVIDIA, PLACES, batch_kernel, on_device
 from .terms import LossTerms, implements, shapes_of
 
@@ -79,7 +79,7 @@ def add_noise_and_bias(
     if NOISE:
         noise = noise_tile(seed, rows, first_group, GROUPS, NVIDIA)
         if ANGULAR:
-            cosine, by_cosine, _ = turn(cosine, (cloud * HALF_PI)[None, :] * noise, EASY, NVIDIA)
+            cosine, by_cosine, _ = add_angle(cosine, (cloud * HALF_PI)[None, :] * noise, EASY, NVIDIA)
         else:
             cosine -= cloud[None, :] * noise
     if BIAS:
@@ -539,7 +539,7 @@ def row_stats(
     resume: bool,  # the statistics already hold other classes
     padded: bool,  # the rows are padded, and the padding may be read
 ) -> None:
-    """Add the classes of `cosine` to the softmax statistics that `finish_rows` reads."""
+    """Add the classes of `cosine` to the softmax statistics that `row_losses` reads."""
     num_rows, num_classes = cosine.shape
     layout = layout_of(cosine, terms.class_offset)
     peak, rest, blend, hardest = statistics
@@ -552,7 +552,7 @@ def row_stats(
         num_rows, num_classes, tiles, terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale * LOG2E, 1.0 / terms.scale,
         RESUME=resume, ALIGNED=layout.shift == 0, STRIDE_UNIT=layout.stride_unit, CONTIGUOUS=cosine.stride(1) == 1,
-        PAIRED=layout.paired, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4,
+        PAIRED=layout.paired, ANGULAR=terms.adds_class_angles, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns, NVIDIA=NVIDIA, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -607,7 +607,7 @@ def cosine_gradient(
         num_rows, num_classes, triton.cdiv(row_tiles, splits), terms.row_offset, layout.first_group, layout.shift, layout.shift - first_class,
         terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
         ALIGNED=layout.shift == 0, SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", STRIDE_UNIT=layout.stride_unit,
-        CONTIGUOUS=cosine.stride(1) == 1, PAIRED=layout.paired, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns,
+        CONTIGUOUS=cosine.stride(1) == 1, PAIRED=layout.paired, ANGULAR=terms.adds_class_angles, EASY=terms.easy_margin, ROWS=rows, COLUMNS=columns,
         NVIDIA=NVIDIA, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return class_sum, None if bias_sum is None else bias_sum.sum(0)
@@ -628,7 +628,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     with on_device(cosine):
         statistics = empty_statistics(stats_splits(cosine.shape[0], cosine.shape[1]), cosine.shape[0], terms, cosine.device)
         row_stats(cosine, terms, 0, statistics, resume=False, padded=False)
-        loss, stats, denominator = finish_rows(cosine, cosine, *statistics, cosine.shape[1], terms)
+        loss, stats, denominator = row_losses(cosine, cosine, *statistics, cosine.shape[1], terms)
         return loss, [stats, denominator]
 
 

@@ -514,7 +514,7 @@ def fused_stats(
 ) -> None:  # fmt: skip
     """`row_stats` of cosines that are never stored."""
     (num_rows, dim), num_classes = x.shape, weight.shape[0]
-    tile, vector = fused_tile_of(x.dtype, angular=terms.turns_classes), vector_of(x.dtype)
+    tile, vector = fused_tile_of(x.dtype, angular=terms.adds_class_angles), vector_of(x.dtype)
     peak, rest, blend, hardest = statistics
     splits = peak.shape[0]
     shift = terms.class_offset % 8
@@ -523,7 +523,7 @@ def fused_stats(
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, peak, rest, blend, hardest,
         num_rows, num_classes, dim, triton.cdiv(triton.cdiv(num_classes + shift, tile.columns), splits), terms.row_offset, terms.class_offset // 8, shift,
         shift - first_class, terms.scale * LOG2E, 1.0 / terms.scale,
-        RESUME=resume, ANGULAR=terms.turns_classes, EASY=terms.easy_margin, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        RESUME=resume, ANGULAR=terms.adds_class_angles, EASY=terms.easy_margin, VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -543,7 +543,7 @@ def fused_gradient(
         x, x.stride(0) // vector, weight, weight.stride(0) // vector, inverse_norm, out, out.stride(0), padded_columns(num_classes),
         terms.target, terms.target_b, terms.cloud, terms.bias, terms.weight, terms.seed, stats, grad_loss, denominator, class_sum, bias_sum,
         num_rows, num_classes, dim, terms.row_offset, terms.class_offset // 8, shift, shift - first_class, terms.scale, terms.scale * LOG2E, 1.0 / terms.scale,
-        SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", ANGULAR=terms.turns_classes, EASY=terms.easy_margin,
+        SMOOTH=terms.smoothed, PER_ROW=terms.reduction == "none", ANGULAR=terms.adds_class_angles, EASY=terms.easy_margin,
         VECTOR=vector, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         WHOLE=dim % tile.depth == 0, UPCAST=INTERPRETED, PRECISION=_precision(), NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,

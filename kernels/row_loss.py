@@ -4,12 +4,12 @@ Kernels that compute the logits z_ij = s * v_ij store, for each row, over the cl
 
     peak = max_j v_ij,   rest = sum_j exp(s * (v_ij - peak)),   and, with label smoothing, blend = sum over ALL classes of weight_j * v_ij.
 
-`finish_rows` adds the targets in closed form. No probability is subtracted from 1: the sum over the other classes is stored separately, so the
+`row_losses` adds the targets in closed form. No probability is subtracted from 1: the sum over the other classes is stored separately, so the
 target's gradient stays accurate where its probability is close to 1. It stores four numbers per row, from which backward computes the gradient, given v_ij:
 
     dz_ij = exp2(s * log2(e) * v_ij - offset_i) - smooth_i * weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-If an angle is added to those of the targets (`LossTerms.turns_targets`), grad_a and grad_b are gradients with respect to s * cosine. A difficulty margin and
+If an angle is added to those of the targets (`LossTerms.adds_target_angles`), grad_a and grad_b are gradients by s * cosine. A difficulty margin and
 top-1 need one more statistic of each row: hardest, the largest cosine of a class that is no target.
 """
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .angles import HALF_PI, turn
+from .angles import HALF_PI, add_angle
 from .philox import noise_at
 from .runtime import NVIDIA, batch_kernel
 from .terms import LossTerms
@@ -87,9 +87,9 @@ def _target_logit(
             angle *= tl.where(hard, 1.0 + 0.5 * (1.0 - cosine), 1.0)
             grown = tl.where(hard, -0.5 * margin, 0.0)
         if ANGULAR:
-            value, slope, _ = turn(cosine, tl.zeros_like(cosine) + HALF_PI * cloud, EASY, NVIDIA)
+            value, slope, _ = add_angle(cosine, tl.zeros_like(cosine) + HALF_PI * cloud, EASY, NVIDIA)
             angle += HALF_PI * cloud
-        own, by_cosine, by_angle = turn(cosine, angle, EASY, NVIDIA)
+        own, by_cosine, by_angle = add_angle(cosine, angle, EASY, NVIDIA)
         own_slope = by_cosine + by_angle * grown
         if not ANGULAR:
             own -= cloud
@@ -136,7 +136,7 @@ def _one_target(
 
 
 @batch_kernel
-def _finish_rows_kernel(
+def _row_losses_kernel(
     cosine_a_ptr, cosine_b_ptr, stride_n, stride_c,  # the matrix (N, C) twice, or the targets' own cosines (N,) of each
     peak_ptr, rest_ptr, blend_ptr, hardest_ptr,  # (splits, N)
     target_ptr, target_b_ptr, lam_ptr, cloud_ptr, margin_ptr, bias_ptr, weight_ptr, smoothing_ptr, total_weight_ptr, seed_ptr,
@@ -278,7 +278,7 @@ def _reduce_rows_kernel(loss_ptr, kept_ptr, reduced_ptr, denominator_ptr, num_ro
     tl.store(denominator_ptr, denominator)
 
 
-def finish_rows(
+def row_losses(
     cosine_a: Tensor,  # (N, C), or (N,) cosines of the targets
     cosine_b: Tensor | None,  # the same for the second target
     peak: Tensor,  # (splits, N)
@@ -300,7 +300,7 @@ def finish_rows(
     smoothed = terms.smoothed
     smoothing = terms.label_smoothing if terms.smoothing is None else 1.0
     total_weight = terms.weight.sum() if smoothed and terms.weight is not None else None
-    _finish_rows_kernel[(1 if one_program else triton.cdiv(num_rows, _ROWS),)](
+    _row_losses_kernel[(1 if one_program else triton.cdiv(num_rows, _ROWS),)](
         cosine_a, cosine_b, cosine_a.stride(0), cosine_a.stride(1) if gather else 0, peak, rest, blend, hardest,
         terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, total_weight, terms.seed,
         loss, kept, stats, reduced if one_program else None, denominator if one_program else None, top1,

@@ -50,12 +50,12 @@ class LossTerms(NamedTuple):
         return self.smoothing is not None or self.label_smoothing > 0.0
 
     @property
-    def turns_classes(self) -> bool:
+    def adds_class_angles(self) -> bool:
         """Whether an angle is added to that of every class, so that no logit is linear in its cosine."""
         return self.angular and self.cloud is not None
 
     @property
-    def turns_targets(self) -> bool:
+    def adds_target_angles(self) -> bool:
         """Whether an angle is added at least to those of the targets."""
         return self.angular or self.difficulty_margin
 

@@ -244,10 +244,10 @@ def test_a_label_out_of_range_spoils_its_own_row_only(wrong: int, backend: str, 
     other = torch.arange(9, device=device) != 3
     assert terms[3].isnan() and grad[3].isnan().all() and terms[other].isfinite().all() and grad[other].isfinite().all()
     # among the others it counts as a sample of no class: as one of a class without weight
-    stranger = target.clone()
-    stranger[3] = 4
+    out_of_range = target.clone()
+    out_of_range[3] = 4
     padded_centroids, weight = torch.cat((centroids, centroids[:1])), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], device=device)
-    expected, _ = forward(features, stranger, padded_centroids, torch.cat((epsilon, epsilon[:1])), weight, 1.0, "none")
+    expected, _ = forward(features, out_of_range, padded_centroids, torch.cat((epsilon, epsilon[:1])), weight, 1.0, "none")
     torch.testing.assert_close(terms[other], expected[other])
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From top to bottom. A module, with all that is below it in the tree, is of the level that names its longest prefix; it may import modules of its own level and
 # of those below.
-LADDER: list[set[str]] = [
+LAYERS: list[set[str]] = [
     {"train"},
     {"gclkern.training"},
     {"gclkern.distributed"},
@@ -71,10 +71,10 @@ def imports_of(module: str, path: Path, modules: set[str]) -> set[str]:
 
 def level(module: str) -> int:
     """The place of a module on the ladder."""
-    prefixes = [(len(prefix), place) for place, names in enumerate(LADDER) for prefix in names if f"{module}.".startswith(f"{prefix}.")]
-    assert prefixes, f"{module} is on no level: give it a place in LADDER"
+    prefixes = [(len(prefix), place) for place, names in enumerate(LAYERS) for prefix in names if f"{module}.".startswith(f"{prefix}.")]
+    assert prefixes, f"{module} is on no level: give it a place in LAYERS"
     place = max(prefixes)[1]
-    assert LADDER[place] != {"gclkern"} or module == "gclkern", f"{module} is on no level: give it a place in LADDER"
+    assert LAYERS[place] != {"gclkern"} or module == "gclkern", f"{module} is on no level: give it a place in LAYERS"
     return place
 
 
@@ -83,7 +83,7 @@ IMPORTS = {module: imports_of(module, path, set(SOURCES)) for module, path in SO
 
 
 def test_every_name_of_the_ladder_is_there() -> None:
-    assert {name for names in LADDER for name in names} <= set(SOURCES)
+    assert {name for names in LAYERS for name in names} <= set(SOURCES)
 
 
 @pytest.mark.parametrize("module", SOURCES)

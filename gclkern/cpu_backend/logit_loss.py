@@ -31,7 +31,7 @@ def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, 
 
 def keeps_exponentials(terms: LossTerms) -> bool:
     """Whether a gradient can be made of exponentials: where angles are added to every class's, label smoothing needs their derivatives apart."""
-    return not (terms.turns_classes and terms.smoothed)
+    return not (terms.adds_class_angles and terms.smoothed)
 
 
 def loss_and_gradient(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None]:

@@ -100,8 +100,8 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
         same = (found[:, :-1] == agreed).all() & (found[:, -1] == row_offset).all()
         return shards, torch.where(same, 1.0, torch.nan)
     mine = torch.tensor([int(problem is None), *numbers], dtype=torch.int64, device=features.device)
-    said = ranks.gather_rows(mine, purpose).view(ranks.world, -1)
-    table = said.tolist()
+    calls = ranks.gather_rows(mine, purpose).view(ranks.world, -1)
+    table = calls.tolist()
     if problem is not None:
         raise problem
     refused = [rank for rank, row in enumerate(table) if not row[0]]
@@ -118,7 +118,7 @@ def agree(ranks: Ranks, features: Tensor, rows: Tensor, options: object, problem
             raise ShardError(f"the ranks do not agree on the {name}: {detail}; call with the same on every rank")
     shards = Shards(ranks.rank, tuple(columns["classes"]))
     if host_waits(features.device):  # not for calls on a CPU: a group with both gloo and nccl may make the same call on a GPU
-        known[key] = shards, said[:, :-1].clone()
+        known[key] = shards, calls[:, :-1].clone()
     return shards, None
 
 

@@ -20,7 +20,7 @@ from gclkern.kernels.terms import SMALLEST_SINE_SQUARED, LossTerms
 from gclkern.torch_backend.noise import noise_at
 
 
-class Turned(NamedTuple):
+class AngleSum(NamedTuple):
     """A cosine with an angle added, and its derivatives."""
 
     value: Tensor
@@ -28,7 +28,7 @@ class Turned(NamedTuple):
     by_angle: Tensor
 
 
-def turn(cosine: Tensor, angle: Tensor, *, easy: bool) -> Turned:
+def add_angle(cosine: Tensor, angle: Tensor, *, easy: bool) -> AngleSum:
     """cos(theta + angle) of cosine = cos(theta), for angles from 0 to pi. With `easy` angles are only added where the cosine is positive."""
     sine, other = angle.sin(), angle.cos()
     square = (1 - cosine) * (1 + cosine)
@@ -38,9 +38,9 @@ def turn(cosine: Tensor, angle: Tensor, *, easy: bool) -> Turned:
     by_angle = -(cosine * sine + root * other)
     if easy:
         taken = cosine > 0
-        return Turned(torch.where(taken, value, cosine), torch.where(taken, by_cosine, 1.0), torch.where(taken, by_angle, 0.0))
+        return AngleSum(torch.where(taken, value, cosine), torch.where(taken, by_cosine, 1.0), torch.where(taken, by_angle, 0.0))
     taken = cosine > -other
-    return Turned(torch.where(taken, value, cosine - angle * sine), torch.where(taken, by_cosine, 1.0), torch.where(taken, by_angle, -(sine + angle * other)))
+    return AngleSum(torch.where(taken, value, cosine - angle * sine), torch.where(taken, by_cosine, 1.0), torch.where(taken, by_angle, -(sine + angle * other)))
 
 
 class TargetLogit(NamedTuple):
@@ -62,14 +62,14 @@ def target_logit(scaled: Tensor, hardest: Tensor | None, label: Tensor, terms: L
     first = math.pi / 2 * cloud if terms.angular else 0.0
     plain, plain_slope = cosine, torch.ones_like(cosine)
     if isinstance(first, Tensor):
-        plain, plain_slope, _ = turn(cosine, first, easy=terms.easy_margin)
+        plain, plain_slope, _ = add_angle(cosine, first, easy=terms.easy_margin)
     margin = torch.zeros_like(cosine) if terms.margin is None else terms.margin[label]
     grown: Tensor | float = 0.0  # derivative of the margin
     if hardest is not None:
         hard = hardest > scaled
         grown = torch.where(hard, -margin / 2, 0.0)
         margin = torch.where(hard, margin * (1 + (1 - cosine) / 2), margin)
-    own, by_cosine, by_angle = turn(cosine, margin + first, easy=terms.easy_margin)
+    own, by_cosine, by_angle = add_angle(cosine, margin + first, easy=terms.easy_margin)
     own_slope = by_cosine + by_angle * grown
     if not terms.angular:
         plain, own = plain - cloud, own - cloud

@@ -31,7 +31,6 @@ from gclkern.torch_backend.rows import (
     RowGradients,
     RowSums,
     add_noise_and_bias_,
-    finish_rows,
     finite_peak,
     gradient_,
     gradient_shapes,
@@ -39,6 +38,7 @@ from gclkern.torch_backend.rows import (
     noise_scratch,
     reduce_rows,
     row_blocks,
+    row_losses,
     row_upstream,
     some_zero,
     top1_rows,
@@ -184,9 +184,9 @@ def _along(kept: Tensor, grad_loss: Tensor, upstream: Tensor) -> Tensor:
 def _gradient_again(head: _Head, matrix: Tensor, chunk: slice, inverse: Tensor, stats: RowGradients, upstream: Tensor) -> Tensor | None:
     """The products of a chunk become G over the norms, in place. Returns <p, w> of its classes, where they are normalised."""
     raw = torch.empty_like(matrix) if head.normalize else None
-    turned = torch.empty_like(matrix) if head.terms.turns_classes else None
+    slope_buffer = torch.empty_like(matrix) if head.terms.adds_class_angles else None
     for rows, block in head.blocks(matrix, chunk, inverse, raw):
-        slopes = None if turned is None else turned[rows]
+        slopes = None if slope_buffer is None else slope_buffer[rows]
         add_noise_and_bias_(block, head.terms, rows, chunk, head.noise, slopes)
         block.sub_(stats.anchor[rows].unsqueeze(1)).exp_()
         gradient_(block, head.terms, stats, rows, chunk, block, slopes)
@@ -210,18 +210,18 @@ def run_forward(
     panel = head.empty(head.num_rows * head.width)
     materialised = for_backward and plan == "materialised"
     raw = head.empty(head.num_rows, head.num_classes) if normalize and materialised else None
-    turned = head.empty(head.num_rows, head.num_classes) if terms.turns_classes and materialised else None
+    slope_buffer = head.empty(head.num_rows, head.num_classes) if terms.adds_class_angles and materialised else None
     for chunk in head.chunks():
         matrix = _matrix(panel, head.num_rows, chunk.stop - chunk.start)
         head.multiply(unit, chunk, matrix, class_inverse, normalize)
         for rows, block in head.blocks(matrix, chunk, class_inverse, raw):
             sums.add_bare(block, rows, chunk)
-            add_noise_and_bias_(block, terms, rows, chunk, head.noise, None if turned is None else turned[rows])
+            add_noise_and_bias_(block, terms, rows, chunk, head.noise, None if slope_buffer is None else slope_buffer[rows])
             sums.add_(block, rows, chunk)
     local_peak = sums.peak
     if shards is not None:
         sums = sums.merged(shards)
-    losses, stats = finish_rows(sums, head.num_classes if shards is None else shards.num_classes, ignored)
+    losses, stats = row_losses(sums, head.num_classes if shards is None else shards.num_classes, ignored)
     loss, denominator = reduce_rows(losses, sums.terms, ignored)
     found = [top1_rows(sums, head.num_classes, ignored)] if top1 else []
     if not for_backward:
@@ -235,7 +235,7 @@ def run_forward(
     everything = slice(0, head.num_classes)
     for rows in row_blocks(head.num_rows, head.num_classes, head.device):
         block = gradient[rows]
-        gradient_(block, terms, stats, rows, everything, block, None if turned is None else turned[rows])
+        gradient_(block, terms, stats, rows, everything, block, None if slope_buffer is None else slope_buffer[rows])
         if raw is not None:
             raw[rows].mul_(block.mul_(class_inverse))
     along = head.empty(0)

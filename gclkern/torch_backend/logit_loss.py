@@ -17,13 +17,13 @@ from gclkern.torch_backend.rows import (
     RowSums,
     add_noise_and_bias_,
     block_scratch,
-    finish_rows,
     gradient_,
     gradient_shapes,
     ignored_rows,
     noise_scratch,
     reduce_rows,
     row_blocks,
+    row_losses,
     row_upstream,
 )
 
@@ -61,7 +61,7 @@ def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
         add_noise_and_bias_(block, terms, rows, classes, noise)
         sums.add_(block, rows, classes)
     ignored = ignored_rows(terms)
-    losses, stats = finish_rows(sums, num_classes, ignored)
+    losses, stats = row_losses(sums, num_classes, ignored)
     loss, denominator = reduce_rows(losses, terms, ignored)
     return loss, [*stats, denominator, kept]
 
@@ -81,11 +81,11 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     grad_bias = torch.zeros(num_classes, dtype=dtype, device=device) if bias_grad else cosine.new_empty(0, dtype=dtype)
     logits = None if cosine.dtype == dtype else block_scratch(num_rows, num_classes, dtype, device)
     noise = None if kept.numel() > 0 else noise_scratch(num_rows, num_classes, terms, device)
-    turned = block_scratch(num_rows, num_classes, dtype, device) if terms.turns_classes else None
+    slope_buffer = block_scratch(num_rows, num_classes, dtype, device) if terms.adds_class_angles else None
     for rows in row_blocks(num_rows, num_classes, device):
         block = grad_cosine[rows] if logits is None else logits[: (rows.stop - rows.start) * num_classes].view(-1, num_classes)
         exponentials = block
-        slopes = None if turned is None else turned[: block.numel()].view(block.shape)
+        slopes = None if slope_buffer is None else slope_buffer[: block.numel()].view(block.shape)
         if kept.numel() > 0:
             exponentials = kept[rows]
         else:

@@ -4,14 +4,14 @@ A pass over the logits without margin, u_ij = scale * (cos_ij - cloud_j e_ij) + 
 
     peak = max_j u_ij,   rest = sum_j exp(u_ij - peak),   and, with label smoothing, blend = sum over ALL classes of weight_j u_ij.
 
-`finish_rows` adds the targets in closed form. With odds = log(sum over a target's other classes) - u_target, (1 - p) / p is exp(odds): the loss is
+`row_losses` adds the targets in closed form. With odds = log(sum over a target's other classes) - u_target, (1 - p) / p is exp(odds): the loss is
 log1p(exp(odds)), and 1 - p is computed as the sigmoid of the odds, never as 1 minus a probability, so that loss and gradient stay accurate where p is close
 to 1. It stores a row's gradient as a few numbers (`RowGradients`):
 
     dz_ij = exp(u_ij - anchor_i) slope_i - smooth_i weight_j      (j not a target),       dz_ia = grad_a,   dz_ib = grad_b
 
-If an angle is added to those of the targets (`LossTerms.turns_targets`), the targets' values are scale * cosine without noise and bias, and grad_a and grad_b
-are gradients with respect to them. If an angle is added to that of every class, dz_ij is multiplied by the derivative of u_ij by scale * cosine_ij.
+If an angle is added to those of the targets (`LossTerms.adds_target_angles`), the targets' values are scale * cosine without noise and bias, and grad_a
+and grad_b are gradients with respect to them. If an angle is added to that of every class, dz_ij is multiplied by the derivative of u_ij by scale * cosine_ij.
 
 Rows and classes are masked by selection, never by multiplication with 0, so that a NaN stays in its row.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gclkern.kernels.terms import ClassShards, LossTerms
-from gclkern.torch_backend.angles import TargetLogit, target_logit, turn
+from gclkern.torch_backend.angles import TargetLogit, add_angle, target_logit
 from gclkern.torch_backend.noise import fill_noise
 
 # Logits of a block, for each thread of a CPU: with their noise 2 MB in float32, so that a block stays in the cache while torch's operators, which give a
@@ -102,7 +102,7 @@ def add_noise_and_bias_(block: Tensor, terms: LossTerms, rows: slice, classes: s
         noise = scratch[: block.numel()].view(block.shape)
         fill_noise(noise, terms.seed, terms.row_offset + rows.start, terms.class_offset + classes.start)
         if terms.angular:
-            value, by_cosine, _ = turn(block / terms.scale, noise * (math.pi / 2 * terms.cloud[classes]), easy=terms.easy_margin)
+            value, by_cosine, _ = add_angle(block / terms.scale, noise * (math.pi / 2 * terms.cloud[classes]), easy=terms.easy_margin)
             torch.mul(value, terms.scale, out=block)
             if slopes is not None:
                 slopes.copy_(by_cosine)
@@ -132,11 +132,11 @@ class RowSums:
 
     def add_bare(self, block: Tensor, rows: slice, classes: slice) -> None:
         """Where angles are added to the targets', and for top-1: what is needed of scale * cosine of a block, before its noise and `add_`."""
-        if not self.terms.turns_targets and not self.bare:
+        if not self.terms.adds_target_angles and not self.bare:
             return
         first = classes.start == 0
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
-        if self.terms.turns_targets:
+        if self.terms.adds_target_angles:
             self._gather(block, places, rows, first, self.values)
         if self.bare:
             self._gather(block, places, rows, first, self.bare)
@@ -161,7 +161,7 @@ class RowSums:
             blend = block.sum(1) if weight is None else block.mv(weight[classes])
             self.blend[rows] = blend if first else self.blend[rows] + blend
         places = [_places(labels[rows], classes) for labels in row_targets(self.terms)]
-        if not self.terms.turns_targets:
+        if not self.terms.adds_target_angles:
             self._gather(block, places, rows, first, self.values)
         for columns, inside in places:
             block.scatter_(1, columns, block.gather(1, columns).masked_fill_(inside, -math.inf))
@@ -277,7 +277,7 @@ def top1_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> Tensor
     return without(ignored, share)
 
 
-def _turned_targets(sums: RowSums, labels: list[Tensor]) -> list[TargetLogit]:
+def _target_logits(sums: RowSums, labels: list[Tensor]) -> list[TargetLogit]:
     """The targets' logits where angles are added to them."""
     hardest: list[Tensor | None] = [None] * len(labels)
     if sums.hardest is not None and sums.terms.difficulty_margin:
@@ -285,7 +285,7 @@ def _turned_targets(sums: RowSums, labels: list[Tensor]) -> list[TargetLogit]:
     return [target_logit(value, largest, label, sums.terms) for value, largest, label in zip(sums.values, hardest, labels, strict=True)]
 
 
-def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tuple[Tensor, RowGradients]:
+def row_losses(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tuple[Tensor, RowGradients]:
     """The loss of each row (N,), 0 if it is ignored and NaN if a label is out of range, and its gradient."""
     terms = sums.terms
     anchor = finite_peak(sums.peak)
@@ -294,18 +294,18 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
     # a label that is out of range, or an infinite logit of the target
     bad = [(target != label) | value.isposinf() for target, label, value in zip(row_targets(terms), labels, sums.values, strict=True)]
     weights = [None if terms.weight is None else terms.weight[label] for label in labels]
-    turned = _turned_targets(sums, labels) if terms.turns_targets else []
-    plain = [logit.plain for logit in turned] or sums.values
+    target_logits = _target_logits(sums, labels) if terms.adds_target_angles else []
+    plain = [logit.plain for logit in target_logits] or sums.values
     values = [(value - anchor).masked_fill_(wrong, math.nan) for value, wrong in zip(plain, bad, strict=True)]
     drops: list[Tensor | None] = [None if terms.margin is None else terms.scale * terms.margin[label] for label in labels]
-    if turned:
-        drops = [logit.plain - logit.own for logit in turned]
+    if target_logits:
+        drops = [logit.plain - logit.own for logit in target_logits]
     owns = [value if drop is None else value - drop for value, drop in zip(values, drops, strict=True)]
     blends = [_blend_of(sums, anchor, weight, drop, num_classes) for weight, drop in zip(weights, drops, strict=True)]
     smoothings = [terms.label_smoothing if terms.smoothing is None else terms.smoothing[label] for label in labels]
     if terms.target_b is None or terms.lam is None:
         a = _one_target(terms, owns[0], None, log_rest, blends[0], smoothings[0], None, weights[0], num_classes)
-        loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad * turned[0].own_slope if turned else a.grad]
+        loss, slope, smooth, grads = a.loss, _slope(a), a.smooth, [a.grad * target_logits[0].own_slope if target_logits else a.grad]
     else:
         same = labels[0] == labels[1]
         others = [value.masked_fill(same, -math.inf) for value in values]
@@ -314,9 +314,9 @@ def finish_rows(sums: RowSums, num_classes: int, ignored: Tensor | None) -> tupl
         across_a = b.others * torch.exp(others[0] - b.log_others) - (b.smooth if weights[0] is None else b.smooth * weights[0])
         across_b = a.others * torch.exp(others[1] - a.log_others) - (a.smooth if weights[1] is None else a.smooth * weights[1])
         own_a, own_b = a.grad, b.grad
-        if turned:
-            own_a, own_b = own_a * turned[0].own_slope, own_b * turned[1].own_slope
-            across_a, across_b = across_a * turned[0].plain_slope, across_b * turned[1].plain_slope
+        if target_logits:
+            own_a, own_b = own_a * target_logits[0].own_slope, own_b * target_logits[1].own_slope
+            across_a, across_b = across_a * target_logits[0].plain_slope, across_b * target_logits[1].plain_slope
         grad_a = own_a + torch.where(same, own_b, across_a)
         grads = [grad_a, torch.where(same, grad_a, own_b + across_b)]
         loss, slope, smooth = a.loss + b.loss, _slope(a) + _slope(b), a.smooth + b.smooth

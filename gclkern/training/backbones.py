@@ -216,7 +216,7 @@ def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -
             raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out `image_size` or `pretrained`") from error
         if "No pretrained weights" in cause:
             raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take another network") from error
-        raise ValueError(f"the stored weights of {name} are damaged ({cause}); delete {stored} and run again, which fetches them anew") from error
+        raise ValueError(f"the stored weights of {name} are damaged ({cause}); delete {stored} and run again, which fetches them again") from error
 
 
 def _from_torchvision(name: str, image_size: int | None, in_channels: int, pretrained: bool) -> tuple[Any, int]:

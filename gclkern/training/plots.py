@@ -267,7 +267,7 @@ def plot_class_confusion(
     keys, errors = (labels * classes + predictions)[predictions != labels].unique(return_counts=True)
     if (errors > 1).any():
         keys, errors = keys[errors > 1], errors[errors > 1]
-    true, said = keys // classes, keys % classes
+    true, predicted = keys // classes, keys % classes
     shares = 100 * errors / totals[true]
     worst = sorted(range(keys.numel()), key=lambda i: (-float(shares[i]), -int(errors[i])))[:_MOST_PAIRS]
     whole = classes <= _MOST_CLASSES
@@ -285,7 +285,7 @@ def plot_class_confusion(
         axes[0].set_title("% of the images of each class", fontsize=10)
     bars = axes[-1]
     bars.barh(range(len(worst)), [float(shares[i]) for i in worst], color=_COLOURS[0], alpha=0.75, height=0.75)
-    pairs = [f"{shown_name(int(true[i]), class_names)} ({class_counts[int(true[i])]})  →  {shown_name(int(said[i]), class_names)}" for i in worst]
+    pairs = [f"{shown_name(int(true[i]), class_names)} ({class_counts[int(true[i])]})  →  {shown_name(int(predicted[i]), class_names)}" for i in worst]
     bars.set_yticks(range(len(worst)), pairs, fontsize=8)
     for place, i in enumerate(worst):
         bars.text(float(shares[i]), place, f" {int(errors[i])} of {int(totals[true[i]])}", va="center", fontsize=8, color=_GREY)

@@ -142,7 +142,7 @@ def test_a_damaged_file_of_weights_is_named(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
-        build_backbone("resnet18", pretrained=True)  # the remedy: it is fetched anew
+        build_backbone("resnet18", pretrained=True)  # the remedy: it is fetched again
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

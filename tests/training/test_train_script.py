@@ -181,11 +181,11 @@ def test_no_error_is_a_traceback(error: BaseException, message: str, refused: Ca
 
     monkeypatch.setattr("gclkern.training.data.load_data", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    said = refused()
-    assert message in said
-    assert "Traceback" not in said
+    shown = refused()
+    assert message in shown
+    assert "Traceback" not in shown
     reports = list(tmp_path.iterdir())
-    assert [("Traceback" in file.read_text(), str(file) in said) for file in reports] == [(True, True)] * isinstance(error, ZeroDivisionError)
+    assert [("Traceback" in file.read_text(), str(file) in shown) for file in reports] == [(True, True)] * isinstance(error, ZeroDivisionError)
 
 
 def test_a_reader_that_has_seen_enough() -> None:

@@ -9,24 +9,24 @@
 #define SMALLEST_SINE_SQUARED 1e-6 /* gclkern.kernels.terms */
 
 /* A cosine with an angle added, and its derivatives. */
-struct turned {
+struct angle_sum {
     double value, by_cosine, by_angle;
 };
 
 /* cos(theta + angle) of cosine = cos(theta), for angles from 0 to pi. With `easy` angles are only added where the cosine is positive. */
-INLINE struct turned turn(double cosine, double angle, int easy) {
+INLINE struct angle_sum add_angle(double cosine, double angle, int easy) {
     double sine = sin(angle), other = cos(angle), square = (1.0 - cosine) * (1.0 + cosine);
     double root = sqrt(square > SMALLEST_SINE_SQUARED ? square : SMALLEST_SINE_SQUARED);
-    struct turned turned = {cosine, 1.0, 0.0};
+    struct angle_sum sum = {cosine, 1.0, 0.0};
     if (cosine > (easy ? 0.0 : -other)) {
-        turned.value = cosine * other - root * sine;
-        turned.by_cosine = other + (square > SMALLEST_SINE_SQUARED ? cosine * sine / root : 0.0);
-        turned.by_angle = -(cosine * sine + root * other);
+        sum.value = cosine * other - root * sine;
+        sum.by_cosine = other + (square > SMALLEST_SINE_SQUARED ? cosine * sine / root : 0.0);
+        sum.by_angle = -(cosine * sine + root * other);
     } else if (!easy) {
-        turned.value = cosine - angle * sine;
-        turned.by_angle = -(sine + angle * other);
+        sum.value = cosine - angle * sine;
+        sum.by_angle = -(sine + angle * other);
     }
-    return turned;
+    return sum;
 }
 
 /* `values` are cosines and become scale times those with cloud * noise right angles added; `slopes`, unless NULL, receives the derivatives by the cosine. */

@@ -121,11 +121,11 @@ static void project(const void *context, int64_t begin, int64_t end) {
 
 static void noise(const void *context, int64_t begin, int64_t end) {
     const struct noise *call = context;
-    float room[NOISE_ROOM];
+    float buffer[NOISE_BUFFER];
     for (int64_t row = begin; row < end; row++) {
         for (int64_t first = 0; first < call->num_classes; first += BLOCK) {
             int64_t count = smaller(BLOCK, call->num_classes - first);
-            const float *values = noise_of(room, (uint64_t)*call->seed, (uint64_t)(call->row_offset + row), (uint64_t)(call->class_offset + first), count);
+            const float *values = noise_of(buffer, (uint64_t)*call->seed, (uint64_t)(call->row_offset + row), (uint64_t)(call->class_offset + first), count);
             store(call->out + row * call->num_classes, FLOAT32, first, values, count);
         }
     }

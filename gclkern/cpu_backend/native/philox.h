@@ -46,7 +46,7 @@ INLINE words product(words a, uint32_t multiplier) {
 enum {
     GROUP = 8,                   /* classes that share a counter */
     UNIT = 16 * GROUP,           /* classes whose noise is computed at a time, needed or not: a value does not depend on its neighbours */
-    NOISE_ROOM = BLOCK + 2 * UNIT /* for the noise of a block that starts within a unit */
+    NOISE_BUFFER = BLOCK + 2 * UNIT /* for the noise of a block that starts within a unit */
 };
 
 /* The four words of 16 counters from `group` on, two of them to an element, in the order of the classes that they serve. */
@@ -125,12 +125,12 @@ INLINE void noise_unit(float *out, uint64_t seed, uint64_t row, uint64_t group) 
     }
 }
 
-/* The noise of `count` classes from `first` on, at most BLOCK: where in `room` (NOISE_ROOM elements) it starts. */
-INLINE const float *noise_of(float *room, uint64_t seed, uint64_t row, uint64_t first, int64_t count) {
+/* The noise of `count` classes from `first` on, at most BLOCK: where in `buffer` (NOISE_BUFFER elements) it starts. */
+INLINE const float *noise_of(float *buffer, uint64_t seed, uint64_t row, uint64_t first, int64_t count) {
     uint64_t group = first / GROUP;
     int64_t skipped = (int64_t)(first % GROUP);
-    for (int64_t done = 0; done < skipped + count; done += UNIT) noise_unit(room + done, seed, row, group + (uint64_t)(done / GROUP));
-    return room + skipped;
+    for (int64_t done = 0; done < skipped + count; done += UNIT) noise_unit(buffer + done, seed, row, group + (uint64_t)(done / GROUP));
+    return buffer + skipped;
 }
 
 #endif

@@ -22,14 +22,14 @@ INLINE void load_cosines(const struct logits *call, int64_t row, int64_t first, 
 }
 
 /* Whether an angle is added to every class's, so that no logit is linear in its cosine. */
-INLINE int turns_classes(const struct terms *terms) { return terms->angular && terms->cloud != NULL; }
+INLINE int adds_class_angles(const struct terms *terms) { return terms->angular && terms->cloud != NULL; }
 
 /* Whether an angle is added to the targets' at least. */
-INLINE int turns_targets(const struct terms *terms) { return terms->angular || terms->difficulty_margin; }
+INLINE int adds_target_angles(const struct terms *terms) { return terms->angular || terms->difficulty_margin; }
 
 /* The logits of a block: scale * (cosine - cloud * noise) + bias, or with the noise in the angle, padded with -infinity. `slopes`, unless NULL, receives the
- * derivatives by scale * cosine where the noise is in the angle. Returns the noise, which is in `room` (NOISE_ROOM elements), or NULL. */
-INLINE const float *load_logits(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out, float *slopes, float *room) {
+ * derivatives by scale * cosine where the noise is in the angle. Returns the noise, which is in `buffer` (NOISE_BUFFER elements), or NULL. */
+INLINE const float *load_logits(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out, float *slopes, float *buffer) {
     const struct terms *terms = &call->terms;
     const float *noise = NULL;
     float scale = (float)terms->scale;
@@ -37,7 +37,7 @@ INLINE const float *load_logits(const struct logits *call, int64_t row, int64_t 
     int64_t column = call->first_class + first; /* in the vectors of classes */
     if (terms->cloud != NULL) {
         const float *cloud = terms->cloud + column;
-        noise = noise_of(room, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
+        noise = noise_of(buffer, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
         if (terms->angular) {
             turn_block(out, slopes, cloud, noise, scale, terms->easy_margin != 0, count);
         } else {
@@ -123,17 +123,17 @@ INLINE void add_bare(const struct logits *call, int64_t row, int64_t first, int6
 /* Takes in the chunk's classes of a row. */
 INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
     const struct terms *terms = &call->terms;
-    float scratch[BLOCK], slopes[BLOCK], room[NOISE_ROOM];
+    float scratch[BLOCK], slopes[BLOCK], buffer[NOISE_BUFFER];
     int64_t columns = call->num_columns;
-    int keeps_slopes = call->kept != NULL && turns_classes(terms);
+    int keeps_slopes = call->kept != NULL && adds_class_angles(terms);
     for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
         int64_t count = smaller(BLOCK, columns - first), padded = round_up(count, LANES);
-        const float *noise = load_logits(call, row, first, count, scratch, keeps_slopes ? slopes : NULL, room);
+        const float *noise = load_logits(call, row, first, count, scratch, keeps_slopes ? slopes : NULL, buffer);
         if (is_smoothed(terms)) {
             sums->blend += (double)weighted_sum(scratch, terms->weight == NULL ? NULL : terms->weight + call->first_class + first, count);
         }
         int64_t places[2] = {place_of(terms->target, row, call->first_class + first, count), place_of(terms->target_b, row, call->first_class + first, count)};
-        if (turns_targets(terms) || call->top1 != NULL) add_bare(call, row, first, count, places, noise, sums);
+        if (adds_target_angles(terms) || call->top1 != NULL) add_bare(call, row, first, count, places, noise, sums);
         if (places[0] >= 0) sums->value[0] = (double)scratch[places[0]];
         if (places[1] >= 0) sums->value[1] = (double)scratch[places[1]];
         if (places[0] >= 0) scratch[places[0]] = -INFINITY;
@@ -210,7 +210,7 @@ INLINE int is_class(const struct terms *terms, int64_t label) { return label >= 
 
 /* Target `t` of a row; `hardest` is the largest cosine of any other class. */
 INLINE struct row_target target_of(const struct terms *terms, int64_t label, const struct sums *sums, int t, double hardest, double anchor) {
-    double value = turns_targets(terms) ? sums->cosine[t] : sums->value[t];
+    double value = adds_target_angles(terms) ? sums->cosine[t] : sums->value[t];
     int inside = is_class(terms, label);
     int64_t safe = inside ? label : 0;
     double margin = terms->margin == NULL ? 0.0 : (double)terms->margin[safe];
@@ -222,14 +222,14 @@ INLINE struct row_target target_of(const struct terms *terms, int64_t label, con
         .slope = 1.0,
         .own_slope = 1.0,
     };
-    if (turns_targets(terms)) {
+    if (adds_target_angles(terms)) {
         double cosine = target.value, cloud = terms->cloud == NULL ? 0.0 : (double)terms->cloud[safe] * sums->noise[t];
         double angle = terms->angular ? HALF_PI * cloud : 0.0, grown = 0.0; /* the derivative of the margin by the cosine */
         if (terms->difficulty_margin && hardest > cosine) {
             grown = -margin / 2.0;
             margin *= 1.0 + (1.0 - cosine) / 2.0;
         }
-        struct turned plain = turn(cosine, angle, terms->easy_margin != 0), own = turn(cosine, angle + margin, terms->easy_margin != 0);
+        struct angle_sum plain = add_angle(cosine, angle, terms->easy_margin != 0), own = add_angle(cosine, angle + margin, terms->easy_margin != 0);
         double bias = terms->bias == NULL ? 0.0 : (double)terms->bias[safe];
         target.value = terms->scale * (terms->angular ? plain.value : cosine - cloud) + bias;
         target.drop = terms->scale * (plain.value - own.value);
@@ -294,7 +294,7 @@ INLINE void row_gradient(const struct logits *call, int64_t row) {
     float upstream = (float)(terms->scale / terms->divisor);
     float slopes[BLOCK];
     float part[STATISTICS];
-    int has_slopes = call->kept == NULL && turns_classes(terms);
+    int has_slopes = call->kept == NULL && adds_class_angles(terms);
     for (int k = 0; k < STATISTICS; k++) part[k] = call->statistics[k * terms->num_rows + row];
     for (int64_t first = 0, index = 0; first < columns; first += BLOCK, index++) {
         int64_t count = smaller(BLOCK, columns - first), column = call->first_class + first;
@@ -304,8 +304,8 @@ INLINE void row_gradient(const struct logits *call, int64_t row) {
             factor *= expf(call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR]);
             for (int64_t k = 0; k < count; k++) out[k] = kept[k] * factor;
         } else {
-            float block[BLOCK], room[NOISE_ROOM];
-            load_logits(call, row, first, count, block, has_slopes ? slopes : NULL, room);
+            float block[BLOCK], buffer[NOISE_BUFFER];
+            load_logits(call, row, first, count, block, has_slopes ? slopes : NULL, buffer);
             for (int64_t k = 0; k < count; k++) out[k] = exponential(block[k] - part[ANCHOR]) * factor;
         }
         if (is_smoothed(terms)) {
