@@ -59,12 +59,18 @@ class LogitLoss(torch.autograd.Function):
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
+class WrongValueError(ValueError):
+    """A label or a class weight is wrong: gclkern.validation tells which."""
+
+
 class LogitLossInOnePass(torch.autograd.Function):
-    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient."""
+    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient, and looks at labels and class weights while it reads them."""
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool) -> Tensor:
-        loss, gradient = loss_and_gradient(cosine, terms, for_backward)
+        loss, gradient, valid = loss_and_gradient(cosine, terms, for_backward)
+        if not valid:
+            raise WrongValueError("labels or class weights have changed during the call")
         ctx.save_for_backward(cosine, gradient)
         ctx.terms = terms
         return loss

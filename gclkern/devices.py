@@ -41,12 +41,14 @@ def values_may_be_read(tensor: Tensor) -> bool:
     return _debug or tensor.device.type == "cpu"
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether the tensor is inside of torch.func's grad and vmap, or of torch.autograd.grad(is_grads_batched=True)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def refuse_transforms(name: str, tensor: Tensor) -> None:
     """Raise for a tensor inside of torch.func's grad and vmap, or of torch.autograd.grad(is_grads_batched=True), which the operators have no rules for."""
-    if torch.compiler.is_compiling():
-        return
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
+    if not torch.compiler.is_compiling() and is_transformed(tensor):
         raise RuntimeError(
             f"{name} is inside of a torch.func transform (grad, vmap) or of is_grads_batched=True, which the losses of gclkern do not support; "
             f"call loss.backward() or torch.autograd.grad, once for each gradient"

@@ -15,11 +15,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast
+from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast, WrongValueError
 from gclkern.devices import values_may_be_read
 from gclkern.dispatch import backend_without_loops, call_operator, calls_directly, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, LinearCrossEntropyOptions, Plan, Reduction
+from gclkern.ready import ready_terms
 from gclkern.validation import (
     REDUCTIONS,
     check_choice,
@@ -136,6 +137,16 @@ def gcl_cross_entropy(
         >>> cosine.grad.shape
         torch.Size([2, 3])
     """
+    ready = ready_terms(
+        cosine, target, cloud, margin, bias, weight, target_b, lam, label_smoothing, seed, scale, gamma, focal_detach, ignore_index, reduction, row_offset,
+        class_offset, angular, difficulty_margin, easy_margin, backend,
+    )  # fmt: skip
+    if ready is not None:
+        for_backward = torch.is_grad_enabled() and (cosine.requires_grad or (bias is not None and bias.requires_grad))
+        try:
+            return LogitLossInOnePass.apply(cosine, bias, ready, for_backward)
+        except WrongValueError:
+            pass  # the checks below name it
     check_matrix("cosine", cosine)
     terms = loss_terms(
         "cosine", cosine, cosine.shape[1], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam, gamma=gamma,

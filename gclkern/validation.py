@@ -240,7 +240,7 @@ def class_vector(
     return (value if value.dtype == dtype else value.to(dtype)).contiguous()  # .to() looks the tensor over even where there is nothing to convert
 
 
-def _margin_vector(margin: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:
+def margin_vector(margin: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:
     if margin is None or isinstance(margin, Tensor):
         return class_vector("margin", margin, num_classes, reference_name, reference, dtype)
     value = check_number("margin", margin)
@@ -401,13 +401,13 @@ def _check_options(
     )  # fmt: skip
 
 
-_options_seen_before = functools.lru_cache(maxsize=64, typed=True)(_check_options)  # a training passes the same options at every step
+options_seen_before = functools.lru_cache(maxsize=64, typed=True)(_check_options)  # a training passes the same options at every step
 
 
 def _checked_options(*options: Any) -> tuple[float, float, float, int, int, int, str]:
     if not torch.compiler.is_compiling():
         try:
-            return _options_seen_before(*options)
+            return options_seen_before(*options)
         except TypeError:
             pass  # an option is wrong or cannot be hashed; checked again below, where the error names it
     return _check_options(*options)
@@ -462,7 +462,7 @@ def loss_terms(
             index = int(wrong.nonzero()[0])
             raise ValueError(f"weight[{index}] is {float(weight[index])}, but class weights must not be negative")
     cloud = class_vector("cloud", cloud, num_classes, reference_name, reference, dtype)
-    margins = _margin_vector(margin, num_classes, reference_name, reference, dtype)
+    margins = margin_vector(margin, num_classes, reference_name, reference, dtype)
     if angular or difficulty_margin:
         _check_angles(cloud if angular else None, margins, math.pi / 4 if difficulty_margin else math.pi / 2, bias)
     return LossTerms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from gclkern.cpu_backend import library
 from gclkern.dispatch import resolve_backend
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy
 from gclkern.options import Reduction
+from gclkern.ready import ready_terms
 from tests.support.cases import labels, vector
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +111,46 @@ def test_the_cpu_takes_the_loops_and_float64_torch() -> None:
     assert resolve_backend("torch", torch.zeros(1)) == "torch"
     with pytest.raises(TypeError, match='backend="cpu" computes in float32 and refuses float64 tensors; use backend="torch" or "auto"'):
         resolve_backend("cpu", torch.zeros(1, dtype=torch.float64))
+
+
+def ready(**changed: Any) -> bool:
+    """Whether a call of gcl_cross_entropy, usual but for the arguments `changed`, skips the checks."""
+    usual = {name: parameter.default for name, parameter in inspect.signature(gcl_cross_entropy).parameters.items()}
+    usual |= {"cosine": torch.rand(4, 6), "target": torch.arange(4), "cloud": torch.rand(6), "margin": torch.rand(6), "bias": torch.rand(6)}
+    return ready_terms(**{**usual, **changed}) is not None
+
+
+@pytest.mark.compiled
+def test_only_arguments_that_need_no_check_skip_the_checks() -> None:
+    needs_grad = torch.rand(6, requires_grad=True)
+    changed: dict[str, Any]
+    for changed in (
+        {}, {"cosine": torch.rand(6, 4).t().requires_grad_()}, {"cosine": torch.rand(4, 6).half()}, {"bias": needs_grad}, {"margin": 0.1},
+        {"weight": torch.rand(6)}, {"cloud": None}, {"seed": 2}, {"scale": 1}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"backend": "cpu"},
+    ):  # fmt: skip
+        assert ready(**changed), changed
+    for name in ("cloud", "margin", "bias", "weight"):
+        for unfit in (torch.rand(5), torch.rand(6).double(), torch.rand(12)[::2], torch.rand(6, device="meta"), [0.0] * 6):
+            assert not ready(**{name: unfit}), (name, unfit)
+        assert name == "bias" or not ready(**{name: needs_grad}), name
+    for changed in (
+        {"cosine": torch.rand(4, 6).double()}, {"cosine": torch.rand(4, 6, device="meta")}, {"cosine": torch.rand(24)}, {"cosine": torch.rand(4, 0)},
+        {"cosine": [[0.0]]}, {"target": torch.arange(3)}, {"target": torch.arange(4).int()}, {"target": torch.arange(8)[::2]}, {"target": torch.rand(4, 6)},
+        {"target": None}, {"target_b": torch.arange(4)}, {"lam": 0.5}, {"angular": True}, {"difficulty_margin": True}, {"easy_margin": True}, {"angular": 1},
+        {"scale": 0.0}, {"scale": torch.ones(())}, {"gamma": True}, {"label_smoothing": torch.rand(6)}, {"ignore_index": 0.5}, {"reduction": "all"},
+        {"seed": 2**64}, {"row_offset": -1}, {"class_offset": None}, {"focal_detach": 1}, {"backend": "torch"}, {"backend": "any"},
+    ):  # fmt: skip
+        assert not ready(**changed), changed
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("changed", [{"target": torch.tensor([0, 9, 1, 2])}, {"target": torch.tensor([0, 1, -1, 2])}, {"weight": torch.tensor([1.0, -1.0])}])
+def test_the_loops_find_the_values_that_the_checks_name(changed: dict[str, Tensor]) -> None:
+    arguments = {"cosine": torch.rand(4, 2), "target": torch.tensor([0, 1, -100, 0]), "weight": torch.ones(2)}
+    assert gcl_cross_entropy(**arguments).isfinite()
+    (name,) = changed
+    with pytest.raises(ValueError, match=rf"{name}\[\d\] is "):
+        gcl_cross_entropy(**{**arguments, **changed})
 
 
 def test_another_device_is_refused() -> None:

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"gclkern.clouds", "gclkern.weights"},
     {"gclkern.autograd"},
     {"gclkern.dispatch"},
-    {"gclkern.validation", "gclkern.buffers", "gclkern.soft_labels"},
+    {"gclkern.ready", "gclkern.validation", "gclkern.buffers", "gclkern.soft_labels"},
     {"gclkern.devices", "gclkern.options"},
     {"gclkern.torch_backend", "gclkern.cpu_backend"},
     {"gclkern.kernels"},

@@ -20,7 +20,7 @@ _CHUNK_BYTES = 16 * 2**20  # of cosines: far above what a product needs to run a
 _PANEL_BYTES = 2 * 2**20  # of cosines: fits the cache, and is small beside the other tensors
 _MIN_CLASSES = 64  # narrower products are inefficient
 _WEIGHT_BYTES = 8 * 2**20  # of weight rows that are worked on at a time: with their gradient they stay in the third-level cache
-_BLOCK = 512  # BLOCK of native/vector.h
+_BLOCK = 512  # classes that share a peak; BLOCK of native/vector.h
 _SUMS = 10  # numbers of struct sums of native/native.h
 # Replaces 1 / |w_j| where the norm counts as 0: it makes cosines smaller than 1e-32, and unlike 0, the bias gradient can be divided by it.
 _NO_DIRECTION = 1e-20

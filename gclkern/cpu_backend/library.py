@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ Bound = _structure(
 Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* threads")
 
 _FUNCTIONS = (
-    "logit_forward", "logit_finish", "logit_backward", "logit_gradient", "gradient_times", "inverse_norms", "project", "noise", "bound_forward",
+    "logit_loss", "logit_forward", "logit_finish", "logit_backward", "logit_gradient", "gradient_times", "inverse_norms", "project", "noise", "bound_forward",
     "bound_backward", "segment_sums",
 )  # fmt: skip
 
@@ -68,7 +69,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in _FUNCTIONS:
         function = getattr(library, f"gclkern_{name}")
-        function.argtypes, function.restype = [ctypes.c_char_p], None
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64 if name == "logit_loss" else None
     library.gclkern_instructions.restype = library.gclkern_sources.restype = ctypes.c_char_p
     library.gclkern_setup.argtypes, library.gclkern_setup.restype = [ctypes.c_void_p], None
     library.gclkern_setup(_parallel_for())
@@ -109,11 +110,11 @@ def summary() -> str:
     return f"compiled loops ({_library.gclkern_instructions().decode()}) on {torch.get_num_threads()} threads"
 
 
-def call(name: str, arguments: bytes) -> None:
-    """Runs the library's function `name`, which does not write to the packed structure `arguments`."""
+def call(name: str, arguments: bytes) -> Any:
+    """Runs the library's function `name`, which does not write to the packed structure `arguments`. Only "logit_loss" returns something."""
     if _library is None:
         raise RuntimeError(missing)
-    getattr(_library, f"gclkern_{name}")(arguments)
+    return getattr(_library, f"gclkern_{name}")(arguments)
 
 
 NULL = 0

@@ -15,18 +15,23 @@ from gclkern.cpu_backend.library import DTYPES, NULL, REDUCTIONS, Logits, Produc
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 STATISTICS = 5  # float32 numbers from which a row's gradient is made
-_BLOCK = 512  # classes that share a peak; BLOCK of native/vector.h
+_DONE, _NO_MEMORY = 0, 2  # in native/native.h
 _STRIPS = 16  # of rows, with one partial sum per class; it fixes the order of additions, so it must not depend on the number of threads
 
 
 def pass_terms(num_rows: int, num_classes: int, terms: LossTerms) -> tuple[Any, ...]:
     """The members of `struct terms`."""
-    vectors = (terms.target, terms.target_b, terms.lam, terms.cloud, terms.margin, terms.bias, terms.weight, terms.smoothing, terms.seed)
-    numbers = (
-        terms.scale, terms.gamma, terms.label_smoothing, terms.focal_detach, terms.ignore_index, terms.row_offset, terms.class_offset,
-        REDUCTIONS[terms.reduction], terms.angular, terms.difficulty_margin, terms.easy_margin,
+    (
+        target, target_b, lam, cloud, margin, bias, weight, seed, scale, gamma, focal_detach, label_smoothing, ignore_index, row_offset, class_offset,
+        reduction, smoothing, angular, difficulty_margin, easy_margin,
+    ) = terms  # fmt: skip
+    return (
+        num_rows, num_classes, target.data_ptr(), NULL if target_b is None else target_b.data_ptr(), NULL if lam is None else lam.data_ptr(),
+        NULL if cloud is None else cloud.data_ptr(), NULL if margin is None else margin.data_ptr(), NULL if bias is None else bias.data_ptr(),
+        NULL if weight is None else weight.data_ptr(), NULL if smoothing is None else smoothing.data_ptr(), NULL if seed is None else seed.data_ptr(),
+        scale, gamma, label_smoothing, focal_detach, ignore_index, row_offset, class_offset, REDUCTIONS[reduction], angular, difficulty_margin, easy_margin,
+        0.0, 1.0,
     )  # fmt: skip
-    return num_rows, num_classes, *[NULL if vector is None else vector.data_ptr() for vector in vectors], *numbers, 0.0, 1.0
 
 
 def keeps_exponentials(terms: LossTerms) -> bool:
@@ -34,22 +39,19 @@ def keeps_exponentials(terms: LossTerms) -> bool:
     return not (terms.adds_class_angles and terms.smoothed)
 
 
-def loss_and_gradient(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss and, where there will be a backward, the float32 gradient of the cosines for an upstream gradient of 1."""
+def loss_and_gradient(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """The loss, the float32 gradient of the cosines for an upstream gradient of 1 where there will be a backward, and whether labels and weights are valid."""
     num_rows, num_classes = cosine.shape
     loss, gradient = _outputs(cosine, terms, for_backward)
-    # a row's statistics, its loss and, for each block of the gradient, the number that its exponentials are relative to
-    workspace = torch.empty((STATISTICS + 1 - -num_classes // _BLOCK) * num_rows, dtype=torch.float32, device="cpu")
-    statistics = workspace.data_ptr()
-    losses = statistics + 4 * STATISTICS * num_rows
     place = NULL if gradient is None else gradient.data_ptr()
-    kept, peaks = (place, losses + 4 * num_rows) if keeps_exponentials(terms) else (NULL, NULL)
     arguments = Logits.pack(
-        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL, kept, peaks, NULL, 0, num_classes,
-        statistics, loss.data_ptr() if terms.reduction == "none" else losses, NULL, loss.data_ptr(), place, 0, torch.get_num_threads(),
+        *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL,
+        place if keeps_exponentials(terms) else NULL, NULL, NULL, 0, num_classes, NULL, NULL, NULL, loss.data_ptr(), place, 0, torch.get_num_threads(),
     )  # fmt: skip
-    call("logit_gradient" if for_backward else "logit_forward", arguments)
-    return loss, gradient
+    result = call("logit_loss", arguments)
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory for the statistics of {num_rows} rows of {num_classes} classes")
+    return loss, gradient, result == _DONE
 
 
 def gradient_times(made: Tensor, grad_loss: Tensor, dtype: torch.dtype, scale: float, bias_grad: bool, overwrite: bool) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +77,7 @@ def gradient_times(made: Tensor, grad_loss: Tensor, dtype: torch.dtype, scale: f
 @implements("logit_forward", "cpu")
 def logit_forward(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The same as gclkern.kernels.logit_loss.logit_forward."""
-    loss, gradient = loss_and_gradient(cosine, LossTerms(*args[:-1]), args[-1])
+    loss, gradient, _ = loss_and_gradient(cosine, LossTerms(*args[:-1]), args[-1])
     return loss, [] if gradient is None else [gradient]
 
 
@@ -87,8 +89,8 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
 
 
 def _outputs(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None]:
-    loss = torch.empty(cosine.shape[:1] if terms.reduction == "none" else (), dtype=torch.float32, device=cosine.device)
-    return loss, torch.empty(cosine.shape, dtype=torch.float32, device=cosine.device) if for_backward else None
+    loss = cosine.new_empty(cosine.shape[0] if terms.reduction == "none" else (), dtype=torch.float32)
+    return loss, torch.empty_like(cosine, dtype=torch.float32, memory_format=torch.contiguous_format) if for_backward else None
 
 
 @shapes_of("logit_forward", "cpu")

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "native.h"
@@ -101,6 +102,21 @@ static double divisor_of(const struct terms *terms) {
     return divisor;
 }
 
+static int all_classes(const struct terms *terms, const int64_t *target) {
+    int64_t wrong = 0;
+    for (int64_t row = 0; target != NULL && row < terms->num_rows; row++) {
+        wrong |= (target[row] < 0 || target[row] >= terms->num_classes) && target[row] != terms->ignore_index;
+    }
+    return !wrong;
+}
+
+/* Whether labels and class weights have the values that gclkern.validation asks for. */
+static int are_valid(const struct terms *terms) {
+    int64_t wrong = 0;
+    for (int64_t k = 0; terms->weight != NULL && k < terms->num_classes; k++) wrong |= !(terms->weight[k] >= 0.0f);
+    return !wrong && all_classes(terms, terms->target) && all_classes(terms, terms->target_b);
+}
+
 /* The call with what it takes from all classes and all rows. */
 static struct logits prepared(const struct logits *given) {
     struct logits call = *given;
@@ -126,6 +142,21 @@ EXPORT void gclkern_logit_forward(const struct logits *given) {
     struct logits call = prepared(given);
     run(loops->logit_forward, &call, call.terms.num_rows, call.num_columns, call.threads);
     if (call.sums == NULL) reduce(&call);
+}
+
+/* The loss of all classes and, with `gradient`, that for a grad_loss of 1. The working memory is the call's own. Wrong values make a row NaN, and are told. */
+EXPORT int64_t gclkern_logit_loss(const struct logits *given) {
+    struct logits call = prepared(given);
+    int64_t num_rows = call.terms.num_rows, blocks = (call.num_columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    float *workspace = malloc((size_t)((STATISTICS + 1 + blocks) * num_rows) * sizeof *workspace);
+    if (workspace == NULL) return NO_MEMORY;
+    call.statistics = workspace;
+    call.losses = call.terms.reduction == NONE ? call.loss : workspace + STATISTICS * num_rows;
+    call.block_peaks = workspace + (STATISTICS + 1) * num_rows;
+    run(call.gradient == NULL ? loops->logit_forward : loops->logit_gradient, &call, num_rows, call.num_columns, call.threads);
+    reduce(&call);
+    free(workspace);
+    return are_valid(&call.terms) ? DONE : WRONG_VALUES;
 }
 
 /* The loss from the sums over all chunks. */

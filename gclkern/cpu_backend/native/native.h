@@ -14,6 +14,7 @@
 #endif
 
 enum { MEAN = 0, SUM = 1, NONE = 2 }; /* reductions */
+enum { DONE = 0, WRONG_VALUES = 1, NO_MEMORY = 2 }; /* what a function returns */
 
 /* gclkern.kernels.terms.LossTerms, over the classes of the call. */
 struct terms {
