@@ -1,4 +1,4 @@
-"""The re-trainings' settings against tables typed from papers and releases."""
+"""The methods' and re-trainings' settings against tables typed from papers and releases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss
+from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss, TDEClassifier
 from gclkern.training.data.longtail import profile_counts
+from gclkern.training.objectives import build_objective
+from gclkern.training.objectives.bcl import BalancedContrast
 from gclkern.training.recipes import Phase, build_loss, plan, settings
 
 # Class counts, largest and smallest, as published.
@@ -41,6 +44,50 @@ DECOUPLING = {
     "inat18": (30, 5, 512, 0.2, 1e-4),
     "places-lt": (10, 5, 256, 0.1, 5e-4),
 }
+# Rivals with a stage 1 of their own, by method and data set: epochs, batch, rate, weight decay; epochs at which the rate falls and its multiples from there.
+RIVALS = """
+    ce          cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
+    ldam-drw    cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
+    ldam-drw    cifar100-lt  200  128  .1    2e-4  160,180  .01,.0001
+    mixup       cifar10-lt   200  128  .1    2e-4  160,180  .1,.01
+    gcl         cifar10-lt   200  64   .1    2e-4  160,180  .1,.01
+    gcl         cifar100-lt  200  64   .1    2e-4  160,180  .1,.01
+    gcl         places-lt    90   512  .2    5e-4  60,80    .1,.01
+    tde         cifar10-lt   200  256  .2    5e-4  120,160  .01,.0001
+    tde         cifar100-lt  200  256  .2    5e-4  120,160  .01,.0001
+    tde         imagenet-lt  90   512  .2    5e-4  cosine
+    tde         places-lt    90   512  .2    5e-4  cosine
+    bbn         cifar10-lt   200  128  .1    2e-4  120,160  .01,.0001
+    bbn         cifar100-lt  200  128  .1    2e-4  120,160  .01,.0001
+    bbn         inat18       180  128  .05   1e-4  120,160  .1,.01
+    hybrid-sc   cifar10-lt   200  512  .5    1e-4  120,160  .1,.01
+    hybrid-sc   cifar100-lt  200  512  .5    1e-4  120,160  .1,.01
+    hybrid-sc   inat18       100  100  .05   1e-4  60,80    .1,.01
+    hybrid-psc  cifar10-lt   200  512  .5    1e-4  120,160  .1,.01
+    hybrid-psc  cifar100-lt  200  512  .5    1e-4  120,160  .1,.01
+    hybrid-psc  inat18       100  100  .05   1e-4  60,80    .1,.01
+    oltr        imagenet-lt  30   128  .1    5e-4  10,20    .1,.01
+    oltr        places-lt    30   128  .001  5e-4  10,20    .1,.01
+    bcl         cifar10-lt   200  256  .15   5e-4  160,180  .1,.01
+    bcl         cifar100-lt  200  256  .15   5e-4  160,180  .1,.01
+    bcl         imagenet-lt  90   256  .1    5e-4  cosine
+    bcl         inat18       100  256  .2    1e-4  cosine
+    proco       cifar10-lt   200  256  .3    2e-4  160,180  .1,.01
+    proco       cifar100-lt  200  256  .3    2e-4  160,180  .1,.01
+"""
+# Other fields and options of theirs, as released.
+RIVAL_OPTIONS = {
+    ("tde", "cifar10-lt"): {"alpha": 1.0},
+    ("tde", "cifar100-lt"): {"alpha": 1.5},
+    ("tde", "imagenet-lt"): {"alpha": 3.0, "momentum_by_rate": True},
+    ("tde", "places-lt"): {"alpha": 3.0, "momentum_by_rate": True},
+    ("bbn", "cifar100-lt"): {},
+    ("bbn", "inat18"): {"period": 200 / 180},
+    ("hybrid-psc", "cifar10-lt"): {"temperature": 1.0},
+    ("hybrid-psc", "cifar100-lt"): {},
+    ("bcl", "imagenet-lt"): {"weight": 1.0, "contrast_weight": 0.35, "temperature": 0.07, "hidden": 2048, "dim": 1024, "scale": 30.0},
+    ("bcl", "inat18"): {"weight": 1.0, "contrast_weight": 0.35, "temperature": 0.07, "hidden": 2048, "dim": 1024, "scale": 30.0},
+}
 
 
 # DBM: epochs, batch, rate, weight decay, warm-up, schedule; margin of the rarest class and scale. Its other sets have settings of our own.
@@ -56,6 +103,36 @@ def counts_of(dataset: str, imbalance: str) -> list[int]:
 
 def rates(phase: Phase) -> list[float]:
     return [phase.schedule.rate(phase.lr, epoch, phase.epochs) for epoch in range(phase.epochs)]
+
+
+def test_rivals() -> None:
+    for row in RIVALS.strip().splitlines():
+        method, dataset, *numbers, falls, factors = f"{row} -".split()[:8]
+        phase = plan(method, None, dataset, COUNTS.get(dataset, [500, 50, 5]))[0]
+        assert [phase.epochs, phase.batch_size, phase.lr, phase.weight_decay] == [float(number) for number in numbers], row
+        if falls == "cosine":
+            assert (phase.schedule.kind, phase.schedule.warmup) == ("cosine", 0), row
+            continue
+        epochs = [int(epoch) for epoch in falls.split(",")]
+        found = [phase.schedule.rate(phase.lr, epoch, phase.epochs) for first in epochs for epoch in (first - 1, first)]
+        low, lowest = (float(factor) * phase.lr for factor in factors.split(","))
+        assert found == pytest.approx([phase.lr, low, low, lowest]), row
+
+
+def test_options_of_rivals() -> None:
+    for (method, dataset), options in RIVAL_OPTIONS.items():
+        assert plan(method, None, dataset, COUNTS.get(dataset, [500, 50, 5]))[0].options == options, (method, dataset)
+    # their defaults, which CIFAR has
+    contrast = build_objective(plan("bcl", None, "cifar100-lt", [500, 5])[0], [500, 5], 64)
+    assert isinstance(contrast, BalancedContrast)
+    assert (contrast.weight, contrast.contrast_weight, contrast.contrast.temperature) == (2.0, 0.6, 0.1)
+    assert [layer.out_features for layer in contrast.project if isinstance(layer, nn.Linear)] == [512, 128]
+    classifier = TDEClassifier(128, 10)
+    assert (classifier.num_heads, classifier.scale, classifier.gamma, classifier.momentum) == (2, 16.0, 1 / 32, 0.9)
+    bbn = plan("bbn", None, "cifar100-lt", [500, 5])[0]
+    assert (bbn.nesterov, bbn.second_sampler, bbn.schedule.warmup, bbn.schedule.warmup_start) == (True, "reversed", 5, 1 / 3)
+    ldam = plan("ldam-drw", None, "cifar100-lt", [500, 5])[0]
+    assert (ldam.drw, ldam.schedule.warmup) == (0.8, 5)
 
 
 @pytest.mark.parametrize("row", MISLAS.strip().splitlines())

@@ -34,7 +34,7 @@ MISLAS_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 
 PLACES_STEPS = Schedule("steps", milestones=(60 / 90, 80 / 90), factors=(0.1, 0.01))  # [C] GCL
 COSINE = Schedule("cosine")
 CONTRAST_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 0.01))  # [C] ProCo, [R] BCL in ConCutMix
-HYBRID_STEPS = Schedule("steps", milestones=(0.6, 0.8), factors=(0.1, 0.01))  # [R] a reproduction of Hybrid-SC
+HYBRID_STEPS = Schedule("steps", milestones=(0.6, 0.8), factors=(0.1, 0.01))  # [R] a reproduction of Hybrid-SC; on iNaturalist, [P], too
 
 # Contrastive methods. On the large sets the classifier is a cosine classifier.
 _STRONG_SMALL = "crop,flip,autoaugment,cutout"  # [C] ProCo
@@ -103,6 +103,9 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
         "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
         "tde": Stage(90, 512, 0.2, 1e-4, COSINE, more=_TDE_LARGE),  # [H] its ImageNet-LT's, with this set's weight decay
+        # [P], not checked against its text: batches of about 100; [H] the weight decay of this set
+        "hybrid-sc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [P]
+        "hybrid-psc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [P]
         "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE),  # [C] BBN, "2x"
         "oltr": Stage(30, 128, 0.1, 1e-4, THIRDS),  # [H] its ImageNet-LT's, with this set's weight decay
     },
