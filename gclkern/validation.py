@@ -182,7 +182,8 @@ def check_labels(name: str, target: object, rows: int, reference_name: str, refe
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}; call {name}.long()")
     if target.shape != (rows,):
-        raise ValueError(f"{name} must have shape ({rows},), one label for each row of {reference_name}, got {tuple(target.shape)}")
+        remedy = f"; soft labels are floating point: call {name}.float()" if or_soft and target.dim() == 2 and target.shape[1] > 1 else ""
+        raise ValueError(f"{name} must have shape ({rows},), one label for each row of {reference_name}, got {tuple(target.shape)}{remedy}")
     check_same_device(name, target, reference_name, reference)
     return target
 

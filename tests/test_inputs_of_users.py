@@ -117,6 +117,13 @@ def test_a_float_target_is_told_of_soft_labels() -> None:
         gclkern.GCLLoss(COUNTS)(cosines(4, 3), torch.zeros(4))
 
 
+def test_one_hot_integers_are_told_of_soft_labels() -> None:
+    one_hot = torch.eye(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target must have shape \(3,\), .* got \(3, 3\); soft labels are floating point: call target.float\(\)"):
+        gclkern.GCLLoss(COUNTS)(cosines(3, 3), one_hot)
+    gclkern.GCLLoss(COUNTS)(cosines(3, 3), one_hot.float())
+
+
 def test_logits_instead_of_cosines_are_warned_of_once() -> None:
     criterion = gclkern.GCLLoss(COUNTS)
     with pytest.warns(UserWarning, match=r"GCLLoss takes cosines in \[-1, 1\], but the largest here is 7; .*CosineLinear"):
