@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gclkern import MemoryLoss
 from tests.support.cases import Options
 from tests.support.operations import CLASSES, DIM, OPERATIONS, Operation, Outcome, outcome
 
@@ -158,6 +159,37 @@ def test_parts_of_a_batch_add_up(operation: Operation, backend: str, device: tor
         assert_same(torch.cat(grads) if operation.axes[name].split()[0] == "rows" else torch.stack(grads).sum(0), grad, name)
 
 
+@every_backend
+@pytest.mark.parametrize("operation", CENTROIDS, ids=str)
+@given(data=st.data())
+def test_sums_of_parts_add_up(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """A mean is a sum over a number."""
+    arguments = problem(data, operation, backend, device)
+    rows = len(arguments["target"])
+    cut = data.draw(st.integers(0, rows), "cut")
+
+    def sums(first: int, last: int) -> Tensor:
+        part = reordered(operation, arguments, "rows", torch.arange(first, last))
+        return operation.function(**part, backend=backend) * part["target"].bincount(minlength=CLASSES)[:, None]
+
+    assert_same(sum((sums(*ends) for ends in ((0, cut), (cut, rows)) if ends[0] < ends[1]), torch.zeros(())), sums(0, rows), "sums")
+
+
+@every_backend
+@pytest.mark.parametrize("operation", BOUND, ids=str)
+@given(data=st.data())
+def test_parts_of_the_classes_add_up(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
+    """The bound's batch cannot be split, because every sample is in the softmax of every class; but its sum is linear in the weights of the classes."""
+    arguments = problem(data, operation, backend, device, sample="everything") | {"reduction": "sum"}
+    chosen = torch.rand(CLASSES, generator=generator(data.draw(seeds, "chosen"))) < 0.5
+    chosen[arguments["target"][0]] = True  # neither part is without a term, or both are the whole
+    weight = arguments["class_weight"]
+    whole = run(operation, backend, arguments)
+    parts = [run(operation, backend, arguments | {"class_weight": weight * part.to(weight)}) for part in (chosen, ~chosen)]
+    for name, part in whole.parts().items():
+        assert_same(sum(one.parts()[name] for one in parts), part, name)
+
+
 # ---- classes
 
 
@@ -282,3 +314,36 @@ def test_the_unit_and_the_origin_do_not_matter(
     scaled = {"epsilon": size * arguments["epsilon"], "temperature": size * arguments.get("temperature", 1.0)}
     before, after = run(operation, backend, arguments), run(operation, backend, arguments | moved | scaled)
     assert_same_outcome(Outcome(after.value, {name: size * grad for name, grad in after.grads.items()}), before)
+
+
+# ---- a loss that is no operator
+
+
+@given(data=st.data(), margin=st.sampled_from([0.0, 1.0, 100.0]))
+def test_laws_of_the_memory_loss(data: st.DataObject, margin: float) -> None:
+    """Samples and classes in any order, samples twice, and a rigid motion of all points; on both sides of the hinge."""
+    random = generator(data.draw(seeds, "numbers"))
+    rows = data.draw(st.integers(1, 6), "rows")
+    features, memory = (torch.randn(count, DIM, generator=random, dtype=torch.float64) for count in (rows, CLASSES))
+    target = torch.randint(CLASSES, (rows,), generator=random)
+    criterion = MemoryLoss(margin=margin, repulsion_weight=0.5)
+
+    def gradients(x: Tensor, label: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_(), centroids.clone().requires_grad_()]
+        loss = criterion(leaves[0], label, leaves[1])
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    value, by_features, by_memory = gradients(features, target, memory)
+    order, places = torch.randperm(rows, generator=random), torch.randperm(CLASSES, generator=random)
+    assert_same_parts(gradients(features[order], target[order], memory), (value, by_features[order], by_memory))
+    assert_same_parts(gradients(features, places.argsort()[target], memory[places]), (value, by_features, by_memory[places]))
+    rotation, shift = torch.linalg.qr(torch.randn(DIM, DIM, generator=random, dtype=torch.float64)).Q, torch.randn(DIM, generator=random, dtype=torch.float64)
+    turned = gradients(features @ rotation + shift, target, memory @ rotation + shift)
+    assert_same_parts(turned, (value, by_features @ rotation, by_memory @ rotation))
+    twice = gradients(features.repeat(2, 1), target.repeat(2), memory)  # the memory's share of the gradient depends on the number of samples
+    assert_same_parts(twice[:2], (value, by_features.repeat(2, 1) / 2))
+
+
+def assert_same_parts(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for number, (found, part) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(found, part, f"part {number}")

@@ -48,7 +48,7 @@ SEED = 2026  # of the samples
 NATIVE = "gclkern/cpu_backend/native"
 LIBRARY = "gclkern/cpu_backend/_native.abi3.so"
 
-_KERNELS, _TORCH, _CPU = "triton and not compiled", "not triton and not cpu", "cpu and not torch and not process and not compiles and not graph and not exports"
+_KERNELS, _TORCH, _CPU = "triton and not compiled", "not triton and not cpu", "cpu and not process and not compiles and not graph and not exports"
 _LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py"]
 _HEAD = ["tests/test_operations.py", "tests/test_linear_gcl_cross_entropy.py"]
 _CONTRASTIVE = ["tests/test_operations.py", "tests/test_supervised_contrastive.py"]
@@ -205,6 +205,9 @@ class Session:
                 elif news.get("code") or "failed" in news:
                     return True
         source = self.path.read_text(encoding="utf-8")
+        changed = self.library.with_suffix(".sources")
+        if self.native:
+            shutil.copytree(self.path.parent, changed)
         for mutant in tried:
             if time.monotonic() > self.until:
                 break
@@ -212,12 +215,13 @@ class Session:
             if mutant is not None:
                 names = chosen_tests(mutant, self.tests, self.kills, native=self.native)
             session.items[:] = [items[name] for name in names if name in items]
-            if mutant is not None:
+            if mutant is not None and self.native:
+                (changed / self.path.name).write_text(mutant.source, encoding="utf-8")
+                if not build(changed, self.library):
+                    continue  # no mutant: its types are wrong
+            elif mutant is not None:
                 self.path.write_text(mutant.source, encoding="utf-8")
             told: dict[str, Any] = {}
-            if self.native and not build(self.path.parent, self.library):
-                self.path.write_text(source, encoding="utf-8")
-                continue  # no mutant: its types are wrong
             for news in in_fork(functools.partial(self.try_one, session, mutant, functions), group=True):
                 told |= news
             self.path.write_text(source, encoding="utf-8")
@@ -262,7 +266,8 @@ class Session:
 
         def before_test(name: str) -> None:
             lines.clear()
-            sys.settrace(trace)
+            if not self.native:
+                sys.settrace(trace)
 
         def after_test(name: str, seconds: float) -> None:
             sys.settrace(None)
