@@ -54,7 +54,7 @@ def option_sets(rows: int, classes: int) -> dict[str, Options]:
         "smoothing": {"label_smoothing": 0.1},
         "weight_smoothing": {"weight": with_zeros(vector(classes, 0.1, 3.0, seed=5)), "label_smoothing": 0.3},
         "margin_smoothing": {"margin": vector(classes, 0.0, 0.5, seed=4), "weight": vector(classes, 0.1, 3.0, seed=5), "label_smoothing": 0.2, "scale": 8.0},
-        "full_smoothing": {"label_smoothing": 1.0},
+        "full_smoothing": {"label_smoothing": 1.0, "weight": vector(classes, 0.1, 3.0, seed=5)},
         "focal": {"gamma": 1.0, "scale": 4.0},
         "focal_undetached": {"gamma": 2.0, "focal_detach": False, "scale": 4.0},
         "focal_root": {"gamma": 0.5, "focal_detach": False, "scale": 4.0},
