@@ -31,15 +31,15 @@ def ready_terms(
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return None
-    if type(cosine) not in _PLAIN or type(target) not in _PLAIN or target_b is not None or lam is not None or angular is not False:
+    if not _is_in_memory(cosine) or not _is_in_memory(target) or target_b is not None or lam is not None or angular is not False:
         return None
     if difficulty_margin is not False or backend not in ("auto", "cpu") or not cpu_backend.is_available:
         return None
     shape = cosine.shape
-    if len(shape) != 2 or cosine.dtype not in _MATRICES or not cosine.is_cpu or is_transformed(cosine):
+    if len(shape) != 2 or cosine.dtype not in _MATRICES or is_transformed(cosine):
         return None
     rows, classes = shape
-    if rows == 0 or classes == 0 or target.shape != (rows,) or target.dtype != torch.int64 or not target.is_cpu or not target.is_contiguous():
+    if rows == 0 or classes == 0 or target.shape != (rows,) or target.dtype != torch.int64 or not target.is_contiguous():
         return None
     vector = (classes,)
     if cloud is not None and (not _is_vector(cloud, vector) or cloud.requires_grad):
@@ -64,5 +64,12 @@ def ready_terms(
     )
 
 
+def _is_in_memory(value: Any) -> bool:
+    """Whether the value is a dense tensor on a CPU, whose memory holds its elements: not with the other sign, as `.imag` of a conjugate, and not none."""
+    if type(value) not in _PLAIN or not value.is_cpu or value.layout != torch.strided:
+        return False
+    return not (value.is_nested or value.is_neg() or value._is_zerotensor())
+
+
 def _is_vector(value: Any, shape: tuple[int]) -> bool:
-    return type(value) in _PLAIN and value.dtype == torch.float32 and value.shape == shape and value.is_cpu and value.is_contiguous()
+    return _is_in_memory(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()

@@ -120,6 +120,11 @@ def ready(**changed: Any) -> bool:
     return ready_terms(**{**usual, **changed}) is not None
 
 
+def not_in_memory(*shape: int) -> list[Tensor]:
+    """float32 tensors whose memory does not hold their elements: with the other sign, none, and sparse."""
+    return [torch.rand(*shape, dtype=torch.complex64).conj().imag, torch._efficientzerotensor(shape), torch.rand(shape).to_sparse()]
+
+
 @pytest.mark.compiled
 def test_only_arguments_that_need_no_check_skip_the_checks() -> None:
     needs_grad = torch.rand(6, requires_grad=True)
@@ -130,9 +135,10 @@ def test_only_arguments_that_need_no_check_skip_the_checks() -> None:
     ):  # fmt: skip
         assert ready(**changed), changed
     for name in ("cloud", "margin", "bias", "weight"):
-        for unfit in (torch.rand(5), torch.rand(6).double(), torch.rand(12)[::2], torch.rand(6, device="meta"), [0.0] * 6):
+        for unfit in (torch.rand(5), torch.rand(6).double(), torch.rand(12)[::2], torch.rand(6, device="meta"), [0.0] * 6, *not_in_memory(6)):
             assert not ready(**{name: unfit}), (name, unfit)
         assert name == "bias" or not ready(**{name: needs_grad}), name
+    assert not any(ready(cosine=cosine) for cosine in not_in_memory(4, 6))
     for changed in (
         {"cosine": torch.rand(4, 6).double()}, {"cosine": torch.rand(4, 6, device="meta")}, {"cosine": torch.rand(24)}, {"cosine": torch.rand(4, 0)},
         {"cosine": [[0.0]]}, {"target": torch.arange(3)}, {"target": torch.arange(4).int()}, {"target": torch.arange(8)[::2]}, {"target": torch.rand(4, 6)},
