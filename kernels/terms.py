@@ -202,7 +202,7 @@ class ClassShards(Protocol):
         rest: Tensor,  # (splits, N), sums of exp(factor * (logit - peak))
         blend: Tensor | None,  # (splits, N)
         hardest: Tensor | None,  # (splits, N)
-        own: list[Tensor],  # (N,) of each target: its value on the rank that holds its class, undefined on the others
+        own: list[Tensor],  # (N,) of each target, or some for each in the order of the targets: values on the rank that holds its class, else undefined
         factor: float,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
         """The statistics (1, N) of all ranks' classes, and the targets' values on every rank."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gclkern import LinearGCLLoss
-from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.functional import linear_gcl_cross_entropy, linear_gcl_cross_entropy_with_top1
 from gclkern.options import Backend, Plan
 from tests.support import oracle
@@ -100,5 +99,3 @@ def test_what_is_refused() -> None:
     features, weight, target = problem()
     with pytest.raises(TypeError, match=r"linear_gcl_cross_entropy_with_top1\(\) got an unexpected keyword argument 'scal'"):
         linear_gcl_cross_entropy_with_top1(features, weight, target, scal=3.0)  # type: ignore[call-arg]
-    with pytest.raises(NotImplementedError, match="each rank holds a part of the classes"):
-        ShardedLinearGCLLoss([1] * CLASSES).with_top1(features, weight, target)

@@ -50,6 +50,7 @@ class _Call:
     backend: str
     for_backward: bool
     averaged_gradients: bool
+    with_top1: bool
 
 
 class _OtherClasses:
@@ -67,7 +68,7 @@ class _OtherClasses:
         top = tops[0]
         anchor = top.masked_fill(top == -torch.inf, 0.0)  # a row whose only classes are its targets: -inf minus -inf would be NaN
         parts = [(rest * torch.exp(factor * (peak - anchor))).sum(0)]
-        parts += [torch.where(here, value, 0.0) for here, value in zip(held, own, strict=True)]
+        parts += [torch.where(here, value, 0.0) for here, value in zip(held * (len(own) // len(held)), own, strict=True)]
         if blend is not None:
             parts.append(blend.sum(0))
         sums = ranks.sum_(torch.stack(parts), "reducing the softmax sums")
@@ -101,22 +102,36 @@ class ShardedHeadLoss(torch.autograd.Function):
     """The collective version of :class:`gclkern.autograd.HeadLoss`; `features` are this rank's, `terms` are those of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, linear_weight: Tensor, bias: Tensor | None, terms: LossTerms, call: _Call
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         whole = call.ranks.gather_rows(features, "gathering the features")
         terms = terms._replace(bias=bias)
         local, others = _local_terms(terms, call.shards.mine), _OtherClasses(call, terms)
-        options = (call.normalize, call.plan, call.for_backward) if call.backend == "torch" else (call.normalize, call.plan)
+        options: tuple[Any, ...] = (call.normalize, call.plan)
+        top1: Tensor | bool | None = call.with_top1
+        if call.backend == "torch":
+            options = (*options, call.for_backward)
+        else:  # the kernels write into a tensor
+            top1 = torch.empty(whole.shape[0], dtype=torch.float32, device=whole.device) if call.with_top1 else None
         with without_autocast(features.device.type):
-            loss, saved = head_implementation(call.backend).run_forward(whole, linear_weight, local, *options, others)
+            loss, saved = head_implementation(call.backend).run_forward(whole, linear_weight, local, *options, others, top1)
+        if call.with_top1 and not isinstance(top1, Tensor):
+            *saved, top1 = saved
         save_terms(ctx, (whole, linear_weight, *(saved if call.for_backward else ())), local)
         ctx.call, ctx.rows = call, features.shape[0]
+        own = slice(call.ranks.rank * ctx.rows, (call.ranks.rank + 1) * ctx.rows)
         if local.reduction == "none":
-            loss = loss[call.ranks.rank * ctx.rows : (call.ranks.rank + 1) * ctx.rows].clone()
-        return loss
+            loss = loss[own].clone()
+        if not isinstance(top1, Tensor):
+            return loss
+        top1 = top1[own].clone()
+        ctx.mark_non_differentiable(top1)
+        return loss, top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         call, wanted = ctx.call, ctx.needs_input_grad[:3]
         (features, linear_weight, *saved), local = saved_terms(ctx)
         if local.reduction == "none":
@@ -194,14 +209,22 @@ def sharded_linear_gcl_cross_entropy(
     unknown = options.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"sharded_linear_gcl_cross_entropy() got an unexpected keyword argument {min(unknown)!r}")
+    return sharded_loss(features, linear_weight, target, cloud, group=group, averaged_gradients=averaged_gradients, with_top1=False, **options)
+
+
+def sharded_loss(
+    features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None = None, *, group: dist.ProcessGroup | None, averaged_gradients: bool,
+    with_top1: bool, **options: Unpack[LinearCrossEntropyOptions],
+) -> Any:  # fmt: skip
+    """:func:`sharded_linear_gcl_cross_entropy`, or with `with_top1` the pair of it and top-1 (n,) of this rank's samples."""
     loss = untraced(_sharded_loss) if torch.compiler.is_compiling() else _sharded_loss
-    return loss(features, linear_weight, target, cloud, group, averaged_gradients, {**_DEFAULTS, **options})
+    return loss(features, linear_weight, target, cloud, group, averaged_gradients, with_top1, {**_DEFAULTS, **options})
 
 
 def _sharded_loss(
     features: Tensor, linear_weight: Tensor, target: Tensor, cloud: Tensor | None, group: dist.ProcessGroup | None, averaged_gradients: bool,
-    terms_options: dict[str, Any],
-) -> Tensor:  # fmt: skip
+    with_top1: bool, terms_options: dict[str, Any],
+) -> Any:  # fmt: skip
     """`terms_options` holds a value for every option of the loss; entries are removed as they are used."""
     normalize, plan, backend = (terms_options.pop(name) for name in ("normalize", "plan", "backend"))
     target_b, lam, seed, row_offset = (terms_options.pop(name) for name in ("target_b", "lam", "seed", "row_offset"))
@@ -227,7 +250,7 @@ def _sharded_loss(
         problem = error
     differentiable = (features, linear_weight, terms_options["bias"])
     needs = [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable]
-    shared = (normalize, plan, backend, averaged_gradients, needs, *map(agreed_form, (cloud, target_b, lam, *terms_options.values())))
+    shared = (normalize, plan, backend, averaged_gradients, with_top1, needs, *map(agreed_form, (cloud, target_b, lam, *terms_options.values())))
     shards, verdict = agree(ranks, features, linear_weight, shared, problem, row_offset=row_offset)
     if ranks.world > 1:
         if cloud is not None:
@@ -241,6 +264,8 @@ def _sharded_loss(
     terms = loss_terms("features", whole, shards.num_classes, target, cloud, target_b=target_b, lam=lam, seed=seed, row_offset=row_offset, **terms_options)
     chosen = "triton" if resolve_backend(backend, features) == "triton" else "torch"  # the CPU's compiled loops do not support shards
     resolved = resolve_plan(plan, whole, max(shards.sizes), normalize=normalize, backend=chosen)
-    call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients)
-    loss: Tensor = ShardedHeadLoss.apply(features, linear_weight, terms.bias, terms, call)
-    return loss if verdict is None else loss * verdict
+    call = _Call(ranks, shards, normalize, resolved, chosen, any(needs), averaged_gradients, with_top1)
+    found = ShardedHeadLoss.apply(features, linear_weight, terms.bias, terms, call)
+    if verdict is None:
+        return found
+    return (found[0] * verdict, found[1]) if with_top1 else found * verdict

@@ -221,9 +221,10 @@ def run_forward(
     local_peak = sums.peak
     if shards is not None:
         sums = sums.merged(shards)
-    losses, stats = row_losses(sums, head.num_classes if shards is None else shards.num_classes, ignored)
+    num_classes = head.num_classes if shards is None else shards.num_classes
+    losses, stats = row_losses(sums, num_classes, ignored)
     loss, denominator = reduce_rows(losses, sums.terms, ignored)
-    found = [top1_rows(sums, head.num_classes, ignored)] if top1 else []
+    found = [top1_rows(sums, num_classes, ignored)] if top1 else []
     if not for_backward:
         return loss, found
     if not materialised:

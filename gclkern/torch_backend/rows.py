@@ -180,7 +180,8 @@ class RowSums:
         whole.terms = shards.terms
         blended = self.blend[None] if self.terms.smoothed else None
         hardest = None if self.hardest is None else self.hardest[None]
-        peak, rest, blend, hardest, whole.values = shards.merge(self.peak[None], self.rest[None], blended, hardest, self.values, 1.0)
+        peak, rest, blend, hardest, own = shards.merge(self.peak[None], self.rest[None], blended, hardest, [*self.values, *self.bare], 1.0)
+        whole.values, whole.bare = own[: len(self.values)], own[len(self.values) :]
         whole.peak, whole.rest = peak[0], rest[0]
         whole.hardest = None if hardest is None else hardest[0]
         if blend is not None:

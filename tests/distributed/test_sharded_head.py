@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from gclkern.distributed import sharded_linear_gcl_cross_entropy
+from gclkern.distributed.head import sharded_loss
 from gclkern.distributed.ranks import Ranks
-from gclkern.functional import linear_gcl_cross_entropy
+from gclkern.functional import linear_gcl_cross_entropy, linear_gcl_cross_entropy_with_top1
 from tests.conftest import GPU, TRITON
 from tests.support.cases import PLANS, REDUCTIONS, Options, angle_sets, labels, moved, option_sets, vector
 from tests.support.processes import run_ranks
@@ -55,12 +56,17 @@ def compare(rank: int, world: int, options: Options, dtype: torch.dtype = torch.
 
     whole = leaves(features, weight, bias)
     reference = options if device == "cuda" else {**options, "backend": "torch"}  # interpreted kernels are slow
-    expected = linear_gcl_cross_entropy(whole[0], whole[1], target, **({"bias": whole[2]} if learned else {}), **reference)
+    expected, expected_top1 = linear_gcl_cross_entropy_with_top1(whole[0], whole[1], target, **({"bias": whole[2]} if learned else {}), **reference)
     expected.backward(upstream)
 
     own = leaves(features[mine], weight[held], bias)
     local = {name: value[mine] if name in ("target_b", "lam") and isinstance(value, Tensor) and value.dim() else value for name, value in options.items()}
-    loss = sharded_linear_gcl_cross_entropy(own[0], own[1], target[mine], **({"bias": own[2]} if learned else {}), **local)
+    bias_given = {"bias": own[2]} if learned else {}
+    if reduction == "none":
+        loss, top1 = sharded_loss(own[0], own[1], target[mine], group=None, averaged_gradients=False, with_top1=True, **bias_given, **local)
+        torch.testing.assert_close(top1, expected_top1[mine], **TOLERANCE[torch.float32])  # a share of mixed targets, in float32
+    else:
+        loss = sharded_linear_gcl_cross_entropy(own[0], own[1], target[mine], **bias_given, **local)
     loss.backward(upstream[mine] if reduction == "none" else upstream)
 
     tolerance = TOLERANCE[dtype]
