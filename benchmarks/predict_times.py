@@ -8,8 +8,7 @@ resource that it keeps busy longest, a little longer where two are nearly as bus
     latency             one warp alone: stalls and scoreboards as the assembler wrote them
     memory              bytes that the order of the tiles leaves to the L2 cache's misses
 
-Products in float32 run on the CUDA cores, where `issue` counts them; what they read from shared memory is not counted. Operators of torch beside the kernels
-take a launch each and the bytes of their tensors.
+Operators of torch beside the kernels take a launch each and the bytes of their tensors.
 
 Programs that do not fit at once come in waves, whose last may be nearly empty. No constant below comes from a run of these kernels: benchmarks.gpu_report
 prints the predictions beside its measurements.
@@ -353,8 +352,33 @@ def _finish_weights_work(launch: Compiled) -> Work:
 
 
 def _keys_work(launch: Compiled) -> Work:
-    """Products with all keys of a part; these stay in the L2 cache."""
-    return Work(_tiles(launch["dim"], launch["DEPTH"]), launch["tiles_per_split"], written=launch["part_ptr"].nbytes, hot=("HGMMA", "FFMA"))
+    """Products with all keys of a part, which come from the L2 cache; the rows stay in shared memory."""
+    rows, columns, depth = (launch[name] for name in ("ROWS", "COLUMNS", "DEPTH"))
+    halves, products = (1, 1) if launch["low_ptr"] is None else (2, 3)
+    keys = 2.0 * columns * depth
+    read = 2.0 * rows * depth + keys
+    if launch.kernel.name == "_pull_kernel":
+        read += keys  # the factors of the second product are in registers
+    operations = 2.0 * rows * columns * depth * products * (2 if launch.kernel.name == "_pull_kernel" else 1)
+    tensor = operations / TENSOR_RATE[2]
+    step = Demand(tensor=tensor, shared=(read * products + keys * halves) / SHARED_RATE, l2=keys * halves / L2_RATE, latency=tensor + PRODUCT_LATENCY)
+    return Work(launch["tiles_per_split"], 1, step, written=_uncached(launch["part_ptr"].nbytes))
+
+
+def _losses_work(launch: Compiled) -> Work:
+    part = launch["part_ptr"]
+    return Work(_tiles(launch["parts"], launch["PARTS"]), _tiles(launch["num_rows"], launch["LANES"]), read_bytes=part.nbytes)
+
+
+def _rates_work(launch: Compiled) -> Work:
+    return Work(_tiles(launch["num_rows"], launch.blocks * launch["LANES"]), read_bytes=20.0 * launch["num_rows"])
+
+
+def _rows_work(launch: Compiled) -> Work:
+    size = launch["grad_ptr"].nbytes
+    return Work(
+        _tiles(launch["parts"], launch["PARTS"]) * _passes(launch), read_bytes=launch["row_ptr"].nbytes + _uncached(launch["part_ptr"].nbytes), written=size
+    )
 
 
 def _passes(launch: Compiled) -> int:
@@ -387,7 +411,10 @@ WORK: dict[str, Callable[[Compiled], Work]] = {
     "_exponentials_kernel": _exponentials_work,
     "_targets_kernel": _targets_work,
     "_finish_weights_kernel": _finish_weights_work,
-    "_log_total_kernel": _keys_work,
+    "_denominator_kernel": _keys_work,
+    "_losses_kernel": _losses_work,
+    "_rates_kernel": _rates_work,
+    "_rows_kernel": _rows_work,
     "_pull_kernel": _keys_work,
 }
 
@@ -488,8 +515,8 @@ def _loss(shape: Shape, noise: bool) -> None:
 def _contrastive(shape: Shape, what: str) -> None:
     from gclkern.kernels.contrastive_loss import contrastive_backward, contrastive_forward
 
-    features, target = torch.zeros(shape.rows, shape.dim), torch.zeros(shape.rows, dtype=torch.int64)
-    prototypes, counts = (torch.zeros(shape.classes, shape.dim), torch.ones(shape.classes)) if what == "BCL" else (None, None)
+    features, target = torch.empty(shape.rows, shape.dim), torch.empty(shape.rows, dtype=torch.int64)
+    prototypes, counts = (torch.empty(shape.classes, shape.dim), torch.empty(shape.classes)) if what == "BCL" else (None, None)
     loss, saved = contrastive_forward(features, prototypes, target, counts, 0.1, True, True, "mean")
     contrastive_backward(loss, features, prototypes, counts, saved, 0.1, True, True, True, prototypes is not None)
 

@@ -1,4 +1,4 @@
-"""The softmax over samples and class prototypes, without the sums over keys, which each backend computes in its own way.
+"""The softmax over samples and class prototypes in torch, without the sums over keys.
 
 With unit vectors x_i of the samples and q_c of the prototypes, and the keys k of a batch being samples, prototypes or both,
 

@@ -16,8 +16,11 @@ MULTIPROCESSORS = 132
 
 # Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers of another alignment, unless the arguments are excluded by name.
 # These change with the number of rows, with the offset of a batch or a shard, or with an address, and no address whose alignment matters depends on them.
-PLACES = ("row_offset", "class_offset", "first_group", "target_shift", "splits", "tiles_per_split", "row_tiles_per_split", "row_blocks", "stats_stride")
-LOOSE_POINTERS = ("target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_loss_ptr", "peak_ptr", "rest_ptr", "blend_ptr")
+PLACES = (
+    "row_offset", "class_offset", "first_group", "target_shift", "num_columns", "parts", "first_part", "splits", "tiles_per_split", "row_tiles_per_split",
+    "row_blocks", "stats_stride",
+)  # fmt: skip
+LOOSE_POINTERS = ("target_ptr", "right_target_ptr", "target_b_ptr", "lam_ptr", "seed_ptr", "grad_loss_ptr", "peak_ptr", "rest_ptr", "blend_ptr", "hardest_ptr")
 # `triton.jit` for a kernel that every batch launches: smaller last batches, and micro-batches at other offsets, compile nothing.
 batch_kernel = triton.jit(do_not_specialize=("num_rows", *PLACES), do_not_specialize_on_alignment=LOOSE_POINTERS)
 

@@ -93,6 +93,46 @@ def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeyp
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("form", ["SupCon", "BCL"])
+def test_rows_of_several_tiles(form: str, device: torch.device) -> None:
+    features, target, options = problem(70, 5, 150, FORMS[form])
+    check(features, target, options, "triton", device)
+
+
+@pytest.mark.triton
+def test_products_in_tf32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product of 11 bits where torch's own have them: visibly different numbers, within their error."""
+    monkeypatch.setattr("gclkern.kernels.contrastive_loss._precision", lambda: "tf32")
+    features, target, options = problem(22, 5, 9, FORMS["BCL"])
+    check(features, target, options, "triton", device, error=2**-12)
+    with pytest.raises(AssertionError):
+        check(features, target, options, "triton", device)
+
+
+@pytest.mark.triton
+def test_the_gradient_is_as_accurate_for_an_upstream_of_any_size(device: torch.device) -> None:
+    """Numbers of float16 end at 65504 and 2^-24; the kernels divide by the largest rate."""
+    features, target, _ = problem(22, 5, 9, {})
+    grads = {}
+    for scale in (2.0**-40, 1.0, 2.0**40):
+        leaf = features.to(device, copy=True).requires_grad_()
+        loss = supervised_contrastive(leaf, target.to(device), backend="triton")
+        grads[scale] = torch.autograd.grad(loss, leaf, torch.tensor(scale, device=device))[0] / scale
+    assert all(grad.equal(grads[1.0]) for grad in grads.values())
+    upstream = torch.logspace(-6, 6, 22)
+    check(features, target, {"reduction": "none"}, "triton", device, upstream)
+
+
+@pytest.mark.triton
+def test_labels_at_the_ends_of_their_type(device: torch.device) -> None:
+    """Keys that are not there have a label, too."""
+    features, target, _ = problem(12, 3, 5, {})
+    expected = supervised_contrastive(features, target)
+    names = torch.tensor([1 - 2**63, 2**63 - 1, 0])
+    torch.testing.assert_close(supervised_contrastive(features.to(device), names[target].to(device), backend="triton").cpu(), expected)
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("processors", [1, 3])
 def test_programs_that_take_several_tiles(processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them where a GPU is full without splits; with three multiprocessors the last split of three tiles has one."""
@@ -100,7 +140,7 @@ def test_programs_that_take_several_tiles(processors: int, device: torch.device,
 
     monkeypatch.setattr(contrastive_loss, "MULTIPROCESSORS", processors)
     assert contrastive_loss.tiles_per_split(3, 3) == {1: 3, 3: 2}[processors]
-    features, target, options = problem(70, 5, 9, FORMS["BCL"])
+    features, target, options = problem(150, 5, 9, FORMS["BCL"])
     check(features, target, options, "triton", device)
 
 
@@ -118,7 +158,8 @@ def test_programs_fill_a_gpu_once(programs: int, tiles: int, share: int) -> None
 @pytest.mark.parametrize("temperature", [1 / 300, 0.02, 0.07, 5.0])
 def test_any_temperature(temperature: float, form: str, backend: str, device: torch.device) -> None:
     features, target, options = problem(22, 5, 9, FORMS[form])
-    check(features, target, {**options, "temperature": temperature}, backend, device, error=2e-7)
+    # at temperature 5 probabilities that are nearly equal cancel against the positives: the torch backend has 99% of the error that 2e-7 allows
+    check(features, target, {**options, "temperature": temperature}, backend, device, error=2.5e-7)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -16,19 +16,19 @@ pytestmark = pytest.mark.triton
 CLASSES, DIM = 50, 20  # no multiple of 16, so that no product of a batch with them hides what it is a multiple of
 
 
-def _terms(rows: int, row_offset: int, element: int, reduction: str = "mean") -> tuple[object, ...]:
+def _terms(rows: int, row_offset: int, element: int, reduction: str = "mean", **angles: bool) -> tuple[object, ...]:
     """Labels, shares and seed lie `element` elements into larger tensors."""
     from gclkern.kernels.terms import LossTerms
 
     labels, vector = torch.zeros(rows + element, dtype=torch.int64)[element:], torch.zeros(CLASSES)
     share, seed = torch.zeros(rows + element)[element:], torch.zeros(1 + element, dtype=torch.int64)[element]
-    return LossTerms(labels, labels, share, vector, vector, vector, vector, seed, 30.0, 1.0, True, 0.1, -100, row_offset, 3, reduction)
+    return LossTerms(labels, labels, share, vector, vector, vector, vector, seed, 30.0, 1.0, True, 0.1, -100, row_offset, 3, reduction, **angles)
 
 
-def logits(rows: int, row_offset: int, element: int) -> None:
+def logits(rows: int, row_offset: int, element: int, **angles: bool) -> None:
     from gclkern.kernels.logit_loss import logit_backward, logit_forward
 
-    terms, cosine = _terms(rows, row_offset, element, "none"), torch.empty(rows, CLASSES)
+    terms, cosine = _terms(rows, row_offset, element, "none", **angles), torch.empty(rows, CLASSES)
     _, saved = logit_forward(cosine, *terms, True)
     logit_backward(torch.ones(rows + element)[element:], cosine, saved, *terms, True)
 
@@ -78,9 +78,26 @@ def dro_lt(rows: int, row_offset: int, element: int) -> None:
     dro_lt_backward(torch.ones(rows + element)[element:], features, target, centroids, epsilon, saved, 1.0, "none", True, True)
 
 
+def contrastive(rows: int, row_offset: int, element: int, *, weighted: bool) -> None:
+    from gclkern.kernels.contrastive_loss import contrastive_backward, contrastive_forward
+
+    features, target = torch.empty(rows, DIM), torch.zeros(rows + element, dtype=torch.int64)[element:]
+    prototypes, counts = (torch.empty(CLASSES, DIM), torch.ones(CLASSES)) if weighted else (None, None)
+    _, saved = contrastive_forward(features, prototypes, target, counts, 0.1, True, True, "none")
+    contrastive_backward(torch.ones(rows + element)[element:], features, prototypes, counts, saved, 0.1, True, True, True, weighted)
+
+
+def distributions(rows: int, row_offset: int, element: int) -> None:
+    from gclkern.kernels.vmf import vmf_backward, vmf_forward
+
+    cosine, concentration = torch.empty(rows, CLASSES), torch.empty(CLASSES)
+    vmf_backward(vmf_forward(cosine, concentration, 9.0, 0.1), cosine, concentration, 9.0, 0.1)
+
+
 CASES: dict[str, Callable[..., None]] = {
     "logits": logits, **{plan: functools.partial(head, plan=plan) for plan in ("materialised", "chunked", "recompute")}, "noise": noise, "centroids": centroids,
-    "dro_lt": dro_lt, "exponentials": exponentials,
+    "dro_lt": dro_lt, "exponentials": exponentials, "difficulty margins": functools.partial(logits, difficulty_margin=True),
+    "samples": functools.partial(contrastive, weighted=False), "samples and prototypes": functools.partial(contrastive, weighted=True), "ProCo": distributions,
 }  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def test_the_exponentials_fill_a_multiprocessor(builds: Builds) -> None:
         assert build.hot_loop("MUFU.EX2").count("STG.E.128") == 2, "16 exponentials a thread, rounded to 16 bits"
 
 
-@pytest.mark.parametrize(("case", "kernel"), [(contrastive, "_log_total_kernel"), (contrastive, "_pull_kernel")])
+@pytest.mark.parametrize(("case", "kernel"), [(contrastive, "_denominator_kernel"), (contrastive, "_pull_kernel")])
 def test_programs_that_share_keys_run_at_once(builds: Builds, case: Case, kernel: str) -> None:
     from gclkern.kernels.contrastive_loss import RESIDENT
 

@@ -671,18 +671,26 @@ class Machine:
         shape = re.fullmatch(r"m64n(\d+)k(8|16)", instruction.suffixes[3])
         assert shape is not None
         columns, size, kind = int(shape[1]), 32 // int(shape[2]), instruction.suffixes[-1]
-        transposed_a, transposed_b = (flag == "1" for flag in transposed or ("0", "0"))  # tf32 has no choice
-        a_descriptor, b_descriptor, keep = self.read(a_name, "b64").copy(), self.read(b_name, "b64").copy(), self.read(added, "pred").copy()
+        in_registers = not isinstance(a_name, str)
+        # tf32 has no choice
+        transposed_a, transposed_b = transposed[:1] == ["1"], transposed[-1:] == ["1"]
+        b_descriptor, keep = self.read(b_name, "b64").copy(), self.read(added, "pred").copy()
+        a_descriptor = None if in_registers else self.read(a_name, "b64").copy()
+        fragment = self._fragment(a_name, kind) if in_registers else None  # as in _mma
 
         def multiply(lanes: Lanes) -> None:
             here = self.mask
             self._activate(lanes)
-            a = _from_bits(self._tile(a_descriptor, 64, transposed_a, size), kind).astype(np.float64)
+            if fragment is not None:
+                warps, halves = len(fragment), len(a_name)
+                a = fragment.reshape(warps, 8, 4, halves // 2, 2, -1).transpose(0, 4, 1, 3, 2, 5).reshape(warps // 4, 64, -1).astype(np.float64)
+            else:
+                a = _from_bits(self._tile(a_descriptor, 64, transposed_a, size), kind).astype(np.float64)
             b = _from_bits(self._tile(b_descriptor, columns, transposed_b, size), kind).astype(np.float64)
             product = np.einsum("gmk,gnk->gmn", a, b).reshape(-1, 4, 2, 8, columns // 8, 4, 2)  # group, warp, half, row, column tile, lane, pair
             product = product.transpose(0, 1, 3, 5, 4, 2, 6).reshape(self.lanes, -1)
             for index, name in enumerate(target):
-                self.write(name, (product[:, index] + np.where(keep, self.read(name, "f32"), 0)).astype(np.float32))
+                self.write(name, (product[:, index] + (np.where(keep, self.read(name, "f32"), 0) if keep.any() else 0)).astype(np.float32))
             self._activate(here)
 
         if DEFERRED:
