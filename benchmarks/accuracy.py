@@ -278,7 +278,7 @@ def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> 
                     continue
                 del running[run]
                 if (bench.folder(run) / "summary.json").exists():
-                    top1 = list(bench.collect(run)["reports"].values())[-1]["top1"]
+                    top1 = last_report(bench.collect(run))["top1"]
                     print(f"{now - began:7.0f} s  {run.name}: top-1 {100 * top1:.2f}", flush=True)
                 elif asked is None:
                     failed.append(run)
@@ -304,6 +304,18 @@ def _percent(shares: Sequence[float | None]) -> str:
     return f"{statistics.mean(found):.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
 
 
+def last_report(result: dict[str, Any]) -> dict[str, Any]:
+    """That of the last phase, by which a run is judged."""
+    report: dict[str, Any] = list(result["reports"].values())[-1]
+    return report
+
+
+def published_top1(data: str, imbalance: float, method: str) -> str:
+    """The published number, with a mark for strong augmentation; empty where there is none."""
+    top1 = PUBLISHED.get((data, imbalance, method))
+    return "" if top1 is None else f"{top1:.2f}" + ("†" if method in STRONG_AUGMENTATION else "")
+
+
 def _best_epoch(result: dict[str, Any]) -> float | None:
     """The best top-1 of the last phase's evaluated epochs: chosen on the test set, as the releases report theirs. None for a phase without epochs."""
     curves, last = result["curves"], list(result["reports"])[-1]
@@ -314,7 +326,7 @@ def _best_epoch(result: dict[str, Any]) -> float | None:
 def _row(found: Sequence[dict[str, Any]]) -> list[str]:
     """A method's row, of its results of all seeds: its last phase counts."""
     first = found[0]
-    reports = [list(result["reports"].values())[-1] for result in found]
+    reports = [last_report(result) for result in found]
     published = PUBLISHED.get((first["data"], first["imbalance"], first["method"]))
     return [
         METHODS[first["method"]].label,
@@ -360,8 +372,8 @@ def results_of(folder: Path) -> list[dict[str, Any]]:
 def _augmentation(result: dict[str, Any]) -> str:
     """What the longest phase does to its images; a data set's own augmentation is CIFAR's crop and flip."""
     phase = max(result["phases"], key=lambda phase: phase["epochs"])
-    parts = [phase.get("augment") or result["settings"]["augment"] or "crop,flip", *(["mixup"] if phase["mixup"] else [])]
-    return ", ".join(parts).replace(",", ", ").replace("  ", " ")
+    augment = phase.get("augment") or result["settings"]["augment"] or "crop,flip"
+    return ", ".join([*augment.split(","), *(["mixup"] if phase["mixup"] else [])])
 
 
 def _parameters(result: dict[str, Any]) -> int:
@@ -382,14 +394,14 @@ def comparison(results: Path) -> str:
         rows.setdefault((result["data"], result["imbalance"], result["method"]), []).append(result)
     lines = []
     for key, found in rows.items():
-        top1 = statistics.mean(100 * list(result["reports"].values())[-1]["top1"] for result in found)
-        published = PUBLISHED.get(key)
+        shares = [last_report(result)["top1"] for result in found]
+        top1 = statistics.mean(100 * share for share in shares)
         numbers = [
             str(len(found)),
-            _percent([list(result["reports"].values())[-1]["top1"] for result in found]),
+            _percent(shares),
             _percent([_best_epoch(result) for result in found]),
-            "" if published is None else f"{published:.2f}" + ("†" if key[2] in STRONG_AUGMENTATION else ""),
-            "" if published is None else f"{top1 - published:+.2f}",
+            published_top1(*key),
+            f"{top1 - PUBLISHED[key]:+.2f}" if key in PUBLISHED else "",
             f"{_parameters(found[0]):,}",
             _augmentation(found[0]),
         ]

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import results_of
+from benchmarks.accuracy import last_report, published_top1, results_of
 from benchmarks.common import RESULTS
 from benchmarks.gpu_report import machine
 from benchmarks.provenance import training_hash
-from benchmarks.published import PUBLISHED, STRONG_AUGMENTATION
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 from gclkern.training.config import RunConfig
@@ -161,13 +160,7 @@ def reached(row: str, dataset: str, results: list[dict[str, Any]]) -> str:
     """Mean top-1 of the last epoch over seeds, of full schedules at imbalance 100; empty where no result is committed."""
     wanted = (dataset, 100.0, row, 1.0)
     found = [result for result in results if (result["data"], result["imbalance"], result["method"], result["epochs_scale"]) == wanted]
-    return f"{statistics.mean(100 * list(result['reports'].values())[-1]['top1'] for result in found):.2f}" if found else ""
-
-
-def published(row: str, dataset: str) -> str:
-    """The published number at imbalance 100, with a mark for strong augmentation; empty where there is none."""
-    top1 = PUBLISHED.get((dataset, 100.0, row))
-    return "" if top1 is None else f"{top1:.2f}" + ("†" if row in STRONG_AUGMENTATION else "")
+    return f"{statistics.mean(100 * last_report(result)['top1'] for result in found):.2f}" if found else ""
 
 
 def table(results: Path) -> tuple[list[str], list[list[str]]]:
@@ -182,7 +175,7 @@ def table(results: Path) -> tuple[list[str], list[list[str]]]:
         idea = METHODS[name].summary if flag == "--method" else RETRAINS[name].summary
         formula = (FORMULAS if flag == "--method" else RETRAIN_FORMULAS).get(name, "")
         row = _ACCURACY.get(f"{flag} {name}", name)
-        numbers = [kind for dataset, _ in SETS for kind in (published(row, dataset), reached(row, dataset, found))]
+        numbers = [kind for dataset, _ in SETS for kind in (published_top1(dataset, 100.0, row), reached(row, dataset, found))]
         size = " then ".join(dict.fromkeys(f"{step['parameters']:,}" for step in steps))
         more = max((step["more_in_training"] for step in steps), default=0)
         cost = " then ".join(f"{step['relative']:.2f}" for step in steps)
