@@ -45,7 +45,7 @@ class LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool, backend: str) -> Tensor:
         if bias is not None:
             terms = terms._replace(bias=bias)
-        loss, saved = call_operator("logit_forward", backend, cosine, cosine, *terms, for_backward)
+        loss, saved = call_operator("logit_forward", backend, cosine, *terms, for_backward)
         save_terms(ctx, (cosine, *saved), terms)
         ctx.backend = backend
         return loss
@@ -55,7 +55,7 @@ class LogitLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (cosine, *saved), terms = saved_terms(ctx)
         bias_grad = ctx.needs_input_grad[1]
-        grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, grad_loss, grad_loss, cosine, saved, *terms, bias_grad)
+        grad_cosine, grad_bias = call_operator("logit_backward", ctx.backend, grad_loss, cosine, saved, *terms, bias_grad)
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
@@ -81,7 +81,7 @@ class LogitLossInOnePass(torch.autograd.Function):
         cosine, made = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[1]
         if torch.is_grad_enabled() or not calls_directly("cpu", grad_loss):  # a second derivative, which the operator refuses, or a tracer
-            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, grad_loss, cosine, [made], *ctx.terms, bias_grad)
+            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, cosine, [made], *ctx.terms, bias_grad)
             return grad_cosine, grad_bias if bias_grad else None, None, None
         return *gradient_times(made, grad_loss, cosine.dtype, ctx.terms.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None
 
@@ -96,7 +96,7 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         if bias is not None:
             terms = terms._replace(bias=bias)
-        loss, saved = call_operator("head_forward", backend, features, features, linear_weight, *terms, normalize, plan, for_backward, with_top1)
+        loss, saved = call_operator("head_forward", backend, features, linear_weight, *terms, normalize, plan, for_backward, with_top1)
         kept = saved[:-1] if with_top1 else saved
         save_terms(ctx, (features, linear_weight, *kept), terms)
         ctx.normalize, ctx.plan, ctx.backend = normalize, plan, backend
@@ -110,7 +110,7 @@ class HeadLoss(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         (features, linear_weight, *saved), terms = saved_terms(ctx)
         wanted = ctx.needs_input_grad[:3]
-        grads = call_operator("head_backward", ctx.backend, grad_loss, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
+        grads = call_operator("head_backward", ctx.backend, grad_loss, features, linear_weight, saved, *terms, ctx.normalize, ctx.plan, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -122,7 +122,7 @@ class DROLTBound(torch.autograd.Function):
         ctx: Any, features: Tensor, epsilon: Tensor, target: Tensor, centroids: Tensor, class_weight: Tensor | None,
         temperature: float, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
-        loss, saved = call_operator("dro_lt_forward", backend, features, features, target, centroids, epsilon, class_weight, temperature, reduction)
+        loss, saved = call_operator("dro_lt_forward", backend, features, target, centroids, epsilon, class_weight, temperature, reduction)
         ctx.save_for_backward(features, epsilon, target, centroids, *saved)
         ctx.temperature, ctx.reduction, ctx.backend = temperature, reduction, backend
         return loss
@@ -132,9 +132,7 @@ class DROLTBound(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         features, epsilon, target, centroids, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = call_operator(
-            "dro_lt_backward", ctx.backend, grad_loss, grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted
-        )
+        grads = call_operator("dro_lt_backward", ctx.backend, grad_loss, features, target, centroids, epsilon, saved, ctx.temperature, ctx.reduction, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -147,7 +145,7 @@ class SupervisedContrast(torch.autograd.Function):
         include_own_class: bool, reduction: str, backend: str,
     ) -> Tensor:  # fmt: skip
         options = (temperature, include_samples, include_own_class)
-        loss, saved = call_operator("contrastive_forward", backend, features, features, prototypes, target, class_counts, *options, reduction)
+        loss, saved = call_operator("contrastive_forward", backend, features, prototypes, target, class_counts, *options, reduction)
         ctx.save_for_backward(features, prototypes, class_counts, *saved)
         ctx.options, ctx.backend = options, backend
         return loss
@@ -157,7 +155,7 @@ class SupervisedContrast(torch.autograd.Function):
         refuse_transforms("the gradient of the loss", grad_loss)
         features, prototypes, class_counts, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = call_operator("contrastive_backward", ctx.backend, grad_loss, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
+        grads = call_operator("contrastive_backward", ctx.backend, grad_loss, features, prototypes, class_counts, saved, *ctx.options, *wanted)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
 
 
@@ -168,11 +166,11 @@ class VMFContrast(torch.autograd.Function):
     def forward(ctx: Any, cosine: Tensor, concentration: Tensor, order: float, temperature: float, backend: str) -> Tensor:
         ctx.save_for_backward(cosine, concentration)
         ctx.options, ctx.backend = (order, temperature), backend
-        contrast: Tensor = call_operator("vmf_forward", backend, cosine, cosine, concentration, order, temperature)
+        contrast: Tensor = call_operator("vmf_forward", backend, cosine, concentration, order, temperature)
         return contrast
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms("the gradient of the contrast", grad)
         cosine, concentration = ctx.saved_tensors
-        return call_operator("vmf_backward", ctx.backend, grad, grad, cosine, concentration, *ctx.options), None, None, None, None
+        return call_operator("vmf_backward", ctx.backend, grad, cosine, concentration, *ctx.options), None, None, None, None

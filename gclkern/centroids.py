@@ -70,7 +70,7 @@ class ClassCentroids(RankState):
     def _add(self, features: Tensor, target: Tensor) -> None:
         """Add a batch without checking it. Samples whose label is out of range are left out."""
         features = features.detach()
-        sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features, features, target, self.sums.shape[0])
+        sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features, target, self.sums.shape[0])
         self.sums += sums
         self.counts += counts
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _debug = False
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may do anything
 
 
 def set_debug(enabled: bool) -> None:
@@ -44,6 +45,16 @@ def values_may_be_read(tensor: Tensor) -> bool:
 def is_transformed(tensor: Tensor) -> bool:
     """Whether the tensor is inside of torch.func's grad and vmap, or of torch.autograd.grad(is_grads_batched=True)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, or a mode such as FakeTensorMode, follows the operators that are called."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its elements: not with the other sign, as that of `.imag` of a conjugate does, and not none, as autograd's zeros."""
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def refuse_transforms(name: str, tensor: Tensor) -> None:

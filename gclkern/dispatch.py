@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
-from gclkern.devices import autocast_is_on, without_autocast
+from gclkern.devices import autocast_is_on, is_in_memory, is_traced, without_autocast
 from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
@@ -19,7 +19,6 @@ PLANS: tuple[Plan, ...] = get_args(Plan)
 
 # Looked up once, because a function that torch.compile traces cannot search for packages, and without importing Triton.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_PLAIN = (Tensor, torch.nn.Parameter)
 # The oldest NVIDIA GPU that Triton supports, and that has bfloat16 instructions.
 _OLDEST_CAPABILITY = (8, 0)
 # A buffer of logits saves the fourth matrix product; above this size it takes too much memory. On a GPU it is the size at which 1024 samples meet a million
@@ -102,12 +101,13 @@ def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bo
     return "chunked" if backend == "triton" else "recompute"
 
 
-def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> Any:
-    """Calls the operator of a resolved backend for `name`, one of gclkern.kernels.terms.SCHEMAS, with autocast off; `tensor` is one of `arguments`.
+def call_operator(name: str, backend: str, tensor: Tensor, *others: Any) -> Any:
+    """Calls the operator of a resolved backend for `name`, one of gclkern.kernels.terms.SCHEMAS, with autocast off.
 
     At small sizes torch's dispatcher takes longer than the compiled loops. So if it has nothing to do, the function behind the operator is called directly.
     """
-    if calls_directly(backend, tensor) and not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)):
+    arguments = (tensor, *others)
+    if calls_directly(backend, *arguments) and not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)):
         function = FUNCTIONS[PREFIXES[backend] + name]
     else:
         if backend == "triton":
@@ -119,14 +119,9 @@ def call_operator(name: str, backend: str, tensor: Tensor, *arguments: Any) -> A
     return function(*arguments)
 
 
-def calls_directly(backend: str, tensor: Tensor) -> bool:
-    """Whether calls for `tensor` may go around torch's dispatcher: they are the CPU's, and nothing is traced. The caller looks after gradients.
-
-    Only the dispatcher resolves tensors that hold their values with the other sign (`.imag` of a conjugate), or none, because they are zeros of autograd.
-    """
-    if backend != "cpu" or torch.compiler.is_compiling() or type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
-        return False
-    return not torch._C._len_torch_dispatch_stack()
+def calls_directly(backend: str, *arguments: Any) -> bool:
+    """Whether a call may go around torch's dispatcher: it is the CPU's, nothing is traced, and all tensors are in memory. The caller looks after gradients."""
+    return backend == "cpu" and not is_traced() and all(is_in_memory(value) for value in arguments if isinstance(value, Tensor))
 
 
 def head_implementation(backend: str) -> Any:

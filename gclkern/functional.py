@@ -154,7 +154,7 @@ def gcl_cross_entropy(
         ignore_index=ignore_index, reduction=reduction, seed=seed, row_offset=row_offset, class_offset=class_offset,
     )  # fmt: skip
     chosen, for_backward = resolve_backend(backend, cosine), _gradient_is_wanted(cosine, terms.bias)
-    if calls_directly(chosen, cosine):
+    if calls_directly(chosen, cosine, *terms):
         return LogitLossInOnePass.apply(cosine, terms.bias, terms, for_backward)
     return LogitLoss.apply(cosine, terms.bias, terms, for_backward, chosen)
 
@@ -399,7 +399,7 @@ def class_centroids(
     refuse_gradient("features", features)
     check_int("num_classes", num_classes, 1)
     target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-    sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features, features.detach(), target, num_classes)
+    sums, counts = call_operator("segment_sums", resolve_backend("auto", features), features.detach(), target, num_classes)
     return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 

@@ -55,4 +55,4 @@ def cloud_noise(
         device = seed.device
     # An empty tensor resolves the default device, and which of several GPUs "cuda" means.
     seed = resolve_seed(seed, torch.empty(0, device=device).device)
-    return call_operator("cloud_noise", resolve_backend("auto", seed), seed, seed, num_rows, num_classes, row_offset, class_offset)
+    return call_operator("cloud_noise", resolve_backend("auto", seed), seed, num_rows, num_classes, row_offset, class_offset)

@@ -143,7 +143,7 @@ class ProCoLoss(_ContrastiveLoss, RankState):
         unit = unit_rows(features)
         if self.training:
             detached = unit.detach().float()
-            sums, counts = call_operator("segment_sums", resolve_backend("auto", detached), detached, detached, target, self.num_classes)
+            sums, counts = call_operator("segment_sums", resolve_backend("auto", detached), detached, target, self.num_classes)
             self.sums += sums
             self.counts += counts
         directions, concentration = self.distributions()

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend
-from gclkern.devices import is_transformed
+from gclkern.devices import is_in_memory, is_traced, is_transformed
 from gclkern.kernels.terms import LossTerms
 from gclkern.validation import margin_vector, options_seen_before, resolve_seed
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may do anything
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,9 +28,9 @@ def ready_terms(
 
     Two targets, and angles, are never ready: their values need a check.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if is_traced() or torch._C._are_functorch_transforms_active():
         return None
-    if not _is_in_memory(cosine) or not _is_in_memory(target) or target_b is not None or lam is not None or angular is not False:
+    if not _is_dense(cosine) or not _is_dense(target) or target_b is not None or lam is not None or angular is not False:
         return None
     if difficulty_margin is not False or backend not in ("auto", "cpu") or not cpu_backend.is_available:
         return None
@@ -64,12 +63,10 @@ def ready_terms(
     )
 
 
-def _is_in_memory(value: Any) -> bool:
-    """Whether the value is a dense tensor on a CPU, whose memory holds its elements: not with the other sign, as `.imag` of a conjugate, and not none."""
-    if type(value) not in _PLAIN or not value.is_cpu or value.layout != torch.strided:
-        return False
-    return not (value.is_nested or value.is_neg() or value._is_zerotensor())
+def _is_dense(value: Any) -> bool:
+    """Whether the value is a dense tensor in the memory of a CPU."""
+    return is_in_memory(value) and value.is_cpu and value.layout == torch.strided and not value.is_nested
 
 
 def _is_vector(value: Any, shape: tuple[int]) -> bool:
-    return _is_in_memory(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()
+    return _is_dense(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()

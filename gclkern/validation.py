@@ -378,7 +378,7 @@ def check_epsilon(epsilon: Tensor | float, num_classes: int, features: Tensor, d
         raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
     check_same_device("epsilon", epsilon, "features", features)
     check_not_negative("epsilon", epsilon.detach())
-    return epsilon.to(dtype).contiguous().resolve_neg()
+    return epsilon.to(dtype).contiguous()
 
 
 def _check_options(

@@ -20,7 +20,7 @@ import gclkern
 from gclkern import samplers
 from gclkern.clouds import cloud_sizes
 from gclkern.weights import ldam_margins, log_prior
-from tests.support.cases import cosines, labels
+from tests.support.cases import cosines, labels, vector
 from tests.support.processes import run_ranks
 
 COUNTS = [500, 120, 5]
@@ -181,6 +181,28 @@ def test_negated_views_are_their_values() -> None:
     inputs = [cosines(4, 3), cosines(4, 5, seed=2), torch.tensor(0.3), torch.tensor(-2.0)]
     for plain, view in zip(results(*inputs), results(*map(negated, inputs)), strict=True):
         torch.testing.assert_close(view, plain, rtol=0, atol=1e-6)  # the products of the head may add in another order
+
+
+@pytest.mark.parametrize("name", ["cloud", "margin", "bias", "lam", "features", "centroids"])
+def test_contiguous_negated_views_are_their_values(name: str) -> None:
+    """What is contiguous is not copied by the checks, so the call itself has to resolve it."""
+    target = torch.tensor([0, 1, 2, 1])
+    given = {"cosine": cosines(4, 3), "cloud": vector(3, 0.1, 1.0), "margin": vector(3, 0.1, 0.5), "bias": vector(3), "lam": vector(4, 0.1, 0.9)}
+    given |= {"features": cosines(4, 5, seed=2), "centroids": cosines(3, 5, seed=3)}
+
+    def found(given: dict[str, Tensor]) -> list[Tensor]:
+        cosine, features, centroids = given["cosine"].detach().requires_grad_(), given["features"].detach().requires_grad_(), given["centroids"]
+        vectors = {name: given[name] for name in ("cloud", "margin", "bias")}
+        pair = {"target_b": target.flip(0), "lam": given["lam"]}
+        losses = [
+            (gclkern.functional.gcl_cross_entropy(cosine, target, seed=1, **vectors, **pair), cosine),
+            (gclkern.functional.linear_gcl_cross_entropy(features, centroids, target, seed=1, **vectors, **pair), features),
+            (gclkern.functional.dro_lt_loss(features, target, centroids, torch.full((3,), 0.3)), features),
+        ]
+        return [*(loss.detach() for loss, _ in losses), *(torch.autograd.grad(loss, leaf)[0] for loss, leaf in losses)]
+
+    for plain, view in zip(found(given), found(given | {name: torch._neg_view(-given[name])}), strict=True):
+        torch.testing.assert_close(view, plain, rtol=0, atol=1e-6)  # as above
 
 
 def test_an_upstream_gradient_of_autograds_zeros() -> None:
