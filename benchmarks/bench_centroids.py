@@ -41,7 +41,7 @@ def torch_backend(inputs: FeatureInputs, phase: str) -> Call:
     features, target = inputs.features, inputs.target
 
     def run() -> Tensor:
-        sums, counts = call_operator("segment_sums", "torch", features, features, target, inputs.shape.classes)
+        sums, counts = call_operator("segment_sums", "torch", features, target, inputs.shape.classes)
         return sums.div_(counts.clamp(min=1)[:, None])
 
     return run
