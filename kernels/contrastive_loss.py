@@ -1,7 +1,7 @@
 """The softmax over samples and class prototypes: products whose tiles never leave the registers, as in attention.
 
-With unit vectors x_i of the samples, the keys k of a batch being samples, prototypes or both, the weights w of gclkern.kernels.contrastive_terms, and p_ik the
-probability of key k in the softmax of sample i,
+With unit vectors x_i of the samples, the keys k of a batch being samples, prototypes or both, the weights w of gclkern.torch_backend.contrastive_loss, and p_ik
+the probability of key k in the softmax of sample i,
 
     loss_i = log sum_{k != i} w_ik exp(x_i . k / T) - mean over the keys p != i of the class y_i of x_i . p / T
 
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import contrastive_terms, runtime
+from . import runtime
 from .products import _precision
 from .row_loss import LOG2E
 from .runtime import MULTIPROCESSORS, NVIDIA, batch_kernel, on_device
@@ -611,6 +611,3 @@ def _forward_shapes(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     loss = features.new_empty((features.shape[0],) if reduction == "none" else (), dtype=torch.float32)
     return loss, _empty_saved(features, prototypes, target, class_counts)
-
-
-shapes_of("contrastive_backward", "triton")(contrastive_terms.backward_shapes)

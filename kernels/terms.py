@@ -180,6 +180,17 @@ def _(
     return grad_features, epsilon.new_empty(tuple(epsilon.shape) if epsilon_grad else (0,))
 
 
+@shapes_of("contrastive_backward", *PREFIXES)
+def _(
+    grad_loss: Tensor, features: Tensor, prototypes: Tensor | None, class_counts: Tensor | None, saved: list[Tensor], temperature: float,
+    include_samples: bool, include_own_class: bool, features_grad: bool, prototypes_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_features = features.new_empty(tuple(features.shape) if features_grad else (0,))
+    if not prototypes_grad or prototypes is None:
+        return grad_features, features.new_empty(0)
+    return grad_features, prototypes.new_empty(tuple(prototypes.shape))
+
+
 @shapes_of("vmf_forward", *PREFIXES)
 def _(cosine: Tensor, concentration: Tensor, order: float, temperature: float) -> Tensor:
     return cosine.new_empty(tuple(cosine.shape))

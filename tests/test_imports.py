@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"gclkern.kernels"},
 ]
 # What the backends share. Nothing else of the kernels is for the others.
-SHARED = {"gclkern.kernels.terms", "gclkern.kernels.contrastive_terms"}
+SHARED = {"gclkern.kernels.terms"}
 # Heavy or optional: the library loads them when a call needs them, if at all.
 NOT_LOADED = ["gclkern.training", "gclkern.distributed", "triton", "torch._dynamo", "torch.distributed.tensor", "torchvision", "sklearn", "matplotlib", "PIL"]
 

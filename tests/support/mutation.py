@@ -60,7 +60,6 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/angles.py": (["tests/test_angular_losses.py"], _KERNELS),
     "kernels/centroids.py": (["tests/test_centroids.py"], _KERNELS),
     "kernels/contrastive_loss.py": (_CONTRASTIVE, f"{_KERNELS} and (not operations or contrastive)"),
-    "kernels/contrastive_terms.py": (_CONTRASTIVE, "not operations or contrastive"),
     "kernels/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"({_KERNELS} or tile) and (not operations or dro_lt)"),
     "kernels/exponentials.py": (["tests/kernels/test_exponentials.py"], ""),
     "kernels/head.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
