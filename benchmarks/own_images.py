@@ -1,10 +1,12 @@
-"""Compares methods on an image folder, with the defaults for images of your own: python -m benchmarks.own_images --cifar data
+"""Compares methods on image folders, with the defaults for images of your own: python -m benchmarks.own_images --cifar data
 
     python -m benchmarks.own_images --cifar data --pixels 16 --epochs 24    # a quarter of the time on a CPU
+    python -m benchmarks.own_images --images drawn --epochs 24              # needs no data
 
-The folder is written from CIFAR-100: 40 classes with 270 to 5 training images each (imbalance 50), 2,757 in all, and 100 test images each, as PNG. Runs of
-train.py differ only in the method, the number of epochs and the seed. A finished run leaves a JSON file in --results and is not run again, an unfinished one
-is resumed from its checkpoint, so the same command continues. At the end the table is printed, as docs/accuracy.md has it.
+--images chooses the folder, which is written as PNG files: `subset` is 40 classes of CIFAR-100 with 270 to 5 training images each, `whole` all 100 classes with
+500 to 5, `drawn` 600 drawn photos of 12 classes; each class has 100 test images. Runs of train.py differ only in the method, the number of epochs and the
+seed. A finished run leaves a JSON file in --results and is not run again, an unfinished one is resumed from its checkpoint, so the same command continues. At
+the end the tables of all results are printed, as docs/accuracy.md has them.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import METHODS, Bench, Run, results_of, run_all
 from benchmarks.common import RESULTS
+from benchmarks.drawn_photos import COUNTS, SHAPES, draw_photos
 from benchmarks.provenance import ROOT
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
@@ -40,29 +43,54 @@ from gclkern.training.network import load_network
 from gclkern.training.processes import Processes
 
 OWN_IMAGES = RESULTS / "own_images"
-CLASSES, LARGEST, IMBALANCE = 40, 270, 50.0
+TEST_IMAGES = 100  # of each class
 COMPARED = ("ce", "ldam-drw", "gcl", "gcl-ldam-drw")
 EPOCHS = (24, 60)
 HEADER = ("pixels", "epochs", "method", "seeds", "top-1", *GROUPS, "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
 
 
-def write_folder(cifar: Path, folder: Path, pixels: int) -> None:
-    """Write train/CLASS/*.png and test/CLASS/*.png of that size from the official files of CIFAR-100; an existing folder is kept."""
-    if folder.exists():
-        return
+class Images(NamedTuple):
+    """What an image folder holds; --images has its name."""
+
+    title: str
+    counts: list[int]  # training images of each class
+
+
+FOLDERS = {
+    "subset": Images("40 classes of CIFAR-100", profile_counts(40, 270, 50.0)),
+    "whole": Images("CIFAR-100", profile_counts(100, 500, 100.0)),
+    "drawn": Images("drawn photos of 12 classes", list(COUNTS)),
+}
+
+
+def _cifar_images(cifar: Path, counts: list[int]) -> Iterator[tuple[str, str, Image.Image]]:
+    """Part, class name and image, of the first classes in the official files."""
     whole = load_cifar("cifar100-lt", cifar, 1.0, "exp", 0, download=False)
-    counts = profile_counts(CLASSES, LARGEST, IMBALANCE)
-    chosen = {"train": (whole.train, choose_subset(whole.train.labels, counts, 0)), "test": (whole.test, (whole.test.labels < CLASSES).nonzero().flatten())}
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    chosen = {"train": (whole.train, choose_subset(whole.train.labels, counts, 0)), "test": (whole.test, (whole.test.labels < len(counts)).nonzero().flatten())}
     for part, (images, places) in chosen.items():
         assert isinstance(images, DeviceImages)
         for place in places.tolist():
             label = int(images.labels[place])
             name = str(label) if whole.class_names is None else whole.class_names[label]
-            path = unfinished / part / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(np.ascontiguousarray(images.images[place].permute(1, 2, 0).numpy()))
-            image.resize((pixels, pixels), Image.Resampling.BOX).save(path)
+            yield part, name, Image.fromarray(np.ascontiguousarray(images.images[place].permute(1, 2, 0).numpy()))
+
+
+def _drawn_images() -> Iterator[tuple[str, str, Image.Image]]:
+    """Part, class name and image, of drawn photos."""
+    for part, counts, seed in (("train", COUNTS, 0), ("test", (TEST_IMAGES,) * len(SHAPES), 1)):
+        yield from ((part, name, photo) for name, photo in draw_photos(counts, seed))
+
+
+def write_folder(images: str, cifar: Path, folder: Path, pixels: int) -> None:
+    """Write train/CLASS/*.png and test/CLASS/*.png of that size; an existing folder is kept."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    found = _drawn_images() if images == "drawn" else _cifar_images(cifar, FOLDERS[images].counts)
+    for place, (part, name, image) in enumerate(found):
+        path = unfinished / part / name / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.resize((pixels, pixels), Image.Resampling.BOX).save(path)
     unfinished.rename(folder)
 
 
@@ -72,10 +100,12 @@ class OwnRun(Run):
 
     epochs: int = 0
     pixels: int = 0
+    images: str = "subset"
 
     @property
     def name(self) -> str:
-        return f"{self.pixels}-pixels-{self.epochs}-epochs-{self.method}-seed{self.seed}"
+        folder = "" if self.images == "subset" else f"{self.images}-"
+        return f"{folder}{self.pixels}-pixels-{self.epochs}-epochs-{self.method}-seed{self.seed}"
 
     @property
     def base(self) -> None:
@@ -140,9 +170,8 @@ def _row(found: Sequence[dict[str, Any]], phase: str, label: str) -> list[str]:
     ]
 
 
-def table(results: Path) -> str:
-    """The table of all results in a folder, in Markdown; GCL has a row for its first stage, too."""
-    found = sorted(results_of(results), key=lambda result: (result["pixels"], result["epochs"], COMPARED.index(result["method"]), result["seed"]))
+def _table(found: Sequence[dict[str, Any]]) -> str:
+    """The table of an image folder's results, in Markdown; GCL has a row for its first stage, too."""
     lines: list[Sequence[str]] = [HEADER, ("---:", "---:", "---", *("---:",) * (len(HEADER) - 3))]
     for (*_, method), part in groupby(found, key=lambda result: (result["pixels"], result["epochs"], result["method"])):
         group = list(part)
@@ -153,9 +182,21 @@ def table(results: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def tables(results: Path) -> str:
+    """A title and a table for each image folder that has results, in Markdown."""
+    found = sorted(results_of(results), key=lambda result: (result["pixels"], result["epochs"], COMPARED.index(result["method"]), result["seed"]))
+    parts = []
+    for title, counts in FOLDERS.values():
+        if of_folder := [result for result in found if sorted(result["class_counts"], reverse=True) == counts]:
+            about = f"**{title[0].upper()}{title[1:]}**: {counts[0]} to {counts[-1]} training images of each class, {sum(counts):,} in all."
+            parts += [about, "", _table(of_folder), ""]
+    return "\n".join(parts[:-1])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--images", choices=FOLDERS, default="subset", help="the image folder (default subset)")
     add("--cifar", type=Path, default=Path("data"), help="folder of CIFAR-100's official files (default data)")
     add("--pixels", type=number(int, 8, 32), default=32, metavar="N", help="size of the images (default 32)")
     add("--methods", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME", help=f"of {', '.join(COMPARED)} (default all)")
@@ -166,17 +207,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs", type=Path, default=ROOT / "runs" / "own_images", help="folder of the images and the runs' folders (default runs/own_images)")
     add("--results", type=Path, default=OWN_IMAGES, help="folder of the results (default benchmarks/results/own_images)")
     args = parser.parse_args(argv)
-    folder = args.runs.resolve() / f"images-{args.pixels}"
-    write_folder(args.cifar, folder, args.pixels)
+    folder = args.runs.resolve() / ("images" + ("" if args.images == "subset" else f"-{args.images}") + f"-{args.pixels}")
+    write_folder(args.images, args.cifar, folder, args.pixels)
+    counts = FOLDERS[args.images].counts
     bench = OwnBench(args.runs.resolve(), args.results.resolve(), str(folder), threads=max(1, torch.get_num_threads() // args.jobs))
     runs = [
-        OwnRun("folder", IMBALANCE, method, seed, 1.0, ("--channels-last",), epochs, args.pixels)
+        OwnRun("folder", counts[0] / counts[-1], method, seed, 1.0, ("--channels-last",), epochs, args.pixels, args.images)
         for epochs in args.epochs
         for seed in args.seeds
         for method in args.methods
     ]
     failed = run_all(bench, runs, jobs=args.jobs, seconds=args.seconds)
-    print("\n" + table(bench.results))
+    print("\n" + tables(bench.results))
     if failed:
         sys.exit(f"failed: {', '.join(run.name for run in failed)}")
 

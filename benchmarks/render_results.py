@@ -33,7 +33,8 @@ from typing import Any
 from benchmarks import methods
 from benchmarks.accuracy import comparison, results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
-from benchmarks.own_images import table as own_images_table
+from benchmarks.own_images import TEST_IMAGES
+from benchmarks.own_images import tables as own_images_tables
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
 from benchmarks.published import PUBLISHED
 from gclkern.training.atomic_files import replace_text
@@ -330,15 +331,13 @@ def own_images(results: Path) -> str:
     found = results_of(results / "own_images")
     if not found:
         return "Not measured yet: `python -m benchmarks.own_images`."
-    counts = found[0]["class_counts"]
     explained = [
-        f"{len(counts)} classes of CIFAR-100 with {max(counts)} to {min(counts)} training images, {sum(counts):,} in all, and 100 test images each.",
-        "In percent, of the last epoch: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images; mean and standard",
-        "deviation over seeds. The temperature is fitted on half of the test images and judged on the other half; a user's run fits it on training images,",
-        "by `--holdout`.",
+        f"Each class has {TEST_IMAGES} test images. In percent, of the last epoch: top-1, mean accuracy of the classes with many (> 100), medium and few",
+        "(< 20) training images; mean and standard deviation over seeds. The temperature is fitted on half of the test images and judged on the other",
+        "half; a user's run fits it on training images, by `--holdout`.",
     ]
     code = measured_at("training code", [result["code"] for result in found], training_hash())
-    return "\n".join([*explained, "", own_images_table(results / "own_images"), "", code, "By `python -m benchmarks.own_images`, which says how."])
+    return "\n".join([*explained, "", own_images_tables(results / "own_images"), "", code, "By `python -m benchmarks.own_images`, which says how."])
 
 
 def _setting(name: str, value: Any) -> str:

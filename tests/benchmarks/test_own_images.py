@@ -6,21 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks.own_images import CLASSES, COMPARED, IMBALANCE, LARGEST, OwnRun, one_temperature, table
-from gclkern.training.data.longtail import profile_counts
+from benchmarks import own_images
+from benchmarks.drawn_photos import SHAPES
+from benchmarks.own_images import COMPARED, FOLDERS, OwnRun, one_temperature, tables, write_folder
+from gclkern.training.data import DeviceImages, load_data
 from gclkern.training.recipes import plan_run
 
 
 def test_methods_differ_in_nothing_but_the_loss() -> None:
-    counts = profile_counts(CLASSES, LARGEST, IMBALANCE)
-    assert sum(counts) == 2757
+    counts = FOLDERS["subset"].counts
     settings = set()
     for method in COMPARED:
-        config = train.parse_arguments([*OwnRun("folder", IMBALANCE, method, 1, 1.0, (), 24, 32).arguments, "--data-dir", "pictures"]).config
+        config = train.parse_arguments([*OwnRun("folder", 50.0, method, 1, 1.0, (), 24, 32).arguments, "--data-dir", "pictures"]).config
         first = plan_run(config, counts, 1)[0]
         settings.add((first.epochs, first.batch_size, first.lr, first.weight_decay, first.schedule, first.mixup, first.sampler))
     assert len(settings) == 1 and next(iter(settings))[0] == 24
@@ -36,15 +38,41 @@ def test_one_temperature() -> None:
     assert found["ece"] < 0.04  # chance alone gives 15 bins of 1000 samples about 0.025
 
 
-def test_table(tmp_path: Path) -> None:
-    def result(seed: int, top1: float) -> dict[str, Any]:
+def test_sizes_of_the_folders() -> None:
+    assert [(len(images.counts), sum(images.counts), images.counts[0] / images.counts[-1]) for images in FOLDERS.values()] == [
+        (40, 2757, 54.0),
+        (100, 10847, 100.0),
+        (12, 600, 160 / 6),
+    ]
+
+
+def test_drawn_photos_are_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_images, "COUNTS", (3, *(2,) * 11))
+    monkeypatch.setattr(own_images, "TEST_IMAGES", 1)
+    loaded = []
+    for name in ("a", "b"):
+        write_folder("drawn", tmp_path, tmp_path / name, 16)
+        loaded.append(load_data("folder", data_dir=tmp_path / name))
+    first, second = loaded
+    assert first.class_names == sorted(SHAPES) and first.class_counts == [3 if name == "circle" else 2 for name in sorted(SHAPES)]
+    for images, again in zip((first.train, first.test), (second.train, second.test), strict=True):
+        assert isinstance(images, DeviceImages) and isinstance(again, DeviceImages)
+        assert torch.equal(images.images, again.images)  # the seed alone decides
+        assert len(images.images.unique(dim=0)) == len(images.labels)
+
+
+def test_tables(tmp_path: Path) -> None:
+    def result(seed: int, top1: float, images: str = "subset") -> dict[str, Any]:
         report = {"top1": top1, "groups": {"many": 0.5, "medium": 0.25, "few": 0.125}, "ece": 0.1, "nll": 2.0}
         calibrated = {"ece": 0.03, "nll": 1.5}
         return {"pixels": 16, "epochs": 24, "method": "gcl", "seed": seed, "reports": {"stage-1": report, "stage-2": report},
-                "calibrated": {"stage-1": calibrated, "stage-2": calibrated}}  # fmt: skip
+                "calibrated": {"stage-1": calibrated, "stage-2": calibrated}, "class_counts": FOLDERS[images].counts[::-1]}  # fmt: skip
 
     for seed, top1 in enumerate((0.25, 0.35)):
         (tmp_path / f"{seed}.json").write_text(json.dumps(result(seed, top1)))
-    *_, first, second = table(tmp_path).splitlines()
+    (tmp_path / "drawn.json").write_text(json.dumps(result(0, 0.5, "drawn")))
+    *_, first, second, _, title, _, _, _, _, drawn = tables(tmp_path).splitlines()
     assert first == "| 16 | 24 | GCL, stage 1 | 2 | 30.0 ± 7.1 | 50.0 ± 0.0 | 25.0 ± 0.0 | 12.5 ± 0.0 | 10.0 ± 0.0 | 3.0 ± 0.0 | 2.00 ± 0.00 | 1.50 ± 0.00 |"
     assert "| GCL | 2 |" in second
+    assert title == "**Drawn photos of 12 classes**: 160 to 6 training images of each class, 600 in all."
+    assert "| GCL | 1 | 50.0 |" in drawn
