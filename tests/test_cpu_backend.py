@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -27,6 +28,7 @@ from gclkern.options import Reduction
 from gclkern.ready import ready_terms
 from gclkern.torch_backend.noise import cloud_noise as noise_of_torch
 from tests.support.cases import labels, vector
+from tests.support.operations import OPERATIONS, Operation, outcome
 
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "gclkern" / "cpu_backend" / "native"
@@ -63,6 +65,39 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int],
     for number in (2, 3):
         threads(number)
         assert all(map(torch.equal, alone, everything()))
+
+
+EDGE = 64  # elements on either side of a new tensor, which keep its alignment
+
+
+@pytest.fixture
+def edges(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What lies beside each new tensor, all 77: torch makes them within larger ones."""
+    edges: list[Tensor] = []
+
+    def within_a_larger_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def guarded(*args: Any, **options: Any) -> Tensor:
+            made = function(*args, **options)
+            larger = torch.full((made.numel() + 2 * EDGE,), 77, dtype=made.dtype)
+            edges.extend([larger[:EDGE], larger[-EDGE:]])
+            return larger[EDGE:-EDGE].view(made.shape)
+
+        return guarded
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, within_a_larger_one(getattr(owner, name)))
+    return edges
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if "cpu" in operation.backends], ids=str)
+def test_nothing_is_written_beside_a_buffer(operation: Operation, edges: list[Tensor]) -> None:
+    """Whether rows of it stay unused or all are used. What a program has after a buffer is its own."""
+    for name, arguments in operation.samples(7).items():
+        distinct = {"target": torch.arange(7)} if name == "more classes than rows" else {}
+        outcome(functools.partial(operation.function, backend="cpu"), arguments | distinct, operation.differentiable(arguments))
+        assert edges
+        assert all((edge == 77).all() for edge in edges), name
 
 
 @pytest.mark.compiled
