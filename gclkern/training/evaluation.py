@@ -178,7 +178,6 @@ def _percent(share: float | None) -> str:
 def predict(network: Network, images: ImageSet, processes: Processes, *, amp: torch.dtype | None = None, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Logits (M, C) and features (M, D) of all images, float32, in eval mode, on every rank."""
     network.eval()
-    processes.share_buffers(network)
     total = len(images)
     mine = [index % total for index in range(processes.rank, -(-total // processes.world) * processes.world, processes.world)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -202,7 +201,6 @@ def epoch_centroids(
         features: from the network and images to what is averaged, (N, D); default the features.
     """
     network.eval()
-    processes.share_buffers(network)
     means: ClassCentroids | None = None
     for images, target in loader:
         found = features(network, images).float()

@@ -12,7 +12,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 _ALARM = getattr(signal, "SIGALRM", None)  # Windows has none
 
@@ -46,12 +46,6 @@ class Processes:
         processes = object.__new__(cls)
         processes.world, processes.rank, processes.device = 1, 0, device
         return processes
-
-    def share_buffers(self, network: nn.Module) -> None:
-        """Broadcast the first rank's batch statistics, as DistributedDataParallel does before each forward pass."""
-        if self.world > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
 
     def gather_rows(self, rows: Tensor, total: int) -> Tensor:
         """Rows (ceil(total / world), ...) of every rank, of which rank r holds r, r + world, ...; in their order (total, ...)."""

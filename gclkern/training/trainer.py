@@ -18,6 +18,7 @@ from gclkern.training.network import Network, shard_classifier, whole_state
 from gclkern.training.objectives import Batch, Objective, Samples, build_objective
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import FUSED, Phase
+from gclkern.training.running_statistics import RunningStatistics
 from gclkern.training.seeds import derive_seed
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,7 +129,7 @@ def parallel(module: TrainingStep) -> nn.Module:
     if not any(parameter.requires_grad for name, parameter in module.named_parameters() if name not in own):
         return module
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, own)
-    return nn.parallel.DistributedDataParallel(module)
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)  # RunningStatistics makes them equal
 
 
 class CapturedStep:
@@ -215,6 +216,7 @@ class Trainer:
         if compiled:
             self.runnable = torch.compile(self.runnable)
         self.captured = CapturedStep(self.optimizer) if capture else None
+        self.statistics = RunningStatistics(module.network, processes, accumulate)
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next steps."""
@@ -228,6 +230,7 @@ class Trainer:
         loss = torch.zeros((), device=self.processes.device)
         if self.captured is None:
             self.optimizer.zero_grad()
+        self.statistics.begin_step()
         for part in range(self.accumulate):
             # Samples of a step are assigned to blocks in turn, so that two processes train as one process that accumulates two parts.
             block = part * self.processes.world + self.processes.rank
@@ -241,6 +244,8 @@ class Trainer:
             inputs["seed"] = torch.full((), seed, device=self.processes.device)  # unlike torch.tensor, this does not synchronise with the GPU
             with self.no_sync() if part + 1 < self.accumulate else nullcontext():
                 loss += self.captured(self._whole_step, **inputs) if self.captured else self._forward_backward(block * len(inputs["target"]), **inputs)
+            self.statistics.end_part()
+        self.statistics.end_step()
         if self.captured is None:
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -22,11 +22,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """One process that accumulates two parts deals its draws out as two processes do: samples, augmentation, mixup and noise agree, and so do the losses."""
+    """One process that accumulates two parts deals its draws out as two processes do: samples, augmentation, mixup, noise and running statistics agree."""
     settings = ["--epochs", "1", *SHORT[2:], "--retrain", "none"]
     train(*settings, "--accumulate", "2", "--out", tmp_path / "one")
     train(*settings, "--out", tmp_path / "two", ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["reports"]["stage-1"]["nll"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -303,6 +303,7 @@ class Drawing(torch.nn.Module):
 def test_layers_that_draw_draw_anew_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout of two processes is that of one which accumulates two parts, not twice the same."""
     monkeypatch.setattr("gclkern.training.trainer.parallel", lambda module: module)
+    monkeypatch.setattr(Processes, "mean", lambda processes, value: value)
 
     def draws(world: int, rank: int, accumulate: int) -> list[float]:
         ranks, backbone = Processes.single(torch.device("cpu")), Drawing()
@@ -337,6 +338,7 @@ def test_gradients_travel_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.module(**inputs)
 
     monkeypatch.setattr("gclkern.training.trainer.parallel", Parallel)
+    monkeypatch.setattr(Processes, "mean", lambda processes, value: value)
     ranks = Processes.single(torch.device("cpu"))
     ranks.world = 2
     step = plain_step(Backbone())
