@@ -88,13 +88,13 @@ class Run:
             process.join()
         return any(process.exitcode == -signal.SIGKILL for process in self.processes)
 
-    def kill_after_checkpoint(self, folder: Path, seconds: float = 0.0) -> None:
-        """Kill all processes so many seconds after the first checkpoint of the run in `folder`."""
+    def kill_after_checkpoint(self, folder: Path, seconds: float = 0.0, name: str = "last.pt") -> None:
+        """Kill all processes so many seconds after the first checkpoint of this name of the run in `folder`."""
         until = time.monotonic() + 120
-        while not (folder / "last.pt").exists() and self.is_running and time.monotonic() < until:
+        while not (folder / name).exists() and self.is_running and time.monotonic() < until:
             time.sleep(0.01)
         self.kill(seconds)
-        assert (folder / "last.pt").exists(), self.errors.read()
+        assert (folder / name).exists(), self.errors.read()
 
     def finish(self) -> str:
         """What the processes print; all must end well, and one that does not ends the others."""

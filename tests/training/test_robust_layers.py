@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gclkern.losses import DROLTLoss
+from gclkern.training import load_classifier
 from gclkern.training.backbones import build_backbone
 from gclkern.training.config import RunConfig
 from gclkern.training.evaluation import epoch_centroids
@@ -15,6 +19,8 @@ from gclkern.training.objectives import Batch, build_objective, check_layers
 from gclkern.training.objectives.robust import pooled
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import RETRAINS, Phase, plan, plan_run
+from tests.support.processes import start_train, train
+from tests.support.run_files import outcome
 
 COUNTS = [50, 20, 5]
 LAYERS = ("layers.2", "features", "layers.8")
@@ -89,6 +95,24 @@ def test_robust_features_go_with_every_re_training(method: str, retrain: str) ->
     assert [phase.name for phase in first] == ["stage-1"]
     assert (robust.robust, last.robust, last.name) == (1.0, 0.0, "stage-2")
     assert not last.trains_backbone
+
+
+SHORT = ["--epochs-scale", "0.02", "--no-baseline", "--no-pictures", "--device", "cpu", "--holdout", "0.1", "--robust-layers", "layers.2,features"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("retrain", "finished"), zip([name for name in RETRAINS if name != "none"], cycle(("stage-1", "stage-1-robust")), strict=False))
+def test_a_run_with_robust_layers_and_a_re_training(retrain: str, finished: str, tmp_path: Path) -> None:
+    """It trains all phases, and goes on bitwise where it was killed after a finished phase: in the robust one, or in the next."""
+    settings = [*SHORT, "--method", "gcl+dro-lt" if retrain == "gcl" else "dro-lt", "--retrain", retrain, "--checkpoint-seconds", "0"]
+    train(*settings, "--out", tmp_path / "whole")
+    whole = outcome(tmp_path / "whole")
+    phases = ["stage-1", "stage-1-robust", *(() if retrain == "gcl" else ("stage-1-classifier",)), "stage-2"]
+    assert {f"{phase}.pt" for phase in phases} | {"last.pt", "best.pt"} == {name for name in whole if name.endswith(".pt")}
+    start_train(*settings, "--out", tmp_path / "killed").kill_after_checkpoint(tmp_path / "killed", name=f"{finished}.pt")
+    train("--resume", tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == whole
+    assert not load_classifier(tmp_path / "killed" / "stage-2.pt").training
 
 
 class Odd(nn.Module):
