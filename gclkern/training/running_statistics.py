@@ -24,17 +24,17 @@ class RunningStatistics:
     def __init__(self, network: nn.Module, processes: Processes, parts: int) -> None:
         self._processes, self._parts = processes, parts
         self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        self._whole = processes.world * parts == 1  # the move of the only part is that of the step
+        self._idle = not self._buffers or processes.world * parts == 1  # the move of the only part is that of the step
 
     def begin_step(self) -> None:
-        if self._whole:
+        if self._idle:
             return
         self._before = self._read()
         self._moves = torch.zeros_like(self._before)
 
     def end_part(self) -> None:
         """Note the move of a forward pass and undo it."""
-        if self._whole:
+        if self._idle:
             return
         after = self._read()
         self._moves += torch.where(after == self._before, 0.0, after - self._before)  # a buffer may hold infinity, as some masks do
@@ -42,7 +42,7 @@ class RunningStatistics:
 
     def end_step(self) -> None:
         """A collective call."""
-        if self._whole:
+        if self._idle:
             return
         self._write(self._before + self._processes.mean(self._moves / self._parts))
 

@@ -39,3 +39,11 @@ def test_a_step_of_one_part_is_left_alone() -> None:
     statistics.end_step()
     plain(rows)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in norm.state_dict().items())
+
+
+def test_a_network_without_buffers_has_none_to_move() -> None:
+    """Such as a vision transformer."""
+    statistics = RunningStatistics(nn.Linear(3, 2), Processes.single(torch.device("cpu")), 2)
+    statistics.begin_step()
+    statistics.end_part()
+    statistics.end_step()
