@@ -73,7 +73,7 @@ def test_curves_of_an_empty_file(text: str, message: str, tmp_path: Path) -> Non
         plots.plot_curves(history, tmp_path / "curves.png")
 
 
-@pytest.mark.parametrize("classes", [3, 60])
+@pytest.mark.parametrize("classes", [3, 200, 201])
 def test_accuracy_by_class(classes: int, figures: list[Any], tmp_path: Path) -> None:
     counts = [int(c) for c in np.random.default_rng(0).integers(1, 500, classes)]
     shares = [count / 500 for count in counts]
@@ -84,12 +84,15 @@ def test_accuracy_by_class(classes: int, figures: list[Any], tmp_path: Path) -> 
     assert drawn(tmp_path / "class.png")
     points = np.array(figures[0].axes[0].lines[0].get_ydata())
     assert np.all(np.diff(points[np.isfinite(points)]) <= 0), "the most frequent class comes first"
+    dots = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "None"]
+    assert len(dots) == (2 if classes == 200 else 0), "a line through few classes, no dots of very many"
+    assert ("dots: classes" in figures[0].axes[1].get_xlabel()) is bool(dots)
     assert len({line.get_linestyle() for line in figures[0].axes[0].lines if line.get_label()[0] != "_"}) == 2, "one line does not hide the other"
     names = [f"class {c}" for c in range(classes)]
     plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0)}, counts, tmp_path / "class.png", class_names=names)
     shown = [text.get_text() for text in figures[1].axes[1].get_xticklabels()]
     assert (shown == [f"class {c}" for c in sorted(range(classes), key=lambda c: -counts[c])]) is (classes <= 20)
-    with pytest.raises(ValueError, match="report of a has 60 classes" if classes == 60 else "report of a has 3 classes"):
+    with pytest.raises(ValueError, match=f"report of a has {classes} classes"):
         plots.plot_class_accuracy({"a": Report(0.5, {}, shares, 0, 0)}, [1, 2], tmp_path / "class.png")
 
 
