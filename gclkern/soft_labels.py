@@ -51,7 +51,8 @@ def mixed_targets(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if bool(more[row]) and not bool(negative[row]):
             count = int((shares[row] > 0).sum())
             raise ValueError(
-                f"target[{row}] has {count} classes with a share, but soft labels may have two, as MixUp and CutMix make; smoothing belongs in label_smoothing"
+                f"target[{row}] has {count} classes with a share, but soft labels may have two, as MixUp and CutMix make; "
+                "give label_smoothing to the loss, and 0 to the transform (timm's default is 0.1)"
             )
         found = "a negative share" if bool(negative[row]) else f"the sum {float(total[row]):g}"
         raise ValueError(f"target[{row}] has {found}, but the shares of soft labels must be at least 0 and add up to 1")

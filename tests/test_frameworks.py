@@ -83,7 +83,7 @@ def test_timm() -> None:
     pytest.importorskip("timm")
     names = run("timm")
     names["loss"].backward()
-    assert trained(names["network"].fc)
+    assert trained(names["network"].classifier)
 
 
 @pytest.mark.slow  # the compiler of torch takes half a minute
