@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gclkern.training.composed_backbones import KINDS, TwoBranchBackbone, embed, modulate
+from gclkern.training.composed_backbones import KINDS, TwoBranchBackbone, embed, modulate, renew_last_block
 from gclkern.training.extras import need
 
 
@@ -147,6 +147,8 @@ def _composed(kind: str, plain: str, image_size: int | None, in_channels: int, p
     backbone: Any
     if kind == "two-branch":
         backbone = TwoBranchBackbone(first, build_backbone(plain, image_size=image_size, in_channels=in_channels, pretrained=pretrained), plain)
+    elif kind == "new-last-block":
+        backbone = renew_last_block(first, plain)
     else:
         backbone = embed(first, plain) if kind.startswith("embedded") else first
         if kind.endswith("modulated"):

@@ -57,11 +57,11 @@ class TrainingStep(nn.Module):
         return {"all": [self.network], "backbone": [backbone]}.get(self.trains, [head])
 
     def _last_block(self) -> nn.Module:
-        block = getattr(self.network.backbone, "layer4", None)
-        if not isinstance(block, nn.Module):
+        blocks = getattr(self.network.backbone, "layer4", None)
+        if not isinstance(blocks, nn.Sequential):
             name = type(self.network.backbone).__name__
             raise ValueError(f"the last block can be trained by itself only in torchvision's ResNets, not in {name}; take `train=all`")
-        return block
+        return blocks[-1]
 
     def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
         """Set requires_grad for the phase and return the trained parameters as an optimizer's groups, each with the factor on its learning rate.

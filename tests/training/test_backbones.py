@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gclkern.training.backbones import build_backbone
-from gclkern.training.composed_backbones import modulate
+from gclkern.training.composed_backbones import modulate, renew_last_block
 
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 
@@ -211,6 +211,23 @@ def test_attention_is_added_to_a_trained_network() -> None:
     assert torch.equal(second(images), before)
     names = build_backbone("embedded-modulated:small-cnn", image_size=8, in_channels=1).state_dict().keys()
     assert second.state_dict().keys() == names
+
+
+def test_a_new_last_block() -> None:
+    """Its weights are random, all others are those of the network."""
+    torch.manual_seed(0)
+    plain = build_backbone("resnet18")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.fill_(0.5)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    for name, value in renew_last_block(plain, "resnet18").state_dict().items():
+        if name.startswith("layer4.1.") and value.dim():
+            assert name.endswith(("running_mean", "running_var")) or not torch.equal(value, before[name]), name
+        else:
+            assert torch.equal(value, before[name]), name
+    images = torch.zeros(2, 3, 32, 32)
+    assert build_backbone("new-last-block:resnet18", image_size=32)(images).shape == (2, 512)
 
 
 def test_networks_whose_last_block_is_not_known() -> None:

@@ -182,7 +182,15 @@ def test_decoupling(dataset: str) -> None:
     for retrain, epochs in (("crt", crt_epochs), ("lws", lws_epochs)):
         phase = plan("ce", retrain, dataset, COUNTS[dataset])[1]
         assert [phase.epochs, phase.batch_size, phase.lr, phase.weight_decay] == [epochs, *shared]
-        assert (phase.sampler, phase.schedule.kind, phase.trains) == ("class-balanced", "cosine", {"crt": "head", "lws": "scale"}[retrain])
+        assert (phase.sampler, phase.sampler_options, phase.schedule.kind) == ("class-aware", {"samples_per_class": 4}, "cosine")
+        assert phase.trains == {"crt": "head", "lws": "scale"}[retrain]
+
+
+def test_decoupling_on_cifar_is_class_balanced() -> None:
+    """As its paper says and GCL's README has it, whose runs the published rows are; by this name on the large sets, too."""
+    assert plan("ce", "crt", "cifar100-lt", [500, 5])[1].sampler == "class-balanced"
+    given = plan("ce", "crt", "imagenet-lt", [500, 5], stage2={"sampler": "class-balanced"})[1]
+    assert (given.sampler, given.sampler_options) == ("class-balanced", {})
 
 
 @pytest.mark.parametrize("dataset", ["cifar10-lt", "cifar100-lt"])
@@ -228,10 +236,10 @@ def test_a_cosine_classifier_keeps_its_scale(retrain: str) -> None:
 
 
 def test_every_entry_of_stage_1_has_its_source() -> None:
-    """A letter of [P], [C], [A], [R] or [H] on its line, or on that of its family of data sets."""
+    """A letter of [P], [C], [A], [R], [M] or [H] on its line, or on that of its family of data sets."""
     of_family, entries = False, 0
     for line in Path(settings.__file__).read_text(encoding="utf-8").split("STAGE_1: ")[1].split("\n}\n")[0].splitlines():
-        named = any(f"[{letter}]" in line for letter in "PCARH")
+        named = any(f"[{letter}]" in line for letter in "PCARMH")
         if line.startswith('    "'):
             of_family = named
         elif line.startswith('        "'):

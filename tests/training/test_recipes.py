@@ -81,9 +81,9 @@ STAGE_2 = {
     ("gcl", "cifar100-lt", "crt"): (30, 64, 0.002, "cben", "gcl", "head", "new head"),
     ("gcl", "cifar100-lt", "lws"): (30, 64, 0.002, "cben", "gcl", "scale", "previous"),
     ("ce", "cifar100-lt", "crt"): (10, 128, 0.1, "class-balanced", "ce", "head", "new head"),
-    ("ce", "imagenet-lt", "crt"): (10, 512, 0.2, "class-balanced", "ce", "head", "new head"),
-    ("ce", "inat18", "crt"): (30, 512, 0.2, "class-balanced", "ce", "head", "new head"),
-    ("ldam-drw", "imagenet-lt", "lws"): (5, 512, 0.2, "class-balanced", "ce", "scale", "previous"),
+    ("ce", "imagenet-lt", "crt"): (10, 512, 0.2, "class-aware", "ce", "head", "new head"),
+    ("ce", "inat18", "crt"): (30, 512, 0.2, "class-aware", "ce", "head", "new head"),
+    ("ldam-drw", "imagenet-lt", "lws"): (5, 512, 0.2, "class-aware", "ce", "scale", "previous"),
 }
 
 
@@ -115,9 +115,11 @@ def test_networks_of_the_rivals_are_the_released_ones() -> None:
     for method in ("bbn", "tde"):
         assert plan(method, None, "cifar10-lt", COUNTS)[0].backbone == "two-branch"
     assert (METHODS["tde"].models["places"], METHODS["oltr"].models["imagenet"]) == ("resnext50_32x4d", "resnet10")
-    for method, kind, trains, pretrained in (("tde", "", "all", False), ("oltr", "embedded", "all", True), ("gcl", "", "last-block", True)):
+    for method, kind, trains, pretrained in (("tde", "", "all", False), ("oltr", "embedded", "all", True), ("gcl", "new-last-block", "last-block", True)):
         phase = plan(method, None, "places-lt", COUNTS)[0]
         assert (phase.backbone, phase.trains, phase.pretrained) == (kind, trains, pretrained)
+    whole = plan("gcl", None, "places-lt", COUNTS, stage1={"trains": "all"})[0]
+    assert (whole.backbone, whole.trains, whole.pretrained) == ("", "all", True)
 
 
 @pytest.mark.parametrize(("method", "dataset", "retrain"), STAGE_2)

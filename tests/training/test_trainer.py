@@ -97,10 +97,10 @@ def test_only_the_last_block_learns() -> None:
     step = TrainingStep(network, cross_entropy(), trains="last-block")
     assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
     learned = {id(parameter) for group in step.learn() for parameter in group["params"]}
-    assert learned == {id(parameter) for module in (network.backbone.layer4, network.head) for parameter in module.parameters()}
+    assert learned == {id(parameter) for module in (network.backbone.layer4[1], network.head) for parameter in module.parameters()}
     step.train()
-    assert network.backbone.layer4.training
-    assert not network.backbone.layer3.training
+    assert network.backbone.layer4[1].training
+    assert not network.backbone.layer4[0].training
     with pytest.raises(ValueError, match="`train=all`"):
         TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.objective, trains="last-block").learn()
 
@@ -419,7 +419,7 @@ def test_only_the_last_block_is_shifted() -> None:
     network = Network(build_backbone("resnet18"), build_head("scaled linear", 512, 3))
     step = TrainingStep(network, cross_entropy(), trains="head-and-scale", batch_norm="shifted-last-block").train()
     training = {name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.BatchNorm2d) and module.training}
-    assert training == {name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.BatchNorm2d) and name.startswith("layer4.")}
+    assert training == {name for name, module in network.backbone.named_modules() if isinstance(module, torch.nn.BatchNorm2d) and name.startswith("layer4.1.")}
     step.eval()
     assert not any(module.training for module in network.modules())
     phase = plan("ce", "mislas", "places-lt", COUNTS)[-1]

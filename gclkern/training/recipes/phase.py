@@ -23,7 +23,7 @@ class Phase:
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
     head: str = "linear"  # a kind of network.build_head
-    # What is trained, the rest is frozen: "all", "backbone", "head", "last-block" of the backbone and the head, "embedding" with attention and the head (OLTR),
+    # What is trained, the rest is frozen: "all", "backbone", "head", the "last-block" of a ResNet and the head, "embedding" with attention and the head (OLTR),
     # or of the head the "scale", "head-and-scale" or the "calibration". Without epochs, what is computed instead: "tau-norm", "ncm" or "post-hoc-la".
     trains: str = "all"
     backbone: str = ""  # what the run's network is made into: a kind of training/composed_backbones.py, "" for the network itself

@@ -13,6 +13,7 @@ from gclkern.training.recipes.losses import CLOUDS, FUSED, LOSS_OPTIONS
 from gclkern.training.recipes.methods import METHODS
 from gclkern.training.recipes.phase import Phase
 from gclkern.training.recipes.settings import (
+    CLASS_AWARE,
     COSINE,
     COSINE_SCALE,
     DISALIGN_EPOCHS,
@@ -23,11 +24,12 @@ from gclkern.training.recipes.settings import (
     INAT_CRT_EPOCHS,
     LDAM_STEPS,
     MEMORY_STAGE,
-    MISLAS_SAMPLER,
     MISLAS_STAGE_2,
     MISLAS_STEPS,
+    PLACES_NETWORK,
     RETRAIN_EPOCHS,
     RETRAIN_RATES,
+    RETRAIN_SAMPLERS,
     ROBUST,
     ROBUST_AUGMENT,
     ROBUST_CLASSIFIER_LR,
@@ -54,8 +56,7 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
     phase = _of_stage(
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
-        # a pretrained ResNet-152, as in GCL's release and earlier ones
-        trains="last-block" if group == "places" else "all", pretrained=group == "places", **method.more,
+        **{**(PLACES_NETWORK if group == "places" else {}), **method.more},
     )  # fmt: skip
     if method.memory:
         return [phase, _memory_phase(phase, group)]
@@ -84,9 +85,7 @@ def _memory_phase(first: Phase, group: str) -> Phase:
         stage = Stage(epochs, first.batch_size, first.lr / 10, first.weight_decay, THIRDS, more=MEMORY_STAGE["digits"].more)
     else:
         stage = MEMORY_STAGE[group]
-    return _of_stage(
-        "stage-1-memory", stage, loss="oltr", head="meta-embedding", backbone="modulated", sampler="class-aware", sampler_options={"samples_per_class": 4}
-    )
+    return _of_stage("stage-1-memory", stage, loss="oltr", head="meta-embedding", backbone="modulated", **CLASS_AWARE)
 
 
 # What later phases and the baseline do not take over from a stage 1 whose loss needs it.
@@ -120,7 +119,7 @@ def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[i
         return replace(
             plain, epochs=epochs, lr=lr, loss="label-aware-smoothing", options=options | {"head": values.head, "tail": values.tail}, trains="head-and-scale",
             head=f"scaled {first.head}", lr_factors={f"network.head.{name}": values.lr_factor for name in ("weight", "bias")}, batch_norm=values.batch_norm,
-            **MISLAS_SAMPLER,
+            **CLASS_AWARE,
         )  # fmt: skip
     if retrain == "disalign":
         epochs, batch_size, lr = DISALIGN_STAGE_2.get(group, (DISALIGN_EPOCHS if own is None else own[0], first.batch_size, first.lr))
@@ -131,7 +130,7 @@ def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[i
     if retrain in RETRAIN_EPOCHS:
         batch_size, lr = RETRAIN_RATES.get(group, (first.batch_size, first.lr))
         epochs = own[0] if own is not None else INAT_CRT_EPOCHS if (retrain, group) == ("crt", "inat") else RETRAIN_EPOCHS[retrain]
-        plain = replace(plain, epochs=epochs, batch_size=batch_size, lr=lr)
+        plain = replace(plain, epochs=epochs, batch_size=batch_size, lr=lr, **RETRAIN_SAMPLERS.get(group, {}))
         return replace(plain, trains="head", start="new head") if retrain == "crt" else replace(plain, trains="scale", head=f"scaled {first.head}")
     heads = {"tau-norm": f"scaled {first.head}", "ncm": "nearest mean", "post-hoc-la": "adjusted cosine" if first.head == "cosine" else first.head}
     return replace(plain, epochs=0, trains=retrain, head=heads[retrain])
@@ -144,9 +143,11 @@ def _scaled(phase: Phase, factor: float) -> Phase:
 
 
 def _given(phase: Phase, fields: dict[str, Any]) -> Phase:
-    """The phase with the given fields. A given sampler does not get the options of the published one."""
-    own_sampler: dict[str, Any] = {"sampler_options": {}} if "sampler" in fields else {}
-    return replace(phase, **own_sampler, **fields)
+    """The phase with the given fields. A given sampler does not get the options of the published one, and only a last block that is trained alone is new."""
+    implied: dict[str, Any] = {"sampler_options": {}} if "sampler" in fields else {}
+    if phase.backbone == PLACES_NETWORK["backbone"] and fields.get("trains", "last-block") != "last-block":
+        implied["backbone"] = ""
+    return replace(phase, **implied, **fields)
 
 
 def plan(

@@ -1,6 +1,7 @@
 """The published settings: data, each number with its source.
 
-[P] is a paper, [C] its authors' released code, [A] their word in an issue or README, [R] code by others that repeats it, [H] chosen here, with the reason.
+[P] is a paper, [C] its authors' released code, [A] their word in an issue or README, [R] code by others that repeats it, [M] a paper as remembered, whose text
+was not at hand to check, [H] chosen here, with the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from gclkern.training import own_data
 from gclkern.training.schedules import Schedule
 
 COSINE_SCALE = 30.0
+CLASS_AWARE: dict[str, Any] = {"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}}  # [C] decoupling, OLTR, MiSLAS, DRO-LT
 
 
 class Stage(NamedTuple):
@@ -34,7 +36,7 @@ MISLAS_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 
 PLACES_STEPS = Schedule("steps", milestones=(60 / 90, 80 / 90), factors=(0.1, 0.01))  # [C] GCL
 COSINE = Schedule("cosine")
 CONTRAST_STEPS = Schedule("steps", warmup=5, milestones=(0.8, 0.9), factors=(0.1, 0.01))  # [C] ProCo, [R] BCL in ConCutMix
-HYBRID_STEPS = Schedule("steps", milestones=(0.6, 0.8), factors=(0.1, 0.01))  # [R] a reproduction of Hybrid-SC; on iNaturalist, [P], too
+HYBRID_STEPS = Schedule("steps", milestones=(0.6, 0.8), factors=(0.1, 0.01))  # [R] a reproduction of Hybrid-SC; [M] on iNaturalist
 
 # Contrastive methods. On the large sets the classifier is a cosine classifier.
 _STRONG_SMALL = "crop,flip,autoaugment,cutout"  # [C] ProCo
@@ -103,9 +105,8 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
         "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
         "tde": Stage(90, 512, 0.2, 1e-4, COSINE, more=_TDE_LARGE),  # [H] its ImageNet-LT's, with this set's weight decay
-        # [P], not checked against its text: batches of about 100; [H] the weight decay of this set
-        "hybrid-sc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [P]
-        "hybrid-psc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [P]
+        "hybrid-sc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [M], [H] this set's weight decay and the augmentation of others
+        "hybrid-psc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # as hybrid-sc: [M], [H]
         "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE),  # [C] BBN, "2x"
         "oltr": Stage(30, 128, 0.1, 1e-4, THIRDS),  # [H] its ImageNet-LT's, with this set's weight decay
     },
@@ -118,6 +119,10 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "oltr": Stage(30, 128, 0.001, 5e-4, THIRDS, more={"trains": "all", "backbone": "embedded", "lr_factors": {"network.head": 100.0}}),  # [C] OLTR
     },
 }
+
+
+# On Places-LT [C] MiSLAS and GCL freeze a pretrained ResNet-152 but for its last block, which they train from random weights.
+PLACES_NETWORK: dict[str, Any] = {"backbone": "new-last-block", "trains": "last-block", "pretrained": True}
 
 
 class Stage2(NamedTuple):
@@ -160,14 +165,16 @@ def loss_options(loss: str, group: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 # cRT and LWS after a plain stage 1: [C] decoupling, for the large sets; by cosine and without mixup. Other sets have the epochs of ImageNet-LT.
+# The release trains on class-aware batches, where its paper says class-balanced: both draw all classes equally often, but class-aware ones draw all images of a
+# class before any of them again. `sampler=class-balanced` is the paper's, and that of other sets: the published rows of CIFAR are GCL's, whose README has it.
 RETRAIN_EPOCHS = {"crt": 10, "lws": 5}
 INAT_CRT_EPOCHS = 30
+RETRAIN_SAMPLERS = dict.fromkeys(("imagenet", "inat", "places"), CLASS_AWARE)
 RETRAIN_RATES = {"places": (256, 0.1)}  # batch size and learning rate; of other sets those of stage 1
 
 # MiSLAS's second stage: [C] 10 epochs by cosine with stage 1's batch size and weight decay; the factors learn at 0.1, weights and bias at a share of it.
 # [H] An epoch draws as many images as the training set has; the release's has up to two batches more.
 MISLAS_STAGE_2 = (10, 0.1)
-MISLAS_SAMPLER: dict[str, Any] = {"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}}
 
 
 class MiSLAS(NamedTuple):
@@ -202,7 +209,7 @@ DISALIGN_EXPONENTS = {"imagenet": 1.2}
 DISALIGN_EXPONENT = 1.0
 
 # DRO-LT [C] for CIFAR, [H] used for all sets: the robust phase trains the features, then a quarter of its epochs the classifier. Digits: [H] as many steps.
-ROBUST = Stage(80, 128, 0.005, 1e-4, Schedule(), more={"sampler": "class-aware", "sampler_options": {"samples_per_class": 4}})
+ROBUST = Stage(80, 128, 0.005, 1e-4, Schedule(), more=CLASS_AWARE)
 ROBUST_EPOCHS = {"digits": 10}
 ROBUST_CLASSIFIER_LR = 0.01
 ROBUST_AUGMENT = "crop,flip,autoaugment,cutout"  # on CIFAR, in all phases
