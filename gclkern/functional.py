@@ -428,9 +428,9 @@ def supervised_contrastive(
                  the mean over the keys of a class in place of the sum                                  (Zhu et al., CVPR 2022)
         PSC      `prototypes`, include_samples=False, include_own_class=False                           (Wang et al., CVPR 2021)
 
-    Features are normalised here, and so are prototypes; a row of norm <= 1e-12 has cosine 0 with everything and gradient 0. No matrix over pairs of samples is
-    ever in memory. A sample without a positive key (the only one of its class, and no prototypes) has no term and does not count in the mean. Runs are bitwise
-    repeatable on one device, and nothing waits for the GPU.
+    Features are normalised here, and so are prototypes; a row of norm <= 1e-12 has cosine 0 with everything and gradient 0. Of the matrix over pairs of samples
+    no more than a tile is in memory. A sample without a positive key (the only one of its class, and no prototypes) has no term and does not count in the mean.
+    Runs are bitwise repeatable on one device, and nothing waits for the GPU.
 
     Args:
         features: (N, D), float32, bfloat16, float16 or float64, of any strides.

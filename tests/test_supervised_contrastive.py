@@ -92,6 +92,31 @@ def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeyp
     check(features, target, options, backend, device)
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (30, 66), (30, 6)])
+def test_a_tile_of_samples_or_of_prototypes(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward has the only tile from forward, and computes several again."""
+    features, target, options = problem(rows, classes, 9, FORMS["BCL"])
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
+    check(features, target, options, "torch", torch.device("cpu"))
+    loss = supervised_contrastive(features.requires_grad_(), target, backend="torch", **options)
+    node: Any = loss.grad_fn
+    assert [len(saved) for saved in node.saved_tensors[-2:]] == [0 if rows > 32 else rows, 0 if max(rows, classes) > 32 else rows]
+
+
+def test_numbers_of_classes_beyond_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, target, options = problem(22, 5, 9, FORMS["BCL"])
+    expected = supervised_contrastive(features, target, backend="torch", **options)
+    monkeypatch.setattr(torch_contrastive_loss, "_CONSECUTIVE_INTEGERS", 4)
+    assert supervised_contrastive(features, target, backend="torch", **options).equal(expected)
+
+
+def test_the_own_class_is_out_of_a_denominator_that_is_tiny_without_it(backend: str, device: torch.device) -> None:
+    """Two classes at opposite ends: a key of the own class would have e^70 times the others' exponentials."""
+    target = torch.arange(12) % 2
+    features = (2.0 * target[:, None] - 1) * torch.ones(6) + 0.3 * torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    check(features, target, {"include_own_class": False, "temperature": 0.025, "class_counts": torch.full((2,), 6.0)}, backend, device)
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("form", ["SupCon", "BCL"])
 def test_rows_of_several_tiles(form: str, device: torch.device) -> None:
