@@ -87,7 +87,7 @@ class _ClassLoss(PreciseBuffers):
         vectors = {"cloud": cloud, "margin": margin, "bias": bias, "weight": weight, "label_smoothing": label_smoothing}
         self.num_classes = num_classes
         self._check(vectors)
-        for name, value in vectors.items():
+        for name, value in sorted(vectors.items(), key=lambda item: item[1] is None):  # torch.export miscounts buffers behind one that is None
             if value is None:
                 self.register_buffer(name, None)
             elif isinstance(value, Tensor):

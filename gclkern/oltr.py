@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gclkern.devices import without_autocast
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
 from gclkern.validation import check_int, check_matrix, check_number, check_same_device, check_target
@@ -79,7 +80,7 @@ class MetaEmbeddingClassifier(nn.Module):
         if features.dim() != 2 or features.shape[1] != self.in_features:
             raise ValueError(f"features must have shape (N, {self.in_features}), got {list(features.shape)}")
         dtype = statistics_dtype(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             x, memory = features.to(dtype), self.memory.detach().to(dtype)
             # |x - M_c|^2 without |x|^2, relative to the memory's centre so that no digits are lost far from the origin; ONNX has no torch.cdist
             centre = memory.mean(0)
@@ -151,7 +152,7 @@ class MemoryLoss(nn.Module):
         num_samples, num_classes = features.shape[0], memory.shape[0]
         target = check_target("target", target, num_samples, num_classes, None, "features", features)
         dtype = statistics_dtype(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             x, centroids = features.to(dtype), memory.to(dtype)
             known = (target >= 0) & (target < num_classes)
             target = target.clamp(0, num_classes - 1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gclkern.buffers import PreciseBuffers
+from gclkern.devices import without_autocast
 from gclkern.layers import unit_rows
 from gclkern.validation import check_int, check_last_dimension, check_number
 
@@ -129,7 +130,7 @@ class TDEClassifier(PreciseBuffers):
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., C)
         directions, weight = self.directions(features), self.scaled_weight()
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             dtype = torch.promote_types(directions.dtype, weight.dtype)
             return F.linear(directions.to(dtype), weight.to(dtype))
 

@@ -196,6 +196,25 @@ def test_gradients_are_finite_where_a_feature_is_its_class(name: str, sign: floa
     assert cosine.grad.abs().max() <= 8.0 * 1000 * 2
 
 
+def test_the_slope_where_a_feature_is_its_class(backend: str, device: torch.device) -> None:
+    """The root of 1 - cosine^2, below 1e-6, is that of 1e-6, which has no derivative: the target's cosine has the slope cos(margin)."""
+    cosine = torch.tensor([[1.0, 0.25, -0.5]], device=device, requires_grad=True)
+    arguments = {"target": torch.tensor([0], device=device), "margin": 0.5, "angular": True, "scale": 8.0}
+    loss = LOGITS.function(cosine, **arguments, backend=backend)
+    logits = 8.0 * torch.tensor([math.cos(0.5) - 1e-3 * math.sin(0.5), 0.25, -0.5], dtype=torch.float64)
+    by_cosine = 8.0 * torch.tensor([math.cos(0.5), 1.0, 1.0], dtype=torch.float64) * (logits.softmax(0) - torch.tensor([1.0, 0.0, 0.0]))
+    assert float(loss.detach()) == pytest.approx(float(-logits.log_softmax(0)[0]), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, cosine)[0][0].cpu().double(), by_cosine, rtol=1e-5, atol=1e-6)
+
+
+def test_an_angle_of_pi_counts_as_beyond_it() -> None:
+    """To the last bit, which only the same function of the same numbers hits."""
+    margin, target = torch.tensor([0.3, 0.5, 0.7, 1.1], dtype=torch.float64), torch.arange(4)
+    cosine = torch.zeros(4, 4, dtype=torch.float64).index_put_((target, target), -margin.cos())
+    losses = LOGITS.function(cosine, target, angular=True, margin=margin, scale=8.0, reduction="none", backend="torch")
+    torch.testing.assert_close(losses, nn.functional.cross_entropy(8.0 * (cosine - (margin * margin.sin()).diag()), target, reduction="none"))
+
+
 def test_eval_mode_has_no_noise_and_keeps_the_margin() -> None:
     criterion = AGCLLoss(COUNTS, margin=0.3, scale=8.0).eval()
     cosine, target = 0.9 * cosines(ROWS, CLASSES).double(), labels(ROWS, CLASSES)

@@ -137,16 +137,6 @@ def test_gradients_of_the_memory_loss() -> None:
     torch.testing.assert_close(gradients[0] - gradients[1], 0.3 * repulsion)
 
 
-def test_compiled() -> None:
-    """Without a graph break."""
-    layer, features = classifier(torch.float32), numbers(ROWS, WIDTH, dtype=torch.float32)
-
-    def loss(features: Tensor) -> Tensor:
-        return layer(features).sum() + MemoryLoss()(features, TARGET, layer.memory)
-
-    assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True)(features), loss(features))
-
-
 def test_attention() -> None:
     """The definition, place by place."""
     torch.manual_seed(4)

@@ -53,7 +53,8 @@ def dro_lt_backward(
     grad_epsilon = torch.empty_like(epsilon) if epsilon_grad else epsilon.new_empty(0)
     arguments = Bound.pack(
         *features.shape[:1], *centroids.shape, classes.shape[0], features.data_ptr(), target.data_ptr(), centroids.data_ptr(), epsilon.data_ptr(),
-        _epsilon_stride(epsilon), NULL, temperature, 0, *map(address, saved), NULL, NULL, NULL, grad_loss.data_ptr(), 0 if grad_loss.dim() == 0 else 1,
+        _epsilon_stride(epsilon), NULL, temperature, 0, *map(address, saved), NULL, NULL, NULL,
+        grad_loss.data_ptr(), 0 if grad_loss.dim() == 0 else 1,
         pull.data_ptr(), grad_features.data_ptr() if features_grad else NULL, grad_epsilon.data_ptr() if epsilon_grad else NULL, row_epsilon.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

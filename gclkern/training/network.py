@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gclkern.devices import without_autocast
 from gclkern.distributed import ShardedCosineLinear
 from gclkern.layers import CosineLinear
 from gclkern.oltr import MetaEmbeddingClassifier
@@ -61,7 +62,7 @@ class Network(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Cosines or logits in float32, also under autocast, because bfloat16 would round them to 8 significant bits."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             output: Tensor = self.head(features.float())
         return output
 

@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/products.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
     "kernels/row_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
-    "kernels/runtime.py": (["tests/kernels/test_specialisation.py", *_HEAD], "specialisation or triton and linear"),
+    "kernels/runtime.py": (["tests/kernels/test_runtime.py", "tests/kernels/test_specialisation.py", *_HEAD], "runtime or specialisation or triton and linear"),
     "kernels/terms.py": (
         ["tests/test_operators.py", *_LOGITS, *_CONTRASTIVE[1:], "tests/test_dro_lt.py", "tests/test_proco.py"],
         "torch and not compiles and (not operations or soundly)",
@@ -91,7 +91,7 @@ TESTS: dict[str, tuple[list[str], str]] = {
     f"{NATIVE}/dro_lt.h": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
     f"{NATIVE}/library.c": (_ALL_LOOPS, _CPU),
     f"{NATIVE}/loops.h": (_ALL_LOOPS, _CPU),
-    f"{NATIVE}/philox.h": (["tests/test_noise.py", "tests/test_gcl_cross_entropy.py"], _CPU),
+    f"{NATIVE}/philox.h": (["tests/test_noise.py", "tests/test_gcl_cross_entropy.py", "tests/test_cpu_backend.py"], _CPU),
     f"{NATIVE}/row_loss.h": (_LOOPS, f"{_CPU} and (not operations or gcl)"),
     f"{NATIVE}/vector.h": (_ALL_LOOPS, _CPU),
     "gclkern/samplers.py": (["tests/test_samplers.py"], ""),
