@@ -1,9 +1,9 @@
 """All tests and measurements for a machine with a GPU, in one command that may be interrupted: python -m benchmarks.gpu_report
 
-First come the steps that decide between designs, which only need torch and Triton (see gpu_steps.py), each kernel's time beside its prediction, and, where ncu
-is installed, its counters; then, where pytest is installed, tests, sanitizers and all benchmarks. The results are in one JSON file in benchmarks/results/, with
-a copy in $OUT if that is set. The file is written after every step, and the same command continues it, also on another machine that has the file. It starts
-again when the kernels have changed.
+First come the steps that decide between designs, which only need torch and Triton (see gpu_steps.py), each kernel's time and, where ncu is installed, its
+counters, then its prediction; then, where pytest is installed, tests, sanitizers and all benchmarks. The results are in one JSON file in benchmarks/results/,
+with a copy in $OUT if that is set. The file is written after every step, with what a step has found until it is stopped, and the same command continues it,
+also on another machine that has the file. It starts again when the kernels have changed.
 
 --dry-run shows the schedule and runs the deciding steps at tiny sizes, on a CPU where there is no GPU. Without it and without a GPU, tests and benchmarks run
 with a CPU's shapes.
@@ -42,6 +42,7 @@ from benchmarks import predict_times
 from benchmarks.common import BROKEN, INATURALIST, RESULTS, SMOKE, STOPPED, installed
 from benchmarks.gpu_steps import STEPS
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash
+from benchmarks.step_results import LOST
 from gclkern import cpu_backend
 from gclkern.training.atomic_files import replace_text
 
@@ -49,6 +50,8 @@ LIBRARY_KERNEL = re.compile("gemm|nvjet|cutlass|splitk", re.IGNORECASE)  # the n
 CALL_SECONDS = 540  # of the 600 that a call may take
 PREDICTION_SECONDS, KERNELS_SECONDS, NCU_SECONDS = 60.0, 20.0, 60.0
 CHECK_SECONDS = 300.0  # for tests and sanitizers together, so that a call has time for benchmarks too
+DEVICES_LOST = 3  # times that a step may lose the device and continue with the next measurement in a new process
+HANGS = 20.0  # seconds after which a single measurement is taken to hang
 SHORTEST = 10.0  # with less time left, no step starts, because it would hardly end
 ATTEMPTS = 2  # at a step that does not end, over all calls of this command
 STALLED = 150.0  # seconds without a result after which a benchmark process is taken to hang: the longest case, with its compilation, takes half
@@ -275,6 +278,8 @@ def guarded(report: Report, work: Callable[[], None]) -> None:
 def checks(report: Report) -> None:
     """Tests and sanitizers wait mostly for compilers, so several run at a time; nothing is timed meanwhile."""
     report.began = time.monotonic()
+    if report.seconds_left < SHORTEST:
+        return
     files = sorted(report.test_files, key=lambda file: (file != HEAD_TESTS, -(ROOT / "tests" / file).stat().st_size))  # the long ones first
     work: list[Callable[[], None]] = [partial(sanitizer, report, tool) for tool in ("memcheck", "racecheck") if report.open(f"compute-sanitizer {tool}")]
     work += [partial(test_file, report, file) for file in files if report.open(f"tests/{file}")]
@@ -356,18 +361,28 @@ def benchmark_parts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def deciding(report: Report, name: str) -> None:
-    """A step of gpu_steps.py."""
-    if not report.open(name):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "step.json")
-        command = [sys.executable, "-m", "benchmarks.gpu_steps", name, str(path), *(["--tiny"] if report.tiny else [])]
-        done = attempt(report, name, command, STEPS[name][1])
-        if done is not None:
-            result = json.loads(path.read_text()) if path.exists() else {"output": done[1][-3000:]}
-            report.close(name, "failed" if "output" in result else "done", **result)
-    for line in report.step(name).get("verdict", ()):
-        print(f"{'':14}{line}", flush=True)
+    """A step of gpu_steps.py. What it has found when it is stopped, or when it loses the device, is in the report, and the next try continues it."""
+    for _ in range(DEVICES_LOST + 1):
+        if not report.open(name):
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "step.json")
+            path.write_text(json.dumps({key: value for key, value in report.step(name).items() if key not in ("status", "attempts", "output")}))
+            command = [sys.executable, "-m", "benchmarks.gpu_steps", name, str(path), *(["--tiny"] if report.tiny else [])]
+            done = attempt(report, name, command, STEPS[name][1])
+            found = json.loads(path.read_text())
+        if done is None and time.time() - found.get("begun", {"at": 0.0})["at"] < HANGS:
+            del found["begun"]  # a measurement that had just begun when the step's time was over
+        report.step(name).pop("begun", None)
+        report.step(name).update(found)
+        if done is None:
+            report.save()
+            break
+        code, output = done
+        if code != LOST:
+            report.close(name, "failed" if code else "done", output=output[-3000:] if code else "")
+    for line in [*report.step(name).get("verdict", ()), *(f"{what}: {error}" for what, error in report.step(name).get("errors", {}).items())]:
+        print(f"{'':14}{line[:300]}", flush=True)
 
 
 def predictions(report: Report) -> None:
@@ -383,6 +398,8 @@ def predictions(report: Report) -> None:
         if done is not None:
             found = json.loads(path.read_text()) if path.exists() else []
             report.close(name, "done" if found else "failed", found=found, output="" if found else done[1][-3000:])
+    for shape, plan in kernel_steps():
+        print(f"{kernel_step(shape, plan)}\n{beside_predictions(report, shape, plan)}", flush=True)
 
 
 def kernels(report: Report, shape: str, plan: str) -> None:
@@ -520,14 +537,13 @@ def begin(path: Path, deadline: float) -> Report:
 def run_deciding(report: Report) -> None:
     for name in STEPS:
         guarded(report, partial(deciding, report, name))
-    guarded(report, partial(predictions, report))
 
 
 def schedule() -> str:
     """The steps in order, and the seconds that each may take."""
-    steps = [*((name, seconds) for name, (_, seconds) in STEPS.items()), ("predictions", PREDICTION_SECONDS)]
+    steps = [(name, seconds) for name, (_, seconds) in STEPS.items()]
     steps += [(kernel_step(shape.name, plan), KERNELS_SECONDS) for shape in predict_times.SHAPES for plan in predict_times.PLANS]
-    steps += [("ncu", NCU_SECONDS), ("tests and sanitizers, with pytest", CHECK_SECONDS)]
+    steps += [("ncu", NCU_SECONDS), ("predictions", PREDICTION_SECONDS), ("tests and sanitizers, with pytest", CHECK_SECONDS)]
     return "\n".join(["seconds at most", *(f"{seconds:8.0f}  {name}" for name, seconds in steps), "    rest  benchmarks, with pytest-benchmark"])
 
 
@@ -545,8 +561,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = begin(Path(folder, "dry-run.json"), deadline)
             report.tiny = True
             run_deciding(report)
+            predictions(report)
             kernels(report, SMOKE.name, "materialised")
-        failed = [name for name, step in report.data["steps"].items() if step["status"] != "done"]
+        failed = [name for name, step in report.data["steps"].items() if step["status"] != "done" or step.get("errors")]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if GPU else "cpu"
     report = begin(RESULTS / f"{slug}.json" if args.resume is None else args.resume, deadline)
@@ -554,9 +571,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_deciding(report)
     first, last = ([partial(benchmark, report, *part) for part in parts] for parts in benchmark_parts())
     profiles = [partial(kernels, report, *step) for step in kernel_steps()]
-    for work in (*profiles, partial(counters, report), partial(checks, report), *first, *last):
+    expected = [partial(predictions, report)] if GPU else []  # it takes compilers, which other machines have, too
+    for work in (*profiles, partial(counters, report), *expected, partial(checks, report), *first, *last):
         guarded(report, work)
-    report.data["complete"] = all(not report.open(name) for name in expected_steps(report))
+    report.data["complete"] = "test_files" in report.data and all(not report.open(name) for name in expected_steps(report))
     report.save()
     print(summary(report.data))
     print(f"{report.path}: {'complete' if report.data['complete'] else 'not complete, the same command continues it'}")

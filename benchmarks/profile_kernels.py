@@ -73,7 +73,7 @@ def run_head(shape: Shape, dtype: torch.dtype, device: torch.device, plan: Plan)
         torch.cuda.synchronize(device)
 
 
-def kernel_times(work: Callable[[], None], device: torch.device) -> dict[str, dict[str, float]]:
+def kernel_times(work: Callable[[], object], device: torch.device) -> dict[str, dict[str, float]]:
     """Launches and device time of each kernel in one call of `work`, the longest first; without a GPU, operators and their own time."""
     work()
     cuda = device.type == "cuda"

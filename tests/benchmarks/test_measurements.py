@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,11 +19,25 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import bench_centroids, bench_contrastive, bench_dro_lt, bench_head, bench_logit_loss, bench_proco, common, gpu_report, gpu_steps, timing
+from benchmarks import (
+    bench_centroids,
+    bench_contrastive,
+    bench_dro_lt,
+    bench_head,
+    bench_logit_loss,
+    bench_proco,
+    common,
+    gpu_checks,
+    gpu_report,
+    gpu_steps,
+    timing,
+)
 from benchmarks.common import BOTH, SMOKE, Inputs
 from benchmarks.memory import allocated_peak
 from benchmarks.provenance import ROOT
+from benchmarks.step_results import ENDED, LOST, Results
 from benchmarks.timing import prepare
+from gclkern.functional import gcl_cross_entropy
 
 CPU = torch.device("cpu")
 
@@ -311,9 +326,57 @@ def test_deciding_steps_at_tiny_sizes(name: str) -> None:
     """What the dry run of the report runs, in this process: it needs no pytest, no GPU and no data."""
     if name == "compilation":
         pytest.skip("starts processes: the dry run has it")
-    result = gpu_steps.STEPS[name][0](True)
-    assert result["verdict"]
-    assert not any("off by" in line or "differ" in line or "spreads" in line for line in result["verdict"]), result["verdict"]
+    results = Results()
+    gpu_steps.STEPS[name][0](results, gpu_steps.TINY, True)
+    verdict = results.data["verdict"]
+    assert verdict and not results.errors
+    assert not any(word in line for line in verdict for word in ("off by", "differ", "spreads", "nan")), verdict
+
+
+def test_a_measurement_that_fails_costs_no_other(tmp_path: Path) -> None:
+    """Nor does one that ends its process; another process continues the file, and repeats nothing."""
+    results = Results(tmp_path / "step.json")
+    assert math.isnan(results.seconds("a", "broken", lambda: lambda: 1 / 0))
+    assert results.seconds("a", "works", lambda: lambda: None) > 0.0
+    with pytest.raises(SystemExit), results.trying("ends"):
+        sys.exit(1)
+    again = Results(tmp_path / "step.json")
+    assert again.errors["a, broken"].startswith("ZeroDivisionError") and again.errors["ends"] == ENDED
+    assert again.seconds("a", "works", lambda: pytest.fail("measured again")) == results.data["seconds"]["a"]["works"]
+    assert math.isnan(again.seconds("a", "broken", lambda: pytest.fail("tried again")))
+
+
+def test_checks_of_kernels_notice_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results()
+
+    def wrong(cosine: torch.Tensor, **options: Any) -> torch.Tensor:
+        return gcl_cross_entropy(cosine * (1.01 if cosine.dtype == torch.float32 else 1.0), **options)
+
+    monkeypatch.setattr(gpu_checks, "gcl_cross_entropy", wrong)
+    gpu_checks.parts(True)["logits float32"](results, True)
+    assert any("loss, plain, float32: cosine is off by" in line for line in results.data["verdict"])
+
+
+def test_what_a_stopped_step_has_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order: the step is stopped in a measurement that has just begun, it loses the device, it ends."""
+    monkeypatch.delenv("OUT", raising=False)
+    report = gpu_report.begin(tmp_path / "made-up.json", time.monotonic() + 1000)
+    given = []
+
+    def run(command: list[str], *args: Any, **options: Any) -> tuple[int | None, str]:
+        path = Path(command[4])
+        known = json.loads(path.read_text())
+        given.append(known)
+        path.write_text(json.dumps(known | {"seconds": {"a": {str(len(given)): 1.0}}, "begun": {"what": "x", "at": time.time()}}))
+        return ((None, ""), (LOST, ""), (0, ""))[len(given) - 1]
+
+    monkeypatch.setattr(gpu_report, "run", run)
+    gpu_report.deciding(report, "timings")
+    step = json.loads((tmp_path / "made-up.json").read_text())["steps"]["timings"]
+    assert step == {"status": "open", "attempts": 1, "seconds": {"a": {"1": 1.0}}}
+    gpu_report.deciding(report, "timings")
+    assert given[1] == {"seconds": {"a": {"1": 1.0}}} and given[2]["begun"]["what"] == "x"
+    assert report.step("timings")["status"] == "done"
 
 
 @pytest.mark.slow
