@@ -104,15 +104,24 @@ def smooth_maximum(*values: float) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch of one kernel does, in terms of its loops."""
+    """How often the loops of a kernel run in a launch, and what the launch moves: what the machine code does not say.
 
-    inner: float  # passes of the innermost loop that works, for each pass of the outer one
+    Each program is taken to be two loops, one in the other; a kernel with one loop makes a single pass of the outer one.
+
+        for _ in range(outer):
+            for _ in range(inner):
+                instructions, and `step`
+            instructions
+        instructions
+    """
+
+    inner: float
     outer: float = 1.0
-    step: Demand | None = None  # of a pass of the inner loop, beside its instructions
-    reads: Callable[[int], Sequence[tuple[object, float]]] | None = None  # panels of a program, by its number
-    read_bytes: float = 0.0  # in place of panels: what is read once
-    written: float = 0.0
-    hot: Sequence[str] = ("HGMMA", "MUFU.EX2")  # what the innermost loop is for: the first of these that a loop has
+    step: Demand | None = None  # what a pass of the inner loop needs beside its instructions, such as the time of a matrix product
+    reads: Callable[[int], Sequence[tuple[object, float]]] | None = None  # panels that a program reads, with their bytes, by the number of the program
+    read_bytes: float = 0.0  # in place of `reads`, where all programs together read every byte once
+    written: float = 0.0  # bytes
+    hot: Sequence[str] = ("HGMMA", "MUFU.EX2")  # the inner loop is the one with the first of these that the kernel has in a loop
 
 
 @dataclass(frozen=True)

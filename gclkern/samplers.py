@@ -121,25 +121,28 @@ class _EpochSampler(DistributedSampler[int]):
         key = resolve_seed(self.seed, torch.device("cpu")) ^ _STREAM
         return philox_words(key, (torch.as_tensor(high) << 32) | low, torch.tensor([use])).view(-1, 4).to(torch.int64) & 0xFFFFFFFF
 
-    def _in_turn(self, groups: _Groups, group: Tensor, turn: Tensor, turns: int) -> Tensor:
-        """Samples (n,): entry i is the member that group `group[i]` yields at its turn `turn[i]`. Each pass over a group yields all its members once, shuffled.
+    def _without_replacement(self, groups: _Groups, group: Tensor, number: Tensor, per_epoch: int) -> Tensor:
+        """Samples (n,): entry i is draw number `number[i]` from group `group[i]`.
 
-        The turns of a group in one epoch are epoch * turns, ..., (epoch + 1) * turns - 1, so a pass may continue in the next epoch.
+        The draws of a group are numbered through all epochs: those of this epoch are epoch * per_epoch, ..., (epoch + 1) * per_epoch - 1. They make passes over
+        its members: pass p of a group of k has the draws p * k, ..., p * k + k - 1, and these are all members once, in a random order. A pass may begin in one
+        epoch and end in the next.
         """
-        first_pass = self.epoch * turns // groups.counts
-        passes = ((self.epoch + 1) * turns - 1) // groups.counts - first_pass + 1
-        # A block is one pass over a group, with one element for each member. Sorting random keys within the blocks shuffles all of them at once.
-        group_of_block = torch.arange(groups.counts.numel()).repeat_interleave(passes)
-        first_block = passes.cumsum(0) - passes
-        pass_of_block = first_pass[group_of_block] + torch.arange(group_of_block.numel()) - first_block[group_of_block]
-        size = groups.counts[group_of_block]
-        start_of_block = size.cumsum(0) - size
-        block = torch.arange(size.numel()).repeat_interleave(size)
-        member = groups.members[groups.starts[group_of_block][block] + torch.arange(block.numel()) - start_of_block[block]]
-        keys = self._words(_SAMPLE_ORDER, pass_of_block[block], member)[:, 0]
-        shuffled = member[(block << 32 | keys).argsort(stable=True)]
+        # All passes that this epoch takes a part of, group by group.
+        first_pass = self.epoch * per_epoch // groups.counts  # (G,)
+        passes = ((self.epoch + 1) * per_epoch - 1) // groups.counts - first_pass + 1  # (G,), how many
+        row = passes.cumsum(0) - passes  # (G,), the place of a group's first pass in the next three lists
+        group_of = torch.arange(groups.counts.numel()).repeat_interleave(passes)
+        pass_of = first_pass[group_of] + torch.arange(group_of.numel()) - row[group_of]
+        start = groups.counts[group_of].cumsum(0) - groups.counts[group_of]  # of the pass in the lists that follow
+        # Their members, pass by pass. Sorting by the pass, then by a random key, shuffles each pass by itself.
+        pass_row = torch.arange(group_of.numel()).repeat_interleave(groups.counts[group_of])
+        member = groups.members[groups.starts[group_of][pass_row] + torch.arange(pass_row.numel()) - start[pass_row]]
+        keys = self._words(_SAMPLE_ORDER, pass_of[pass_row], member)[:, 0]
+        shuffled = member[(pass_row << 32 | keys).argsort(stable=True)]
+        # A draw is a pass of its group and a place in it.
         count = groups.counts[group]
-        return shuffled[start_of_block[first_block[group] + turn // count - first_pass[group]] + turn % count]
+        return shuffled[start[row[group] + number // count - first_pass[group]] + number % count]
 
 
 _EpochSampler.__init__.__qualname__ = "Sampler.__init__"  # a misspelt argument is refused in this name
@@ -168,7 +171,7 @@ class InstanceBalancedSampler(_EpochSampler):
     def _order(self) -> Tensor:
         everything = _Groups(self._groups.members.sort().values, torch.tensor([0]), torch.tensor([self._groups.members.numel()]))
         draws = torch.arange(self.num_samples)
-        return self._in_turn(everything, torch.zeros_like(draws), self.epoch * self.num_samples + draws, self.num_samples)
+        return self._without_replacement(everything, torch.zeros_like(draws), self.epoch * self.num_samples + draws, self.num_samples)
 
 
 class _WeightedSampler(_EpochSampler):
@@ -386,11 +389,11 @@ class ClassAwareSampler(_EpochSampler):
 
     def _order(self) -> Tensor:
         num_classes, each = self._groups.counts.numel(), self.samples_per_class
+        # In a round every class has its turn, `each` consecutive draws. Rounds are numbered through all epochs.
         rounds = -(-self.num_samples // (num_classes * each))
-        round_ = torch.arange(rounds) + self.epoch * rounds
-        keys = self._words(_CLASS_ORDER, round_.repeat_interleave(num_classes), torch.arange(num_classes).repeat(rounds))[:, 0]
+        round_number = self.epoch * rounds + torch.arange(rounds)
+        keys = self._words(_CLASS_ORDER, round_number.repeat_interleave(num_classes), torch.arange(num_classes).repeat(rounds))[:, 0]
         class_order = keys.view(rounds, num_classes).argsort(dim=1, stable=True).view(-1)
         draws = torch.arange(self.num_samples)
-        drawn = class_order[draws // each]
-        turn = round_[draws // (num_classes * each)] * each + draws % each
-        return self._in_turn(self._groups, drawn, turn, rounds * each)
+        number = round_number[draws // (num_classes * each)] * each + draws % each
+        return self._without_replacement(self._groups, class_order[draws // each], number, rounds * each)

@@ -1,10 +1,11 @@
 """Methods by name, each with its published settings: what `train.py --method ... --retrain ...` runs, as a list of phases.
 
-    methods.py    the methods and re-trainings by name, each with a line of `train.py --help`
-    settings.py   the published numbers, each with its source: data and nothing else
-    phase.py      Phase: a part of a run, with one loss, one sampler, one schedule and one set of trained parameters
-    plan.py       from a method, a re-training and a data set to phases
-    losses.py     from a phase to its loss
+    methods.py        the methods and re-trainings by name, each with a line of `train.py --help`
+    settings.py       the published numbers, each with its source: data and nothing else
+    phase.py          Phase: a part of a run, with one loss, one sampler, one schedule and one set of trained parameters
+    plan.py           from a method, a re-training and a data set to phases
+    second_stage.py   from a re-training and stage 1 to the phase of stage 2
+    losses.py         from a phase to its loss
 
 Stage 1 is one phase, or two for DRO-LT, which starts from a trained model; a re-training stage is another; the cross-entropy baseline is one more, on a network
 of its own. To add a method: a line in methods.py, its numbers in settings.py, and a loss in losses.py; a method whose loss needs more than the logits of one

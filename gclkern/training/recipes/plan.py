@@ -12,24 +12,13 @@ from gclkern.training.data.augment import parse_augmentation
 from gclkern.training.recipes.losses import CLOUDS, FUSED, LOSS_OPTIONS
 from gclkern.training.recipes.methods import METHODS
 from gclkern.training.recipes.phase import Phase
+from gclkern.training.recipes.second_stage import PLAIN, plain_options, second_stage
 from gclkern.training.recipes.settings import (
     CLASS_AWARE,
-    COSINE,
-    COSINE_SCALE,
-    DISALIGN_EPOCHS,
-    DISALIGN_EXPONENT,
-    DISALIGN_EXPONENTS,
-    DISALIGN_STAGE_2,
-    GCL_STAGE_2,
-    INAT_CRT_EPOCHS,
     LDAM_STEPS,
     MEMORY_STAGE,
-    MISLAS_STAGE_2,
     MISLAS_STEPS,
     PLACES_NETWORK,
-    RETRAIN_EPOCHS,
-    RETRAIN_RATES,
-    RETRAIN_SAMPLERS,
     ROBUST,
     ROBUST_AUGMENT,
     ROBUST_CLASSIFIER_LR,
@@ -38,7 +27,6 @@ from gclkern.training.recipes.settings import (
     Stage,
     family,
     loss_options,
-    mislas,
     stage1_settings,
 )
 
@@ -86,54 +74,6 @@ def _memory_phase(first: Phase, group: str) -> Phase:
     else:
         stage = MEMORY_STAGE[group]
     return _of_stage("stage-1-memory", stage, loss="oltr", head="meta-embedding", backbone="modulated", **CLASS_AWARE)
-
-
-# What later phases and the baseline do not take over from a stage 1 whose loss needs it.
-_PLAIN: dict[str, Any] = {"views": (), "second_sampler": None, "lr_factors": {}, "nesterov": False, "batch_norm": "train"}
-
-
-def _plain_options(first: Phase) -> dict[str, Any]:
-    """Options of cross entropy for stage 1's kind of classifier: a cosine classifier keeps its scale."""
-    return {"scale": first.options.get("scale", COSINE_SCALE)} if first.head == "cosine" else {}
-
-
-def _second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[int]) -> Phase:
-    first, group = replace(first, **_PLAIN), family(dataset)
-    new_head = retrain == "crt" or (retrain == "gcl" and first.head != "cosine")
-    own = own_data.stage2_settings(first.epochs, first.batch_size, first.lr, sum(class_counts), new_head=new_head) if group == "own" else None
-    two_stages = first.loss in ("gcl", "agcl")
-    if retrain == "gcl" or (two_stages and retrain in ("crt", "lws")):
-        # after a stage 1 with GCL's loss, these re-trainings use it, too, and differ in what they train, as in GCL's paper; the same for AGCL
-        loss = first.loss if two_stages else "gcl"
-        epochs, batch_size, lr = own or GCL_STAGE_2[group]
-        phase = replace(
-            first, name="stage-2", epochs=epochs, batch_size=batch_size, lr=lr, schedule=COSINE, loss=loss, options=loss_options(loss, group)[1],
-            sampler="cben", head="cosine", trains="head", start="new head" if new_head else "previous", drw=None,
-        )  # fmt: skip
-        return replace(phase, trains="scale", head="scaled cosine") if retrain == "lws" else phase
-    options = _plain_options(first)
-    plain = replace(first, name="stage-2", schedule=COSINE, loss="ce", options=options, mixup=0.0, sampler="class-balanced", drw=None, start="previous")
-    if retrain == "mislas":
-        values = mislas(dataset, class_counts)
-        epochs, lr = MISLAS_STAGE_2 if own is None else (own[0], first.lr)
-        return replace(
-            plain, epochs=epochs, lr=lr, loss="label-aware-smoothing", options=options | {"head": values.head, "tail": values.tail}, trains="head-and-scale",
-            head=f"scaled {first.head}", lr_factors={f"network.head.{name}": values.lr_factor for name in ("weight", "bias")}, batch_norm=values.batch_norm,
-            **CLASS_AWARE,
-        )  # fmt: skip
-    if retrain == "disalign":
-        epochs, batch_size, lr = DISALIGN_STAGE_2.get(group, (DISALIGN_EPOCHS if own is None else own[0], first.batch_size, first.lr))
-        return replace(
-            plain, epochs=epochs, batch_size=batch_size, lr=lr, loss="inverse-frequency", trains="calibration", head=f"calibrated {first.head}",
-            options=options | {"exponent": DISALIGN_EXPONENTS.get(group, DISALIGN_EXPONENT)}, sampler="instance",
-        )  # fmt: skip
-    if retrain in RETRAIN_EPOCHS:
-        batch_size, lr = RETRAIN_RATES.get(group, (first.batch_size, first.lr))
-        epochs = own[0] if own is not None else INAT_CRT_EPOCHS if (retrain, group) == ("crt", "inat") else RETRAIN_EPOCHS[retrain]
-        plain = replace(plain, epochs=epochs, batch_size=batch_size, lr=lr, **RETRAIN_SAMPLERS.get(group, {}))
-        return replace(plain, trains="head", start="new head") if retrain == "crt" else replace(plain, trains="scale", head=f"scaled {first.head}")
-    heads = {"tau-norm": f"scaled {first.head}", "ncm": "nearest mean", "post-hoc-la": "adjusted cosine" if first.head == "cosine" else first.head}
-    return replace(plain, epochs=0, trains=retrain, head=heads[retrain])
 
 
 def _scaled(phase: Phase, factor: float) -> Phase:
@@ -191,7 +131,7 @@ def plan(
         )
     given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
     if retrain != "none":
-        second = _second_stage(retrain, dataset, phases[0], class_counts)
+        second = second_stage(retrain, dataset, phases[0], class_counts)
         second = _scaled(second, 1.0 if group == "own" else later_scale)  # own settings are derived from stage 1's, which are scaled already
         if stage2 and not second.epochs:
             raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
@@ -208,7 +148,7 @@ def plan(
     if baseline:
         first, epochs = phases[0], sum(phase.epochs for phase in phases)
         head = first.head if first.head == "cosine" else "linear"
-        phases.insert(0, replace(first, name="baseline", epochs=epochs, loss="ce", options=_plain_options(first), head=head, drw=None, **_PLAIN))
+        phases.insert(0, replace(first, name="baseline", epochs=epochs, loss="ce", options=plain_options(first), head=head, drw=None, **PLAIN))
     return phases
 
 
