@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common import BROKEN, STOPPED, Case
 from benchmarks.memory import allocated_peak
-from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, number_of_rounds, prepare, rounds_in_turn
+from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, load_warning, number_of_rounds, prepare, rounds_in_turn
 
 STOPWATCH = Stopwatch()
 
@@ -37,9 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MEASURED] = []
     if not any(str(argument).startswith("--benchmark-columns") for argument in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]  # the table of all columns is wider than a terminal
+    if not any(str(argument).startswith("--benchmark-sort") for argument in config.invocation_params.args):
+        config.option.benchmark_sort = "median"
+    config.stash[_WARNING] = load_warning(torch.get_num_threads())
 
 
 _START = pytest.StashKey[float]()
+_WARNING = pytest.StashKey[str]()
 _SELECTED = pytest.StashKey[list[Case]]()
 _MEASURED = pytest.StashKey[list[tuple[Case, dict[str, Any]]]]()
 _ROUNDS = pytest.StashKey[dict[str, tuple[list[float], str]]]()  # by the case's key: seconds of its rounds, and how they were timed
@@ -89,6 +93,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             if case.group == group:
                 figures = f"{1e3 * result['seconds']:11.4g} ms{result['peak_bytes'] / 1e6:11.4g} MB"
                 terminalreporter.write_line(f"  {case.contestant:34}{figures}  {result['includes']}")
+    if measured and config.stash[_WARNING]:
+        terminalreporter.write_line(f"\n{config.stash[_WARNING]}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

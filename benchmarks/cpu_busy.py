@@ -27,7 +27,7 @@ import torch
 from benchmarks import bench_head, bench_logit_loss
 from benchmarks.common import BOTH, CIFAR, IMAGENET, INATURALIST, Operation, Shape
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, Timed, rounds_in_turn, wall_clock
+from benchmarks.timing import Call, Timed, busy_cores, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
 from gclkern.training.atomic_files import replace_text
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = busy_cores()
     results = []
     print(f"{args.threads} threads, {cores()} cores, load {load:.1f} before, torch {torch.__version__}, {cpu_backend.summary()}")
     print(f"{'':44}{'alone ms':>10}{'busy ms':>10}{'slowdown':>10}")

@@ -30,7 +30,7 @@ from benchmarks import bench_head
 from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, rounds_in_turn, wall_clock
+from benchmarks.timing import Call, busy_cores, load_warning, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
 from gclkern.training.atomic_files import replace_text
 
@@ -117,11 +117,6 @@ def verdict(seconds: dict[str, list[float]]) -> str:
     )
 
 
-def busy_cores() -> float:
-    """Cores that other processes have kept busy in the last minute; 0 where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
 def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
     sizes = [f"--{name}={getattr(args, name)}" for name in ("rows", "classes", "dim", "threads")]
     gradients = 4 * args.dim * (args.rows + args.classes)
@@ -160,9 +155,8 @@ def main() -> None:
         print(memory_of(args))
         return
     load, cores = busy_cores(), os.cpu_count() or 1
-    crowded = load > cores - args.threads + 0.5
-    warning = f"WARNING: other processes keep {load:.1f} of {cores} cores busy: times are too long, and ratios may be wrong"
-    if crowded:
+    warning = load_warning(args.threads)
+    if warning:
         note(warning)
     names = [name for name in CONTESTANTS if not (args.quick and name == "torch.compile")]
     seconds = measure_times(args, names)
@@ -175,7 +169,7 @@ def main() -> None:
         interval = "{:.3f} to {:.3f}".format(*row["interval"])
         figures = f"{row['milliseconds']:9.1f}{row['fastest_milliseconds']:9.1f}{row['times_bare_products']:8.3f}{interval:>16}"
         print(f"{name:36}{figures}{peaks[0]:>9}{peaks[1]:>18}")
-    if crowded:
+    if warning:
         print(warning)
     print(verdict(seconds))
     if args.json is not None:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from benchmarks import timing
 from benchmarks.cpu_head import median_interval, rows_of, verdict
 
 
@@ -25,3 +26,10 @@ def test_verdict_says_what_was_measured() -> None:
     seconds["plain torch"] = [0.1, 0.3] * 4 + [0.2]
     assert "level with plain torch" in verdict(seconds)
     assert rows_of(seconds)["gclkern chunked"]["times_bare_products"] == pytest.approx(3)
+
+
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(timing, "busy_cores", lambda: 2.4)
+    assert timing.load_warning(2) == ""
+    assert "2.4 of 4 cores" in timing.load_warning(3)
