@@ -57,6 +57,21 @@ def stage1_settings(class_counts: Sequence[int], *, pretrained: bool) -> Stage1:
     return Stage1(epochs, BATCH_SIZE, _LR, _WEIGHT_DECAY, Schedule("cosine", warmup=5), 0.0)
 
 
+def short_training(epochs: int, class_counts: Sequence[int], *, pretrained: bool) -> str:
+    """A warning for a stage 1 of fewer than half the default epochs; empty otherwise.
+
+    Example:
+        >>> short_training(24, [1500, 1000, 260], pretrained=False)
+        'WARNING: 24 epochs instead of 145: the network may underfit, and re-balancing depends on good features'
+        >>> short_training(73, [1500, 1000, 260], pretrained=False)
+        ''
+    """
+    default = stage1_settings(class_counts, pretrained=pretrained).epochs
+    if 2 * epochs >= default:
+        return ""
+    return f"WARNING: {epochs} epochs instead of {default}: the network may underfit, and re-balancing depends on good features"
+
+
 def stage2_settings(epochs: int, batch_size: int, lr: float, images: int, *, new_head: bool) -> tuple[int, int, float]:
     """Epochs, batch size and learning rate of a second stage, from those of stage 1. With `new_head` it learns from scratch, so it gets stage 1's rate.
 

@@ -56,6 +56,9 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         lines.append(own_data.reasons(
             data.class_counts, data.image_size, data.train.augment, pretrained=bool(run.config.pretrained), second_stage=second_stage, given=given
         ))  # fmt: skip
+        stage1_epochs = [phase.epochs for phase in phases if phase.name == "stage-1"]  # a resumed run may be past it
+        if stage1_epochs and (warning := own_data.short_training(stage1_epochs[0], data.class_counts, pretrained=bool(run.config.pretrained))):
+            lines.append(warning)
     for phase in phases:
         if not phase.epochs:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")

@@ -16,12 +16,23 @@ from gclkern.training.run_folder import RunFolder
 from gclkern.training.summary import describe
 
 
+def lines(config: RunConfig, folder: Path) -> list[str]:
+    """The plan of a run, on digits."""
+    data, processes = load_data("digits-lt"), Processes.single(torch.device("cpu"))
+    phases = plan_run(config, data.class_counts, 1)
+    network = prepare(phases[0], None, data, config, processes.device)
+    return describe(RunFolder(folder, config, write=False), data, phases, network, processes).splitlines()
+
+
 @pytest.mark.parametrize(("epochs", "words"), [(2, "too few epochs for class weights"), (3, "class weights from epoch 3")])
 def test_when_class_weights_begin(epochs: int, words: str, tmp_path: Path) -> None:
     """DRW begins after four fifths of the epochs."""
-    config, processes = RunConfig(method="ldam-drw", epochs=epochs, baseline=False), Processes.single(torch.device("cpu"))
-    data = load_data(config.data)
-    phases = plan_run(config, data.class_counts, 1)
-    network = prepare(phases[0], None, data, config, processes.device)
-    (line,) = [line for line in describe(RunFolder(tmp_path, config, write=False), data, phases, network, processes).splitlines() if line.startswith("stage-1")]
+    (line,) = [line for line in lines(RunConfig(method="ldam-drw", epochs=epochs, baseline=False), tmp_path) if line.startswith("stage-1")]
     assert line.endswith(f", {words}")
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(99, True), (100, False)])
+def test_short_training_of_a_set_of_ones_own(epochs: int, warned: bool, tmp_path: Path) -> None:
+    """Half of the default: 200 epochs for a set as small as digits."""
+    config = RunConfig(data="folder", method="ce", model="small-cnn", epochs=epochs)
+    assert any(line.startswith(f"WARNING: {epochs} epochs instead of 200") for line in lines(config, tmp_path)) is warned
