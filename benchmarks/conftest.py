@@ -93,8 +93,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             if case.group == group:
                 figures = f"{1e3 * result['seconds']:11.4g} ms{result['peak_bytes'] / 1e6:11.4g} MB"
                 terminalreporter.write_line(f"  {case.contestant:34}{figures}  {result['includes']}")
-    if measured and config.stash[_WARNING]:
-        terminalreporter.write_line(f"\n{config.stash[_WARNING]}")
+    warning = config.stash[_WARNING]
+    if measured and warning:
+        terminalreporter.write_line(f"\n{warning}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

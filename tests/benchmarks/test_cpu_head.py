@@ -29,7 +29,7 @@ def test_verdict_says_what_was_measured() -> None:
 
 
 def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(timing, "busy_cores", lambda: 2.4)
     assert timing.load_warning(2) == ""
     assert "2.4 of 4 cores" in timing.load_warning(3)
