@@ -348,7 +348,7 @@ def _setting(name: str, value: Any) -> str:
 def errors(path: Path) -> str:
     """One table an operation: a case a row, an implementation a column."""
     data = json.loads(path.read_text())
-    names = {"torch": "torch backend", "triton": "kernels, interpreted"}
+    names = {"torch": "torch backend", "cpu": "compiled loops", "triton": "kernels, interpreted", "pytorch-metric-learning": "pytorch-metric-learning"}
     head = [
         f"The largest error of 8 rows against float64 on the same inputs, torch {data['torch']} on a CPU: of the loss in units in the last place of float32",
         "(ULP), and of the gradient of the target's logit (of the features, where there are no logits), relative. Each case changes one number of the first.",
@@ -359,6 +359,10 @@ def errors(path: Path) -> str:
         base = {name: value for name, value in rows[0]["case"].items() if name not in ("operation", "implementation")}
         if operation == "DRO-LT bound":
             base = {name: base[name] for name in ("dtype", "offset")}
+        elif operation == "samples":
+            base = {name: base[name] for name in ("dtype", "p", "scale")}
+        elif operation == "ProCo":
+            base = {name: base[name] for name in ("dtype", "classes")}
         cells: dict[str, dict[str, str]] = {}
         for row in rows:
             changed = {name: value for name, value in base.items() if row["case"][name] != value} or base
