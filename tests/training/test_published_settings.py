@@ -49,10 +49,14 @@ RIVALS = """
     ce          cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
     ldam-drw    cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
     ldam-drw    cifar100-lt  200  128  .1    2e-4  160,180  .01,.0001
+    ce          imagenet-lt  90   512  .2    5e-4  cosine
+    ce          inat18       90   512  .2    1e-4  cosine
     mixup       cifar10-lt   200  128  .1    2e-4  160,180  .1,.01
     gcl         cifar10-lt   200  64   .1    2e-4  160,180  .1,.01
     gcl         cifar100-lt  200  64   .1    2e-4  160,180  .1,.01
     gcl         places-lt    90   512  .2    5e-4  60,80    .1,.01
+    gcl         imagenet-lt  200  256  .1    5e-4  cosine
+    gcl         inat18       200  256  .1    1e-4  cosine
     tde         cifar10-lt   200  256  .2    5e-4  120,160  .01,.0001
     tde         cifar100-lt  200  256  .2    5e-4  120,160  .01,.0001
     tde         imagenet-lt  90   512  .2    5e-4  cosine
@@ -74,6 +78,8 @@ RIVALS = """
     bcl         inat18       100  256  .2    1e-4  cosine
     proco       cifar10-lt   200  256  .3    2e-4  160,180  .1,.01
     proco       cifar100-lt  200  256  .3    2e-4  160,180  .1,.01
+    proco       imagenet-lt  90   256  .1    5e-4  cosine
+    proco       inat18       90   256  .2    1e-4  cosine
 """
 # Other fields and options of theirs, as released.
 RIVAL_OPTIONS = {

@@ -134,7 +134,7 @@ class Stage2(NamedTuple):
 
 
 # GCL's second stage: [C] for CIFAR, whose `--lr 0.1` is 0.002 after its schedule has divided it; [H] the large sets have the same with stage 1's batch size.
-# [H] Digits have few steps and need a higher rate.
+# [H] Digits have few steps and need a higher rate. [H] On Places-LT images are mixed like labels; the release mixes the labels alone in its stage 2.
 GCL_STAGE_2 = {
     "digits": Stage2(10, 64, 0.02), "cifar": Stage2(30, 64, 0.002), "imagenet": Stage2(30, 256, 0.002), "inat": Stage2(30, 256, 0.002),
     "places": Stage2(30, 512, 0.002),
