@@ -330,38 +330,9 @@ def test_a_drawn_seed_uses_all_64_bits() -> None:
     assert max(seeds) > 2**62
 
 
-@pytest.mark.parametrize(
-    ("seed", "error", "message"),
-    [
-        (1.0, TypeError, "seed must be None, an int or a 0-dim int64 tensor, got 1.0"),
-        (True, TypeError, "seed must be None, an int or a 0-dim int64 tensor, got True"),
-        (2**64, ValueError, "seed must fit in 64 bits, got 18446744073709551616"),
-        (-(2**63) - 1, ValueError, "seed must fit in 64 bits, got -9223372036854775809"),
-        (torch.tensor(1, dtype=torch.int32), TypeError, r"seed must be an int64 tensor, got torch.int32; call seed.long\(\)"),
-        (torch.tensor([1]), ValueError, r"seed must be a 0-dim tensor, got shape \(1,\)"),
-        (torch.tensor(1, device="meta"), ValueError, "seed is on meta but the noise is needed on cpu"),
-    ],
-)
-def test_bad_seeds_are_refused(seed: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        cloud_noise(seed, 2, 3, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "offsets", "error", "message"),
-    [
-        ((0, 3), {}, ValueError, "num_rows must be at least 1, got 0"),
-        ((2, -1), {}, ValueError, "num_classes must be at least 1, got -1"),
-        ((2.0, 3), {}, TypeError, "num_rows must be an int, got 2.0"),
-        ((2, True), {}, TypeError, "num_classes must be an int, got True"),
-        ((2, 3), {"row_offset": -1}, ValueError, "row_offset must be in .*, got -1"),
-        ((2, 3), {"class_offset": 2**35 - 2}, ValueError, f"class_offset must be in .*, got {2**35 - 2}"),
-        ((2, 3), {"row_offset": 1.5}, TypeError, "row_offset must be an int, got 1.5"),
-    ],
-)
-def test_bad_sizes_are_refused(sizes: Any, offsets: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        cloud_noise(1, *sizes, **offsets, device="cpu")
+def test_a_seed_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed is on meta but the noise is needed on cpu"):
+        cloud_noise(torch.tensor(1, device="meta"), 2, 3, device="cpu")
 
 
 # The operators

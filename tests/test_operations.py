@@ -503,6 +503,11 @@ def refusals() -> list[Any]:
     ]
 
 
+def test_every_function_of_the_table_has_calls_that_it_refuses() -> None:
+    assert {operation.name.split()[0] for operation in OPERATIONS if operation.wrong} == {operation.name.split()[0] for operation in OPERATIONS}
+    assert {operation.name for operation in OPERATIONS if operation.wrong} == set(VALID)
+
+
 @pytest.mark.parametrize("name", VALID)
 def test_the_valid_call_is_valid(name: str) -> None:
     (operation,) = (operation for operation in OPERATIONS if operation.name == name)

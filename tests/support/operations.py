@@ -27,7 +27,7 @@ from gclkern.noise import cloud_noise
 from gclkern.proco import vmf_contrast
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, angle_sets, class_smoothing_sets, cosines, labels, mixed, option_sets, vector
-from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, CONTRAST, CONTRASTIVE, FAMILY, HEAD, LOGITS, Wrong
+from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, CONTRAST, CONTRASTIVE, FAMILY, HEAD, LOGITS, NOISE, Wrong
 
 CLASSES, DIM = 37, 19  # no multiple of a vector, an alignment or a group of the noise
 
@@ -277,7 +277,7 @@ OPERATIONS = [
     Operation(
         "linear_gcl_cross_entropy_with_top1", _loss_and_top1, _exact_loss_and_top1, _top1_samples,
         {"features": "rows dims", "linear_weight": "classes dims", **_FAMILY}, leaves=("features", "linear_weight", "bias"),
-        narrow=("features", "linear_weight"), interpreted=False,
+        narrow=("features", "linear_weight"), interpreted=False, wrong=(*FAMILY, *HEAD),
     ),
     Operation(
         "dro_lt_loss", dro_lt_loss, oracle.dro_lt_loss, _bound_samples,
@@ -297,5 +297,5 @@ OPERATIONS = [
         "class_centroids", _centroids, oracle.class_centroids, _centroid_samples, {"features": "rows dims", "target": "rows"}, narrow=("features",), grid=False,
         batch=True, wrong=CENTROIDS,
     ),
-    Operation("cloud_noise", _noise, _exact_noise, _noise_samples, {}),
+    Operation("cloud_noise", _noise, _exact_noise, _noise_samples, {}, wrong=NOISE),
 ]  # fmt: skip

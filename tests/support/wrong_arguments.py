@@ -28,7 +28,11 @@ def _labels() -> torch.Tensor:
 VALID: dict[str, Options] = {
     "gcl_cross_entropy": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels()},
     "gcl_cross_entropy by angles": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels(), "angular": True, "margin": 0.5},
-    "linear_gcl_cross_entropy materialised": {"features": torch.ones(ROWS, WIDTH), "linear_weight": torch.ones(CLASSES, WIDTH), "target": _labels()},
+    "cloud_noise": {"seed": 7, "num_rows": 2, "num_classes": 3, "row_offset": 0, "class_offset": 0},
+    **{
+        name: {"features": torch.ones(ROWS, WIDTH), "linear_weight": torch.ones(CLASSES, WIDTH), "target": _labels()}
+        for name in ("linear_gcl_cross_entropy materialised", "linear_gcl_cross_entropy_with_top1")
+    },
     "dro_lt_loss": {"features": torch.zeros(5, 4), "target": torch.zeros(5, dtype=torch.int64), "centroids": torch.zeros(3, 4), "epsilon": 0.5},
     "supervised_contrastive": {"features": torch.ones(ROWS, WIDTH), "target": _labels(), "prototypes": torch.ones(CLASSES, WIDTH)},
     "vmf_contrast": {"cosine": torch.zeros(ROWS, CLASSES), "target": _labels(), "concentration": torch.ones(CLASSES)},
@@ -248,3 +252,15 @@ CENTROIDS: tuple[Wrong, ...] = (
     _centroids("num_classes", ValueError, "must be at least 1, got 0", torch.zeros(3, 2), _ZEROS, 0),
     _centroids("num_classes", TypeError, "must be an int", torch.zeros(3, 2), _ZEROS, 2.0),
 )
+
+NOISE: tuple[Wrong, ...] = (
+    *(
+        Wrong("seed", TypeError if of_a_type else ValueError, shown, {"seed": value})
+        for value, of_a_type, shown in (
+            (1.0, True, "1.0"), (True, True, "True"), (torch.tensor(1, dtype=torch.int32), True, "int32"), (torch.tensor([1]), False, "(1,)"),
+            (2**64, False, str(2**64)), (-(2**63) - 1, False, str(-(2**63) - 1)),
+        )
+    ),
+    *_types(("num_rows", 2.0), ("num_classes", True), ("row_offset", 1.5)),
+    *_values(("num_rows", 0), ("num_classes", -1), ("row_offset", -1), ("row_offset", 2**63), ("class_offset", 2**35 - 2)),
+)  # fmt: skip
