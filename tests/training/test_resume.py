@@ -56,16 +56,11 @@ def test_crashed_at_every_change_of_a_file(settings: list[str], ranks: int, ever
     assert not list(crash_points.differences(tmp_path, ranks, every, [*settings, *TINY]))
 
 
-@pytest.mark.parametrize(
-    ("method", "kills"),
-    [
-        pytest.param("gcl", 3, id="some", marks=pytest.mark.slow),
-        *(pytest.param(name, -(-200 // len(METHODS)), marks=pytest.mark.exhaustive) for name in METHODS),
-    ],
-)
-def test_killed_at_random_moments(method: str, kills: int, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
     """200 times in all; with a checkpoint after each step, many fall into the middle of a write."""
-    assert not list(random_kills.differences(tmp_path, kills, ["--method", method, *TINY]))
+    assert not list(random_kills.differences(tmp_path, -(-200 // len(METHODS)), ["--method", method, *TINY]))
 
 
 def test_interrupted(tmp_path: Path, undisturbed: tuple[str, object]) -> None:
