@@ -38,32 +38,37 @@ def _of_stage(name: str, stage: Stage, **more: Any) -> Phase:
 
 
 def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:
+    """Stage 1 of a method: a phase, and for DRO-LT and OLTR those that follow it."""
     method, group = METHODS[name], family(dataset)
     # LDAM-DRW with GCL's clouds on top: LDAM's margins
     options = loss_options(method.loss, group)[0] | ({"margin": "ldam"} if method.drw and method.loss == "gcl" else {})
-    phase = _of_stage(
+    first = _of_stage(
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
         **{**(PLACES_NETWORK if group == "places" else {}), **method.more},
     )  # fmt: skip
     if method.memory:
-        return [phase, _memory_phase(phase, group)]
-    if not method.robust:
-        return [phase]
-    # Combined with GCL, the features are trained by GCL's loss instead of the weighted cross entropy, because the classifier is a cosine classifier, and GCL's
-    # stage 2 replaces the epochs that train the classifier alone.
-    clouded = method.loss == "gcl"
-    epochs = max(1, round(own_data.ROBUST_SHARE * phase.epochs)) if group == "own" else ROBUST_EPOCHS.get(group, ROBUST.epochs)
-    robust = replace(
-        phase, name="stage-1-robust", epochs=epochs, batch_size=ROBUST.batch_size, lr=ROBUST.lr, weight_decay=ROBUST.weight_decay, schedule=ROBUST.schedule,
-        mixup=0.0, options=phase.options | ({} if clouded else {"weight": "counts"}), trains="backbone", start="previous", robust=1.0,
+        return [first, _memory_phase(first, group)]
+    return [first, *(_robust_phases(first, group, class_counts) if method.robust else [])]
+
+
+def _robust_phases(first: Phase, group: str, class_counts: list[int]) -> list[Phase]:
+    """DRO-LT's phases after a trained model: the features with the robust loss, then the classifier alone.
+
+    After a first phase with GCL's loss the features are trained with that loss instead of the weighted cross entropy, because the classifier is a cosine
+    classifier, and GCL's stage 2 takes the place of the last phase.
+    """
+    clouded = first.loss == "gcl"
+    epochs = max(1, round(own_data.ROBUST_SHARE * first.epochs)) if group == "own" else ROBUST_EPOCHS.get(group, ROBUST.epochs)
+    features = replace(
+        first, name="stage-1-robust", epochs=epochs, batch_size=ROBUST.batch_size, lr=ROBUST.lr, weight_decay=ROBUST.weight_decay, schedule=ROBUST.schedule,
+        mixup=0.0, options=first.options | ({} if clouded else {"weight": "counts"}), trains="backbone", start="previous", robust=1.0,
         epoch_samples=None if group == "own" else max(class_counts) * len(class_counts), **ROBUST.more,
     )  # fmt: skip
-    if clouded:
-        return [phase, robust]
-    return [phase, robust, replace(
-        robust, name="stage-1-classifier", epochs=max(1, robust.epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0,
-    )]  # fmt: skip
+    classifier = replace(
+        features, name="stage-1-classifier", epochs=max(1, epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0
+    )  # fmt: skip
+    return [features] if clouded else [features, classifier]
 
 
 def _memory_phase(first: Phase, group: str) -> Phase:
@@ -88,6 +93,31 @@ def _given(phase: Phase, fields: dict[str, Any]) -> Phase:
     if phase.backbone == PLACES_NETWORK["backbone"] and fields.get("trains", "last-block") != "last-block":
         implied["backbone"] = ""
     return replace(phase, **implied, **fields)
+
+
+def _re_training(
+    method: str, retrain: str, dataset: str, first: Phase, class_counts: list[int], scale: float, fields: dict[str, Any]
+) -> list[Phase]:  # fmt: skip
+    """The phase of stage 2, if there is one, with scaled epochs and the given fields.
+
+    Raises:
+        ValueError: the classifier of the method cannot be re-trained in this way, or nothing trains for which fields are given.
+    """
+    possible = METHODS[method].retrains
+    if possible is not None and retrain not in possible:
+        raise ValueError(
+            f"`retrain={retrain}`: the classifier of {method} cannot be re-trained this way; take {' or '.join(f'`retrain={r}`' for r in sorted(possible))}"
+        )
+    given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in fields)
+    if retrain == "none":
+        if fields:
+            raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose `retrain`")
+        return []
+    phase = second_stage(retrain, dataset, first, class_counts)
+    if fields and not phase.epochs:
+        raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
+    # Settings of own data sets are derived from stage 1's, which are scaled already.
+    return [_given(phase if family(dataset) == "own" else _scaled(phase, scale), fields)]
 
 
 def plan(
@@ -123,21 +153,7 @@ def plan(
         # published runs with mixup are MiSLAS's, whose steps are smaller
         phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=MISLAS_STEPS.factors))
     phases[1:] = [replace(phase, weight_decay=given1.get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
-    retrain = retrain or METHODS[method].retrain
-    possible = METHODS[method].retrains
-    if possible is not None and retrain not in possible:
-        raise ValueError(
-            f"`retrain={retrain}`: the classifier of {method} cannot be re-trained this way; take {' or '.join(f'`retrain={r}`' for r in sorted(possible))}"
-        )
-    given = ", ".join("`sampler`" if name == "sampler" else f"`retrain_{name}`" for name in stage2 or {})
-    if retrain != "none":
-        second = second_stage(retrain, dataset, phases[0], class_counts)
-        second = _scaled(second, 1.0 if group == "own" else later_scale)  # own settings are derived from stage 1's, which are scaled already
-        if stage2 and not second.epochs:
-            raise ValueError(f"`retrain={retrain}` does not train; leave out the settings of stage 2: {given}")
-        phases.append(_given(second, stage2 or {}))
-    elif stage2:
-        raise ValueError(f"there is no stage 2, so these settings of it would do nothing: {given}; leave them out or choose `retrain`")
+    phases += _re_training(method, retrain or METHODS[method].retrain, dataset, phases[0], class_counts, later_scale, stage2 or {})
     if cloud is not None:
         phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if "noise_mul" in phase.options else phase for phase in phases]
         if not any("noise_mul" in phase.options for phase in phases):
