@@ -29,15 +29,15 @@ INLINE struct angle_sum add_angle(double cosine, double angle, int easy) {
     return sum;
 }
 
-/* `values` are cosines and become scale times those with cloud * noise right angles added; `slopes`, unless NULL, receives the derivatives by the cosine. */
-INLINE void turn_block(float *values, float *slopes, const float *cloud, const float *noise, float scale, int easy, int64_t count) {
+/* scale times cosines with cloud * noise right angles added, to `out`, which may be `cosines`; `slopes`, unless NULL, receives the derivatives by the cosine. */
+INLINE void turn_block(float *out, float *slopes, const float *cosines, const float *cloud, const float *noise, float scale, int easy, int64_t count) {
     for (int64_t k = 0; k < count; k++) {
-        float cosine = values[k], angle = (float)HALF_PI * (cloud[k] * noise[k]), sine, other;
+        float cosine = cosines[k], angle = (float)HALF_PI * (cloud[k] * noise[k]), sine, other;
         quarter_circle(angle - (float)(HALF_PI / 2.0), &sine, &other);
         float square = (1.0f - cosine) * (1.0f + cosine);
         float root = sqrtf(square > (float)SMALLEST_SINE_SQUARED ? square : (float)SMALLEST_SINE_SQUARED);
         int taken = cosine > (easy ? 0.0f : -other);
-        values[k] = scale * (taken ? cosine * other - root * sine : easy ? cosine : cosine - angle * sine);
+        out[k] = scale * (taken ? cosine * other - root * sine : easy ? cosine : cosine - angle * sine);
         if (slopes != NULL) slopes[k] = taken ? other + (square > (float)SMALLEST_SINE_SQUARED ? cosine * sine / root : 0.0f) : 1.0f;
     }
 }

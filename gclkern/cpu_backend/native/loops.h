@@ -31,11 +31,22 @@ static void logit_backward(const void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) row_gradient(context, row);
 }
 
-/* Forward, and the gradient of each row while it is in the cache. */
+enum { GROUP_OF_ROWS = 8 };
+
+/* Forward, and the gradient of each row while it is in the cache. Short rows go through each step in groups: a processor works on several of them at once, while
+ * the steps of one row wait for each other. */
 static void logit_gradient(const void *context, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-        logit_forward(context, row, row + 1);
-        row_gradient(context, row);
+    const struct logits *call = context;
+    struct sums sums[GROUP_OF_ROWS];
+    int64_t size = call->num_columns < BLOCK ? GROUP_OF_ROWS : 1;
+    for (int64_t first = begin; first < end; first += size) {
+        int64_t count = smaller(size, end - first);
+        for (int64_t k = 0; k < count; k++) {
+            sums[k] = no_sums();
+            add_row(call, first + k, &sums[k]);
+        }
+        for (int64_t k = 0; k < count; k++) finish_row(call, first + k, &sums[k]);
+        for (int64_t k = 0; k < count; k++) row_gradient(call, first + k);
     }
 }
 

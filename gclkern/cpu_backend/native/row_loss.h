@@ -11,14 +11,16 @@
 #include "philox.h"
 #include "vector.h"
 
-/* The cosines of a block. Classes count from the chunk's first. */
-INLINE void load_cosines(const struct logits *call, int64_t row, int64_t first, int64_t count, float *out) {
+/* The cosines of a block, where they lie or, unless they lie there as neighbouring floats, in `buffer`. Classes count from the chunk's first. */
+INLINE const float *cosines_of(const struct logits *call, int64_t row, int64_t first, int64_t count, float *buffer) {
     const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
-    load(out, matrix, call->dtype, call->class_stride, first, count);
+    if (call->dtype == FLOAT32 && call->class_stride == 1 && call->class_factor == NULL) return (const float *)matrix + first;
+    load(buffer, matrix, call->dtype, call->class_stride, first, count);
     if (call->class_factor != NULL) {
         const float *factor = call->class_factor + first;
-        for (int64_t k = 0; k < count; k++) out[k] *= factor[k];
+        for (int64_t k = 0; k < count; k++) buffer[k] *= factor[k];
     }
+    return buffer;
 }
 
 /* Whether an angle is added to every class's, so that no logit is linear in its cosine. */
@@ -33,18 +35,18 @@ INLINE const float *load_logits(const struct logits *call, int64_t row, int64_t 
     const struct terms *terms = &call->terms;
     const float *noise = NULL;
     float scale = (float)terms->scale;
-    load_cosines(call, row, first, count, out);
+    const float *cosine = cosines_of(call, row, first, count, out);
     int64_t column = call->first_class + first; /* in the vectors of classes */
     if (terms->cloud != NULL) {
         const float *cloud = terms->cloud + column;
         noise = noise_of(buffer, (uint64_t)*terms->seed, (uint64_t)(terms->row_offset + row), (uint64_t)(terms->class_offset + column), count);
         if (terms->angular) {
-            turn_block(out, slopes, cloud, noise, scale, terms->easy_margin != 0, count);
+            turn_block(out, slopes, cosine, cloud, noise, scale, terms->easy_margin != 0, count);
         } else {
-            for (int64_t k = 0; k < count; k++) out[k] = scale * (out[k] - cloud[k] * noise[k]);
+            for (int64_t k = 0; k < count; k++) out[k] = scale * (cosine[k] - cloud[k] * noise[k]);
         }
     } else {
-        for (int64_t k = 0; k < count; k++) out[k] *= scale;
+        for (int64_t k = 0; k < count; k++) out[k] = scale * cosine[k];
     }
     if (terms->bias != NULL) {
         const float *bias = terms->bias + column;
@@ -67,15 +69,25 @@ INLINE float weighted_sum(const float *values, const float *weight, int64_t coun
     return sum_lanes(lanes);
 }
 
-/* Logits become exp(logit - anchor), padded; their sum. */
-INLINE float exponentials(float *block, int64_t padded, float anchor) {
+/* exp(logit - anchor) of a padded block, to `out`, which may be the block and has no padding; their sum. */
+INLINE float exponentials(const float *block, int64_t count, float anchor, float *out) {
     float lanes[LANES];
+    int64_t whole = count / LANES * LANES;
     fill(lanes, 0.0f, LANES);
-    for (int64_t k = 0; k < padded; k += LANES) {
+    for (int64_t k = 0; k < whole; k += LANES) {
         for (int l = 0; l < LANES; l++) {
-            block[k + l] = exponential(block[k + l] - anchor);
-            lanes[l] += block[k + l];
+            float value = exponential(block[k + l] - anchor);
+            out[k + l] = value;
+            lanes[l] += value;
         }
+    }
+    if (whole < count) {
+        float rest[LANES];
+        for (int l = 0; l < LANES; l++) {
+            rest[l] = exponential(block[whole + l] - anchor);
+            lanes[l] += rest[l];
+        }
+        for (int64_t l = 0; l < count - whole; l++) out[whole + l] = rest[l];
     }
     return sum_lanes(lanes);
 }
@@ -104,8 +116,9 @@ INLINE struct sums no_sums(void) {
 
 /* What is needed of a block where angles are added to the targets', and for top-1. */
 INLINE void add_bare(const struct logits *call, int64_t row, int64_t first, int64_t count, const int64_t *places, const float *noise, struct sums *sums) {
-    float cosine[BLOCK];
-    load_cosines(call, row, first, count, cosine);
+    float buffer[BLOCK], cosine[BLOCK];
+    const float *given = cosines_of(call, row, first, count, buffer);
+    for (int64_t k = 0; k < count; k++) cosine[k] = given[k];
     for (int t = 0; t < 2; t++) {
         if (places[t] < 0) continue;
         sums->cosine[t] = (double)cosine[places[t]];
@@ -140,15 +153,15 @@ INLINE void add_row(const struct logits *call, int64_t row, struct sums *sums) {
         if (places[1] >= 0) scratch[places[1]] = -INFINITY;
         double peak = (double)largest(scratch, padded);
         if (peak > sums->peak) {
-            sums->rest *= exp(sums->peak - peak);
+            if (sums->rest != 0.0) sums->rest *= exp(sums->peak - peak);
             sums->peak = peak;
         }
-        sums->rest += (double)exponentials(scratch, padded, (float)finite_peak(sums->peak));
+        float *kept = call->kept == NULL ? scratch : call->kept + row * columns + first;
+        sums->rest += (double)exponentials(scratch, count, (float)finite_peak(sums->peak), kept);
         if (call->kept != NULL) {
             if (keeps_slopes) {
-                for (int64_t k = 0; k < count; k++) scratch[k] *= slopes[k];
+                for (int64_t k = 0; k < count; k++) kept[k] *= slopes[k];
             }
-            store(call->kept + row * columns, FLOAT32, first, scratch, count);
             call->block_peaks[row * num_blocks(columns) + block] = (float)sums->peak;
         }
     }
@@ -162,7 +175,7 @@ INLINE double log_add(double a, double b) {
 
 /* One target's part of a row, with its share; gclkern.torch_backend.rows._Target. */
 struct target_part {
-    double loss, gradient, others, log_others, smooth;
+    double loss, gradient, others, log_others, smooth, slope;
 };
 
 /* What the row's target is, with a label that is no class, and an infinite logit, made NaN. */
@@ -173,8 +186,9 @@ struct row_target {
 };
 
 /* `other` is the second target's logit without margin, -infinity where that is the same class. `blend` is that of the row, over the anchor. */
-INLINE struct target_part one_target(const struct terms *terms, struct row_target target, double other, double log_rest, double blend, double share) {
-    double log_others = other == (double)-INFINITY ? log_rest : log_add(log_rest, other);
+INLINE struct target_part one_target(const struct terms *terms, struct row_target target, double other, double rest, double log_rest, double blend, double share) {
+    int alone = other == (double)-INFINITY;
+    double log_others = alone ? log_rest : log_add(log_rest, other), scale = alone ? 1.0 / rest : exp(-log_others);
     double own = target.value - target.drop, weight = target.weight;
     double odds = log_others - own, ratio = exp(-fabs(odds));
     double loss = weight * ((odds > 0.0 ? odds : 0.0) + log1p(ratio));
@@ -196,14 +210,10 @@ INLINE struct target_part one_target(const struct terms *terms, struct row_targe
         if (!terms->focal_detach) chain *= 1.0 + terms->gamma * (missed > 0.0 ? loss * exp(-loss) / missed : 1.0);
         loss *= factor;
     }
-    struct target_part part = {loss * share, chain * gradient, chain * others, log_others, chain * smooth};
+    /* dz over exp(logit - anchor) at the classes that are no target: their sum is at least 1, that of the largest, wherever there are any */
+    double slope = chain * others * (scale > 1.0 ? 1.0 : scale);
+    struct target_part part = {loss * share, chain * gradient, chain * others, log_others, chain * smooth, slope};
     return part;
-}
-
-/* dz over exp(logit - anchor) at the classes that are no target: their sum is at least 1, that of the largest, wherever there are any. */
-INLINE double slope_of(struct target_part part) {
-    double scale = exp(-part.log_others);
-    return part.others * (scale > 1.0 ? 1.0 : scale);
 }
 
 INLINE int is_class(const struct terms *terms, int64_t label) { return label >= 0 && label < terms->num_classes; }
@@ -256,18 +266,18 @@ INLINE void finish_row(const struct logits *call, int64_t row, const struct sums
         top1 = sums->cosine[0] > hardest_a ? lam : 0.0;
         statistics[ANCHOR] = anchor;
         if (terms->target_b == NULL) {
-            struct target_part part = one_target(terms, a, (double)-INFINITY, log_rest, blend, 1.0);
+            struct target_part part = one_target(terms, a, (double)-INFINITY, sums->rest, log_rest, blend, 1.0);
             loss = part.loss;
-            statistics[SLOPE] = slope_of(part);
+            statistics[SLOPE] = part.slope;
             statistics[SMOOTH] = part.smooth;
             statistics[GRADIENT] = part.gradient * a.own_slope;
         } else {
             struct row_target b = target_of(terms, label_b, sums, 1, hardest_b, anchor);
             if (sums->cosine[1] > hardest_b) top1 += 1.0 - lam;
-            struct target_part of_a = one_target(terms, a, same ? (double)-INFINITY : b.value, log_rest, blend, lam);
-            struct target_part of_b = one_target(terms, b, same ? (double)-INFINITY : a.value, log_rest, blend, 1.0 - lam);
+            struct target_part of_a = one_target(terms, a, same ? (double)-INFINITY : b.value, sums->rest, log_rest, blend, lam);
+            struct target_part of_b = one_target(terms, b, same ? (double)-INFINITY : a.value, sums->rest, log_rest, blend, 1.0 - lam);
             loss = of_a.loss + of_b.loss;
-            statistics[SLOPE] = slope_of(of_a) + slope_of(of_b);
+            statistics[SLOPE] = of_a.slope + of_b.slope;
             statistics[SMOOTH] = of_a.smooth + of_b.smooth;
             double own_a = of_a.gradient * a.own_slope, own_b = of_b.gradient * b.own_slope;
             double across_a = (of_b.others * exp(a.value - of_b.log_others) - of_b.smooth * a.weight) * a.slope;
@@ -301,7 +311,8 @@ INLINE void row_gradient(const struct logits *call, int64_t row) {
         float *out = gradient + first, factor = part[SLOPE] * upstream;
         if (call->kept != NULL) {
             const float *kept = call->kept + row * columns + first;
-            factor *= expf(call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR]);
+            float below = call->block_peaks[row * num_blocks(columns) + index] - part[ANCHOR];
+            if (below != 0.0f) factor *= expf(below);
             for (int64_t k = 0; k < count; k++) out[k] = kept[k] * factor;
         } else {
             float block[BLOCK], buffer[NOISE_BUFFER];
