@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gclkern.cpu_backend.logit_loss import gradient_times, loss_and_gradient
-from gclkern.devices import refuse_transforms, saved_tensors_are_freed
-from gclkern.dispatch import call_operator, calls_directly
+from gclkern.devices import is_ordinary, is_traced, refuse_transforms, saved_tensors_are_freed
+from gclkern.dispatch import call_operator
 from gclkern.kernels.terms import LossTerms
 
 # save_for_backward saves the tensors among the terms; the other values become an attribute of the context.
@@ -60,27 +60,27 @@ class LogitLoss(torch.autograd.Function):
 
 
 class WrongValueError(ValueError):
-    """A label or a class weight is wrong: gclkern.validation tells which."""
+    """A label or a value of a class vector is wrong: gclkern.validation tells which."""
 
 
 class LogitLossInOnePass(torch.autograd.Function):
-    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient, and looks at labels and class weights while it reads them."""
+    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient, and checks the values of labels and class vectors."""
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool) -> Tensor:
         loss, gradient, valid = loss_and_gradient(cosine, terms, for_backward)
         if not valid:
-            raise WrongValueError("labels or class weights have changed during the call")
+            raise WrongValueError("labels or class vectors have changed during the call")
         ctx.save_for_backward(cosine, gradient)
         ctx.terms = terms
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_transforms("the gradient of the loss", grad_loss)
         cosine, made = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[1]
-        if torch.is_grad_enabled() or not calls_directly("cpu", grad_loss):  # a second derivative, which the operator refuses, or a tracer
+        if torch.is_grad_enabled() or is_traced() or not is_ordinary(grad_loss):  # a second derivative, which the operator refuses, or a tracer
+            refuse_transforms("the gradient of the loss", grad_loss)
             grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, cosine, [made], *ctx.terms, bias_grad)
             return grad_cosine, grad_bias if bias_grad else None, None, None
         return *gradient_times(made, grad_loss, cosine.dtype, ctx.terms.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None

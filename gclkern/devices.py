@@ -11,10 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _debug = False
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may do anything
+with torch.inference_mode():
+    _ORDINARY_KEYS = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+_ORDINARY_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, weights and mixup weights on a GPU too, at the cost of synchronising every call.
+    """Check the values of labels, class vectors and mixup weights on a GPU too, at the cost of synchronising every call.
 
     Without it a label out of range on a GPU makes the loss of that row NaN; with it, it raises the ValueError that CPU tensors always raise.
 
@@ -52,9 +55,13 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def is_in_memory(tensor: Tensor) -> bool:
-    """Whether the tensor's memory holds its elements: not with the other sign, as that of `.imag` of a conjugate does, and not none, as autograd's zeros."""
-    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+def is_ordinary(value: Any) -> bool:
+    """Whether the value is a dense tensor on a CPU whose memory holds its elements, and which no tracer or transform follows.
+
+    Torch's dispatcher has keys for everything else: sparse and nested tensors, other devices, elements with the other sign, as those of `.imag` of a conjugate,
+    or without memory, as autograd's zeros, and the tensors inside of torch.func's transforms and of fake modes.
+    """
+    return type(value) in _PLAIN and torch._C._dispatch_keys(value).raw_repr() in _ORDINARY_KEYS
 
 
 def refuse_transforms(name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
-from gclkern.devices import autocast_is_on, is_in_memory, is_traced, without_autocast
+from gclkern.devices import autocast_is_on, is_ordinary, is_traced, without_autocast
 from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
@@ -121,7 +121,7 @@ def call_operator(name: str, backend: str, tensor: Tensor, *others: Any) -> Any:
 
 def calls_directly(backend: str, *arguments: Any) -> bool:
     """Whether a call may go around torch's dispatcher: it is the CPU's, nothing is traced, and all tensors are in memory. The caller looks after gradients."""
-    return backend == "cpu" and not is_traced() and all(is_in_memory(value) for value in arguments if isinstance(value, Tensor))
+    return backend == "cpu" and not is_traced() and all(is_ordinary(value) for value in arguments if isinstance(value, Tensor))
 
 
 def head_implementation(backend: str) -> Any:

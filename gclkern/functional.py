@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast, WrongValueError
+from gclkern.cpu_backend.centroids import sums_or_means
 from gclkern.devices import values_may_be_read
 from gclkern.dispatch import backend_without_loops, call_operator, calls_directly, resolve_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, LinearCrossEntropyOptions, Plan, Reduction
-from gclkern.ready import ready_terms
+from gclkern.ready import ready_rows, ready_terms
 from gclkern.validation import (
     REDUCTIONS,
     check_choice,
@@ -29,11 +30,11 @@ from gclkern.validation import (
     check_int,
     check_labels,
     check_matrix,
-    check_not_negative,
     check_number,
     check_same_device,
     check_target,
     check_temperature,
+    check_values,
     class_vector,
     loss_terms,
     refuse_gradient,
@@ -90,11 +91,11 @@ def gcl_cross_entropy(
         cosine: cosines or logits (N, C), float32, bfloat16, float16 or float64, of any strides.
         target: class of each sample (N,), int64, in [0, C) or `ignore_index`; or soft labels (N, C), floating point, with at most two classes a row, see
             :func:`gclkern.mixed_targets`.
-        cloud: size of each class's cloud (C,); None adds no noise. :func:`gclkern.cloud_sizes` computes it from class counts.
+        cloud: size of each class's cloud (C,), at least 0; None adds no noise. :func:`gclkern.cloud_sizes` computes it from class counts.
         scale: factor s on the cosines; 30 is GCL's first stage. Use 1 for plain logits.
         margin: subtracted from the target's cosine: a number for CosFace, a vector (C,) for LDAM.
         bias: added to the logits (C,), for example tau * log prior (logit adjustment). May require a gradient.
-        weight: class weights (C,), as in torch's cross entropy.
+        weight: class weights (C,), at least 0, as in torch's cross entropy.
         target_b: second target (N,) of a mixed sample; needs `lam`.
         lam: share of `target` in [0, 1]: a number, or a tensor () or (N,).
         gamma: focal exponent; 0 turns the focal factor off.
@@ -122,7 +123,7 @@ def gcl_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, its value and the remedy. On a GPU labels are not read (that would
-            synchronise): a label out of range makes that row's loss NaN. :func:`gclkern.set_debug` enables the check.
+            synchronise): a label out of range makes that row's loss NaN; nor are the values of class vectors. :func:`gclkern.set_debug` enables the checks.
 
     Gradients exist for `cosine` and `bias`, but not for `bias` beside `angular` or `difficulty_margin`; backward may be repeated, a second derivative is not
     supported. On a GPU the rows of the gradient of `cosine` are padded to 128 elements: autograd passes it on as it is, but copies it once where `cosine` is a
@@ -360,7 +361,7 @@ def dro_lt_loss(
     dtype = statistics_dtype(features)
     weight = class_vector("class_weight", class_weight, num_classes, "features", features, dtype)
     if weight is not None:
-        check_not_negative("class_weight", weight)
+        check_values("class_weight", weight, 0.0)
     radius = check_epsilon(epsilon, num_classes, features, dtype)
     target = check_target("target", target, rows, num_classes, None, "features", features)
     return DROLTBound.apply(features, radius, target, centroids.detach().to(dtype), weight, temperature, reduction, resolve_backend(backend, features))
@@ -395,6 +396,10 @@ def class_centroids(
                 [0., 0.],
                 [5., 5.]]), tensor([2, 0, 1]))
     """
+    if ready_rows(features, target) and type(num_classes) is int and num_classes > 0 and not features.requires_grad:
+        means, counts, valid = sums_or_means(features, target, num_classes, means=True)
+        if valid:
+            return means, counts
     check_matrix("features", features)
     refuse_gradient("features", features)
     check_int("num_classes", num_classes, 1)

@@ -25,8 +25,8 @@ from gclkern.validation import (
     ClassCounts,
     check_choice,
     check_class_counts,
-    check_not_negative,
     check_number,
+    check_values,
     class_vector,
     device_of,
     loss_terms,
@@ -666,7 +666,7 @@ class DROLTLoss(PreciseBuffers):
             self.register_buffer("epsilon", value.to(torch.float32), persistent=False)
         weight = class_vector("class_weight", class_weight, counts.numel(), "class_counts", counts, torch.float32)
         if weight is not None:
-            check_not_negative("class_weight", weight)
+            check_values("class_weight", weight, 0.0)
         self.register_buffer("class_weight", None if weight is None else weight.detach().clone(), persistent=False)
         self.mode = epsilon if isinstance(epsilon, str) else "constant"
         self.num_classes = counts.numel()

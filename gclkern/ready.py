@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from gclkern import cpu_backend
-from gclkern.devices import is_in_memory, is_traced, is_transformed
+from gclkern.devices import is_ordinary, is_traced
 from gclkern.kernels.terms import LossTerms
 from gclkern.validation import margin_vector, options_seen_before, resolve_seed
 
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ready_rows(matrix: Any, target: Any) -> bool:
+    """Whether a matrix and one label for each of its rows are ready. The loops check the values of the labels."""
+    if is_traced() or torch._C._are_functorch_transforms_active() or not cpu_backend.is_available or not is_ordinary(matrix) or not is_ordinary(target):
+        return False
+    shape = matrix.shape
+    if len(shape) != 2 or matrix.numel() == 0 or matrix.dtype not in _MATRICES:
+        return False
+    return target.shape == shape[:1] and target.dtype == torch.int64 and target.is_contiguous()
 
 
 def ready_terms(
@@ -24,22 +34,15 @@ def ready_terms(
     gamma: Any, focal_detach: Any, ignore_index: Any, reduction: Any, row_offset: Any, class_offset: Any, angular: Any, difficulty_margin: Any,
     easy_margin: Any, backend: Any,
 ) -> LossTerms | None:  # fmt: skip
-    """The terms of a loss of cosines (N, C) whose arguments are ready, else None. The loops check the values of `target` and `weight`.
+    """The terms of a loss of cosines (N, C) whose arguments are ready, else None. The loops check the values of tensors.
 
     Two targets, and angles, are never ready: their values need a check.
     """
-    if is_traced() or torch._C._are_functorch_transforms_active():
+    if not ready_rows(cosine, target) or target_b is not None or lam is not None:
         return None
-    if not _is_dense(cosine) or not _is_dense(target) or target_b is not None or lam is not None or angular is not False:
+    if angular is not False or difficulty_margin is not False or backend not in ("auto", "cpu"):
         return None
-    if difficulty_margin is not False or backend not in ("auto", "cpu") or not cpu_backend.is_available:
-        return None
-    shape = cosine.shape
-    if len(shape) != 2 or cosine.dtype not in _MATRICES or is_transformed(cosine):
-        return None
-    rows, classes = shape
-    if rows == 0 or classes == 0 or target.shape != (rows,) or target.dtype != torch.int64 or not target.is_contiguous():
-        return None
+    rows, classes = cosine.shape
     vector = (classes,)
     if cloud is not None and (not _is_vector(cloud, vector) or cloud.requires_grad):
         return None
@@ -63,10 +66,5 @@ def ready_terms(
     )
 
 
-def _is_dense(value: Any) -> bool:
-    """Whether the value is a dense tensor in the memory of a CPU."""
-    return is_in_memory(value) and value.is_cpu and value.layout == torch.strided and not value.is_nested
-
-
 def _is_vector(value: Any, shape: tuple[int]) -> bool:
-    return _is_dense(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()
+    return is_ordinary(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()

@@ -142,6 +142,25 @@ def device_of(class_counts: ClassCounts) -> torch.device:
     return class_counts.device if isinstance(class_counts, Tensor) else torch.device("cpu")
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_nested:
+        found = "a nested tensor; call torch.cat(tensor.unbind())" if value.is_nested else f"{value.layout}; call {name}.to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
+
+
+def check_values(name: str, values: Tensor, low: float = -math.inf, high: float = math.inf, remark: str = "") -> None:
+    """Where the values of a tensor () or (n,) may be read, each is a finite number in [low, high]."""
+    if not values_may_be_read(values):
+        return
+    values = values.detach()
+    smallest, largest = map(float, values.aminmax())  # NaN if any value is
+    if -math.inf < smallest and low <= smallest and largest <= high and largest < math.inf:
+        return
+    index = ((values >= low) & (values <= high) & values.isfinite()).logical_not().nonzero()[0].tolist()
+    bounds = "" if math.isinf(low) else f", at least {low:g}" if math.isinf(high) else f" in [{low:g}, {high:g}]"
+    raise ValueError(f"{name}{index or ''} is {float(values[tuple(index)]):g}, but must be a finite number{bounds}{remark}")
+
+
 def check_matrix(name: str, value: object) -> Tensor:
     """A non-empty, dense floating-point matrix."""
     if not isinstance(value, Tensor):
@@ -150,9 +169,7 @@ def check_matrix(name: str, value: object) -> Tensor:
     refuse_transforms(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.layout != torch.strided or value.is_nested:
-        found = "a nested tensor; call torch.cat(tensor.unbind())" if value.is_nested else f"{value.layout}; call {name}.to_dense()"
-        raise TypeError(f"{name} must be a dense tensor, got {found}")
+    check_dense(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(value.shape)}")
     if value.shape[0] == 0 or value.shape[1] == 0:
@@ -181,6 +198,7 @@ def check_labels(name: str, target: object, rows: int, reference_name: str, refe
         raise TypeError(f"{name} must be int64, got {target.dtype} of shape {tuple(target.shape)}; {remedy}")
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}; call {name}.long()")
+    check_dense(name, target)
     if target.shape != (rows,):
         remedy = f"; soft labels are floating point: call {name}.float()" if or_soft and target.dim() == 2 and target.shape[1] > 1 else ""
         raise ValueError(f"{name} must have shape ({rows},), one label for each row of {reference_name}, got {tuple(target.shape)}{remedy}")
@@ -233,6 +251,7 @@ def class_vector(
         raise TypeError(f"{name} must be a tensor of shape ({num_classes},) or None, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    check_dense(name, value)
     if value.shape != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), one value for each class, got {tuple(value.shape)}")
     check_same_device(name, value, reference_name, reference)
@@ -243,7 +262,10 @@ def class_vector(
 
 def margin_vector(margin: object, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:
     if margin is None or isinstance(margin, Tensor):
-        return class_vector("margin", margin, num_classes, reference_name, reference, dtype)
+        vector = class_vector("margin", margin, num_classes, reference_name, reference, dtype)
+        if vector is not None:
+            check_values("margin", vector)
+        return vector
     value = check_number("margin", margin)
     return None if value == 0.0 else torch.full((num_classes,), value, dtype=dtype, device=reference.device)
 
@@ -251,10 +273,8 @@ def margin_vector(margin: object, num_classes: int, reference_name: str, referen
 def _check_angles(cloud: Tensor | None, margin: Tensor | None, largest_margin: float, bias: Tensor | None) -> None:
     """Margin and cloud that add to an angle: their sum may be at most pi, and only the cosines get a gradient."""
     for name, vector, most, unit in (("margin", margin, largest_margin, "radians"), ("cloud", cloud, 1.0, "right angles")):
-        if vector is not None and values_may_be_read(vector):
-            wrong = ~((vector >= 0) & (vector <= most))
-            if bool(wrong.any()):
-                raise ValueError(f"{name} must be in [0, {most:g}] where it is an angle, in {unit}, got {float(vector[wrong][0])}")
+        if vector is not None:
+            check_values(name, vector, 0.0, most, f", the {unit} that are added to an angle")
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         raise ValueError("bias requires a gradient, but none is defined for it beside angular or difficulty_margin; pass bias.detach()")
 
@@ -262,11 +282,8 @@ def _check_angles(cloud: Tensor | None, margin: Tensor | None, largest_margin: f
 def _smoothing(value: Tensor, num_classes: int, reference_name: str, reference: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Label smoothing of each class (C,)."""
     vector = class_vector("label_smoothing", value, num_classes, reference_name, reference, dtype)
-    if vector is not None and values_may_be_read(vector):
-        wrong = ~((vector >= 0) & (vector <= 1))
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"label_smoothing[{index}] is {float(vector[index]):g}, but it must be in [0, 1]")
+    if vector is not None:
+        check_values("label_smoothing", vector, 0.0, 1.0)
     return vector
 
 
@@ -276,14 +293,12 @@ def _mixing_share(lam: object, rows: int, reference_name: str, reference: Tensor
         return torch.ones(rows, dtype=dtype, device=reference.device) * check_number("lam", lam, 0.0, 1.0)
     if not lam.dtype.is_floating_point:
         raise TypeError(f"lam must be a number or a floating-point tensor, got {lam.dtype}")
+    check_dense("lam", lam)
     if lam.shape not in ((), (rows,)):
         raise ValueError(f"lam must be a number, or a tensor of shape () or ({rows},), got {tuple(lam.shape)}")
     check_same_device("lam", lam, reference_name, reference)
     refuse_gradient("lam", lam)
-    if values_may_be_read(lam):
-        wrong = ~((lam >= 0) & (lam <= 1))
-        if bool(wrong.any()):
-            raise ValueError(f"lam must be in [0, 1], got {float(lam[wrong][0])}")
+    check_values("lam", lam, 0.0, 1.0)
     return lam.to(dtype).expand(rows).contiguous()
 
 
@@ -319,6 +334,7 @@ def resolve_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}; call seed.long()")
+        check_dense("seed", seed)
         if seed.dim() != 0:
             raise ValueError(f"seed must be a 0-dim tensor, got shape {tuple(seed.shape)}; pass one element of it")
         if seed.device != device:
@@ -361,23 +377,17 @@ def check_head(features: Tensor, linear_weight: Tensor, *, normalize: bool) -> T
     return features
 
 
-def check_not_negative(name: str, value: Tensor) -> None:
-    if values_may_be_read(value):
-        wrong = ~(value >= 0)
-        if bool(wrong.any()):
-            raise ValueError(f"{name} must not be negative, got {float(value[wrong].flatten()[0])}")
-
-
 def check_epsilon(epsilon: Tensor | float, num_classes: int, features: Tensor, dtype: torch.dtype) -> Tensor:
     """Epsilon as a tensor () or (C,) in the dtype of the statistics."""
     if not isinstance(epsilon, Tensor):
         return torch.full((), check_number("epsilon", epsilon, 0.0), dtype=dtype, device=features.device)
     if not epsilon.dtype.is_floating_point:
         raise TypeError(f"epsilon must be a number or a floating-point tensor, got {epsilon.dtype}")
+    check_dense("epsilon", epsilon)
     if epsilon.shape not in ((), (num_classes,)):
         raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
     check_same_device("epsilon", epsilon, "features", features)
-    check_not_negative("epsilon", epsilon.detach())
+    check_values("epsilon", epsilon, 0.0)
     return epsilon.to(dtype).contiguous()
 
 
@@ -457,12 +467,11 @@ def loss_terms(
             raise ValueError(f"target holds soft labels, so it must have shape ({rows}, {num_classes}), got {tuple(target.shape)}")
         target, target_b, lam, ignore_index = hard_labels(target, target_b, lam, ignore_index)
     weight = class_vector("weight", weight, num_classes, reference_name, reference, dtype)
-    if weight is not None and values_may_be_read(weight):
-        wrong = ~(weight >= 0)
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"weight[{index}] is {float(weight[index])}, but class weights must not be negative")
+    if weight is not None:
+        check_values("weight", weight, 0.0)
     cloud = class_vector("cloud", cloud, num_classes, reference_name, reference, dtype)
+    if cloud is not None:
+        check_values("cloud", cloud, 0.0)
     margins = margin_vector(margin, num_classes, reference_name, reference, dtype)
     if angular or difficulty_margin:
         _check_angles(cloud if angular else None, margins, math.pi / 4 if difficulty_margin else math.pi / 2, bias)

@@ -65,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line where the compiled loops were not tested; their tests are skipped, and most others would pass."""
+    if not cpu_backend.is_available:
+        terminalreporter.write_line(f"The CPU's compiled loops were not tested: {cpu_backend.missing}", yellow=True)
+
+
 def device_is_lost() -> bool:
     """Whether the tests to come would fail with the last one: a failed kernel takes the CUDA context along, and a failed capture leaves its stream current."""
     try:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import pytest_cmdline_main
+from gclkern import cpu_backend
+from tests.conftest import pytest_cmdline_main, pytest_terminal_summary
 
 WHOLE = pytest.Config.ArgsSource.TESTPATHS
 
@@ -39,3 +40,13 @@ def test_each_of_them_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("given", [{"numprocesses": 0}, {"benchmark_only": True}, {"usepdb": True}, {"source": pytest.Config.ArgsSource.ARGS}])
 def test_a_command_that_says_otherwise_has_its_way(given: dict[str, Any]) -> None:
     assert processes(**given) == (given.get("numprocesses"), "no")
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_a_run_without_the_compiled_loops_ends_with_the_remedy(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "is_available", available)
+    monkeypatch.setattr(cpu_backend, "missing", "run `python setup.py build_ext --inplace` again")
+    lines: list[str] = []
+    reporter: Any = SimpleNamespace(write_line=lambda line, **_: lines.append(line))
+    pytest_terminal_summary(reporter)
+    assert lines == ([] if available else ["The CPU's compiled loops were not tested: run `python setup.py build_ext --inplace` again"])

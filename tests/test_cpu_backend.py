@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from gclkern import cloud_noise, cpu_backend
 from gclkern.cpu_backend import library
+from gclkern.cpu_backend.centroids import sums_or_means
 from gclkern.cpu_backend.noise import cloud_noise as noise_of_loops
 from gclkern.dispatch import resolve_backend
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy
@@ -29,6 +31,7 @@ from gclkern.ready import ready_terms
 from gclkern.torch_backend.noise import cloud_noise as noise_of_torch
 from tests.support.cases import labels, vector
 from tests.support.operations import OPERATIONS, Operation, outcome
+from tests.support.wrong_arguments import CENTROIDS, CLASSES, FAMILY, LOGITS, VALID
 
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "gclkern" / "cpu_backend" / "native"
@@ -234,14 +237,46 @@ def test_only_arguments_that_need_no_check_skip_the_checks() -> None:
         assert not ready(**changed), changed
 
 
+def refusal(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[type[BaseException], str]:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        function(**arguments)
+    return caught.type, str(caught.value)
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("changed", [{"target": torch.tensor([0, 9, 1, 2])}, {"target": torch.tensor([0, 1, -1, 2])}, {"weight": torch.tensor([1.0, -1.0])}])
-def test_the_loops_find_the_values_that_the_checks_name(changed: dict[str, Tensor]) -> None:
-    arguments = {"cosine": torch.rand(4, 2), "target": torch.tensor([0, 1, -100, 0]), "weight": torch.ones(2)}
-    assert gcl_cross_entropy(**arguments).isfinite()
-    (name,) = changed
-    with pytest.raises(ValueError, match=rf"{name}\[\d\] is "):
-        gcl_cross_entropy(**{**arguments, **changed})
+def test_a_call_that_skips_the_checks_is_refused_as_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gclkern.ready` and the loops repeat rules of `gclkern.validation`."""
+    found_by_the_loops = set()
+    vectors = {name: torch.rand(CLASSES) for name in ("cloud", "margin", "bias", "weight")}
+    for wrong, others in itertools.product((*FAMILY, *LOGITS), ({}, vectors)):
+        arguments = {**VALID["gcl_cross_entropy"], **others, **wrong.changes}
+        found = refusal(gcl_cross_entropy, arguments)
+        if ready(**{"cloud": None, "margin": None, "bias": None, **arguments}):
+            found_by_the_loops.add(wrong.named)
+        with monkeypatch.context() as patch:
+            patch.setattr("gclkern.functional.ready_terms", lambda *_: None)
+            assert refusal(gcl_cross_entropy, arguments) == found, wrong
+    assert found_by_the_loops == {"target", "cloud", "margin", "weight"}
+    for wrong in CENTROIDS:
+        arguments = {**VALID["class_centroids"], **wrong.changes}
+        found = refusal(class_centroids, arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr("gclkern.functional.ready_rows", lambda *_: False)
+            assert refusal(class_centroids, arguments) == found, wrong
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [7, 1200])  # in the order of their classes, and in parts
+def test_means_are_sums_over_counts(rows: int, dtype: torch.dtype) -> None:
+    features, target = torch.randn(rows, 40).to(dtype), labels(rows, 9)
+    sums, counts, valid = sums_or_means(features, target, 10, means=False)
+    means, same, valid_too = sums_or_means(features, target, 10, means=True)
+    assert valid and valid_too and torch.equal(counts, same) and counts[9] == 0
+    assert torch.equal(means, sums / counts.clamp(min=1)[:, None])
+    target[3] = 10
+    *_, valid = sums_or_means(features, target, 10, means=True)
+    assert not valid
 
 
 def test_another_device_is_refused() -> None:
@@ -260,7 +295,8 @@ def test_without_the_library_torch_serves(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.compiled
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "source_hash", lambda: "0123456789abcdef")
-    found, missing = library._find()
+    with pytest.warns(UserWarning, match="compiled loops are not used: .* run `python setup.py build_ext --inplace` again"):
+        found, missing = library._find()
     assert found is None and "was compiled from other sources: run `python setup.py build_ext --inplace` again" in missing
 
 
@@ -291,6 +327,7 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
         import sys, pytest
         from pathlib import Path
         from gclkern.cpu_backend import library
+from gclkern.cpu_backend.centroids import sums_or_means
         library._library = library.load(Path({str(path)!r}))
         selected = ["-m", "compiled and not slow", "-k", "not soundly and not under_compile and not process"]  # without compilers and other processes
         sys.exit(pytest.main([*{tests!r}, "-q", "-x", "-p", "no:cacheprovider", "-n", "0", *selected]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.library import DTYPES, Segments, address, call
+from gclkern.cpu_backend.library import DONE, DTYPES, Segments, address, call
 from gclkern.kernels.terms import implements
 
 _CACHED = 2**15  # sums that a core's second-level cache holds, in double precision, beside the rows
@@ -20,6 +20,12 @@ _ROWS_OF_A_CLASS = 4  # in each part: with fewer, sums of parts cost more than t
 @implements("segment_sums", "cpu")
 def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """The same as gclkern.kernels.centroids.segment_sums."""
+    sums, counts, _ = sums_or_means(features, target, num_classes, means=False)
+    return sums, counts
+
+
+def sums_or_means(features: Tensor, target: Tensor, num_classes: int, *, means: bool) -> tuple[Tensor, Tensor, bool]:
+    """The sums of the rows of each class, or their means; the counts; and whether all labels are classes."""
     rows, dim = features.shape
     target = target.contiguous()
     sums, counts = torch.empty((num_classes, dim), dtype=torch.float32, device="cpu"), target.new_empty(num_classes)
@@ -29,11 +35,11 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
         parts = torch.empty((num_parts, num_classes, dim), dtype=torch.float64, device="cpu")
     else:
         order, starts = target.new_empty(rows), target.new_empty(num_classes + 1)
-    call(
+    result = call(
         "segment_sums",
         Segments.pack(
-            rows, num_classes, dim, features.data_ptr(), DTYPES[features.dtype], *features.stride(),
-            *map(address, (target, order, starts, parts)), num_parts, sums.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
+            rows, num_classes, dim, features.data_ptr(), DTYPES[features.dtype], *features.stride(), *map(address, (target, order, starts, parts)),
+            num_parts, sums.data_ptr(), counts.data_ptr(), means, torch.get_num_threads(),
         ),
     )  # fmt: skip
-    return sums, counts
+    return sums, counts, result == DONE

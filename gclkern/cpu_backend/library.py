@@ -12,6 +12,7 @@ import importlib.machinery
 import os
 import struct
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ Bound = _structure(
     "num_samples num_classes dim max_rows features* target* centroids* epsilon* epsilon_stride class_weight* temperature. reduction distance* statistics* "
     "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads"
 )
-Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* threads")
+Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* means threads")
 
 _FUNCTIONS = (
     "logit_loss", "logit_forward", "logit_finish", "logit_backward", "logit_gradient", "gradient_times", "inverse_norms", "project", "noise", "bound_forward",
     "bound_backward", "segment_sums",
 )  # fmt: skip
+_RESULTS = ("logit_loss", "segment_sums")  # the functions that return one of these:
+DONE, WRONG_VALUES, NO_MEMORY = range(3)
 
 
 def source_hash(folder: Path = _FOLDER / "native") -> str:
@@ -69,7 +72,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in _FUNCTIONS:
         function = getattr(library, f"gclkern_{name}")
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64 if name == "logit_loss" else None
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64 if name in _RESULTS else None
     library.gclkern_instructions.restype = library.gclkern_sources.restype = ctypes.c_char_p
     library.gclkern_setup.argtypes, library.gclkern_setup.restype = [ctypes.c_void_p], None
     library.gclkern_setup(_parallel_for())
@@ -95,6 +98,7 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
         if sources in ("", library.gclkern_sources().decode()):
             return library, ""
         reasons.append(f"{path} was compiled from other sources: run `python setup.py build_ext --inplace` again")
+    warnings.warn(f"compiled loops are not used: {reasons[0]}", stacklevel=2)
     return None, reasons[0]
 
 
@@ -111,7 +115,7 @@ def summary() -> str:
 
 
 def call(name: str, arguments: bytes) -> Any:
-    """Runs the library's function `name`, which does not write to the packed structure `arguments`. Only "logit_loss" returns something."""
+    """Runs the library's function `name`, which does not write to the packed structure `arguments`."""
     if _library is None:
         raise RuntimeError(missing)
     return getattr(_library, f"gclkern_{name}")(arguments)

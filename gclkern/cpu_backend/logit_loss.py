@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.library import DTYPES, NULL, REDUCTIONS, Logits, Product, address, call
+from gclkern.cpu_backend.library import DONE, DTYPES, NO_MEMORY, NULL, REDUCTIONS, Logits, Product, address, call
 from gclkern.kernels.terms import LossTerms, implements, shapes_of
 
 STATISTICS = 5  # float32 numbers from which a row's gradient is made
-_DONE, _NO_MEMORY = 0, 2  # in native/native.h
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # `empty_like` takes less time than `empty`
 _STRIPS = 16  # of rows, with one partial sum per class; it fixes the order of additions, so it must not depend on the number of threads
 
 
@@ -40,18 +40,19 @@ def keeps_exponentials(terms: LossTerms) -> bool:
 
 
 def loss_and_gradient(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """The loss, the float32 gradient of the cosines for an upstream gradient of 1 where there will be a backward, and whether labels and weights are valid."""
+    """The loss, the float32 gradient of the cosines for an upstream gradient of 1 where there will be a backward, and whether all values are valid."""
     num_rows, num_classes = cosine.shape
-    loss, gradient = _outputs(cosine, terms, for_backward)
+    loss = cosine.new_empty(num_rows, dtype=torch.float32) if terms.reduction == "none" else torch.empty_like(_SCALAR)
+    gradient = torch.empty_like(cosine, dtype=torch.float32, memory_format=torch.contiguous_format) if for_backward else None
     place = NULL if gradient is None else gradient.data_ptr()
     arguments = Logits.pack(
         *pass_terms(num_rows, num_classes, terms), cosine.data_ptr(), DTYPES[cosine.dtype], *cosine.stride(), NULL,
         place if keeps_exponentials(terms) else NULL, NULL, NULL, 0, num_classes, NULL, NULL, NULL, loss.data_ptr(), place, 0, torch.get_num_threads(),
     )  # fmt: skip
     result = call("logit_loss", arguments)
-    if result == _NO_MEMORY:
+    if result == NO_MEMORY:
         raise MemoryError(f"no memory for the statistics of {num_rows} rows of {num_classes} classes")
-    return loss, gradient, result == _DONE
+    return loss, gradient, result == DONE
 
 
 def gradient_times(made: Tensor, grad_loss: Tensor, dtype: torch.dtype, scale: float, bias_grad: bool, overwrite: bool) -> tuple[Tensor, Tensor | None]:
@@ -88,15 +89,10 @@ def logit_backward(grad_loss: Tensor, cosine: Tensor, saved: list[Tensor], *args
     return gradient, torch.empty(0, dtype=torch.float32, device="cpu") if grad_bias is None else grad_bias
 
 
-def _outputs(cosine: Tensor, terms: LossTerms, for_backward: bool) -> tuple[Tensor, Tensor | None]:
-    loss = cosine.new_empty(cosine.shape[0] if terms.reduction == "none" else (), dtype=torch.float32)
-    return loss, torch.empty_like(cosine, dtype=torch.float32, memory_format=torch.contiguous_format) if for_backward else None
-
-
 @shapes_of("logit_forward", "cpu")
 def _(cosine: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    loss, gradient = _outputs(cosine, LossTerms(*args[:-1]), args[-1])
-    return loss, [] if gradient is None else [gradient]
+    loss = cosine.new_empty(cosine.shape[0] if LossTerms(*args[:-1]).reduction == "none" else (), dtype=torch.float32)
+    return loss, [torch.empty(cosine.shape, dtype=torch.float32, device=cosine.device)] if args[-1] else []
 
 
 @shapes_of("logit_backward", "cpu")

@@ -13,7 +13,7 @@ from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.shards import ShardedModule, Shards, agree, even_sizes
 from gclkern.functional import dro_lt_loss
 from gclkern.options import DROLTOptions
-from gclkern.validation import check_int, check_labels, check_matrix, check_same_device, check_target, class_vector, refuse_gradient
+from gclkern.validation import check_int, check_labels, check_matrix, check_same_device, check_target, check_values, class_vector, refuse_gradient
 
 
 class ShardedClassCentroids(ShardedModule, ClassCentroids):
@@ -123,7 +123,11 @@ def sharded_dro_lt_loss(
         check_target("target", target, features.shape[0], num_classes, None, "features", features)
         if isinstance(epsilon, Tensor) and epsilon.shape not in ((), (num_classes,)):
             raise ValueError(f"epsilon must be a number, or a tensor of shape () or ({num_classes},), got {tuple(epsilon.shape)}")
-        class_vector("class_weight", class_weight, num_classes, "features", features, torch.float32)
+        weight = class_vector("class_weight", class_weight, num_classes, "features", features, torch.float32)
+        if weight is not None:
+            check_values("class_weight", weight, 0.0)
+        if isinstance(epsilon, Tensor):
+            check_values("epsilon", epsilon, 0.0)
     except (ValueError, TypeError) as error:
         problem = error
     _, verdict = agree(ranks, features, centroids, ("dro-lt", num_classes), problem)

@@ -82,7 +82,15 @@ FAMILY: tuple[Wrong, ...] = (
     *(wrong for name in _VECTORS for wrong in _tensors(ValueError, name, *(torch.ones(shape) for shape in ((CLASSES + 1,), (1,), (), (1, CLASSES))))),
     *(wrong for name in _VECTORS for wrong in _tensors(TypeError, name, torch.ones(CLASSES, dtype=torch.int64))),
     *(Wrong(name, ValueError, "meta", _COMPANIONS.get(name, {}) | {name: value.to("meta")}) for name, value in _ON_META.items()),  # any other device
-    *(Wrong("weight", ValueError, str(value)[:4], {"weight": torch.tensor([1.0, 1.0, value, 1.0, 1.0])}) for value in (-0.1, -INF, NAN)),
+    *(
+        Wrong(name, ValueError, f"{name}[2] is {value}, but must be a finite number", {name: torch.tensor([1.0, 1.0, value, 1.0, 1.0])})
+        for name, values in (("cloud", (-0.1, -INF, INF, NAN)), ("weight", (-0.1, -INF, INF, NAN)), ("margin", (-INF, INF, NAN)))
+        for value in values
+    ),
+    *(
+        Wrong(name, TypeError, "must be a dense tensor", _COMPANIONS.get(name, {}) | {name: value.to_sparse()})
+        for name, value in _ON_META.items()
+    ),
     *(
         Wrong(name, ValueError, "requires a gradient", _COMPANIONS.get(name, {}) | {name: torch.full((size,), 0.5, requires_grad=True)})
         for name, size in (("cloud", CLASSES), ("margin", CLASSES), ("weight", CLASSES), ("lam", ROWS))
@@ -179,11 +187,16 @@ BOUND: tuple[Wrong, ...] = (
     Wrong("epsilon", ValueError, "a number, or a tensor of shape () or (3,), got (2,)", {"epsilon": torch.zeros(2)}),
     Wrong("epsilon", TypeError, "a number or a floating-point tensor", {"epsilon": torch.zeros(3, dtype=torch.int64)}),
     Wrong("epsilon", ValueError, "a finite number", {"epsilon": -0.5}),
-    Wrong("epsilon", ValueError, "must not be negative, got -0.25", {"epsilon": torch.tensor([0.0, -0.25, 0.0])}),
+    *(
+        Wrong(name, ValueError, f"{name}[1] is {value}, but must be a finite number, at least 0", {name: torch.tensor([0.5, value, 0.0])})
+        for name in ("epsilon", "class_weight")
+        for value in (-0.25, INF, NAN)
+    ),
+    Wrong("epsilon", ValueError, "epsilon is -0.25, but must be a finite number, at least 0", {"epsilon": torch.tensor(-0.25)}),
+    *(Wrong(name, TypeError, "must be a dense tensor", {name: torch.ones(3).to_sparse()}) for name in ("epsilon", "class_weight")),
     Wrong("temperature", ValueError, "a finite number", {"temperature": 0.0}),
     Wrong("temperature", TypeError, "a number", {"temperature": torch.tensor(1.0)}),
     Wrong("class_weight", ValueError, "must have shape (3,)", {"class_weight": torch.ones(4)}),
-    Wrong("class_weight", ValueError, "must not be negative, got -2", {"class_weight": torch.tensor([1.0, -2.0, 0.0])}),
     Wrong("class_weight", ValueError, "requires a gradient", {"class_weight": torch.ones(3, requires_grad=True)}),
     Wrong("reduction", ValueError, "must be one of", {"reduction": "average"}),
     Wrong("backend", ValueError, "must be one of", {"backend": "cuda"}),
@@ -247,6 +260,7 @@ CENTROIDS: tuple[Wrong, ...] = (
     _centroids("features", ValueError, "must not be empty", torch.zeros(0, 3), _ZEROS[:0]),
     _centroids("features", ValueError, "detach", torch.zeros(3, 2, requires_grad=True), _ZEROS),
     _centroids("target", TypeError, "must be int64", torch.zeros(3, 2), torch.zeros(3)),
+    _centroids("target", TypeError, "must be a dense tensor", torch.zeros(3, 2), _ZEROS.to_sparse()),
     _centroids("target", ValueError, "target[1] is 2", torch.zeros(3, 2), torch.tensor([0, 2, 1])),
     _centroids("target", ValueError, "target[2] is -1", torch.zeros(3, 2), torch.tensor([0, 1, -1])),
     _centroids("num_classes", ValueError, "must be at least 1, got 0", torch.zeros(3, 2), _ZEROS, 0),

@@ -1,4 +1,5 @@
 /* The functions that the library exports: they choose the loops of the processor and share their rows out to torch's threads. */
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -110,11 +111,16 @@ static int all_classes(const struct terms *terms, const int64_t *target) {
     return !wrong;
 }
 
-/* Whether labels and class weights have the values that gclkern.validation asks for. */
-static int are_valid(const struct terms *terms) {
+static int all_finite(const struct terms *terms, const float *vector, float low) {
     int64_t wrong = 0;
-    for (int64_t k = 0; terms->weight != NULL && k < terms->num_classes; k++) wrong |= !(terms->weight[k] >= 0.0f);
-    return !wrong && all_classes(terms, terms->target) && all_classes(terms, terms->target_b);
+    for (int64_t k = 0; vector != NULL && k < terms->num_classes; k++) wrong |= !(vector[k] >= low && vector[k] <= FLT_MAX);
+    return !wrong;
+}
+
+/* Whether labels and vectors of classes have the values that gclkern.validation asks for. */
+static int are_valid(const struct terms *terms) {
+    return all_classes(terms, terms->target) && all_classes(terms, terms->target_b) && all_finite(terms, terms->weight, 0.0f) &&
+           all_finite(terms, terms->cloud, 0.0f) && all_finite(terms, terms->margin, -FLT_MAX);
 }
 
 /* The call with what it takes from all classes and all rows. */
@@ -256,16 +262,20 @@ EXPORT void gclkern_bound_backward(const struct bound *call) {
     for (int64_t row = 0; row < rows; row++) call->grad_epsilon[call->classes[row]] = call->row_epsilon[row];
 }
 
-EXPORT void gclkern_segment_sums(const struct segments *call) {
-    int64_t num_classes = call->num_classes;
+/* Labels that are no class are left out, and are told. */
+EXPORT int64_t gclkern_segment_sums(const struct segments *call) {
+    int64_t num_classes = call->num_classes, counted = 0;
     memset(call->counts, 0, (size_t)num_classes * sizeof *call->counts);
     for (int64_t row = 0; row < call->num_rows; row++) {
-        if (call->target[row] >= 0 && call->target[row] < num_classes) call->counts[call->target[row]]++;
+        if (call->target[row] < 0 || call->target[row] >= num_classes) continue;
+        call->counts[call->target[row]]++;
+        counted++;
     }
+    int64_t result = counted == call->num_rows ? DONE : WRONG_VALUES;
     if (call->parts != NULL) {
         run(loops->segment_parts, call, call->num_parts, call->num_rows / call->num_parts * call->dim, call->threads);
         run(loops->segment_totals, call, num_classes, call->num_parts * call->dim, call->threads);
-        return;
+        return result;
     }
     /* first where the class before begins: placing its rows moves that to where the class itself begins */
     call->starts[0] = 0;
@@ -280,4 +290,5 @@ EXPORT void gclkern_segment_sums(const struct segments *call) {
     int64_t blocks = (call->dim + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     int64_t cost = call->num_rows / num_classes * (call->dim < BLOCK_COLUMNS ? call->dim : BLOCK_COLUMNS);
     run(loops->segment_sums, call, num_classes * blocks, cost, call->threads);
+    return result;
 }

@@ -162,6 +162,12 @@ enum { AHEAD = 16 }; /* rows */
 typedef double double4 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
 
+/* A class's sum in one dimension, or its mean. */
+INLINE float sum_or_mean(const struct segments *call, int64_t label, double sum) {
+    int64_t count = call->means ? call->counts[label] : 1;
+    return count > 1 ? (float)sum / (float)count : (float)sum;
+}
+
 /* The sums of a class over STRIP dimensions at a time, in registers; how many of `count` dimensions that serves. */
 static int64_t sum_whole_strips(const struct segments *call, int64_t label, int64_t first, int64_t count) {
     int64_t done = 0, end = call->starts[label + 1];
@@ -180,7 +186,7 @@ static int64_t sum_whole_strips(const struct segments *call, int64_t label, int6
                 sums[s] += __builtin_convertvector(values, double4);
             }
         }
-        for (int k = 0; k < STRIP; k++) out[k] = (float)sums[k / 4][k % 4];
+        for (int k = 0; k < STRIP; k++) out[k] = sum_or_mean(call, label, sums[k / 4][k % 4]);
     }
     return done;
 }
@@ -203,7 +209,7 @@ static void segment_sums(const void *context, int64_t begin, int64_t end) {
             for (int64_t k = 0; k < count; k++) sums[k] += (double)block[k];
         }
         float *out = call->sums + label * call->dim + first;
-        for (int64_t k = 0; k < count; k++) out[k] = (float)sums[k];
+        for (int64_t k = 0; k < count; k++) out[k] = sum_or_mean(call, label, sums[k]);
     }
 }
 
@@ -236,11 +242,13 @@ static void segment_parts(const void *context, int64_t begin, int64_t end) {
 /* Of classes, from the sums of the parts. */
 static void segment_totals(const void *context, int64_t begin, int64_t end) {
     const struct segments *call = context;
-    int64_t size = call->num_classes * call->dim;
-    for (int64_t place = begin * call->dim; place < end * call->dim; place++) {
-        double sum = 0.0;
-        for (int64_t part = 0; part < call->num_parts; part++) sum += call->parts[part * size + place];
-        call->sums[place] = (float)sum;
+    int64_t dim = call->dim, size = call->num_classes * dim;
+    for (int64_t label = begin; label < end; label++) {
+        for (int64_t place = label * dim; place < (label + 1) * dim; place++) {
+            double sum = 0.0;
+            for (int64_t part = 0; part < call->num_parts; part++) sum += call->parts[part * size + place];
+            call->sums[place] = sum_or_mean(call, label, sum);
+        }
     }
 }
 

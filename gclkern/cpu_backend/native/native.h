@@ -139,6 +139,7 @@ struct segments {
     int64_t num_parts;
     float *sums;           /* (C, D) */
     int64_t *counts;       /* (C,) */
+    int64_t means;         /* whether `sums` receives the sums over the counts instead */
     int64_t threads;
 };
 
