@@ -88,13 +88,18 @@ class Run:
             process.join()
         return any(process.exitcode == -signal.SIGKILL for process in self.processes)
 
-    def kill_after_checkpoint(self, folder: Path, seconds: float = 0.0, name: str = "last.pt") -> None:
-        """Kill all processes so many seconds after the first checkpoint of this name of the run in `folder`."""
+    def kill_after_checkpoint(self, folder: Path, seconds: float = 0.0, finished: str | None = None) -> None:
+        """Kill all processes so many seconds after the first checkpoint of the run in `folder`, or after the first one since its phase `finished`."""
+
+        def is_written() -> bool:
+            last, before = folder / "last.pt", folder / f"{finished}.pt"
+            return last.exists() and (finished is None or (before.exists() and last.stat().st_mtime_ns > before.stat().st_mtime_ns))
+
         until = time.monotonic() + 120
-        while not (folder / name).exists() and self.is_running and time.monotonic() < until:
+        while not is_written() and self.is_running and time.monotonic() < until:
             time.sleep(0.01)
         self.kill(seconds)
-        assert (folder / name).exists(), self.errors.read()
+        assert is_written(), self.errors.read()
 
     def finish(self) -> str:
         """What the processes print; all must end well, and one that does not ends the others."""

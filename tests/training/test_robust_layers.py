@@ -103,13 +103,13 @@ SHORT = ["--epochs-scale", "0.02", "--no-baseline", "--no-pictures", "--device",
 @pytest.mark.slow
 @pytest.mark.parametrize(("retrain", "finished"), zip([name for name in RETRAINS if name != "none"], cycle(("stage-1", "stage-1-robust")), strict=False))
 def test_a_run_with_robust_layers_and_a_re_training(retrain: str, finished: str, tmp_path: Path) -> None:
-    """It trains all phases, and goes on bitwise where it was killed after a finished phase: in the robust one, or in the next."""
+    """It trains all phases, and goes on bitwise where it was killed: in the phase after the `finished` one, the robust phase or the next."""
     settings = [*SHORT, "--method", "gcl+dro-lt" if retrain == "gcl" else "dro-lt", "--retrain", retrain, "--checkpoint-seconds", "0"]
     train(*settings, "--out", tmp_path / "whole")
     whole = outcome(tmp_path / "whole")
     phases = ["stage-1", "stage-1-robust", *(() if retrain == "gcl" else ("stage-1-classifier",)), "stage-2"]
     assert {f"{phase}.pt" for phase in phases} | {"last.pt", "best.pt"} == {name for name in whole if name.endswith(".pt")}
-    start_train(*settings, "--out", tmp_path / "killed").kill_after_checkpoint(tmp_path / "killed", name=f"{finished}.pt")
+    start_train(*settings, "--out", tmp_path / "killed").kill_after_checkpoint(tmp_path / "killed", finished=finished)
     train("--resume", tmp_path / "killed")
     assert outcome(tmp_path / "killed") == whole
     assert not load_classifier(tmp_path / "killed" / "stage-2.pt").training
