@@ -45,6 +45,7 @@ DECOUPLING = {
     "places-lt": (10, 5, 256, 0.1, 5e-4),
 }
 # Rivals with a stage 1 of their own, by method and data set: epochs, batch, rate, weight decay; epochs at which the rate falls and its multiples from there.
+# The rows of hybrid networks on iNaturalist are from memory of the paper.
 RIVALS = """
     ce          cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
     ldam-drw    cifar10-lt   200  128  .1    2e-4  160,180  .01,.0001
