@@ -34,7 +34,7 @@ def make_inputs(shape: Shape, dtype: str, device: torch.device) -> ProCoInputs:
 
 
 def log_mean_exponential(concentration: Tensor, dim: int) -> Tensor:
-    """F(k) = log I_v(k) - v log k up to a constant, by the series of gclkern.proco."""
+    """F(k) = log I_v(k) - v log k up to a constant, by the series of gclkern.losses.proco."""
     order = dim / 2 - 1
     root = (order**2 + concentration.square()).sqrt()
     share = order / root

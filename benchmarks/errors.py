@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.common import RESULTS
 from benchmarks.provenance import kernels_hash, torch_hash
 from gclkern.functional import dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
+from gclkern.losses.proco import vmf_contrast
 from gclkern.options import Backend
-from gclkern.proco import vmf_contrast
 from gclkern.training.atomic_files import replace_text
 
 PATH = RESULTS / "numerics" / "errors.json"

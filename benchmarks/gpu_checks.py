@@ -15,8 +15,8 @@ from benchmarks.common import SCALE
 from benchmarks.step_results import DEVICE, Results
 from gclkern import cloud_noise
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
+from gclkern.losses.proco import vmf_contrast
 from gclkern.options import Backend, Plan
-from gclkern.proco import vmf_contrast
 
 PLANS: tuple[Plan, ...] = ("materialised", "chunked", "recompute")
 OURS: Backend = "triton" if DEVICE.type == "cuda" else "torch"

@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gclkern import functional, samplers
-from gclkern.angular_losses import AGCLLoss, ArcFaceLoss, DBMLoss
 from gclkern.centroids import ClassCentroids
 from gclkern.clouds import cloud_sizes
-from gclkern.contrastive_losses import BalancedContrastiveLoss, PrototypicalContrastiveLoss, SupConLoss
 from gclkern.devices import set_debug
 from gclkern.layers import AdaptiveCalibration, CosineLinear
 from gclkern.losses import (
+    AGCLLoss,
+    ArcFaceLoss,
+    BalancedContrastiveLoss,
     CosFaceLoss,
+    DBMLoss,
     DROLTLoss,
     FocalLoss,
     GCLLoss,
@@ -21,10 +23,12 @@ from gclkern.losses import (
     LDAMLoss,
     LinearGCLLoss,
     LogitAdjustedLoss,
+    ProCoLoss,
+    PrototypicalContrastiveLoss,
+    SupConLoss,
 )
 from gclkern.noise import cloud_noise
 from gclkern.oltr import MemoryLoss, MetaEmbeddingClassifier, ModulatedAttention
-from gclkern.proco import ProCoLoss
 from gclkern.soft_labels import mixed_targets
 from gclkern.tde import TDEClassifier
 from gclkern.weights import DeferredReweighting, effective_number_weights, inverse_frequency_weights, label_aware_smoothing, ldam_margins, log_prior

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"gclkern.training"},
     {"gclkern.distributed"},
     {"gclkern", "gclkern.__main__"},  # the public names
-    {"gclkern.losses", "gclkern.angular_losses", "gclkern.contrastive_losses", "gclkern.proco", "gclkern.samplers", "gclkern.centroids"},
+    {"gclkern.losses", "gclkern.samplers", "gclkern.centroids"},
     {"gclkern.layers", "gclkern.tde", "gclkern.oltr"},
     {"gclkern.functional", "gclkern.noise"},
     {"gclkern.clouds", "gclkern.weights"},

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gclkern.angular_losses import ArcFaceLoss
 from gclkern.clouds import cloud_sizes
 from gclkern.distributed import ShardedLinearGCLLoss
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
 from gclkern.layers import CosineLinear
-from gclkern.losses import CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
+from gclkern.losses import ArcFaceLoss, CosFaceLoss, FocalLoss, GCLLoss, LDAMLoss, LinearGCLLoss, LogitAdjustedLoss
 from gclkern.weights import DeferredReweighting, effective_number_weights
 from tests.support.cases import PLANS, cosines, labels, vector
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.memory import allocated_peak
 from gclkern import LogitAdjustedLoss, ProCoLoss
-from gclkern.proco import vmf_contrast
+from gclkern.losses.proco import vmf_contrast
 from tests.support import oracle
 from tests.support.cases import cosines, labels
 

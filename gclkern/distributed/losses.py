@@ -11,7 +11,8 @@ from gclkern.distributed.head import local_shard, sharded_linear_gcl_cross_entro
 from gclkern.distributed.ranks import Ranks
 from gclkern.distributed.sampling import TakeRows, draw_classes, places_of
 from gclkern.distributed.shards import Shards, agree, even_sizes
-from gclkern.losses import VECTORS, LinearGCLLoss
+from gclkern.losses import LinearGCLLoss
+from gclkern.losses.base import VECTORS
 from gclkern.options import LinearGCLOptions
 from gclkern.validation import ClassCounts, check_labels, check_matrix, check_number, check_target, hard_labels, holds_soft_labels, num_classes_of, resolve_seed
 

@@ -23,8 +23,8 @@ from gclkern.functional import (
     supervised_contrastive,
 )
 from gclkern.kernels.terms import PREFIXES, statistics_dtype
+from gclkern.losses.proco import vmf_contrast
 from gclkern.noise import cloud_noise
-from gclkern.proco import vmf_contrast
 from tests.support import oracle
 from tests.support.cases import PLANS, Options, angle_sets, class_smoothing_sets, cosines, labels, mixed, option_sets, vector
 from tests.support.wrong_arguments import ANGLES, BOUND, CENTROIDS, CONTRAST, CONTRASTIVE, FAMILY, HEAD, LOGITS, NOISE, Wrong

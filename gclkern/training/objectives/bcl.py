@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gclkern.contrastive_losses import BalancedContrastiveLoss
+from gclkern.losses import BalancedContrastiveLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
 from gclkern.training.objectives.classification import Classification

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gclkern.contrastive_losses import PrototypicalContrastiveLoss, SupConLoss
 from gclkern.distributed import gather_batch
 from gclkern.layers import CosineLinear
-from gclkern.losses import FocalLoss
+from gclkern.losses import FocalLoss, PrototypicalContrastiveLoss, SupConLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
 from gclkern.training.objectives.views import features_of, flat_views, projection_head

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gclkern.losses import LogitAdjustedLoss
-from gclkern.proco import ProCoLoss
+from gclkern.losses import LogitAdjustedLoss, ProCoLoss
 from gclkern.training.network import Network
 from gclkern.training.objectives.base import Batch, Objective
 from gclkern.training.objectives.views import contrasted_views, projection_head

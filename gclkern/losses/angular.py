@@ -14,7 +14,8 @@ from typing import Unpack
 
 from torch import Tensor
 
-from gclkern.losses import GCLLoss, _LogitLoss
+from gclkern.losses.base import _LogitLoss
+from gclkern.losses.gcl import GCLLoss
 from gclkern.options import LossOptions
 from gclkern.validation import ClassCounts
 from gclkern.weights import ldam_margins

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from gclkern.autograd import VMFContrast
 from gclkern.buffers import RankState
-from gclkern.contrastive_losses import _ContrastiveLoss
 from gclkern.devices import without_autocast
 from gclkern.dispatch import backend_without_loops, call_operator, resolve_backend
 from gclkern.functional import gcl_cross_entropy
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.layers import unit_rows
+from gclkern.losses.contrastive import _ContrastiveLoss
 from gclkern.options import Backend, Reduction
 from gclkern.validation import ClassCounts, check_int, check_matrix, check_number, check_same_device, check_target, refuse_gradient
 from gclkern.weights import log_prior
 
 if TYPE_CHECKING:
-    from gclkern.losses import same_signature
+    from gclkern.losses.base import same_signature
 
 _MOST_CONCENTRATED = 1e5  # kappa of a class whose features are all equal
 _SMALLEST_DIM = 16  # the asymptotic series is off by 6e-4 there, and by less in more dimensions
@@ -49,7 +49,7 @@ def vmf_contrast(cosine: Tensor, concentration: Tensor, dim: int, temperature: f
 
     Example:
         >>> import torch
-        >>> from gclkern.proco import vmf_contrast
+        >>> from gclkern.losses.proco import vmf_contrast
         >>> contrast = vmf_contrast(torch.tensor([[0.9, 0.0]]), torch.tensor([50.0, 50.0]), dim=32, temperature=0.1)
         >>> bool(contrast[0, 0] > contrast[0, 1])
         True

@@ -1,6 +1,6 @@
 """Contrastive losses: a softmax of each sample over the other samples of a batch, over class prototypes, or both.
 
-Each passes its options to :func:`gclkern.functional.supervised_contrastive`. ProCo, which contrasts with distributions, is in gclkern.proco.
+Each passes its options to :func:`gclkern.functional.supervised_contrastive`. ProCo, which contrasts with distributions, is in proco.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gclkern.options import Backend, Reduction
 from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_target, check_temperature
 
 if TYPE_CHECKING:
-    from gclkern.losses import same_signature
+    from gclkern.losses.base import same_signature
 
 
 class _ContrastiveLoss(nn.Module):
