@@ -251,6 +251,7 @@ def test_a_call_that_skips_the_checks_is_refused_as_one_that_does_not(monkeypatc
     for wrong, others in itertools.product((*FAMILY, *LOGITS), ({}, vectors)):
         arguments = {**VALID["gcl_cross_entropy"], **others, **wrong.changes}
         found = refusal(gcl_cross_entropy, arguments)
+        assert found[0] is wrong.error and wrong.named in found[1], wrong
         if ready(**{"cloud": None, "margin": None, "bias": None, **arguments}):
             found_by_the_loops.add(wrong.named)
         with monkeypatch.context() as patch:
