@@ -296,6 +296,7 @@ def test_refused_when_built(kind: type[nn.Module], arguments: dict[str, Any], er
         (lambda: CosFaceLoss(scale=-1.0), ValueError, ["scale", "-1.0"]),
         (lambda: FocalLoss(gamma=-2.0), ValueError, ["gamma", "-2.0"]),
         (lambda: GCLLoss([3, 2])(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)), ValueError, ["cosine", "class_counts", "(4, 3)"]),
+        (lambda: LinearGCLLoss(COUNTS).predict_proba(torch.zeros(2, CLASSES + 1)), ValueError, ["cosine", f"{CLASSES} columns", "classifier(features)"]),
     ],
 )
 def test_refusals(call: Callable[[], Any], error: type[Exception], words: list[str]) -> None:

@@ -152,6 +152,9 @@ class _ClassLoss(PreciseBuffers):
         Args:
             cosine: what the classifier returns for images, also for :class:`gclkern.LinearGCLLoss`; logits for a loss of logits, whose scale is 1.
 
+        Raises:
+            ValueError: a number of columns other than that of classes, as features have it.
+
         Example:
             >>> import torch
             >>> from gclkern import GCLLoss
@@ -159,6 +162,9 @@ class _ClassLoss(PreciseBuffers):
             >>> GCLLoss([9, 1], scale=30.0).predict_proba(cosine), cosine.softmax(1)
             (tensor([[9.9945e-01, 5.5278e-04]]), tensor([[0.5622, 0.4378]]))
         """
+        if self.num_classes is not None and cosine.shape[-1] != self.num_classes:
+            shape = tuple(cosine.shape)
+            raise ValueError(f"cosine must have {self.num_classes} columns, one for each of class_counts, got shape {shape}; pass classifier(features)")
         return (self.scale * (cosine.float() if cosine.element_size() < 4 else cosine)).softmax(-1)
 
     def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
