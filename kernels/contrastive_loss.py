@@ -45,8 +45,9 @@ _SCALE = 2.0**12
 _UNSCALE = 2.0**-24  # of a product of two scaled numbers
 _NO_LABEL = tl.constexpr(1 - 2**63)
 _WHOLE_ROWS = 16  # of a program that reads rows from end to end
-_SUMMED_PARTS, _SUMMED_ROWS = 8, 4  # partial results and rows that a program of _rows_kernel reads at a time
-_PARTS, _LANES = 4, 1024  # the same of the single program of _losses_kernel
+# Rows of a program of _rows_kernel, and partial results that it reads at a time: with few rows and many results, of the prototypes, it takes a row.
+_SUMMED, _MANY_SUMMED = (4, 8), (1, 32)
+_PARTS, _LANES = 8, 1024  # the same of the single program of _losses_kernel
 _RATES = 2048  # rows of a program of _rates_kernel
 RESIDENT = 2  # programs of _denominator_kernel and _pull_kernel that a multiprocessor of Hopper holds at a time
 
@@ -521,10 +522,11 @@ def _gradient(rows: Tensor, left: _Side, rights: list[_Side], samples: _Side, ra
         )  # fmt: skip
         first += count
     grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    _rows_kernel[(triton.cdiv(num_rows, _SUMMED_ROWS),)](
+    rows_at_once, parts_at_once = _SUMMED if parts <= _SUMMED[1] else _MANY_SUMMED
+    _rows_kernel[(triton.cdiv(num_rows, rows_at_once),)](
         part, rows, *rows.stride(), left.label, left.inverse, largest, grad, num_rows, options.num_classes or 0, parts, rows.shape[1], width, _UNSCALE,
         LIMITED=left is samples and options.num_classes is not None, WHOLE=width <= depth,
-        PARTS=_SUMMED_PARTS, ROWS=_SUMMED_ROWS, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
+        PARTS=parts_at_once, ROWS=rows_at_once, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return grad
 

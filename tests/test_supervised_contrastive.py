@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gclkern
+from benchmarks.machine_code.launches import Launches
 from gclkern.functional import supervised_contrastive
 from gclkern.torch_backend import contrastive_loss as torch_contrastive_loss
 from tests.support.cases import HALVES, REDUCTIONS
@@ -167,6 +168,17 @@ def test_programs_that_take_several_tiles(processors: int, device: torch.device,
     assert contrastive_loss.tiles_per_split(3, 3) == {1: 3, 3: 2}[processors]
     features, target, options = problem(150, 5, 9, FORMS["BCL"])
     check(features, target, options, "triton", device)
+
+
+@pytest.mark.triton
+def test_gradients_in_many_parts(device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of prototypes, whose columns are all samples; here two parts are many."""
+    from gclkern.kernels import contrastive_loss
+
+    monkeypatch.setattr(contrastive_loss, "_SUMMED", (4, 1))
+    features, target, options = problem(70, 3, 5, FORMS["BCL"])
+    check(features, target, options, "triton", device)
+    assert [launch.argument("PARTS") for launch in launches if launch.name == "_rows_kernel"][-1] == contrastive_loss._MANY_SUMMED[1] == 32
 
 
 @pytest.mark.triton
