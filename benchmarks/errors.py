@@ -89,7 +89,7 @@ def cases() -> Iterator[Case]:
             for name, values in changes.items():
                 if implementation == "triton" and name in ("dtype", "classes"):
                     continue
-                if implementation == PEER and (name == "scale" and 1.0 in values):
+                if implementation == PEER and name == "scale":
                     values = tuple(value for value in values if value != 1.0)  # scale 1 is without normalisation, which it always has
                 yield from (replace(base, **{name: value}) for value in values)
 

@@ -255,9 +255,11 @@ def test_samples_without_positives(backend: str, device: torch.device) -> None:
 
 
 def test_temperature_1_and_more_classes_than_columns(backend: str, device: torch.device) -> None:
-    """Each sample's factor in the gradient is exactly 1 then, as only 0 is special."""
+    """The factor of a sample in the gradient is then its upstream gradient, of which 1 is nothing special, as 0 is."""
     features, target, _ = problem(20, 6, 3, {})
-    check(features, target, {"temperature": 1.0, "reduction": "none"}, backend, device, torch.linspace(-1.0, 2.0, 20))
+    upstream = torch.linspace(-1.0, 2.0, 20)
+    upstream[[4, 9]] = torch.tensor([0.0, 1.0])
+    check(features, target, {"temperature": 1.0, "reduction": "none"}, backend, device, upstream)
 
 
 def test_the_upstream_gradient_of_a_sample_without_positives_is_not_read(backend: str, device: torch.device) -> None:
