@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -242,6 +242,7 @@ def laws_of(name: str) -> dict[str, Law]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@settings(max_examples=max(1, settings.default.max_examples // 3))  # type: ignore[union-attr]
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(2, 5))
 def test_laws(name: str, seed: int, rows: int) -> None:
     for law in laws_of(name).values():
