@@ -45,8 +45,9 @@ _SCALE = 2.0**12
 _UNSCALE = 2.0**-24  # of a product of two scaled numbers
 _NO_LABEL = tl.constexpr(1 - 2**63)
 _WHOLE_ROWS = 16  # of a program that reads rows from end to end
-# Rows of a program of _rows_kernel, and partial results that it reads at a time: with few rows and many results, of the prototypes, it takes a row.
-_SUMMED, _MANY_SUMMED = (4, 8), (1, 32)
+# Rows of a program of _rows_kernel, and partial results that it reads at a time. Few prototypes have many results each. The choice does not depend on the batch,
+# so that no batch compiles a kernel of its own.
+_SUMMED_OF_SAMPLES, _SUMMED_OF_PROTOTYPES = (4, 8), (1, 32)
 _PARTS, _LANES = 8, 1024  # the same of the single program of _losses_kernel
 _RATES = 2048  # rows of a program of _rates_kernel
 RESIDENT = 2  # programs of _denominator_kernel and _pull_kernel that a multiprocessor of Hopper holds at a time
@@ -522,7 +523,7 @@ def _gradient(rows: Tensor, left: _Side, rights: list[_Side], samples: _Side, ra
         )  # fmt: skip
         first += count
     grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    rows_at_once, parts_at_once = _SUMMED if parts <= _SUMMED[1] else _MANY_SUMMED
+    rows_at_once, parts_at_once = _SUMMED_OF_SAMPLES if left is samples else _SUMMED_OF_PROTOTYPES
     _rows_kernel[(triton.cdiv(num_rows, rows_at_once),)](
         part, rows, *rows.stride(), left.label, left.inverse, largest, grad, num_rows, options.num_classes or 0, parts, rows.shape[1], width, _UNSCALE,
         LIMITED=left is samples and options.num_classes is not None, WHOLE=width <= depth,

@@ -172,13 +172,14 @@ def test_programs_that_take_several_tiles(processors: int, device: torch.device,
 
 @pytest.mark.triton
 def test_gradients_in_many_parts(device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of prototypes, whose columns are all samples; here two parts are many."""
+    """More than a program reads at a time, of samples and of prototypes; here one."""
     from gclkern.kernels import contrastive_loss
 
-    monkeypatch.setattr(contrastive_loss, "_SUMMED", (4, 1))
+    monkeypatch.setattr(contrastive_loss, "_SUMMED_OF_SAMPLES", (4, 1))
+    monkeypatch.setattr(contrastive_loss, "_SUMMED_OF_PROTOTYPES", (2, 1))
     features, target, options = problem(70, 3, 5, FORMS["BCL"])
     check(features, target, options, "triton", device)
-    assert [launch.argument("PARTS") for launch in launches if launch.name == "_rows_kernel"][-1] == contrastive_loss._MANY_SUMMED[1] == 32
+    assert [(launch.argument("ROWS"), launch.argument("PARTS")) for launch in launches if launch.name == "_rows_kernel"][-2:] == [(4, 1), (2, 1)]
 
 
 @pytest.mark.triton
