@@ -328,7 +328,6 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
         import sys, pytest
         from pathlib import Path
         from gclkern.cpu_backend import library
-from gclkern.cpu_backend.centroids import sums_or_means
         library._library = library.load(Path({str(path)!r}))
         selected = ["-m", "compiled and not slow", "-k", "not soundly and not under_compile and not process"]  # without compilers and other processes
         sys.exit(pytest.main([*{tests!r}, "-q", "-x", "-p", "no:cacheprovider", "-n", "0", *selected]))

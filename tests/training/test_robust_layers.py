@@ -101,7 +101,7 @@ SHORT = ["--epochs-scale", "0.02", "--no-baseline", "--no-pictures", "--device",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("retrain", "finished"), zip([name for name in RETRAINS if name != "none"], cycle(("stage-1", "stage-1-robust")), strict=False))
+@pytest.mark.parametrize(("retrain", "finished"), list(zip([name for name in RETRAINS if name != "none"], cycle(("stage-1", "stage-1-robust")), strict=False)))
 def test_a_run_with_robust_layers_and_a_re_training(retrain: str, finished: str, tmp_path: Path) -> None:
     """It trains all phases, and goes on bitwise where it was killed: in the phase after the `finished` one, the robust phase or the next."""
     settings = [*SHORT, "--method", "gcl+dro-lt" if retrain == "gcl" else "dro-lt", "--retrain", retrain, "--checkpoint-seconds", "0"]
