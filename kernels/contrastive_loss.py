@@ -45,8 +45,8 @@ _SCALE = 2.0**12
 _UNSCALE = 2.0**-24  # of a product of two scaled numbers
 _NO_LABEL = tl.constexpr(1 - 2**63)
 _WHOLE_ROWS = 16  # of a program that reads rows from end to end
-# Rows of a program of _rows_kernel, and partial results that it reads at a time. Few prototypes have many results each. The choice does not depend on the batch,
-# so that no batch compiles a kernel of its own.
+# Rows of a program of _rows_kernel, and partial results that it reads at a time. Few prototypes have many results each. The choice does not depend on the
+# batch, so that no batch compiles a kernel of its own.
 _SUMMED_OF_SAMPLES, _SUMMED_OF_PROTOTYPES = (4, 8), (1, 32)
 _PARTS, _LANES = 8, 1024  # the same of the single program of _losses_kernel
 _RATES = 2048  # rows of a program of _rates_kernel
