@@ -104,6 +104,7 @@ def test_a_stage_2_without_epochs_has_no_curves(bench: Bench) -> None:
     assert json.loads(bench.result(made("gcl-tau-norm")).read_text())["curves"] == {}
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     processes: list[subprocess.Popen[bytes]] = []
     alive: list[int] = []
