@@ -267,7 +267,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline with cross entropy for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, a network of torchvision, such as resnet50, or timm:NAME (default: depends on the data set)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for places-lt)")
-    add("--train", choices=("all", "last-block"), help="part of the backbone that stage 1 trains (default: last-block on places-lt, else all)")
+    part = "part of the backbone that stage 1 trains; the new last block has random weights at first (default: new-last-block on places-lt, else all)"
+    add("--train", choices=("all", "last-block", "new-last-block"), help=part)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled in proportion)")
     scale = f"factor on the published epochs and warm-up; epochs that a flag sets stay as they are (default {default.epochs_scale:g})"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gclkern.training.composed_backbones import KINDS, TwoBranchBackbone, embed, modulate, renew_last_block
+from gclkern.training.composed_backbones import KINDS, TwoBranchBackbone, embed, modulate
 from gclkern.training.extras import need
 
 
@@ -147,8 +147,6 @@ def _composed(kind: str, plain: str, image_size: int | None, in_channels: int, p
     backbone: Any
     if kind == "two-branch":
         backbone = TwoBranchBackbone(first, build_backbone(plain, image_size=image_size, in_channels=in_channels, pretrained=pretrained), plain)
-    elif kind == "new-last-block":
-        backbone = renew_last_block(first, plain)
     else:
         backbone = embed(first, plain) if kind.startswith("embedded") else first
         if kind.endswith("modulated"):
@@ -156,6 +154,26 @@ def _composed(kind: str, plain: str, image_size: int | None, in_channels: int, p
             backbone = modulate(backbone, plain, torch.zeros(1, in_channels, side, side))
     backbone.fewest_images = first.fewest_images
     return backbone
+
+
+def last_block(backbone: nn.Module) -> nn.Module:
+    """The last block of one of torchvision's ResNets.
+
+    Raises:
+        ValueError: it is another network.
+    """
+    blocks = getattr(backbone, "layer4", None)
+    if not isinstance(blocks, nn.Sequential):
+        name = type(backbone).__name__
+        raise ValueError(f"the last block can be trained by itself only in torchvision's ResNets, not in {name}; take `train=all`")
+    return blocks[-1]
+
+
+def renew_last_block(backbone: nn.Module) -> None:
+    """Give the last block new random weights, torch's usual ones; raises as :func:`last_block`."""
+    for module in last_block(backbone).modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
 
 
 def _resnet10(in_channels: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gclkern.training.backbones import last_block
 from gclkern.training.config import RunConfig
 from gclkern.training.data import DataSplits, Epoch, ImageSet
 from gclkern.training.network import Network
@@ -107,6 +108,8 @@ def check_phases(phases: Sequence[Phase], network: Network, data: DataSplits, co
         if phase.robust:
             image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=processes.device)
             check_layers(network.backbone, phase.robust_layers, image)
+        if phase.trains_last_block:
+            last_block(network.backbone)
         check_part_size(phase, network, config, processes)
 
 

@@ -1,9 +1,8 @@
-"""Backbones made from others: with two last blocks (BBN, De-confound-TDE) or a new one, or with an embedding and attention on the last map (OLTR).
+"""Backbones made from others: with two last blocks (BBN, De-confound-TDE), or with an embedding and attention on the last map (OLTR).
 
 Their names are a kind and the name of the network they are made from, such as "two-branch:resnet32".
 
     two-branch           the last block twice; features of both, side by side
-    new-last-block       a pretrained ResNet whose last block has random weights
     embedded             a linear layer to 512 features and a ReLU after the network
     modulated            attention on the last map, and after the network a linear layer of the same width and a ReLU
     embedded-modulated   attention on the last map of an embedded network
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from gclkern.oltr import ModulatedAttention
 
-KINDS = ("two-branch", "new-last-block", "embedded", "modulated", "embedded-modulated")
+KINDS = ("two-branch", "embedded", "modulated", "embedded-modulated")
 _EMBEDDED_DIM = 512  # of OLTR's features of a ResNet-152
 
 
@@ -33,7 +32,8 @@ def split_last_block(backbone: Any, name: str) -> tuple[nn.Module, nn.Module]:
         return trunk, block
     layers = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
     if [child for child, _ in backbone.named_children()] != layers:
-        raise ValueError(f"this method changes the last block of the network, which is known for small-cnn, resnet32 and torchvision's ResNets, not for {name}")
+        known = "small-cnn, resnet32 and torchvision's ResNets"
+        raise ValueError(f"this method changes the last block of the network, which is known for {known}, not for {name}; choose one of them by `model`")
     trunk = nn.Sequential(*(getattr(backbone, layer) for layer in layers[:7]), backbone.layer4[:-1])
     return trunk, backbone.layer4[-1]
 
@@ -83,15 +83,6 @@ class EmbeddedBackbone(nn.Module):
         if self.attention is not None:
             maps = self.attention(maps)
         return torch.relu(self.embedding(maps.mean((2, 3))))
-
-
-def renew_last_block(backbone: Any, name: str) -> Any:
-    """The network with new random weights in its last block, torch's usual ones."""
-    _, block = split_last_block(backbone, name)
-    for module in block.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-    return backbone
 
 
 def embed(backbone: Any, name: str) -> EmbeddedBackbone:

@@ -13,7 +13,7 @@ from gclkern.distributed import ShardedCosineLinear
 from gclkern.layers import CosineLinear
 from gclkern.oltr import MetaEmbeddingClassifier
 from gclkern.tde import TDEClassifier
-from gclkern.training.backbones import build_backbone
+from gclkern.training.backbones import build_backbone, renew_last_block
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_data, load_checkpoint
 from gclkern.training.composed_backbones import KINDS, modulate
 from gclkern.training.config import STAGE_1_IGNORES, RunConfig
@@ -103,10 +103,13 @@ def prepare(phase: Phase, network: Network | None, data: DataSplits, config: Run
     if network is None or phase.start == "fresh":
         torch.manual_seed(derive_seed(config.seed, "weights"))
         pretrained = phase.pretrained if config.pretrained is None else config.pretrained
-        return build_network(
+        network = build_network(
             backbone_name(phase, config, data), phase.head, data.num_classes, in_channels=data.channels, image_size=data.image_size,
             channels_last=config.channels_last, pretrained=pretrained,
-        ).to(device)  # fmt: skip
+        )  # fmt: skip
+        if phase.trains == "new-last-block":
+            renew_last_block(network.backbone)
+        return network.to(device)
     torch.manual_seed(derive_seed(config.seed, "new head"))
     if phase.backbone.endswith("modulated") and getattr(network.backbone, "attention", None) is None:
         network.backbone = modulate(network.backbone, model_name(config, data), torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))

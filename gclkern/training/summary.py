@@ -118,7 +118,7 @@ def interval_sentence(reports: Mapping[str, Report], data: DataSplits) -> str:
 
 def compared(phases: Sequence[Phase]) -> list[Phase]:
     """The first and the last phase that train embeddings: re-training the classifier does not change them."""
-    own = [phase for phase in phases if phase.trains in ("all", "last-block", "backbone")] or list(phases)
+    own = [phase for phase in phases if phase.trains_backbone or phase.trains == "embedding"] or list(phases)
     return own[:1] + own[1:][-1:]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gclkern.distributed import ShardedCosineLinear
+from gclkern.training.backbones import last_block
 from gclkern.training.config import RunConfig
 from gclkern.training.network import Network, shard_classifier, whole_state
 from gclkern.training.objectives import Batch, Objective, Samples, build_objective
@@ -52,16 +53,9 @@ class TrainingStep(nn.Module):
         head, backbone = self.network.head, self.network.backbone
         if self.trains == "embedding":
             return [backbone.embedding, backbone.attention, head]
-        if self.trains == "last-block":
-            return [self._last_block(), head]
+        if self.trains in ("last-block", "new-last-block"):
+            return [last_block(backbone), head]
         return {"all": [self.network], "backbone": [backbone]}.get(self.trains, [head])
-
-    def _last_block(self) -> nn.Module:
-        blocks = getattr(self.network.backbone, "layer4", None)
-        if not isinstance(blocks, nn.Sequential):
-            name = type(self.network.backbone).__name__
-            raise ValueError(f"the last block can be trained by itself only in torchvision's ResNets, not in {name}; take `train=all`")
-        return blocks[-1]
 
     def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
         """Set requires_grad for the phase and return the trained parameters as an optimizer's groups, each with the factor on its learning rate.
@@ -87,7 +81,7 @@ class TrainingStep(nn.Module):
         for module in self._learning():
             module.train(mode)
         if self.batch_norm != "train":
-            for module in (self._last_block() if self.batch_norm == "shifted-last-block" else self.network.backbone).modules():
+            for module in (last_block(self.network.backbone) if self.batch_norm == "shifted-last-block" else self.network.backbone).modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train(mode and self.batch_norm != "frozen")
         return self

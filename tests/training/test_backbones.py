@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from gclkern.training.backbones import build_backbone
-from gclkern.training.composed_backbones import modulate, renew_last_block
+from gclkern.training.backbones import build_backbone, renew_last_block
+from gclkern.training.composed_backbones import modulate
+from gclkern.training.config import RunConfig
+from gclkern.training.network import prepare
+from gclkern.training.recipes import plan
 
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 
@@ -221,13 +225,23 @@ def test_a_new_last_block() -> None:
         for parameter in plain.parameters():
             parameter.fill_(0.5)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    for name, value in renew_last_block(plain, "resnet18").state_dict().items():
+    renew_last_block(plain)
+    for name, value in plain.state_dict().items():
         if name.startswith("layer4.1.") and value.dim():
             assert name.endswith(("running_mean", "running_var")) or not torch.equal(value, before[name]), name
         else:
             assert torch.equal(value, before[name]), name
-    images = torch.zeros(2, 3, 32, 32)
-    assert build_backbone("new-last-block:resnet18", image_size=32)(images).shape == (2, 512)
+
+
+@pytest.mark.parametrize(("trains", "renewed"), [("new-last-block", True), ("last-block", False)])
+def test_a_fresh_network_has_a_new_last_block_where_that_is_trained(trains: str, renewed: bool) -> None:
+    """torch's usual weights are uniform, up to 1 / sqrt(inputs); those of torchvision's networks are normal."""
+    pytest.importorskip("torchvision")
+    data: Any = SimpleNamespace(num_classes=3, channels=3, image_size=32, train=[])
+    phase = plan("ce", None, "places-lt", [9, 5, 2], stage1={"trains": trains})[0]
+    config = RunConfig(data="places-lt", model="resnet18", pretrained=False)
+    weight = prepare(phase, None, data, config, torch.device("cpu")).backbone.layer4[1].conv2.weight
+    assert bool(weight.abs().max() <= (512 * 9) ** -0.5) is renewed
 
 
 def test_networks_whose_last_block_is_not_known() -> None:

@@ -115,7 +115,7 @@ def test_networks_of_the_rivals_are_the_released_ones() -> None:
     for method in ("bbn", "tde"):
         assert plan(method, None, "cifar10-lt", COUNTS)[0].backbone == "two-branch"
     assert (METHODS["tde"].models["places"], METHODS["oltr"].models["imagenet"]) == ("resnext50_32x4d", "resnet10")
-    for method, kind, trains, pretrained in (("tde", "", "all", False), ("oltr", "embedded", "all", True), ("gcl", "new-last-block", "last-block", True)):
+    for method, kind, trains, pretrained in (("tde", "", "all", False), ("oltr", "embedded", "all", True), ("gcl", "", "new-last-block", True)):
         phase = plan(method, None, "places-lt", COUNTS)[0]
         assert (phase.backbone, phase.trains, phase.pretrained) == (kind, trains, pretrained)
     whole = plan("gcl", None, "places-lt", COUNTS, stage1={"trains": "all"})[0]
@@ -210,8 +210,10 @@ def test_a_given_augmentation_is_that_of_every_phase() -> None:
 
 
 def test_a_given_sampler_has_its_own_options() -> None:
-    robust = plan("dro-lt", None, "cifar100-lt", COUNTS, stage1={"sampler": "class-balanced"})[0]
-    assert (robust.sampler, robust.sampler_options) == ("class-balanced", {})
+    """The published one, given by name, keeps those that it is published with."""
+    for name, options in (("class-balanced", {}), ("class-aware", {"samples_per_class": 4})):
+        second = plan("ce", "crt", "imagenet-lt", COUNTS, stage2={"sampler": name})[1]
+        assert (second.sampler, second.sampler_options) == (name, options)
 
 
 def test_a_cloud_without_clouds_is_refused() -> None:

@@ -95,7 +95,7 @@ def test_clouds_of_a_scaled_classifier_are_those_of_the_plain_one() -> None:
 def test_only_the_last_block_learns() -> None:
     network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
     step = TrainingStep(network, cross_entropy(), trains="last-block")
-    assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "last-block"
+    assert plan("gcl", None, "places-lt", COUNTS)[0].trains == "new-last-block"
     learned = {id(parameter) for group in step.learn() for parameter in group["params"]}
     assert learned == {id(parameter) for module in (network.backbone.layer4[1], network.head) for parameter in module.parameters()}
     step.train()
@@ -424,6 +424,7 @@ def test_only_the_last_block_is_shifted() -> None:
     assert not any(module.training for module in network.modules())
     phase = plan("ce", "mislas", "places-lt", COUNTS)[-1]
     assert (phase.batch_norm, phase.has_batch_statistics, phase.trains_backbone) == ("shifted-last-block", True, False)
+    assert plan("ce", "mislas", "places-lt", COUNTS, stage1={"trains": "all"})[-1].batch_norm == "shifted"
     with pytest.raises(ValueError, match="last block"):
         TrainingStep(Network(Backbone(), build_head("linear", 4, 3)), step.objective, batch_norm="shifted-last-block").train()
 

@@ -23,8 +23,9 @@ class Phase:
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
     head: str = "linear"  # a kind of network.build_head
-    # What is trained, the rest is frozen: "all", "backbone", "head", the "last-block" of a ResNet and the head, "embedding" with attention and the head (OLTR),
-    # or of the head the "scale", "head-and-scale" or the "calibration". Without epochs, what is computed instead: "tau-norm", "ncm" or "post-hoc-la".
+    # What is trained, the rest is frozen: "all", "backbone", "head", the "last-block" of a ResNet and the head, the same with a "new-last-block" of random
+    # weights in a fresh network, "embedding" with attention and the head (OLTR), or of the head the "scale", "head-and-scale" or the "calibration". Without
+    # epochs, what is computed instead: "tau-norm", "ncm" or "post-hoc-la".
     trains: str = "all"
     backbone: str = ""  # what the run's network is made into: a kind of training/composed_backbones.py, "" for the network itself
     pretrained: bool = False  # whether a fresh network has pretrained weights, unless the run's settings decide it
@@ -50,9 +51,14 @@ class Phase:
         return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
 
     @property
+    def trains_last_block(self) -> bool:
+        """Whether the last block is the only part of the backbone that is trained."""
+        return self.trains in ("last-block", "new-last-block")
+
+    @property
     def trains_backbone(self) -> bool:
         """Whether a part of the backbone is trained."""
-        return self.trains in ("all", "last-block", "backbone")
+        return self.trains in ("all", "backbone") or self.trains_last_block
 
     @property
     def has_batch_statistics(self) -> bool:

@@ -88,11 +88,10 @@ def _scaled(phase: Phase, factor: float) -> Phase:
 
 
 def _given(phase: Phase, fields: dict[str, Any]) -> Phase:
-    """The phase with the given fields. A given sampler does not get the options of the published one, and only a last block that is trained alone is new."""
-    implied: dict[str, Any] = {"sampler_options": {}} if "sampler" in fields else {}
-    if phase.backbone == PLACES_NETWORK["backbone"] and fields.get("trains", "last-block") != "last-block":
-        implied["backbone"] = ""
-    return replace(phase, **implied, **fields)
+    """The phase with the given fields. Another sampler than the published one does not get its options."""
+    if fields.get("sampler", phase.sampler) != phase.sampler:
+        phase = replace(phase, sampler_options={})
+    return replace(phase, **fields)
 
 
 def _re_training(

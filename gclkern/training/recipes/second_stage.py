@@ -64,9 +64,10 @@ def second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[in
         )  # fmt: skip
     assert retrain == "mislas"
     values = mislas(dataset, class_counts)
+    batch_norm = "shifted-last-block" if values.batch_norm == "shifted" and first.trains_last_block else values.batch_norm
     return replace(
         stage, loss="label-aware-smoothing", options=stage.options | {"head": values.head, "tail": values.tail}, trains="head-and-scale",
-        head=f"scaled {first.head}", lr_factors={f"network.head.{name}": values.lr_factor for name in ("weight", "bias")}, batch_norm=values.batch_norm,
+        head=f"scaled {first.head}", lr_factors={f"network.head.{name}": values.lr_factor for name in ("weight", "bias")}, batch_norm=batch_norm,
         **CLASS_AWARE,
     )  # fmt: skip
 

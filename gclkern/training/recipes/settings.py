@@ -122,7 +122,7 @@ STAGE_1: dict[str, dict[str, Stage]] = {
 
 
 # On Places-LT [C] MiSLAS and GCL freeze a pretrained ResNet-152 but for its last block, which they train from random weights.
-PLACES_NETWORK: dict[str, Any] = {"backbone": "new-last-block", "trains": "last-block", "pretrained": True}
+PLACES_NETWORK: dict[str, Any] = {"trains": "new-last-block", "pretrained": True}
 
 
 class Stage2(NamedTuple):
@@ -183,7 +183,7 @@ class MiSLAS(NamedTuple):
     head: float  # label smoothing of the most frequent class
     tail: float  # of the rarest
     lr_factor: float  # share of the learning rate that weights and bias have
-    batch_norm: str  # as in Phase
+    batch_norm: str  # as in Phase; where stage 1 trains only the last block, only that is shifted
 
 
 # [C] MiSLAS, by data set and, for CIFAR, imbalance. Its settings for imbalance 200 were not released.
@@ -196,7 +196,7 @@ MISLAS: dict[tuple[str, int | None], MiSLAS] = {
     ("cifar100-lt", 10): MiSLAS(0.2, 0.0, 0.1, "shifted"),
     ("imagenet-lt", None): MiSLAS(0.3, 0.0, 0.05, "shifted"),
     ("inat18", None): MiSLAS(0.3, 0.0, 0.05, "shifted"),
-    ("places-lt", None): MiSLAS(0.4, 0.1, 0.05, "shifted-last-block"),
+    ("places-lt", None): MiSLAS(0.4, 0.1, 0.05, "shifted"),
     ("digits-lt", None): MiSLAS(0.3, 0.0, 0.5, "frozen"),  # [H] those of CIFAR-10-LT, which also has ten classes
 }
 _MISLAS_OWN = MiSLAS(0.3, 0.0, 0.2, "shifted")  # [H] the most frequent values
