@@ -252,7 +252,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=METHODS, metavar="NAME", help=f"see the list below (default {default.method}; {default_method('folder')} for your own images)")
     again = "stage 2, which re-trains the classifier, see the list below (default gcl for gcl and gcl+dro-lt, else none)"
     add("--retrain", choices=RETRAINS, metavar="NAME", help=again)
-    add("--stage1", metavar="CHECKPOINT", help="stage-1.pt of a finished run with the same settings of stage 1; it replaces training stage 1")
+    add(
+        "--stage1",
+        metavar="CHECKPOINT",
+        help="last checkpoint before stage 2, such as stage-1.pt, of a finished run with the same stage 1; it replaces training it",
+    )
     add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced or class-aware)")
     layers = "layers that DRO-LT's bound is on, joined by commas: features, or modules of the network such as layer3 (default features)"
     add("--robust-layers", metavar="NAMES", help=layers)

@@ -170,22 +170,23 @@ def load_network(checkpoint: Checkpoint, device: torch.device, *, averaged: bool
     return network.to(device)
 
 
-def load_stage1(config: RunConfig, data: DataSplits, device: torch.device) -> Network:
-    """The network of the finished stage 1 that `config.stage1` names.
+def load_stage1(config: RunConfig, name: str, data: DataSplits, device: torch.device) -> Network:
+    """The network of the finished phase `name`, the last before stage 2, from the checkpoint `config.stage1`.
 
     Raises:
-        CheckpointError: the file is not the checkpoint of a finished stage 1, or was trained on other data.
+        CheckpointError: the file is the checkpoint of another phase, or was trained on other data.
         ValueError: it was trained with settings that this run's stage 1 does not have.
     """
     assert config.stage1 is not None
     checkpoint = load_checkpoint(config.stage1)
-    if checkpoint["kind"] != "network" or not checkpoint["name"].startswith("stage-1"):
-        raise CheckpointError(f"`stage1`: {config.stage1} holds {checkpoint['name']} of kind {checkpoint['kind']}; give stage-1.pt of a finished run")
+    if (checkpoint["kind"], checkpoint["name"]) != ("network", name):
+        found = f"{checkpoint['name']} of kind {checkpoint['kind']}"
+        raise CheckpointError(f"`stage1`: {config.stage1} holds {found}; give {name}.pt of a finished run with the method {config.method}")
     theirs = RunConfig.from_dict(checkpoint["config"])
-    for name in config.changed_from(theirs):
-        if name not in STAGE_1_IGNORES:
-            old, new = getattr(theirs, name), getattr(config, name)
-            raise ValueError(f"`stage1`: {config.stage1} was trained with `{name}={old}`, this run has {new}; give the same")
+    for setting in config.changed_from(theirs):
+        if setting not in STAGE_1_IGNORES:
+            old, new = getattr(theirs, setting), getattr(config, setting)
+            raise ValueError(f"`stage1`: {config.stage1} was trained with `{setting}={old}`, this run has {new}; give the same")
     check_same_data(checkpoint, data)
     return load_network(checkpoint, device)
 
@@ -202,5 +203,5 @@ def start(
         check_same_data(checkpoint, data)
         return phases[[phase.name for phase in phases].index(checkpoint["name"]) :], load_network(checkpoint, device)
     if config.stage1:
-        return phases[-1:], prepare(phases[-1], load_stage1(config, data, device), data, config, device)
+        return phases[-1:], prepare(phases[-1], load_stage1(config, phases[-2].name, data, device), data, config, device)
     return phases, prepare(phases[0], None, data, config, device)

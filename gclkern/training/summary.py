@@ -64,7 +64,11 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
             lines.append(f"{phase.name}: {phase.trains}, which takes no training")
             continue
         steps = steps_of(phase, len(data.train))
-        parts = [phase.title, f"{phase.epochs} epochs of {steps} step{'s' * (steps != 1)} ({steps * phase.batch_size:,} images)", f"batch {phase.batch_size}"]
+        parts = [
+            phase.title,
+            f"{phase.epochs} epoch{'s' * (phase.epochs != 1)} of {steps} step{'s' * (steps != 1)} ({steps * phase.batch_size:,} images)",
+            f"batch {phase.batch_size}",
+        ]
         parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
         parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []

@@ -223,6 +223,9 @@ def test_stages_2_share_a_stage_1(run: tuple[Path, str], tmp_path: Path, train: 
     assert "stage-1.pt was trained with --seed 0, this run has 1" in message
     options[-1] = run[0] / "last.pt"
     assert "give stage-1.pt of a finished run" in refused(*options, "--out", tmp_path / "other")
+    options[-1] = run[0] / "stage-1.pt"  # of DRO-LT that is cross entropy, before its robust phase
+    message = refused(*options, "--method", "dro-lt", "--retrain", "crt", "--out", tmp_path / "other")
+    assert "holds stage-1 of kind network; give stage-1-classifier.pt of a finished run with the method dro-lt" in message
 
 
 @pytest.mark.slow
