@@ -120,29 +120,52 @@ def test_places_of_labels_that_are_no_class() -> None:
     assert places_of(torch.tensor([4, 255, 1, 2, 99]), classes, 255).tolist() == [1, -1, 0, 3, 3]
 
 
-def test_sampled_loss_is_that_of_the_drawn_classes() -> None:
-    """Compared with the ordinary head on only the drawn rows, with class vectors and a second target; the gradient has those rows and no others."""
-    features, target = features_of(1)
-    second = labels(ROWS, CLASSES, seed=8)
-    weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
-    per_class = {"weight": vector(CLASSES, 0.5, 2.0), "margin": vector(CLASSES, 0.0, 0.3, seed=4)}
-    criterion = ShardedLinearGCLLoss(COUNTS, sample_rate=0.3, label_smoothing=0.1, **per_class)
-    loss = criterion(features, weight, target, target_b=second, lam=0.3, seed=9)
+# Options of a loss with sampling of classes.
+SAMPLED: dict[str, dict[str, Any]] = {
+    "clouds, margins and weights": {"margin": vector(CLASSES, 0.0, 0.3, seed=4), "weight": vector(CLASSES, 0.5, 2.0), "label_smoothing": 0.1},
+    "agcl": {"angular": True, "noise_mul": 0.5, "margin": vector(CLASSES, 0.0, 0.3, seed=4), "gamma": 1.0},
+    "agcl with an easy margin": {"angular": True, "noise_mul": 0.5, "easy_margin": True, "margin": 0.2},
+    "arcface": {"angular": True, "noise_mul": 0.0, "margin": 0.5},
+    "dbm with clouds": {"difficulty_margin": True, "noise_mul": 0.5, "margin": gclkern.ldam_margins(COUNTS, 0.7, 1.0), "tau": 1.0},
+}
+
+
+def check_sampled(rank: int, world: int, options: dict[str, Any]) -> None:
+    """Compared with the ordinary head of one process on only the drawn rows; the gradient has those rows and no others."""
+    whole, sharded = classifiers()
+    features, target = features_of(world)
+    second = labels(ROWS * world, CLASSES, seed=8)
+    criterion = ShardedLinearGCLLoss(COUNTS, sample_rate=0.3, scale=8.0, **options)
+    mine = features[mine_of(rank)].clone().requires_grad_()
+    loss = criterion(mine, sharded.weight, target[mine_of(rank)], target_b=second[mine_of(rank)], lam=0.3, seed=9)
     loss.backward()
-    drawn, _ = draw_classes(Ranks(), Shards(0, (CLASSES,)), [target, second], 0.3, torch.tensor(9))
-    rows = weight.detach()[drawn].requires_grad_()
+    drawn, held = draw_classes(Ranks(), sharded.shards, [target, second], 0.3, torch.tensor(9))
+    arguments = {
+        name: value[drawn] if isinstance(value, Tensor) and value.dim() else value
+        for name, value in criterion._arguments().items()
+    }  # fmt: skip
+    rows, inputs = whole.weight.detach()[drawn].requires_grad_(), features.clone().requires_grad_()
     expected = linear_gcl_cross_entropy(
-        features, rows, torch.searchsorted(drawn, target), gclkern.cloud_sizes(COUNTS)[drawn], target_b=torch.searchsorted(drawn, second), lam=0.3, seed=9,
-        label_smoothing=0.1, **{name: value[drawn] for name, value in per_class.items()},
-    )  # fmt: skip
+        inputs, rows, torch.searchsorted(drawn, target), target_b=torch.searchsorted(drawn, second), lam=0.3, seed=9, **arguments
+    )
     expected.backward()
     torch.testing.assert_close(loss, expected, **CLOSE)
-    assert weight.grad is not None and weight.grad.is_sparse
-    grad = weight.grad.coalesce()
-    assert torch.equal(grad.indices()[0], drawn)
-    torch.testing.assert_close(grad.values(), rows.grad, **CLOSE)
+    assert inputs.grad is not None and rows.grad is not None and sharded.weight.grad is not None and sharded.weight.grad.is_sparse
+    torch.testing.assert_close(mine.grad, inputs.grad[mine_of(rank)], **CLOSE)
+    grad = sharded.weight.grad.coalesce()
+    assert torch.equal(grad.indices()[0] + sharded.shards.mine.start, drawn[held.mine])
+    torch.testing.assert_close(grad.values(), rows.grad[held.mine], **CLOSE)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_loss_is_that_of_the_drawn_classes(name: str) -> None:
+    check_sampled(0, 1, SAMPLED[name])
+
+
+def test_a_sampled_loss_refuses_labels_that_are_no_class() -> None:
+    features, target = features_of(1)
     with pytest.raises(ValueError, match="labels must be in"):
-        criterion(features, weight, target + CLASSES, seed=9)
+        ShardedLinearGCLLoss(COUNTS, sample_rate=0.3)(features, torch.randn(CLASSES, WIDTH), target + CLASSES, seed=9)
 
 
 def test_row_sgd_is_sgd_on_the_rows_of_a_step() -> None:
@@ -395,6 +418,8 @@ def three_ranks(rank: int, world: int, folder: Path) -> None:
     check_layer(rank, world)
     check_training(rank, world)
     check_sampling(rank, world)
+    for options in SAMPLED.values():
+        check_sampled(rank, world, options)
     check_centroids(rank, world)
     with pytest.MonkeyPatch.context() as monkeypatch:
         check_bytes(rank, world, monkeypatch)
