@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss, TDEClassifier
+from gclkern.training.config import RunConfig
 from gclkern.training.data.longtail import profile_counts
 from gclkern.training.objectives import build_objective
 from gclkern.training.objectives.bcl import BalancedContrast
-from gclkern.training.recipes import Phase, build_loss, plan, settings
+from gclkern.training.recipes import Phase, build_loss, plan, plan_run, settings
+from gclkern.training.schedules import Schedule
 
 # Class counts, largest and smallest, as published.
 COUNTS = {"imagenet-lt": [1280, 100, 5], "inat18": [1000, 50, 2], "places-lt": [4980, 100, 5]}
@@ -181,6 +184,21 @@ def test_disalign(dataset: str) -> None:
         weight = dict(build_loss(second, COUNTS[dataset]).named_buffers())["weight"]
         torch.testing.assert_close(weight[2] / weight[0], torch.tensor((1280 / 5) ** 1.2))
         assert float(weight.sum()) == pytest.approx(3.0)
+
+
+def test_disalign_s_own_stage_1() -> None:
+    """The flags of docs/methods.md: 90 epochs of 256 at 0.1 by cosine, with a linear classifier or with a cosine classifier of scale 20 in both stages."""
+    given: dict[str, Any] = {"data": "imagenet-lt", "retrain": "disalign", "batch_size": 256, "lr": 0.1}
+    linear = plan_run(RunConfig(method="ce", **given), COUNTS["imagenet-lt"], 1)
+    cosine = plan_run(RunConfig(method="arcface", margin=0.0, scale=20.0, **given), COUNTS["imagenet-lt"], 1)
+    for first, second in (linear, cosine):
+        assert (first.epochs, first.batch_size, first.lr, first.weight_decay, first.schedule) == (90, 256, 0.1, 5e-4, Schedule("cosine"))
+        assert (second.batch_size, second.lr, second.weight_decay) == (256, 0.1, 5e-4)
+    assert ([phase.head for phase in linear], [phase.head for phase in cosine]) == (["linear", "calibrated linear"], ["cosine", "calibrated cosine"])
+    assert [phase.options["scale"] for phase in cosine] == [20.0, 20.0]
+    features, target = torch.rand(3, 3), torch.tensor([0, 1, 2])
+    loss = build_loss(cosine[0], COUNTS["imagenet-lt"])(features, torch.eye(3), target)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(20.0 * nn.functional.normalize(features), target))
 
 
 @pytest.mark.parametrize("dataset", DECOUPLING)

@@ -105,8 +105,9 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "bcl": Stage(100, 256, 0.2, 1e-4, COSINE, more=_BCL_LARGE),  # [A] BCL
         "proco": Stage(90, 256, 0.2, 1e-4, COSINE, more=_PROCO_LARGE),  # [C] ProCo
         "tde": Stage(90, 512, 0.2, 1e-4, COSINE, more=_TDE_LARGE),  # [H] its ImageNet-LT's, with this set's weight decay
-        "hybrid-sc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [M], [H] this set's weight decay and the augmentation of others
-        "hybrid-psc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # as hybrid-sc: [M], [H]
+        # [M] epochs, batch, rate and steps: no release or reproduction has them; [H] this set's weight decay, and the augmentation of other methods
+        "hybrid-sc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [M], [H]
+        "hybrid-psc": Stage(100, 100, 0.05, 1e-4, HYBRID_STEPS),  # [M], [H]
         "bbn": Stage(180, 128, 0.05, 1e-4, BBN_INAT_STEPS, more=_BBN_LARGE),  # [C] BBN, "2x"
         "oltr": Stage(30, 128, 0.1, 1e-4, THIRDS),  # [H] its ImageNet-LT's, with this set's weight decay
     },
@@ -202,7 +203,8 @@ MISLAS: dict[tuple[str, int | None], MiSLAS] = {
 _MISLAS_OWN = MiSLAS(0.3, 0.0, 0.2, "shifted")  # [H] the most frequent values
 
 # DisAlign's second stage: epochs, batch size, learning rate, by cosine, and rho, the exponent of its class weights. [C] ImageNet-LT, whose settings the other
-# large sets have [H], with the rho of which the paper searches 0.8 to 1.5; other sets have stage 1's batch size and learning rate [H].
+# large sets have [H], with the rho of which the paper searches 0.8 to 1.5; other sets have stage 1's batch size and learning rate [H]. Stage 1 is that of the
+# method, not DisAlign's own, which flags select: see docs/methods.md.
 DISALIGN_STAGE_2 = {"imagenet": Stage2(10, 256, 0.1), "inat": Stage2(10, 256, 0.1), "places": Stage2(10, 256, 0.1)}
 DISALIGN_EPOCHS = 10
 DISALIGN_EXPONENTS = {"imagenet": 1.2}
