@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gclkern
 from gclkern.distributed import ShardedLinearGCLLoss
+from tests.support.laws import Laws, by_name, counts_and_target, few_examples, number, unused
 
 CLASSES, DIM = 7, 16
 # A row's matrix and what stands for the classes: cosines alone; features and a classifier's weight; features and prototypes; points and centroids; features
@@ -50,6 +51,7 @@ def rarity(counts: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
+    name: str  # of the loss
     counts: list[int]
     target: Tensor  # (N,)
     rows: Tensor  # (N, C) cosines or logits, or (N, D)
@@ -64,20 +66,18 @@ class Outcome:
 
 
 def problem(name: str, random: torch.Generator, rows: int) -> Problem:
-    """Class 0 is the rarest. The first and the last sample are of one class."""
     kind, _ = LOSSES[name]
-    counts = [4, *(2 * torch.randint(10, 500, (CLASSES - 1,), generator=random)).tolist()]
-    target = torch.randint(CLASSES, (rows,), generator=random)
-    target[-1] = target[0]
+    counts, target = counts_and_target(random, CLASSES, rows)
     width = CLASSES if kind == "logits" else DIM
     given, classes = (0.8 * (2 * torch.rand(count, width, generator=random, dtype=torch.float64) - 1) for count in (rows, CLASSES))
     if kind == "distributions":
         classes = classes / classes.norm(dim=1, keepdim=True) * 0.5  # mean unit features
-    return Problem(counts, target, given, None if kind in ("logits", "features") else classes)
+    return Problem(name, counts, target, given, None if kind in ("logits", "features") else classes)
 
 
-def outcome(name: str, given: Problem, reduction: str = "mean", noise: dict[str, int] | None = None) -> Outcome:
+def outcome(given: Problem, reduction: str = "mean", noise: dict[str, int] | None = None) -> Outcome:
     """In eval mode, or with noise in training mode."""
+    name = given.name
     kind, build = LOSSES[name]
     criterion: Any = build(given.counts, reduction)
     criterion.train(noise is not None)
@@ -107,48 +107,44 @@ def chosen_rows(given: Problem, order: Tensor) -> Problem:
     return replace(given, target=given.target[order], rows=given.rows[order])
 
 
-def chosen_classes(name: str, given: Problem, order: list[int]) -> Problem:
+def chosen_classes(given: Problem, order: list[int]) -> Problem:
     """Class order[j] is now class j; the first, where it is there several times."""
     places = torch.tensor([order.index(label) for label in range(CLASSES)])
     return Problem(
-        [given.counts[label] for label in order], places[given.target], given.rows[:, order] if LOSSES[name][0] == "logits" else given.rows,
+        given.name, [given.counts[label] for label in order], places[given.target],
+        given.rows[:, order] if LOSSES[given.name][0] == "logits" else given.rows,
         None if given.classes is None else given.classes[order],
     )  # fmt: skip
-
-
-def number(random: torch.Generator, below: int) -> int:
-    return int(torch.randint(below, (), generator=random))
 
 
 # ---- the laws
 
 
-def constant_for_all_logits(name: str, given: Problem, random: torch.Generator) -> None:
-    scale = float(LOSSES[name][1](given.counts, "mean").scale)  # type: ignore[arg-type]
-    same(outcome(name, replace(given, rows=given.rows + (number(random, 7) - 3) / scale)), outcome(name, given))
+def constant_for_all_logits(given: Problem, random: torch.Generator) -> None:
+    scale = float(LOSSES[given.name][1](given.counts, "mean").scale)  # type: ignore[arg-type]
+    same(outcome(replace(given, rows=given.rows + (number(random, 7) - 3) / scale)), outcome(given))
 
 
-def permuted_classes(name: str, given: Problem, random: torch.Generator) -> None:
+def permuted_classes(given: Problem, random: torch.Generator) -> None:
     order = torch.randperm(CLASSES, generator=random)
-    before = outcome(name, given)
-    rows = before.rows[:, order] if LOSSES[name][0] == "logits" else before.rows
+    before = outcome(given)
+    rows = before.rows[:, order] if LOSSES[given.name][0] == "logits" else before.rows
     expected = Outcome(before.value, rows, None if before.classes is None else before.classes[order])
-    same(outcome(name, chosen_classes(name, given, order.tolist())), expected)
+    same(outcome(chosen_classes(given, order.tolist())), expected)
 
 
-def permuted_rows(name: str, given: Problem, random: torch.Generator) -> None:
+def permuted_rows(given: Problem, random: torch.Generator) -> None:
     order = torch.randperm(len(given.target), generator=random)
-    before = outcome(name, given)
-    same(outcome(name, chosen_rows(given, order)), Outcome(before.value, before.rows[order], before.classes))
+    before = outcome(given)
+    same(outcome(chosen_rows(given, order)), Outcome(before.value, before.rows[order], before.classes))
 
 
-def split_class(name: str, given: Problem, random: torch.Generator) -> None:
+def split_class(given: Problem, random: torch.Generator) -> None:
     """A class that is no target in two halves: of its samples where they are counted, else of its probability, and without a softmax over classes as it is."""
-    others = [label for label in range(1, CLASSES) if label not in given.target.tolist()]
-    label = others[number(random, len(others))]
-    halved = chosen_classes(name, given, [*range(CLASSES), label])
-    kind, build = LOSSES[name]
-    if name in PRIOR:
+    label = unused(random, CLASSES, given.target.tolist())
+    halved = chosen_classes(given, [*range(CLASSES), label])
+    kind, build = LOSSES[given.name]
+    if given.name in PRIOR:
         halved.counts[label] = halved.counts[CLASSES] = given.counts[label] // 2
     elif kind == "logits":
         halved.rows[:, [label, CLASSES]] -= math.log(2) / float(build(given.counts, "mean").scale)  # type: ignore[arg-type]
@@ -157,19 +153,19 @@ def split_class(name: str, given: Problem, random: torch.Generator) -> None:
         """Of both halves, along the first dimension."""
         return grad[:CLASSES].index_add(0, torch.tensor([label]), grad[CLASSES:])
 
-    found = outcome(name, halved)
+    found = outcome(halved)
     rows = together(found.rows.t()).t() if kind == "logits" else found.rows
-    same(Outcome(found.value, rows, None if found.classes is None else together(found.classes)), outcome(name, given))
+    same(Outcome(found.value, rows, None if found.classes is None else together(found.classes)), outcome(given))
 
 
-def split_batch(name: str, given: Problem, random: torch.Generator) -> None:
+def split_batch(given: Problem, random: torch.Generator) -> None:
     """Also micro-batches: the sums add up, and so do their gradients, with noise that goes on where the part before ends."""
     cut, start = number(random, len(given.target) + 1), number(random, 100)
     ends = [(first, last) for first, last in ((0, cut), (cut, len(given.target))) if first < last]
 
     def of(first: int, last: int) -> Outcome:
-        noise = {"seed": 5, "row_offset": start + first} if name in NOISY else None
-        return outcome(name, chosen_rows(given, torch.arange(first, last)), "sum", noise)
+        noise = {"seed": 5, "row_offset": start + first} if given.name in NOISY else None
+        return outcome(chosen_rows(given, torch.arange(first, last)), "sum", noise)
 
     parts = [of(*part) for part in ends]
     classes = None if parts[0].classes is None else torch.stack([part.classes for part in parts if part.classes is not None]).sum(0)
@@ -177,29 +173,22 @@ def split_batch(name: str, given: Problem, random: torch.Generator) -> None:
     same(found, of(0, len(given.target)))
 
 
-def scaled_rows_of_the_head(name: str, given: Problem, random: torch.Generator) -> None:
+def scaled_rows_of_the_head(given: Problem, random: torch.Generator) -> None:
     """Rows of the weight, of prototypes and of features, each by a factor of its own: the longer, the smaller its gradient."""
     longer, wider = (torch.rand(count, 1, generator=random, dtype=torch.float64).mul(4).exp() for count in (len(given.target), CLASSES))
-    has_weight = given.classes is not None and LOSSES[name][0] != "distributions"
-    found = outcome(
-        name, replace(given, rows=longer * given.rows, classes=wider * given.classes if has_weight and given.classes is not None else given.classes)
-    )
-    same(Outcome(found.value, longer * found.rows, None if found.classes is None else wider * found.classes), outcome(name, given))
+    has_weight = given.classes is not None and LOSSES[given.name][0] != "distributions"
+    found = outcome(replace(given, rows=longer * given.rows, classes=wider * given.classes if has_weight and given.classes is not None else given.classes))
+    same(Outcome(found.value, longer * found.rows, None if found.classes is None else wider * found.classes), outcome(given))
 
 
-def duplicated_rows(name: str, given: Problem, random: torch.Generator) -> None:
+def duplicated_rows(given: Problem, random: torch.Generator) -> None:
     rows = len(given.target)
-    before, after = outcome(name, given), outcome(name, chosen_rows(given, torch.arange(rows).repeat(2)))
+    before, after = outcome(given), outcome(chosen_rows(given, torch.arange(rows).repeat(2)))
     expected = Outcome(before.value, before.rows.repeat(2, 1) / 2, before.classes)
-    if name == "MemoryLoss":  # by definition the memory's share of its gradient depends on the number of samples
+    if given.name == "MemoryLoss":  # by definition the memory's share of its gradient depends on the number of samples
         after, expected = replace(after, classes=None), replace(expected, classes=None)
     same(after, expected)
 
-
-Law = Callable[[str, Problem, torch.Generator], None]
-LAWS: dict[str, Law] = {
-    law.__name__: law for law in (constant_for_all_logits, permuted_classes, permuted_rows, split_class, split_batch, scaled_rows_of_the_head, duplicated_rows)
-}
 
 _BATCH = "every sample is in the softmax of every other one"
 _LOGITS = "its argument is ready logits; LinearGCLLoss has the head's law"
@@ -237,37 +226,25 @@ NO_ARGUMENT = {
 }  # fmt: skip
 
 
-def laws_of(name: str) -> dict[str, Law]:
-    return {law: check for law, check in LAWS.items() if name not in BROKEN.get(law, {}) | NO_ARGUMENT.get(law, {})}
+LAWS = Laws(
+    LOSSES, problem,
+    by_name(constant_for_all_logits, permuted_classes, permuted_rows, split_class, split_batch, scaled_rows_of_the_head, duplicated_rows), BROKEN, NO_ARGUMENT,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=max(1, settings.default.max_examples // 3))  # type: ignore[union-attr]
+@few_examples
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(2, 5))
 def test_laws(name: str, seed: int, rows: int) -> None:
-    for law in laws_of(name).values():
-        random = torch.Generator().manual_seed(seed)
-        law(name, problem(name, random, rows), random)
+    LAWS.check(name, seed, rows)
 
 
-@pytest.mark.parametrize(("law", "name"), [(law, name) for law, reasons in BROKEN.items() for name in reasons])
+@pytest.mark.parametrize(("law", "name"), LAWS.exceptions)
 def test_an_exception_is_one(law: str, name: str) -> None:
-    """A law of which some problem shows that it does not hold."""
-
-    def holds(seed: int) -> bool:
-        random = torch.Generator().manual_seed(seed)
-        try:
-            LAWS[law](name, problem(name, random, 5), random)
-        except AssertionError:
-            return False
-        return True
-
-    assert not all(map(holds, range(5)))
+    assert LAWS.is_broken(law, name, rows=5)
 
 
 def test_every_loss_and_every_exception_is_known() -> None:
     public = {name for name in gclkern.__all__ if name.endswith("Loss")} | {name for name in gclkern.distributed.__all__ if name.endswith("Loss")}
     assert public == set(LOSSES)
-    for reasons in (BROKEN, NO_ARGUMENT):
-        assert set(reasons) <= set(LAWS)
-        assert {name for names in reasons.values() for name in names} <= set(LOSSES)
+    LAWS.check_names()

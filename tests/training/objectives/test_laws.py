@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from gclkern.training.composed_backbones import TwoBranchBackbone
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import OBJECTIVES, Batch, build_objective
 from gclkern.training.recipes import Phase, plan
+from tests.support.laws import Laws, by_name, counts_and_target, few_examples, number, unused
 
 CLASSES = 11  # no other dimension has this size, or one more
 # A method with the objective, and its phase: each name of OBJECTIVES, and the parts of Classification.
@@ -75,11 +76,9 @@ def both(network: nn.Module, objective: nn.Module) -> nn.ModuleDict:
 
 
 def problem(name: str, random: torch.Generator, rows: int) -> Problem:
-    """Class 0 is the rarest, the first and the last sample are of one class, and the running statistics are those of a step."""
+    """The running statistics are those of a step."""
     phase = phase_of(name)
-    counts = [4, *(2 * torch.randint(10, 500, (CLASSES - 1,), generator=random)).tolist()]
-    target = torch.randint(CLASSES, (rows,), generator=random)
-    target[-1] = target[0]
+    counts, target = counts_and_target(random, CLASSES, rows)
 
     def images(*shape: int) -> Tensor:
         return torch.randn(*shape, 1, 3, 3, generator=random)
@@ -150,10 +149,6 @@ def relabelled(given: Problem, order: list[int]) -> Problem:
     return Problem(given.name, [given.counts[label] for label in order], chosen_classes(given.state, order), batch)
 
 
-def number(random: torch.Generator, below: int) -> int:
-    return int(torch.randint(below, (), generator=random))
-
-
 # ---- the laws
 
 
@@ -175,8 +170,7 @@ def permuted_rows(given: Problem, random: torch.Generator) -> None:
 def split_class(given: Problem, random: torch.Generator) -> None:
     """A class without samples in two halves: of its images where they are counted, else of its probability."""
     used = {label for name in ("target", "target_b", "second_target") if (value := getattr(given.batch, name)) is not None for label in value.tolist()}
-    others = [label for label in range(1, CLASSES) if label not in used]
-    label = others[number(random, len(others))]
+    label = unused(random, CLASSES, used)
     halved = relabelled(given, [*range(CLASSES), label])
     if given.name in PRIOR:
         halved.counts[label] = halved.counts[CLASSES] = given.counts[label] // 2
@@ -213,11 +207,6 @@ def duplicated_rows(given: Problem, random: torch.Generator) -> None:
     same(outcome(chosen_rows(given, torch.arange(len(given.batch.target)).repeat(2))), outcome(given))
 
 
-Law = Callable[[Problem, torch.Generator], None]
-LAWS: dict[str, Law] = {
-    law.__name__: law for law in (constant_for_all_logits, permuted_classes, permuted_rows, split_class, split_batch, scaled_rows_of_the_head, duplicated_rows)
-}
-
 _CONTRAST = "every sample is in the softmax of every other one"
 _PROTOTYPES = "all prototypes count alike, so that two halves count twice"
 # Laws that do not hold, with the reason. Each is broken by some problem, which a test shows.
@@ -247,34 +236,23 @@ NO_ARGUMENT = {
     "constant_for_all_logits": dict.fromkeys(("gcl", "gcl+bcl"), "its logits are computed within the loss, from features and weight"),
     "split_class": {"gcl": "its logits are computed within the loss, from features and weight"},
 }
+LAWS = Laws(
+    METHODS, problem,
+    by_name(constant_for_all_logits, permuted_classes, permuted_rows, split_class, split_batch, scaled_rows_of_the_head, duplicated_rows), BROKEN, NO_ARGUMENT,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=max(1, settings.default.max_examples // 3))  # type: ignore[union-attr]
+@few_examples
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(2, 4))
 def test_laws(name: str, seed: int, rows: int) -> None:
-    for law, check in LAWS.items():
-        if name not in BROKEN.get(law, {}) | NO_ARGUMENT.get(law, {}):
-            random = torch.Generator().manual_seed(seed)
-            check(problem(name, random, rows), random)
+    LAWS.check(name, seed, rows)
 
 
-@pytest.mark.parametrize(("law", "name"), [(law, name) for law, reasons in BROKEN.items() for name in reasons])
+@pytest.mark.parametrize(("law", "name"), LAWS.exceptions)
 def test_an_exception_is_one(law: str, name: str) -> None:
-    """A law of which some problem shows that it does not hold."""
-
-    def holds(seed: int) -> bool:
-        random = torch.Generator().manual_seed(seed)
-        try:
-            LAWS[law](problem(name, random, 4), random)
-        except AssertionError:
-            return False
-        return True
-
-    assert not all(map(holds, range(5)))
+    assert LAWS.is_broken(law, name, rows=4)
 
 
 def test_every_exception_is_known() -> None:
-    for reasons in (BROKEN, NO_ARGUMENT):
-        assert set(reasons) <= set(LAWS)
-        assert {name for names in reasons.values() for name in names} <= set(METHODS)
+    LAWS.check_names()
