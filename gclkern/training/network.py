@@ -15,7 +15,7 @@ from gclkern.oltr import MetaEmbeddingClassifier
 from gclkern.tde import TDEClassifier
 from gclkern.training.backbones import build_backbone, renew_last_block
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_data, load_checkpoint
-from gclkern.training.composed_backbones import KINDS, modulate
+from gclkern.training.composed_backbones import modulate
 from gclkern.training.config import STAGE_1_IGNORES, RunConfig
 from gclkern.training.data import DataSplits
 from gclkern.training.heads import CalibratedClassifier, NearestClassMean, ScaledClassifier
@@ -86,7 +86,7 @@ def model_name(config: RunConfig, data: DataSplits) -> str:
 def backbone_name(phase: Phase, config: RunConfig, data: DataSplits) -> str:
     """The backbone of a phase by the name that `build_backbone` takes, such as "two-branch:resnet32"."""
     name = model_name(config, data)
-    return f"{phase.backbone}:{name}" if phase.backbone and not name.startswith(KINDS) else name
+    return f"{phase.backbone}:{name}" if phase.backbone else name
 
 
 def build_network(

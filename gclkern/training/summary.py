@@ -43,13 +43,13 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         f"{data.num_classes} classes of {max(data.class_counts)} to {min(data.class_counts)} training images ({groups})",
         f"{networks} on {processes.device}, results in {run.path}",
     ]
-    augmentations = {}
+    augmentations: dict[str, list[str]] = {}
     for phase in phases:
         if phase.epochs:
             own = phase.augment or data.train.augment
-            augmentations[" and ".join([own, *(view or own for view in phase.views)])] = phase.name
+            augmentations.setdefault(" and ".join([own, *(view or own for view in phase.views)]), []).append(phase.name)
     one = len(augmentations) == 1
-    lines += [f"augmentation of training images{'' if one else ' of ' + name}: {parts}" for parts, name in augmentations.items()]
+    lines += [f"augmentation of training images{'' if one else ' of ' + ' and '.join(names)}: {parts}" for parts, names in augmentations.items()]
     if family(run.config.data) == "own":
         second_stage = phases[-1].name == "stage-2" and phases[-1].epochs > 0
         given = {name for name, value in run.config.to_dict().items() if value is not None} | ({"epochs"} if run.config.epochs_scale != 1 else set())

@@ -172,6 +172,29 @@ def test_a_baseline_differs_in_the_loss_alone(method: str, dataset: str) -> None
     assert [phase.options["scale"] for phase in scaled[:2]] == [24.0, 24.0]
 
 
+def test_a_new_classifier_after_one_of_another_kind_is_linear() -> None:
+    """De-confound-TDE's subtracts a part of the features from predictions, by a strength that depends on the data set."""
+    heads = {method: plan(method, "crt", "cifar10-lt", COUNTS)[1].head for method in ("tde", "bbn", "ce", "ldam-drw", "gcl+bcl")}
+    assert heads == {"tde": "linear", "bbn": "linear", "ce": "linear", "ldam-drw": "cosine", "gcl+bcl": "cosine"}
+
+
+def test_remedies_name_settings_of_the_phase() -> None:
+    given = {"data": "cifar10-lt", "accumulate": 3}
+    with pytest.raises(
+        ValueError, match=r"stage-1: a batch of 64 does not divide .*; take another `accumulate` or `batch_size`, or another number of processes"
+    ):
+        plan_run(RunConfig(**given), COUNTS, 1)
+    with pytest.raises(ValueError, match=r"stage-2: .*; take another `accumulate` or `retrain_batch_size`, or"):
+        plan_run(RunConfig(batch_size=48, **given), COUNTS, 1)
+    with pytest.raises(ValueError, match=r"stage-1-robust: .*; take another `accumulate`, or"):
+        plan_run(RunConfig(method="dro-lt", batch_size=48, **given), COUNTS, 1)
+
+
+def test_a_baseline_beside_a_finished_stage_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="`baseline` does nothing with `stage1`"):
+        plan_run(RunConfig(stage1="stage-1.pt", baseline=True), COUNTS, 1)
+
+
 def test_the_baseline_of_another_classifier_is_linear() -> None:
     for method in ("la", "bbn", "tde"):
         baseline = plan(method, None, "digits-lt", COUNTS, baseline=True)[0]
@@ -306,6 +329,8 @@ def test_arguments_of_the_losses_reach_all_phases_that_have_them() -> None:
     first, second = plan_run(RunConfig(data="cifar10-lt", noise_mul=0.3, scale=16.0), COUNTS, 1)
     assert (first.options["noise_mul"], first.options["scale"], second.options["noise_mul"], second.options["scale"]) == (0.3, 16.0, 0.3, 16.0)
     (phase,) = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", margin=0.2), COUNTS, 1)
+    torch.testing.assert_close(build_loss(phase, COUNTS).margin, ldam_margins(COUNTS, 0.2))
+    (phase,) = plan_run(RunConfig(data="cifar10-lt", method="gcl-ldam-drw", margin=0.2), COUNTS, 1)
     torch.testing.assert_close(build_loss(phase, COUNTS).margin, ldam_margins(COUNTS, 0.2))
     for retrain in ("crt", "mislas", "disalign"):  # a classifier goes on with the scale that it was trained with
         phases = plan_run(RunConfig(data="cifar10-lt", method="ldam-drw", retrain=retrain, scale=16.0), COUNTS, 1)

@@ -33,6 +33,11 @@ def test_cifar_steps_at_160_and_180(method: str, settings: dict[str, float], fac
     assert [found[159], found[160], found[179], found[180], found[199]] == pytest.approx([0.1, *([0.1 * factors[0]] * 2), *([0.1 * factors[1]] * 2)])
 
 
+def test_mixup_leaves_a_method_its_own_schedule() -> None:
+    """De-confound-TDE's has the factors of plain CIFAR, at other epochs."""
+    assert rates("tde", "cifar10-lt", mixup=1.0) == rates("tde", "cifar10-lt")
+
+
 def test_a_warm_up_may_start_from_a_third() -> None:
     """BBN's: a third of the rate in the first epoch, all of it from the fifth on, steps at 120 and 160 of 200."""
     bbn = Schedule("steps", warmup=5, milestones=(120 / 200, 160 / 200), factors=(0.01, 0.0001), warmup_start=1 / 3)

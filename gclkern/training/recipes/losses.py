@@ -56,11 +56,11 @@ LOSS_OPTIONS = {
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
     """The loss of a phase. Those of FUSED take features and the weight of a cosine classifier, which may be `sharded`; others, and with LWS all, logits."""
     options = dict(phase.options)
-    if options.get("margin") == "ldam":
-        options["margin"] = ldam_margins(class_counts)
     # all other arguments have the papers' values as defaults: beta 0.9999 of cb, tau 1 of la, margin 0.5 and scale 30 of ldam
     if phase.loss in FUSED:
         options = FUSED[phase.loss] | options
+        if "max_margin" in options:
+            options["margin"] = ldam_margins(class_counts, options.pop("max_margin"))
         if "difficulty_margin" in options:
             options["margin"] = ldam_margins(class_counts, options["margin"], exponent=1.0)
         if sharded:
@@ -72,6 +72,7 @@ def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) 
         return LDAMLoss(class_counts, **options)
     if phase.loss == "label-aware-smoothing":
         return LabelAwareSmoothingLoss(class_counts, **options)
+    assert phase.loss in ("ce", "focal", "cb", "inverse-frequency"), phase.loss
     if phase.loss == "inverse-frequency":
         options["weight"] = inverse_frequency_weights(class_counts, options.pop("exponent"))
     elif phase.loss == "cb":

@@ -50,6 +50,12 @@ class Phase:
         """The name and the loss."""
         return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
 
+    def settings(self, field: str) -> list[str]:
+        """The settings of a run that replace a field, in backticks; none for phases between the first and the second stage, whose fields are the method's."""
+        if self.name == "stage-2":
+            return [f"`retrain_{field}`"]
+        return [f"`{field}`"] if self.name in ("baseline", "stage-1") else []
+
     @property
     def trains_last_block(self) -> bool:
         """Whether the last block is the only part of the backbone that is trained."""

@@ -12,9 +12,10 @@ from gclkern.training.data.augment import parse_augmentation
 from gclkern.training.recipes.losses import CLOUDS, FUSED, LOSS_OPTIONS
 from gclkern.training.recipes.methods import METHODS
 from gclkern.training.recipes.phase import Phase
-from gclkern.training.recipes.second_stage import PLAIN, plain_options, second_stage
+from gclkern.training.recipes.second_stage import PLAIN, plain_head, plain_options, second_stage
 from gclkern.training.recipes.settings import (
     CLASS_AWARE,
+    LDAM_MARGIN,
     LDAM_STEPS,
     MEMORY_STAGE,
     MISLAS_STEPS,
@@ -40,8 +41,9 @@ def _of_stage(name: str, stage: Stage, **more: Any) -> Phase:
 def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained: bool) -> list[Phase]:
     """Stage 1 of a method: a phase, and for DRO-LT and OLTR those that follow it."""
     method, group = METHODS[name], family(dataset)
-    # LDAM-DRW with GCL's clouds on top: LDAM's margins
-    options = loss_options(method.loss, group)[0] | ({"margin": "ldam"} if method.drw and method.loss == "gcl" else {})
+    options = loss_options(method.loss, group)[0]
+    if method.drw and method.loss == "gcl":  # LDAM-DRW with GCL's clouds on top
+        options = options | {"max_margin": LDAM_MARGIN}
     first = _of_stage(
         "stage-1", stage1_settings(dataset, method.settings, class_counts, pretrained=pretrained), loss=method.loss, options=options, head=method.head,
         start="fresh", drw=method.drw, augment=ROBUST_AUGMENT if method.robust and group == "cifar" else None,
@@ -143,12 +145,11 @@ def plan(
         >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
         ['baseline', 'stage-1', 'stage-2']
     """
-    group = family(dataset)
     published = _first_stage(method, dataset, class_counts, pretrained=pretrained)
     given1 = stage1 or {}
     later_scale = given1["epochs"] / published[0].epochs if "epochs" in given1 and epochs_scale == 1 else epochs_scale
     phases = [_given(_scaled(published[0], epochs_scale), given1), *(_scaled(phase, later_scale) for phase in published[1:])]
-    if group == "cifar" and phases[0].mixup and phases[0].schedule.factors == LDAM_STEPS.factors and method != "ldam-drw":
+    if phases[0].mixup and published[0].schedule == LDAM_STEPS and method != "ldam-drw":
         # published runs with mixup are MiSLAS's, whose steps are smaller
         phases[0] = replace(phases[0], schedule=replace(phases[0].schedule, factors=MISLAS_STEPS.factors))
     phases[1:] = [replace(phase, weight_decay=given1.get("weight_decay", phase.weight_decay)) for phase in phases[1:]]
@@ -162,15 +163,15 @@ def plan(
         phases = [replace(phase, augment=augment) for phase in phases]
     if baseline:
         first, epochs = phases[0], sum(phase.epochs for phase in phases)
-        head = first.head if first.head == "cosine" else "linear"
-        phases.insert(0, replace(first, name="baseline", epochs=epochs, loss="ce", options=plain_options(first), head=head, drw=None, **PLAIN))
+        phases.insert(0, replace(first, name="baseline", epochs=epochs, loss="ce", options=plain_options(first), head=plain_head(first), drw=None, **PLAIN))
     return phases
 
 
 def _options(phase: Phase) -> dict[str, str]:
     """Arguments of the phase's loss that a run may set, and their names there. A baseline and a re-training of a cosine classifier have stage 1's scale."""
     of_head = {"scale": "scale"} if phase.name in ("baseline", "stage-2") and "scale" in phase.options else {}
-    return of_head | LOSS_OPTIONS.get(phase.loss, {})
+    ldam = {"margin": "max_margin"} if "max_margin" in phase.options else {}  # GCL's loss with LDAM's margins
+    return of_head | LOSS_OPTIONS.get(phase.loss, {}) | ldam
 
 
 def _with_loss_options(phases: list[Phase], given: dict[str, float | None]) -> list[Phase]:
@@ -218,8 +219,11 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
         phases = [replace(phase, robust_layers=layers) if phase.robust else phase for phase in phases]
     if config.stage1 and phases[-1].name != "stage-2":
         raise ValueError(f"`stage1`: there is no stage 2 to follow {config.stage1}; choose one with `retrain`")
+    if config.stage1 and config.baseline:
+        raise ValueError("`baseline` does nothing with `stage1`, which leaves stage 2 alone to train; leave one of them out")
     for phase in phases:
         if phase.batch_size % (processes * config.accumulate):
             parts = f"{processes} processes times `accumulate={config.accumulate}`"
-            raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {parts}")
+            remedy = " or ".join(["`accumulate`", *phase.settings("batch_size")])
+            raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {parts}; take another {remedy}, or another number of processes")
     return phases

@@ -37,6 +37,11 @@ def plain_options(first: Phase) -> dict[str, Any]:
     return {"scale": first.options.get("scale", COSINE_SCALE)} if first.head == "cosine" else {}
 
 
+def plain_head(first: Phase) -> str:
+    """The kind of a classifier with cross entropy in place of stage 1's: a cosine classifier only where that is one."""
+    return "cosine" if first.head == "cosine" else "linear"
+
+
 def second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[int]) -> Phase:
     """The phase of a re-training after `first`, whose other fields it keeps; without epochs where it is computed.
 
@@ -53,7 +58,7 @@ def second_stage(retrain: str, dataset: str, first: Phase, class_counts: list[in
         return replace(stage, epochs=0, trains=retrain, head=heads[retrain])
     stage = _of_length(stage, _length(retrain, group, first, class_counts))
     if retrain == "crt":
-        return replace(stage, trains="head", start="new head", **RETRAIN_SAMPLERS.get(group, {}))
+        return replace(stage, trains="head", head=plain_head(first), start="new head", **RETRAIN_SAMPLERS.get(group, {}))
     if retrain == "lws":
         return replace(stage, trains="scale", head=f"scaled {first.head}", **RETRAIN_SAMPLERS.get(group, {}))
     if retrain == "disalign":

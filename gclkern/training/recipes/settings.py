@@ -149,6 +149,7 @@ GCL_OPTIONS = {"digits": _GCL_SMALL, "cifar": _GCL_SMALL, "own": _GCL_SMALL, "im
 
 # AGCL [C] for Places-LT, [H] used for all sets, because its scripts for CIFAR do not use its loss; with GCL's epochs, batch sizes and rates.
 _AGCL: dict[str, Any] = {"noise_mul": 0.5, "easy_margin": True, "scale": COSINE_SCALE}
+LDAM_MARGIN = 0.5  # [C] LDAM-DRW, of the rarest class
 ARCFACE_OPTIONS: dict[str, Any] = {"margin": 0.5, "scale": COSINE_SCALE}  # [P] the margin; [H] the scale of other cosine classifiers, as 64 is for faces
 DBM_MARGIN = 0.1  # [C] DBM
 DBM_SCALES = {"cifar": 32.0}  # [C] DBM, which has 30 for the large sets
