@@ -76,17 +76,17 @@ def take_steps(training: PhaseTraining, stop: int) -> list[float]:
     return [float(training.progress.total) for _ in islice(training.steps(), stop - training.progress.step)]
 
 
-LAST_PHASES = {method: plan(method, "none", "digits-lt", DATA.class_counts)[-1] for method in METHODS}
-RE_TRAINED = ("ce crt", "ce lws", "gcl gcl", "dro-lt gcl", "ce mislas", "gcl mislas", "ce disalign", "gcl disalign")
-LAST_PHASES |= {name: plan(*name.split(), "digits-lt", DATA.class_counts)[-1] for name in RE_TRAINED}
-LAST_PHASES["shifted"] = replace(LAST_PHASES["ce mislas"], batch_norm="shifted")
-LAST_PHASES["robust layers"] = replace(plan("dro-lt", "none", "digits-lt", DATA.class_counts)[1], robust_layers=("layers.2", "features"))
-COMPARED = [name for name in LAST_PHASES if name not in CONTRAST_OF_SAMPLES]
-
-
 def method_of(name: str) -> str:
     """The method of an entry of LAST_PHASES."""
     return name.split()[0] if name.split()[0] in METHODS else "ce"
+
+
+LAST_PHASES = {method: plan(method, "none", "digits-lt", DATA.class_counts)[-1] for method in METHODS}
+for name in ("ce crt", "ce lws", "gcl gcl", "dro-lt gcl", "tde crt", "ce mislas", "gcl mislas", "ce disalign", "gcl disalign"):
+    LAST_PHASES[name] = plan(method_of(name), name.split()[1], "digits-lt", DATA.class_counts)[-1]
+LAST_PHASES["shifted"] = replace(LAST_PHASES["ce mislas"], batch_norm="shifted")
+LAST_PHASES["robust layers"] = replace(plan("dro-lt", "none", "digits-lt", DATA.class_counts)[1], robust_layers=("layers.2", "features"))
+COMPARED = [name for name in LAST_PHASES if name not in CONTRAST_OF_SAMPLES]
 
 
 @pytest.mark.parametrize("name", LAST_PHASES)
