@@ -251,14 +251,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add = parser.add_argument_group("method", "Defaults are the published settings of the method and the data set; a run prints them.").add_argument
     add("--method", choices=METHODS, metavar="NAME", help=f"see the list below (default {default.method}; {default_method('folder')} for your own images)")
-    again = "stage 2, which re-trains the classifier, see the list below (default gcl for gcl and gcl+dro-lt, else none)"
+    defaults = ", ".join(name for name, method in METHODS.items() if method.retrain == "gcl")
+    again = f"stage 2, which re-trains the classifier, see the list below (default gcl for {defaults}; else none)"
     add("--retrain", choices=RETRAINS, metavar="NAME", help=again)
     add(
         "--stage1",
         metavar="CHECKPOINT",
         help="last checkpoint before stage 2, such as stage-1.pt, of a finished run with the same stage 1; it replaces training it",
     )
-    add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, else class-balanced or class-aware)")
+    add("--sampler", choices=list(SAMPLERS), help="sampler of stage 2 (default cben for GCL's loss, instance for disalign, else class-balanced or class-aware)")
     layers = "layers that DRO-LT's bound is on, joined by commas: features, or modules of the network such as layer3 (default features)"
     add("--robust-layers", metavar="NAMES", help=layers)
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
@@ -271,8 +272,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--augment", metavar="PARTS", help=f"augmentation of training images: {parts}")
     add("--baseline", action=argparse.BooleanOptionalAction, help="first train a baseline with cross entropy for as many epochs (default: on digits-lt)")
     add("--model", metavar="NAME", help="small-cnn, resnet32, a network of torchvision, such as resnet50, or timm:NAME (default: depends on the data set)")
-    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for places-lt)")
-    part = "part of the backbone that stage 1 trains; the new last block has random weights at first (default: new-last-block on places-lt, else all)"
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from weights trained on ImageNet (default: for most methods on places-lt)")
+    part = "part of the backbone that stage 1 trains (default: for most methods on places-lt new-last-block, which has random weights at first; else all)"
     add("--train", choices=("all", "last-block", "new-last-block"), help=part)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), metavar="N", help="epochs of stage 1 (for DRO-LT, of its first phase; later phases are scaled in proportion)")

@@ -195,7 +195,7 @@ def epoch_centroids(
     network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, processes: Processes,
     features: Callable[[Network, Tensor], Tensor] = lambda network, images: network.backbone(images),
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Mean and count of each class over an epoch's batches of all processes, in eval mode: DRO-LT's "centroids" and "counts".
+    """Mean and count of each class over an epoch's batches of all processes, in eval mode, as "centroids" and "counts".
 
     Args:
         features: from the network and images to what is averaged, (N, D); default the features.

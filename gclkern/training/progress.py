@@ -20,7 +20,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     best: float = -1.0  # best accuracy on the held-out part so far
-    centroids: dict[str, Tensor] = field(default_factory=dict)  # DRO-LT's "centroids" and "counts" of this epoch
+    centroids: dict[str, Tensor] = field(default_factory=dict)  # of DRO-LT and OLTR: "centroids" and "counts" by class, as they were computed last
 
     @classmethod
     def start(cls, device: torch.device) -> Progress:

@@ -129,7 +129,7 @@ def plan(
 
     Args:
         method: one of METHODS.
-        retrain: one of RETRAINS; None is the default of the method: "gcl" for "gcl" and "gcl+dro-lt", else "none".
+        retrain: one of RETRAINS; None is that of the method: "gcl" for "gcl", "agcl" and "gcl+dro-lt", else "none".
         dataset: decides the published settings.
         class_counts: training images of each class.
         baseline: whether to train another network first, which differs from stage 1 only in its loss, cross entropy, and in its epochs, those of all other
