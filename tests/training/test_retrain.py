@@ -1,6 +1,8 @@
-"""Second stages without gradients."""
+"""Second stages: their classifiers, and those without gradients."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,26 @@ def test_a_second_stage_starts_as_the_first_one_ended(kind: str) -> None:
     before = model(images)
     replace_head(model, kind, keep=True)
     torch.testing.assert_close(model(images), before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_factors_and_calibration_of_logits(kind: str) -> None:
+    """Both are of the whole logit, with its bias; the confidence of a sample is that of the features that the classifier sees."""
+    features = torch.randn(5, 4)
+    heads: list[Any] = [build_head(f"{what} {kind}", 4, 3) for what in ("scaled", "calibrated")]
+    scaled, calibrated = heads
+    for parameter in (*scaled.parameters(), *calibrated.parameters()):
+        nn.init.normal_(parameter)
+
+    def seen(rows: Tensor) -> Tensor:
+        return nn.functional.normalize(rows) if kind == "cosine" else rows
+
+    outputs = [seen(features) @ seen(head.weight).T + (0.0 if head.bias is None else head.bias) for head in heads]
+    torch.testing.assert_close(scaled(features), scaled.factor * outputs[0])
+    confidence = calibrated.calibration.confidence(seen(features)).sigmoid()
+    expected = confidence * (calibrated.calibration.scale * outputs[1] + calibrated.calibration.offset) + (1 - confidence) * outputs[1]
+    torch.testing.assert_close(calibrated(features), expected)
+    assert (scaled.bias is None, calibrated.bias is None) == (kind == "cosine", kind == "cosine")
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.7, 2.0])

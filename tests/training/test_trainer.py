@@ -92,6 +92,17 @@ def test_clouds_of_a_scaled_classifier_are_those_of_the_plain_one() -> None:
     torch.testing.assert_close(*found)  # float32, and the products are summed alike up to their order
 
 
+def test_all_that_learns_has_weight_decay() -> None:
+    """The factors of MiSLAS, too, whose rate is another one than that of weights and bias."""
+    phase = plan("mixup", "mislas", "cifar10-lt", [5000, 500, 50])[1]
+    network = Network(Backbone(), build_head(phase.head, 4, 3))
+    step = TrainingStep(network, build_objective(phase, [5000, 500, 50], 4), trains=phase.trains, batch_norm=phase.batch_norm)
+    trainer = Trainer(step, Processes.single(torch.device("cpu")), weight_decay=phase.weight_decay, lr_factors=phase.lr_factors)
+    trainer.set_rate(0.1)
+    found = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    assert sorted(found) == [(1, 0.1, 2e-4), (2, 0.05, 2e-4)]
+
+
 def test_only_the_last_block_learns() -> None:
     network = Network(build_backbone("resnet18"), build_head("linear", 512, 3))
     step = TrainingStep(network, cross_entropy(), trains="last-block")
