@@ -7,9 +7,9 @@
     second_stage.py   from a re-training and stage 1 to the phase of stage 2
     losses.py         from a phase to its loss
 
-Stage 1 is one phase; for OLTR and DRO-LT, which start from a trained model, it is two or three. A re-training stage is another phase; the cross-entropy baseline
-is one more, on a network of its own. To add a method: a line in methods.py, its numbers in settings.py, and a loss in losses.py; a method whose loss needs more
-than the logits of one batch has an objective instead, see :mod:`gclkern.training.objectives`.
+Stage 1 is one phase; for OLTR and DRO-LT, which start from a trained model, it is two or three. A re-training stage is another phase. The cross-entropy
+baseline is one more, on a network of its own. To add a method: a line in methods.py, its numbers in settings.py, and a loss in losses.py; a method whose loss
+needs more than the logits of one batch has an objective instead, see :mod:`gclkern.training.objectives`.
 """
 
 from gclkern.training.recipes.losses import CLOUDS, FUSED, SAMPLERS, build_loss
