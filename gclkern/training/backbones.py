@@ -122,7 +122,7 @@ def build_backbone(name: str, *, image_size: int | None = None, in_channels: int
         (torch.Size([2, 64]), 64)
     """
     if pretrained and name in ("small-cnn", "resnet32", "resnet10"):
-        raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take a network of torchvision or timm")
+        raise ValueError(f"{name} has no pretrained weights; take `pretrained=False` or a `model` of torchvision or timm")
     backbone: Any
     kind, _, plain = name.partition(":")
     if kind in KINDS:
@@ -226,16 +226,16 @@ def _load(name: str, pretrained: bool, stored: str, create: Callable[[], Any]) -
     try:
         return create()
     except OSError as error:
-        remedy = "leave out `pretrained`, or connect to the internet once"
+        remedy = "take `pretrained=False`, or connect to the internet once"
         raise FileNotFoundError(f"the pretrained weights of {name} could not be fetched ({error}); {remedy}") from error
     except Exception as error:
         if not pretrained:
             raise
         cause = str(error).strip().partition("\n")[0]
         if "size mismatch" in str(error):
-            raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out `image_size` or `pretrained`") from error
+            raise ValueError(f"the pretrained weights of {name} are for another size of images; leave out `image_size` or take `pretrained=False`") from error
         if "No pretrained weights" in cause:
-            raise ValueError(f"{name} has no pretrained weights; leave out `pretrained` or take another network") from error
+            raise ValueError(f"{name} has no pretrained weights; take `pretrained=False` or another `model`") from error
         raise ValueError(f"the stored weights of {name} are damaged ({cause}); delete {stored} and run again, which fetches them again") from error
 
 

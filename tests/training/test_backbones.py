@@ -91,7 +91,7 @@ def test_timm_networks() -> None:
         ("resnet33", {}, "unknown network 'resnet33'; take small-cnn, resnet32"),
         ("resnet18", {"in_channels": 1}, "takes images of 3 channels, but these have 1"),
         ("googlenet", {}, "does not end in one linear classifier"),
-        ("resnet32", {"pretrained": True}, "no pretrained weights"),
+        ("resnet32", {"pretrained": True}, "no pretrained weights; take `pretrained=False`"),
     ],
 )
 def test_names_and_options_that_do_not_fit(name: str, options: dict[str, object], message: str) -> None:
@@ -105,7 +105,7 @@ def test_no_connection_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -
         raise URLError("no route")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 could not be fetched .*no route.*leave out `pretrained`"):
+    with pytest.raises(FileNotFoundError, match=r"pretrained weights of resnet18 could not be fetched .*no route.*take `pretrained=False`"):
         build_backbone("resnet18", pretrained=True)
 
 

@@ -34,6 +34,12 @@ def test_embeddings_of_a_run_that_only_retrains() -> None:
     assert compared(second) == second
 
 
+def test_embeddings_of_a_phase_that_trains_a_layer_behind_a_frozen_network() -> None:
+    phases = plan("oltr", None, "places-lt", COUNTS)
+    assert phases[1].trains == "embedding"
+    assert compared(phases) == phases
+
+
 def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: new_folder(tmp_path / "runs", "digits-lt-gcl"), range(8)))

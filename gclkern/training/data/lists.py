@@ -71,11 +71,11 @@ def read_list(path: str | os.PathLike[str]) -> ImageList:
             expected = f"expected `relative/path label` with a label from 0 on, got {printable(line)[:200]!r}"
             raise ValueError(f"{read.place(-1)}: {expected}{_cause(line)}")
         if len(label) > 9 or int(label) > 10 * most + 100_000:
-            raise ValueError(f"{read.place(-1)}: the label {label[:30]} is too large: labels are 0 to C - 1 without a gap; is it an id instead?")
+            raise ValueError(f"{read.place(-1)}: the label {label[:30]} is too large: labels are 0 to C - 1 without a gap; replace ids by them")
         read.paths.append(name)
         labels.append(int(label))
     if not labels:
-        raise ValueError(f"{printable(str(path))} lists no image")
+        raise ValueError(f"{printable(str(path))} lists no image; add a line `relative/path label` for each")
     return read._replace(labels=torch.tensor(labels, dtype=torch.int64))
 
 

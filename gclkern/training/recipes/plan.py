@@ -157,7 +157,7 @@ def plan(
     if cloud is not None:
         phases = [replace(phase, options=phase.options | CLOUDS[cloud]) if "noise_mul" in phase.options else phase for phase in phases]
         if not any("noise_mul" in phase.options for phase in phases):
-            raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or choose gcl")
+            raise ValueError(f"`cloud={cloud}`: the method {method} has no clouds; leave it out, or take `method=gcl`")
     if augment is not None:
         parse_augmentation(augment)
         phases = [replace(phase, augment=augment) for phase in phases]
@@ -213,7 +213,7 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
     if config.robust_layers is not None:
         layers = tuple(name.strip() for name in config.robust_layers.split(","))
         if not any(phase.robust for phase in phases):
-            raise ValueError(f"`robust_layers`: the method {config.method} has no robust phase; leave it out, or choose dro-lt or gcl+dro-lt")
+            raise ValueError(f"`robust_layers`: the method {config.method} has no robust phase; leave it out, or take `method=dro-lt`")
         if len(set(layers)) < len(layers):
             raise ValueError(f"`robust_layers={config.robust_layers}` names a layer twice; name each once")
         phases = [replace(phase, robust_layers=layers) if phase.robust else phase for phase in phases]
