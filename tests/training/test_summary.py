@@ -36,3 +36,8 @@ def test_short_training_of_a_set_of_ones_own(epochs: int, warned: bool, tmp_path
     """Half of the default: 200 epochs for a set as small as digits."""
     config = RunConfig(data="folder", method="ce", model="small-cnn", epochs=epochs)
     assert any(line.startswith(f"WARNING: {epochs} epochs instead of 200") for line in lines(config, tmp_path)) is warned
+
+
+def test_every_phase_of_an_augmentation_is_named(tmp_path: Path) -> None:
+    found = [line for line in lines(RunConfig(method="bcl", retrain="crt", baseline=True), tmp_path) if line.startswith("augmentation")]
+    assert found == ["augmentation of training images of baseline and stage-2: crop", "augmentation of training images of stage-1: crop and sim and sim"]
