@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,26 +23,24 @@ from gclkern.training.heads import CalibratedClassifier, NearestClassMean, Scale
 from gclkern.training.recipes import METHODS, Phase, default_model, family
 from gclkern.training.seeds import derive_seed
 
+# Classifiers by the name that Phase.head has; "adjusted cosine" is a cosine classifier with a bias.
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "cosine": CosineLinear,
+    "nearest mean": NearestClassMean,
+    "tde": TDEClassifier,
+    "meta-embedding": MetaEmbeddingClassifier,
+    "scaled linear": partial(ScaledClassifier, normalize=False, bias=True),
+    "scaled cosine": partial(ScaledClassifier, normalize=True, bias=False),
+    "adjusted cosine": partial(ScaledClassifier, normalize=True, bias=True),
+    "calibrated linear": partial(CalibratedClassifier, normalize=False),
+    "calibrated cosine": partial(CalibratedClassifier, normalize=True),
+}
+
 
 def build_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
-    """The classifier of a phase.
-
-    Args:
-        kind: "linear" or "cosine", also after "scaled" or "calibrated"; "adjusted cosine", which has a bias; "nearest mean"; "tde"; or "meta-embedding".
-    """
-    if kind == "linear":
-        return nn.Linear(in_features, num_classes)
-    if kind == "cosine":
-        return CosineLinear(in_features, num_classes)
-    if kind == "nearest mean":
-        return NearestClassMean(in_features, num_classes)
-    if kind == "tde":
-        return TDEClassifier(in_features, num_classes)
-    if kind == "meta-embedding":
-        return MetaEmbeddingClassifier(in_features, num_classes)
-    if kind.startswith("calibrated"):
-        return CalibratedClassifier(in_features, num_classes, normalize=kind.endswith("cosine"))
-    return ScaledClassifier(in_features, num_classes, normalize=kind.endswith("cosine"), bias=kind != "scaled cosine")
+    """A new classifier; `kind` is one of HEADS."""
+    return HEADS[kind](in_features, num_classes)
 
 
 class Network(nn.Module):

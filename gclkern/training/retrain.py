@@ -31,6 +31,7 @@ def retrain_without_gradients(kind: str, network: Network, data: DataSplits, pro
     if kind == "post-hoc-la":
         apply = logit_adjustment(network, log_prior(data.class_counts))
     else:
+        assert kind == "tau-norm", kind
         apply = partial(tau_normalise, network)
     if tau is None and data.holdout is not None:
         tau = search_tau(network, apply, predict(network, data.holdout, processes)[1], data.holdout.labels.to(processes.device))

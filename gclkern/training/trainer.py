@@ -25,8 +25,8 @@ from gclkern.training.seeds import derive_seed
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# Which kinds of a classifier's parameters are trained, by `Phase.trains`; for its other values, the weights.
-_TRAINED_KINDS = {"scale": {"scale"}, "head-and-scale": {"weights", "scale"}, "calibration": {"calibration"}}
+# Which kinds of a classifier's parameters are trained, for those values of `Phase.trains` that are parts of it; for the others, the weights.
+_OF_HEAD = {"scale": {"scale"}, "head-and-scale": {"weights", "scale"}, "calibration": {"calibration"}}
 
 
 def _kind(name: str) -> str:
@@ -51,11 +51,17 @@ class TrainingStep(nn.Module):
     def _learning(self) -> list[nn.Module]:
         """The trained modules."""
         head, backbone = self.network.head, self.network.backbone
-        if self.trains == "embedding":
-            return [backbone.embedding, backbone.attention, head]
-        if self.trains in ("last-block", "new-last-block"):
-            return [last_block(backbone), head]
-        return {"all": [self.network], "backbone": [backbone]}.get(self.trains, [head])
+        match self.trains:
+            case "all":
+                return [self.network]
+            case "backbone":
+                return [backbone]
+            case "last-block" | "new-last-block":
+                return [last_block(backbone), head]
+            case "embedding":
+                return [backbone.embedding, backbone.attention, head]
+        assert self.trains in ("head", *_OF_HEAD), self.trains
+        return [head]
 
     def learn(self, lr_factors: Mapping[str, float] = MappingProxyType({})) -> list[dict[str, Any]]:
         """Set requires_grad for the phase and return the trained parameters as an optimizer's groups, each with the factor on its learning rate.
@@ -66,7 +72,7 @@ class TrainingStep(nn.Module):
         self.network.requires_grad_(False)
         for module in self._learning():
             for name, parameter in module.named_parameters():
-                parameter.requires_grad_(_kind(name) in _TRAINED_KINDS.get(self.trains, {"weights"}))
+                parameter.requires_grad_(_kind(name) in _OF_HEAD.get(self.trains, {"weights"}))
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

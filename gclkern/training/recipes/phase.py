@@ -22,7 +22,7 @@ class Phase:
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the loss
     mixup: float = 0.0  # alpha of the Beta distribution; 0 mixes nothing
     sampler: str = "instance"
-    head: str = "linear"  # a kind of network.build_head
+    head: str = "linear"  # one of network.HEADS
     # What is trained, the rest is frozen: "all", "backbone", "head", the "last-block" of a ResNet and the head, the same with a "new-last-block" of random
     # weights in a fresh network, "embedding" with attention and the head (OLTR), or of the head the "scale", "head-and-scale" or the "calibration". Without
     # epochs, what is computed instead: "tau-norm", "ncm" or "post-hoc-la".
