@@ -78,10 +78,12 @@ class Run:
             assert process.pid is not None
             os.kill(process.pid, number)
 
-    def kill(self, seconds: float = 0.0) -> bool:
-        """Kill all processes in so many seconds; whether one was still running."""
-        if seconds:
-            connection.wait([process.sentinel for process in self.processes], seconds)
+    def wait(self, seconds: float) -> None:
+        """So long, or until a process ends."""
+        connection.wait([process.sentinel for process in self.processes], seconds)
+
+    def kill(self) -> bool:
+        """Kill all processes; whether one was still running."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -98,7 +100,8 @@ class Run:
         until = time.monotonic() + 120
         while not is_written() and self.is_running and time.monotonic() < until:
             time.sleep(0.01)
-        self.kill(seconds)
+        self.wait(seconds)
+        self.kill()
         assert is_written(), self.errors.read()
 
     def finish(self) -> str:
