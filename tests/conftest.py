@@ -27,6 +27,10 @@ if PTX_TARGET is not None:
     from tests.support.gpu_free import compiled
 
     compiled.install(PTX_TARGET)
+elif TRITON and not GPU:
+    from tests.support import checked_memory
+
+    checked_memory.install()
 
 
 # Few examples, the same in every run: `python -m pytest -m hypothesis --hypothesis-profile thorough` has many, and `minimal` is for interpreted kernels.
