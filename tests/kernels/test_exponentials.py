@@ -164,7 +164,7 @@ class OneRank:
 
     def merge(self, peak: Tensor, rest: Tensor, blend: None, hardest: None, own: list[Tensor], factor: float) -> tuple[Any, ...]:
         top = peak.amax(0)
-        return top[None], (rest * torch.exp(factor * (peak - top))).sum(0)[None], None, None, own
+        return top[None], (rest * torch.exp(factor * (peak - top))).sum(0)[None], None, None, list(torch.stack(own))
 
     def scatter(self, gradient: Tensor) -> Callable[[], Tensor]:
         self.scattered += 1
@@ -177,11 +177,14 @@ def terms_of(target: Tensor) -> LossTerms:
 
 
 @pytest.mark.usefixtures("paying")
-def test_sharded_classes(device: torch.device) -> None:
+@pytest.mark.parametrize("two", [False, True])
+def test_sharded_classes(two: bool, device: torch.device) -> None:
     from gclkern.kernels.head import run_backward, run_forward
 
     features, weight, target = problem(device)
     terms = terms_of(target.to(device))
+    if two:
+        terms = terms._replace(target_b=labels(ROWS, CLASSES, seed=11).to(device), lam=vector(ROWS).to(device))
     shards = OneRank(terms)
     results = []
     for others in (None, shards):
