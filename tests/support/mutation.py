@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -49,9 +50,9 @@ NATIVE = "gclkern/cpu_backend/native"
 LIBRARY = "gclkern/cpu_backend/_native.abi3.so"
 
 _KERNELS, _TORCH, _CPU = "triton and not compiled", "not triton and not cpu", "cpu and not process and not compiles and not graph and not exports"
-_LOGITS = ["tests/test_operations.py", "tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py"]
-_HEAD = ["tests/test_operations.py", "tests/test_linear_gcl_cross_entropy.py"]
-_CONTRASTIVE = ["tests/test_operations.py", "tests/test_supervised_contrastive.py"]
+_LOGITS = ["tests/test_gcl_cross_entropy.py", "tests/test_angular_losses.py", "tests/test_operations.py"]
+_HEAD = ["tests/test_linear_gcl_cross_entropy.py", "tests/test_operations.py"]
+_CONTRASTIVE = ["tests/test_supervised_contrastive.py", "tests/test_operations.py"]
 _BOUND = ["tests/test_dro_lt.py", "tests/test_operations.py"]
 _LOOPS = [*_LOGITS, "tests/test_linear_gcl_cross_entropy.py", "tests/test_soft_labels.py", "tests/test_top1.py", "tests/test_cpu_backend.py"]
 _ALL_LOOPS = [*_LOOPS, "tests/test_noise.py", "tests/test_dro_lt.py", "tests/test_centroids.py"]
@@ -62,15 +63,18 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/contrastive_loss.py": (_CONTRASTIVE, f"{_KERNELS} and (not operations or contrastive)"),
     "kernels/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"({_KERNELS} or tile) and (not operations or dro_lt)"),
     "kernels/exponentials.py": (["tests/kernels/test_exponentials.py"], ""),
-    "kernels/head.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
+    "kernels/head.py": (["tests/kernels/test_head.py", *_HEAD], "(triton or kernels) and (not operations or linear)"),
     "kernels/logit_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
     "kernels/noise.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
-    "kernels/products.py": ([*_HEAD, "tests/kernels/test_head.py"], "(triton or kernels) and (not operations or linear)"),
+    "kernels/products.py": (
+        ["tests/kernels/test_head.py", "tests/kernels/test_exponentials.py", *_HEAD, "tests/test_angular_losses.py"],
+        "(triton or kernels) and (not operations or linear)",
+    ),
     "kernels/row_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
     "kernels/runtime.py": (["tests/kernels/test_runtime.py", "tests/kernels/test_specialisation.py"], ""),
     "kernels/terms.py": (
-        ["tests/test_operators.py", *_LOGITS, *_CONTRASTIVE[1:], "tests/test_dro_lt.py", "tests/test_proco.py"],
+        ["tests/test_operators.py", *_LOGITS, *_CONTRASTIVE[:1], "tests/test_dro_lt.py", "tests/test_proco.py"],
         "torch and not compiles and (not operations or soundly)",
     ),
     "kernels/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_KERNELS} and (not operations or vmf)"),
@@ -100,6 +104,11 @@ TESTS: dict[str, tuple[list[str], str]] = {
 
 def is_native(name: str) -> bool:
     return name.endswith((".c", ".h"))
+
+
+def is_interpreted(name: str) -> bool:
+    """Whether it holds kernels or launches them, and no import calls its functions."""
+    return name.startswith("kernels/") and name not in ("kernels/runtime.py", "kernels/terms.py")
 
 
 def mutants_of(name: str, source: str) -> list[Mutant]:
@@ -158,15 +167,29 @@ class Test:
         return any(line in self.lines for line in range(span[0], span[1] + 1))
 
 
-def chosen_tests(mutant: Mutant, tests: dict[str, Test], kills: Counter[str], *, native: bool) -> list[str]:
-    """Those that run the changed lines, or where none is known the function; all for a change outside of functions, of a cached result or in compiled code.
+def by_variety(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One case of each test function, then another one of each; the next is always one whose parameters have come least often, or that has every option."""
+    seen: Counter[str] = Counter()
+    names = {item: re.split(r"[][-]", item.nodeid) for item in items}
+    ordered: list[pytest.Item] = []
+    waiting = list(items)
+    while waiting and len(ordered) < 100:  # more do not fit into a budget
+        item = min(waiting, key=lambda item: (seen[names[item][0]], sum(seen[name] for name in names[item][1:]), "everything" not in item.name))
+        waiting.remove(item)
+        ordered.append(item)
+        seen.update(names[item])
+    return ordered + waiting
 
-    First come those that have killed the most in the least time.
+
+def chosen_tests(mutant: Mutant, tests: dict[str, Test], kills: Counter[str], *, traced: bool) -> list[str]:
+    """Those that run the changed lines, or where none is known the function; all for a change outside of functions or of a cached result, and without a trace.
+
+    First come those that have killed the most in the least time, or have every option.
     """
     chosen = [name for name, test in tests.items() if test.touches(mutant.lines)] or [name for name, test in tests.items() if test.touches(mutant.around)]
-    if not mutant.function or any("cache" in line for line in mutant.source.splitlines()[mutant.around[0] - 2 : mutant.around[1]]) or native:
+    if not mutant.function or any("cache" in line for line in mutant.source.splitlines()[mutant.around[0] - 2 : mutant.around[1]]) or not traced:
         chosen = list(tests)
-    return sorted(chosen, key=lambda name: tests[name].seconds / (kills[name] + 0.05))
+    return sorted(chosen, key=lambda name: tests[name].seconds / (kills[name] + 0.05 + 0.5 * ("everything" in name)))
 
 
 class Tracer:
@@ -192,12 +215,14 @@ class Tracer:
 class Session:
     """A plugin of pytest: once the tests are collected, they run in forks, the first time without a change and then on each mutant.
 
-    So neither imports nor the collection are repeated. A fork gives the changed code to the functions that exist; Triton's interpreter reads a function from
-    the file when it first runs it, which is in the fork. A mutant that changes what an import computes, or what only imports of other files call, is in the
-    file before this process starts; `mutants` is empty then. A mutant of a C source is compiled, and the fork loads its library.
+    So neither imports nor the collection are repeated. A fork gives the changed code to the functions that exist. Triton's interpreter reads a function from
+    the file when it first runs it, which for most functions takes longer than to run them: tests of kernels run in this process the first time, and a fork
+    reads the changed function again. A mutant that changes what an import computes, or what only imports of other files call, is in the file before this
+    process starts; `mutants` is empty then. A mutant of a C source is compiled, and the fork loads its library.
     """
 
-    path: Path  # the changed file
+    name: str  # of the changed file
+    path: Path
     mutants: list[Mutant]
     tests: dict[str, Test]  # empty to find them, within `budget` seconds
     kills: Counter[str]
@@ -205,6 +230,7 @@ class Session:
     until: float
     tell: Callable[[dict[str, Any]], None]
     imports: Tracer  # of what runs before the tests
+    caches: list[Any] = field(default_factory=list)  # results of functions, which hold for the unchanged file
 
     def pytest_sessionstart(self) -> None:
         settings.register_profile("mutants", settings.default, phases=(Phase.explicit, Phase.generate))
@@ -212,20 +238,22 @@ class Session:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         sys.settrace(None)
-        functions: dict[str, list[FunctionType]] = {}
-        for thing in gc.get_objects():
-            if isinstance(thing, FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path):
-                functions.setdefault(thing.__code__.co_qualname, []).append(thing)
-        gc.freeze()
         items = {item.nodeid: item for item in session.items}
         tried: list[Mutant | None] = list(self.mutants) if self.mutants or not self.tests else [None]
         if not self.tests:
-            for news in in_fork(functools.partial(self.measure, session), group=True):
+            for news in self.measure_here(session) if self.interpreted else in_fork(functools.partial(self.measure, session), group=True):
                 self.tell(news)
                 if "test" in news:
                     self.tests[news["test"]] = Test(news["seconds"], frozenset(news["lines"]))
                 elif news.get("code") or "failed" in news:
                     return True
+        functions: dict[str, list[FunctionType]] = {}
+        self.caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("gclkern")]
+        for thing in gc.get_objects():
+            if isinstance(thing, FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path):
+                functions.setdefault(thing.__code__.co_qualname, []).append(thing)
+        gc.collect()
+        gc.freeze()
         source = self.path.read_text(encoding="utf-8")
         changed = self.library.with_suffix(".sources")
         if self.native:
@@ -238,7 +266,7 @@ class Session:
                 if not self.imports.lines.isdisjoint(range(mutant.lines[0], mutant.lines[1] + 1)):
                     self.tell({"imported": mutant.key})
                     continue
-                names = chosen_tests(mutant, self.tests, self.kills, native=self.native)
+                names = chosen_tests(mutant, self.tests, self.kills, traced=self.traced)
                 if not names:
                     continue  # none of the tests that fit into the budget runs it: a larger one decides
             session.items[:] = [items[name] for name in names if name in items]
@@ -261,38 +289,50 @@ class Session:
 
     @property
     def native(self) -> bool:
-        return is_native(self.path.name)
+        return is_native(self.name)
+
+    @property
+    def interpreted(self) -> bool:
+        return is_interpreted(self.name)
+
+    @property
+    def traced(self) -> bool:
+        """Not where that is impossible, and not where it takes several times as long as the tests, most of which run most lines of a kernel."""
+        return not self.native and not self.interpreted
 
     @property
     def library(self) -> Path:
         """Of a mutant."""
         return self.path.parent.parent / "mutant.so"
 
+    def measure_here(self, session: pytest.Session) -> list[dict[str, Any]]:
+        news: list[dict[str, Any]] = []
+        self.measure(session, news.append)
+        return news
+
     def measure(self, session: pytest.Session, tell: Callable[[dict[str, Any]], None]) -> int:
-        """Run the tests, one case of each function, then the second of each and so on."""
-        before: Counter[str] = Counter()
-        places = {}
-        for item in session.items:
-            function = item.nodeid.partition("[")[0]
-            places[item] = before[function]
-            before[function] += 1
-        session.items.sort(key=lambda item: places[item])
+        """Run the tests, one case of each function, then another one of each and so on."""
+        session.items[:] = by_variety(session.items)
         end = time.process_time() + self.budget
         tracer = Tracer(self.path)
 
         def before_test(name: str) -> None:
             tracer.lines.clear()
-            if not self.native:
+            if self.traced:
                 sys.settrace(tracer)
 
         def after_test(name: str, seconds: float) -> None:
             sys.settrace(None)
             tell({"test": name, "seconds": seconds, "lines": sorted(tracer.lines)})
-            if time.process_time() > end:
-                os._exit(0)
 
-        session.config.pluginmanager.register(Watch(before_test, after_test, tell))
-        return run_items(session)
+        watch = Watch(before_test, after_test, tell, lambda: None)
+        session.config.pluginmanager.register(watch)
+        for item in session.items:
+            if time.process_time() > end or watch.failed:
+                break
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)  # so that nothing is left to tear down
+        session.config.pluginmanager.unregister(watch)
+        return 0
 
     def try_one(self, session: pytest.Session, mutant: Mutant | None, functions: dict[str, list[FunctionType]], tell: Callable[[dict[str, Any]], None]) -> int:
         if self.native:
@@ -300,27 +340,37 @@ class Session:
 
             library._library = library.load(self.library)
         elif mutant is not None:
+            from triton.runtime.interpreter import InterpretedFunction
+
             for name, code in function_codes(mutant.source):
                 if name.partition(".")[0] == mutant.function:
                     for function in functions.get(name, ()):
                         function.__code__ = code.replace(co_filename=function.__code__.co_filename)
+                        InterpretedFunction.rewritten_fn.pop(function, None)
+            for cached in self.caches:
+                cached.cache_clear()
 
         def before_test(name: str) -> None:
             signal.setitimer(signal.ITIMER_PROF, 20.0 + 3 * self.tests[name].seconds)  # the first test of a fork may import what another one imported before
             signal.alarm(600)  # for one that waits forever
 
-        session.config.pluginmanager.register(Watch(before_test, lambda name, seconds: None, tell))
-        return run_items(session)
+        # at a failure, as pytest would take longer to end than most tests take
+        session.config.pluginmanager.register(Watch(before_test, lambda name, seconds: None, tell, lambda: os._exit(1)))
+        for item, following in itertools.zip_longest(session.items, session.items[1:]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        return 0
 
 
 @dataclass
 class Watch:
-    """A plugin of pytest: measures tests, and ends the process at the first that fails."""
+    """A plugin of pytest: measures tests, and tells of one that fails."""
 
     before_test: Callable[[str], None]
     after_test: Callable[[str, float], None]
     tell: Callable[[dict[str, Any]], None]
+    at_failure: Callable[[], None]
     started: float = 0.0
+    failed: bool = False
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.started = time.process_time()
@@ -329,16 +379,11 @@ class Watch:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.tell({"failed": report.nodeid})
-            os._exit(1)  # pytest would take longer to end than most tests take
+            self.failed = True
+            self.at_failure()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.after_test(nodeid, time.process_time() - self.started)
-
-
-def run_items(session: pytest.Session) -> int:
-    for item, following in itertools.zip_longest(session.items, session.items[1:]):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-    return 0
 
 
 def function_codes(source: str) -> list[tuple[str, CodeType]]:
@@ -377,8 +422,8 @@ def session_of(
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         path = (tree / name).resolve()
-        plugin = Session(path, mutants, tests, kills, budget, until, tell, Tracer(path))
-        if mutants and not is_native(name):
+        plugin = Session(name, path, mutants, tests, kills, budget, until, tell, Tracer(path))
+        if mutants and plugin.traced:
             sys.settrace(plugin.imports)
         return pytest.main([*files, "-k", expression, "-q", "-p", "no:cacheprovider", "--assert=plain"], plugins=[plugin])
 
