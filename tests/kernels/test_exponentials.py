@@ -81,6 +81,15 @@ def test_whole_tiles_and_a_tail(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("paying")
+def test_rows_longer_than_a_block(device: torch.device) -> None:
+    """Kernels that pass over rows take 1024 elements at a time."""
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(2, 1100, generator=generator).to(device, torch.float16), torch.randn(3, 1100, generator=generator).to(device, torch.float16)
+    options: Options = {"scale": 8.0, "plan": "materialised", "backend": "triton", "reduction": "none"}
+    check_head_loss(linear_gcl_cross_entropy, features, weight, torch.tensor([2, 0]), None, vector(2, 0.5, 2.0), **options)
+
+
+@pytest.mark.usefixtures("paying")
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_the_ends_of_the_range(scale: float, device: torch.device) -> None:
     """Cosines of -1 and 1, a cloud that takes all classes to the lower end, weights of very different norms, and rows whose own class is at either end."""
