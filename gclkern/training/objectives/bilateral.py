@@ -30,7 +30,7 @@ class BilateralBranch(Objective):
         super().__init__()
         self.loss = FocalLoss(gamma=0.0)
         self.period = period
-        self.register_buffer("share", torch.ones(()), persistent=False)  # a buffer, because a captured step would keep a number
+        self.register_buffer("share", torch.ones(()))  # a buffer, because a captured step would keep a number
 
     def set_epoch(self, network: Network, epoch: int, epochs: int, rate: float) -> None:
         self.share.fill_(1.0 - (epoch / (self.period * epochs)) ** 2)
