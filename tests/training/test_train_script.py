@@ -202,7 +202,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path: Path, refus
     left: list[Processes] = []
     monkeypatch.setattr(Processes, "close", left.append)
     options = ["--no-baseline", "--no-pictures", "--device", "cpu", "--out", tmp_path / "run"]
-    assert "the loss of epoch 1 is" in refused("--epochs", "1", "--lr", "1e30", "--method", "ce", *options)
+    assert "the loss of epoch 1 is nan; train with a lower --lr" in refused("--epochs", "1", "--lr", "1e30", "--method", "ce", *options)
     assert not left
 
 
