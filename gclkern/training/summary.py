@@ -76,7 +76,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         if phase.drw is not None:
             weighted = round(phase.drw * phase.epochs) + 1
             parts.append(f"class weights from epoch {weighted}" if weighted <= phase.epochs else "too few epochs for class weights")
-        parts += [f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in phase.options.items()]
+        parts += [f"{name} {value:g}" if type(value) in (int, float) else f"{name} {value}" for name, value in phase.options.items()]
         lines.append(", ".join(parts))
     per_image = seconds_per_image(network.backbone, (data.channels, data.image_size, data.image_size), processes.device)
     seconds = estimated_seconds(phases, len(data.train), len(data.test), per_image, run.config.eval_every) / processes.world
