@@ -38,7 +38,7 @@ _PANELS = {
 }
 _BASELINE = "baseline"  # the phase whose curves are drawn over those of the others
 _MOST_CLASSES = 30  # of a confusion matrix; beyond it only the most confused pairs are shown
-_MOST_PAIRS = 20
+_MOST_PAIRS, _ENOUGH_PAIRS = 20, 5
 _MOST_LINES, _MOST_DOTS = 50, 200  # classes up to which their accuracies are joined by lines, and drawn as dots
 _MOST_ERRORS = 24
 # With more points t-SNE takes minutes, and points hide each other.
@@ -157,8 +157,8 @@ def plot_curves(history_csv: str | os.PathLike[str], path: str | os.PathLike[str
 
 
 def _same(values: Sequence[float], others: Sequence[float] | None) -> bool:
-    """Whether two columns hold the same numbers, so that one of them is enough."""
-    return others is not None and np.allclose(values, others, atol=1e-9, equal_nan=True)
+    """Whether two columns of shares are the same to the eye, so that one of them is enough."""
+    return others is not None and np.allclose(values, others, rtol=0, atol=0.01, equal_nan=True)
 
 
 def plot_class_accuracy(
@@ -202,7 +202,7 @@ def plot_class_accuracy(
     counts.set(xlabel=f"class, from the most frequent to the rarest{shown}", xlim=(-0.5, len(order) - 0.5))
     if len(order) <= 20:
         counts.set_xticks(places, [shown_name(c, class_names, length=16) for c in order])
-        if class_names is not None:
+        if class_names is not None and max(map(len, class_names)) > 4:
             counts.tick_params("x", rotation=40)
             for tick in counts.get_xticklabels():
                 tick.set_horizontalalignment("right")
@@ -258,18 +258,19 @@ def plot_class_confusion(
     """The most confused pairs of classes and, for up to 30 classes, the confusion matrix in percent of the true class.
 
     Classes are ordered from the most frequent to the rarest, with their numbers of training images. Pairs are ranked by the share of the true class, because
-    by the number of errors frequent classes would hide rare ones; equal shares are ranked by the number of errors. Pairs with a single error are left out if
-    there are others.
+    by the number of errors frequent classes would hide rare ones; equal shares are ranked by the number of errors, then rare classes first. Pairs with a
+    single error come last, and are left out if there are enough others.
     """
     classes = len(class_counts)
     predictions, labels = predictions.cpu(), labels.cpu()
     totals = labels.bincount(minlength=classes)
     keys, errors = (labels * classes + predictions)[predictions != labels].unique(return_counts=True)
-    if (errors > 1).any():
+    if (errors > 1).sum() >= _ENOUGH_PAIRS:
         keys, errors = keys[errors > 1], errors[errors > 1]
     true, predicted = keys // classes, keys % classes
     shares = 100 * errors / totals[true]
-    worst = sorted(range(keys.numel()), key=lambda i: (-float(shares[i]), -int(errors[i])))[:_MOST_PAIRS]
+    ranks = [(int(error) == 1, -float(share), -int(error), class_counts[int(t)]) for error, share, t in zip(errors, shares, true, strict=True)]
+    worst = sorted(range(keys.numel()), key=ranks.__getitem__)[:_MOST_PAIRS]
     whole = classes <= _MOST_CLASSES
     side = min(9.0, 2.5 + 0.38 * classes)
     figure, axes = _figure(side + 6 if whole else 8, max(side, 1.5 + 0.27 * len(worst)) if whole else 6.5, 2 if whole else 1)
@@ -289,7 +290,7 @@ def plot_class_confusion(
     bars.set_yticks(range(len(worst)), pairs, fontsize=8)
     for place, i in enumerate(worst):
         bars.text(float(shares[i]), place, f" {int(errors[i])} of {int(totals[true[i]])}", va="center", fontsize=8, color=_GREY)
-    bars.invert_yaxis()
+    bars.set(ylim=(max(len(worst), 8) - 0.4, -0.6))  # a few bars would be as thick as the picture
     bars.set(xlabel="% of the images of the true class", xlim=(0, 1.15 * max((float(shares[i]) for i in worst), default=1)))
     bars.set_title("most confused: true class (training images) → prediction" if worst else "no errors", fontsize=10)
     if name:
@@ -317,8 +318,8 @@ def plot_worst_errors(
     for axis, image, sure, guess, label in zip(axes, images, confidence.tolist(), predicted.tolist(), labels.tolist(), strict=False):
         pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
         axis.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"{shown_name(guess, class_names, length=20)} {100 * sure:.0f}%\nis {shown_name(label, class_names, length=20)}", fontsize=8)
-    what = "the most confident errors: prediction, confidence, truth" if len(images) else "no errors"
+        axis.set_title(f"guess {shown_name(guess, class_names, length=18)} ({100 * sure:.0f}%)\ntruth {shown_name(label, class_names, length=18)}", fontsize=8)
+    what = "the most confident errors: prediction (confidence) and truth" if len(images) else "no errors"
     figure.suptitle(f"{name}: {what}".removeprefix(": "), fontsize=10)
     _save(figure, path)
 

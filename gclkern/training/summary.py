@@ -61,7 +61,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
             lines.append(warning)
     for phase in phases:
         if not phase.epochs:
-            lines.append(f"{phase.name}: {phase.trains}, which takes no training")
+            lines.append(f"{phase.title}, which takes no training")
             continue
         steps = steps_of(phase, len(data.train))
         parts = [
@@ -130,15 +130,17 @@ def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Pha
     """The run's pictures, from the reports of its phases and from (logits, features) on the test set."""
     from gclkern.training import plots  # needs packages of the extra `train`
 
-    last = phases[-1].name
+    last, title = phases[-1].name, phases[-1].title
     if (folder / "metrics.csv").exists():  # a re-training without gradients leaves none
         plots.plot_curves(folder / "metrics.csv", folder / "curves.png")
-    plots.plot_class_accuracy(reports, data.class_counts, folder / "class-accuracy.png", class_names=data.class_names)
+    titles = {phase.name: phase.title for phase in phases}
+    titled = {titles.get(name, name): report for name, report in reports.items()}
+    plots.plot_class_accuracy(titled, data.class_counts, folder / "class-accuracy.png", class_names=data.class_names)
     logits, labels, names = found[last][0].cpu(), data.test.labels, data.class_names
-    plots.plot_group_confusion(logits.argmax(1), labels, data.groups, folder / "group-confusion.png", name=last)
-    plots.plot_class_confusion(logits.argmax(1), labels, data.class_counts, folder / "class-confusion.png", class_names=names, name=last)
+    plots.plot_group_confusion(logits.argmax(1), labels, data.groups, folder / "group-confusion.png", name=title)
+    plots.plot_class_confusion(logits.argmax(1), labels, data.class_counts, folder / "class-confusion.png", class_names=names, name=title)
     worst = plots.worst_errors(logits, labels)
-    plots.plot_worst_errors(shown_images(data.test, worst), logits[worst], labels[worst], folder / "worst-errors.png", class_names=names, name=last)
+    plots.plot_worst_errors(shown_images(data.test, worst), logits[worst], labels[worst], folder / "worst-errors.png", class_names=names, name=title)
     embeddings = {phase.title: found[phase.name][1].cpu() for phase in compared(phases)}
     if data.test.labels.numel() >= plots.FEWEST_POINTS:
         plots.plot_tsne(embeddings, data.test.labels, folder / "tsne.png", class_counts=data.class_counts, class_names=data.class_names)

@@ -47,8 +47,8 @@ class Phase:
 
     @property
     def title(self) -> str:
-        """The name and the loss."""
-        return f"{self.name}: {self.loss}" + (" + DRO-LT" if self.robust else "")
+        """The name and the loss, or what is computed without training."""
+        return f"{self.name}: {self.loss if self.epochs else self.trains}" + (" + DRO-LT" if self.robust else "")
 
     def settings(self, field: str) -> list[str]:
         """The settings of a run that replace a field, in backticks; none for phases between the first and the second stage, whose fields are the method's."""
