@@ -334,6 +334,8 @@ def explain(error: BaseException) -> str:
         return f"error: {as_flags(str(error))}{notes}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: the memory of the GPU is full; run a step in parts by --accumulate, or take a smaller --batch-size{notes}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return f"error: the memory is full; take a smaller --image-size or --batch-size, or run a step in parts by --accumulate{notes}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised by a signal handler, at any place in the run
         return f"error: {as_flags(worker_problem(error))}{notes}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -38,14 +39,19 @@ def test_two_classes_and_a_share() -> None:
     assert bool((first == second)[(soft > 0).sum(1) == 1].all())
 
 
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        gclkern.GCLLoss(COUNTS, margin=0.1, gamma=0.5), gclkern.LDAMLoss(COUNTS, weight=vector(CLASSES, 0.5, 2.0)), gclkern.LogitAdjustedLoss(COUNTS),
-        gclkern.CosFaceLoss(label_smoothing=0.1), gclkern.FocalLoss(), gclkern.LabelAwareSmoothingLoss(COUNTS),
-    ],
-    ids=lambda criterion: type(criterion).__name__,
-)  # fmt: skip
+CRITERIA = [
+    gclkern.GCLLoss(COUNTS, margin=0.1, gamma=0.5), gclkern.LDAMLoss(COUNTS, weight=vector(CLASSES, 0.5, 2.0)), gclkern.LogitAdjustedLoss(COUNTS),
+    gclkern.CosFaceLoss(label_smoothing=0.1), gclkern.FocalLoss(), gclkern.LabelAwareSmoothingLoss(COUNTS), gclkern.ArcFaceLoss(), gclkern.AGCLLoss(COUNTS),
+    gclkern.DBMLoss(COUNTS),
+]  # fmt: skip
+
+
+def test_the_criteria_are_all_losses_of_logits() -> None:
+    public = {value for name, value in vars(gclkern).items() if name.endswith("Loss") and "cosine" in inspect.signature(value.forward).parameters}
+    assert {type(criterion) for criterion in CRITERIA} == public
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: type(criterion).__name__)
 def test_every_loss_takes_soft_labels(criterion: torch.nn.Module) -> None:
     target, options = labels(ROWS, CLASSES), mixed(ROWS, CLASSES)
     soft = soft_labels(target, options["target_b"], options["lam"], CLASSES)
@@ -124,9 +130,10 @@ def check_mixed(soft: Tensor, target: Tensor, other: Tensor) -> None:
     for row in range(len(soft)):
         assert {int(first[row]), int(second[row])} <= {int(target[row]), int(other[row])}
     assert torch.allclose(soft_labels(first, second, lam, CLASSES), soft.float(), atol=1e-6)
-    loss = gclkern.LDAMLoss(COUNTS)
     cosine = cosines(8, CLASSES)
-    torch.testing.assert_close(loss(cosine, soft), loss(cosine, first, target_b=second, lam=lam))
+    for criterion in CRITERIA:
+        seed = {"seed": 3} if isinstance(criterion, gclkern.GCLLoss) else {}
+        torch.testing.assert_close(criterion(cosine, soft, **seed), criterion(cosine, first, target_b=second, lam=lam, **seed))
 
 
 @pytest.mark.parametrize(

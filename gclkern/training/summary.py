@@ -22,6 +22,7 @@ from gclkern.training.evaluation import Report, evaluate, format_table, predict,
 from gclkern.training.extras import need
 from gclkern.training.network import Network, backbone_name, load_network
 from gclkern.training.output import echo
+from gclkern.training.printable import printable
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import Phase, family
 from gclkern.training.run_folder import RunFolder
@@ -51,6 +52,9 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
     one = len(augmentations) == 1
     lines += [f"augmentation of training images{'' if one else ' of ' + ' and '.join(names)}: {parts}" for parts, names in augmentations.items()]
     if family(run.config.data) == "own":
+        if data.class_names:  # shows at once if the folders are not the classes that were meant
+            more = f" and {data.num_classes - 10} more" if data.num_classes > 10 else ""
+            lines.insert(2, f"classes: {', '.join(printable(name) for name in data.class_names[:10])}{more}")
         second_stage = phases[-1].name == "stage-2" and phases[-1].epochs > 0
         given = {name for name, value in run.config.to_dict().items() if value is not None} | ({"epochs"} if run.config.epochs_scale != 1 else set())
         lines.append(own_data.reasons(

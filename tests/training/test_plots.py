@@ -62,7 +62,8 @@ def test_the_baseline_lies_over_the_method_and_calibration_has_an_axis_of_its_ow
     assert ([1, 2, 3], [50, 60, 70]) in drawn_lines, "the baseline counts its own epochs"
     assert ([1, 2], [60, 80]) in drawn_lines
     assert ([3], [90]) in drawn_lines
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["top-1", "baseline"], "the mean of classes is nearly the same on a balanced test set"
+    shown = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert shown == ["top-1", "baseline"], "the mean of classes is nearly the same on a balanced test set"
 
 
 @pytest.mark.parametrize(("text", "message"), [("epoch,loss\n", "no rows"), ("epoch,colour\n1,2\n", "no column")])

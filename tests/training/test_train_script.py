@@ -172,6 +172,7 @@ def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, ref
     (WorkerError("take `workers=0`"), "train.py: error: take --workers 0"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "Bus error.); take --workers 0"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "take a smaller --batch-size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), "take a smaller --image-size or --batch-size"),
     (KeyboardInterrupt(), "train.py: interrupted"),
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero; this is a fault of the program, please report it with "),
 ])  # fmt: skip

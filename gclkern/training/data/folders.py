@@ -19,6 +19,8 @@ _TRAIN, _TEST, _VAL = ("train", "training"), ("test", "testing"), ("val", "valid
 _TEST_SHARE = 0.2
 # Folders of file servers and archives with thumbnails and resource forks, whose names look like images.
 _SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX"))
+# Suffixes of phones and cameras that Pillow does not read.
+_PHOTOS = frozenset((".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw"))
 
 
 def find_images(folder: Path, root: Path | None = None) -> tuple[list[str], Counter[str]]:
@@ -71,14 +73,15 @@ def _left_out_note(root: Path, left_out: Mapping[str, int]) -> list[str]:
         return []
     kinds = ", ".join(f"{count} {printable(kind)[:30]}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8])
     others = f" and {len(left_out) - 8} more kinds" if len(left_out) > 8 else ""
-    return [f"{printable(str(root))}: left out as no images: {kinds}{others}"]
+    remedy = "; convert photos of formats that Pillow does not read to JPEG" if _PHOTOS & {kind.lower() for kind in left_out} else ""
+    return [f"{printable(str(root))}: left out: {kinds}{others}{remedy}"]
 
 
 def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
     """Images, class names in alphabetical order, and notes on what was left out, of a folder that has one folder for each class."""
     entries = [entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name not in _SYSTEM_FOLDERS]
     names = sorted(entry.name for entry in entries if entry.is_dir())
-    left_out = Counter({"beside the class folders": count} if (count := len(entries) - len(names)) else {})
+    left_out = Counter({"files beside the class folders": count} if (count := len(entries) - len(names)) else {})
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -87,7 +90,7 @@ def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:
         paths += found
         labels += [label] * len(found)
     if not paths:
-        seen = "; ".join(_left_out_note(root, left_out)) or "it is empty"
+        seen = "; ".join(_left_out_note(root, left_out)) or "there is no file in it"
         raise ValueError(f"{printable(str(root))} has no folder of images for each class, such as {printable(str(root / 'cat' / '1.jpg'))} ({seen})")
     return ImageFiles(paths, torch.tensor(labels, dtype=torch.int64)), names, _left_out_note(root, left_out)
 
@@ -107,6 +110,9 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int | None, wor
         raise FileNotFoundError(f"{printable(str(root))} holds {test_root.name}/, but no train/; it must hold train/ and test/ or val/, or one folder a class")
     train, names, found = read_folder(train_root or root)
     notes += found
+    if len(names) == 1:
+        inner = printable(str((train_root or root) / names[0]))
+        raise ValueError(f"{printable(names[0])} is the only class; each class must have a folder; if the classes are in {inner}, give that by `data_dir`")
     if test_root is not None:
         test, test_names, found = read_folder(test_root)
         notes += found

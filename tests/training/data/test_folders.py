@@ -69,12 +69,18 @@ class TestWalk:
             (pets / "train" / "cat" / name).touch()
         (pets / "train" / "stray.png").touch()
         (note,) = load(pets).notes
-        assert note == f"{pets}/train: left out as no images: 2 .txt, 1 .csv, 1 beside the class folders"
+        assert note == f"{pets}/train: left out: 2 .txt, 1 .csv, 1 files beside the class folders"
 
     def test_a_folder_without_images_says_what_is_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
-        (tmp_path / "cat" / "x.heic").touch()
-        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out as no images: 1 \.heic"):
+        (tmp_path / "cat" / "x.HEIC").touch()
+        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out: 1 \.HEIC; convert photos"):
+            load(tmp_path)
+
+    def test_a_single_class_is_a_folder_too_high(self, tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            write_image(tmp_path / "pets" / name / "1.png")
+        with pytest.raises(ValueError, match=r"pets is the only class.* give that by `data_dir`"):
             load(tmp_path)
 
     @pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")

@@ -45,10 +45,11 @@ def test_bytes_that_were_once_misread(target: str, data: bytes) -> None:
 
 def test_a_link_to_itself(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "1.png")
+    write_image(tmp_path / "dog" / "1.png")
     write_image(tmp_path / "cat" / "2.png")
     (tmp_path / "cat" / "3.png").symlink_to("3.png")
     data = load_data("folder", data_dir=tmp_path, workers=0)
-    assert data.notes[0] == f"{tmp_path}: left out as no images: 1 broken links"
+    assert data.notes[0] == f"{tmp_path}: left out: 1 broken links"
 
 
 def _cyclic() -> dict[str, Any]:
