@@ -244,6 +244,15 @@ def test_a_fresh_network_has_a_new_last_block_where_that_is_trained(trains: str,
     assert bool(weight.abs().max() <= (512 * 9) ** -0.5) is renewed
 
 
+def test_a_method_s_network_is_made_from_a_plain_one() -> None:
+    """One that is composed already would take the place of the method's."""
+    data: Any = SimpleNamespace(num_classes=3, channels=1, image_size=8, train=[])
+    phase = plan("bbn", None, "digits-lt", [9, 5, 2])[0]
+    for model in ("embedded:small-cnn", "two-branch:small-cnn"):
+        with pytest.raises(ValueError, match=f"last block of the network, .* not for {model}; choose one of them by `model`"):
+            prepare(phase, None, data, RunConfig(method="bbn", model=model), torch.device("cpu"))
+
+
 def test_networks_whose_last_block_is_not_known() -> None:
     pytest.importorskip("torchvision")
     with pytest.raises(ValueError, match=r"last block of the network, which is known for .*torchvision's ResNets, not for mobilenet_v3_small"):

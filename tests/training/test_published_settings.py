@@ -15,7 +15,7 @@ from gclkern.training.config import RunConfig
 from gclkern.training.data.longtail import profile_counts
 from gclkern.training.objectives import build_objective
 from gclkern.training.objectives.bcl import BalancedContrast
-from gclkern.training.recipes import Phase, build_loss, plan, plan_run, settings
+from gclkern.training.recipes import METHODS, Phase, build_loss, plan, plan_run, settings
 from gclkern.training.schedules import Schedule
 
 # Class counts, largest and smallest, as published.
@@ -263,6 +263,12 @@ def test_a_cosine_classifier_keeps_its_scale(retrain: str) -> None:
     second = plan("gcl", retrain, "cifar100-lt", counts_of("cifar100-lt", "100"))[-1]
     assert second.options["scale"] == 30.0
     assert second.head.endswith("cosine")
+
+
+def test_settings_of_every_method_are_there() -> None:
+    """A name that no data set has would mean the plain ones."""
+    known = {name for stages in settings.STAGE_1.values() for name in stages}
+    assert {method.settings for method in METHODS.values()} == known
 
 
 def test_every_entry_of_stage_1_has_its_source() -> None:
