@@ -17,7 +17,7 @@ from torch import Tensor
 from gclkern.devices import set_debug
 from gclkern.functional import gcl_cross_entropy
 from tests.support import oracle
-from tests.support.cases import HALVES, REDUCTIONS, Options, cosines, labels, mixed, moved, option_sets, vector
+from tests.support.cases import HALVES, REDUCTIONS, Options, angle_sets, cosines, labels, mixed, moved, option_sets, vector
 from tests.support.comparison import ROUNDING, SMALLEST, assert_within, check_logit_loss, noise_error
 
 
@@ -76,6 +76,18 @@ def test_more_rows_than_a_tile(backend: str, device: torch.device) -> None:
     target = labels(rows, 10)
     target[::7] = -100
     check(cosines(rows, 10, device=device), target, option_sets(rows, 10)["everything"], reduction="mean", backend=backend)
+
+
+@pytest.mark.triton
+def test_programs_that_take_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large batch makes them: one program for all classes of a row, and one for all rows of a class."""
+    from gclkern.kernels import logit_loss
+
+    for name, value in (("STATS_COLUMNS", 128), ("GRADIENT_COLUMNS", 64), ("PROGRAMS", 1), ("gradient_splits", lambda *tiles, summing: 1)):
+        monkeypatch.setattr(logit_loss, name, value)
+    rows, classes = 18, 200
+    options = angle_sets(rows, classes)["dbm and everything"]
+    check(cosines(rows, classes, device=device), labels(rows, classes), options, vector(rows, 0.5, 2.0), reduction="none", backend="triton")
 
 
 def test_strided_vectors(backend: str, device: torch.device) -> None:
