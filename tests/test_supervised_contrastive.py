@@ -325,19 +325,20 @@ def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> N
         torch.autograd.grad(loss, features, create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.parametrize("form", ["SupCon", "BCL"])
+@pytest.mark.parametrize("form", ["SupCon", "BCL", "PSC"])
 def test_operators(form: str, backend: str, device: torch.device) -> None:
     features, target, options = problem(12, 4, 5, FORMS[form])
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    choices = [options.get(name, True) for name in ("include_samples", "include_own_class")]
     name = "contrastive_forward" if backend == "triton" else "torch_contrastive_forward"
-    arguments = (features.to(device), moved.get("prototypes"), target.to(device), moved.get("class_counts"), 0.1, True, True, "mean")
+    arguments = (features.to(device), moved.get("prototypes"), target.to(device), moved.get("class_counts"), 0.1, *choices, "mean")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     supervised_contrastive(features.to(device), target.to(device), backend=backend)  # registers the operators
     torch.library.opcheck(getattr(torch.ops.gclkern, name).default, arguments, test_utils=tests)
     _, saved = getattr(torch.ops.gclkern, name)(*arguments)
     backward = getattr(torch.ops.gclkern, name.replace("forward", "backward")).default
     torch.library.opcheck(
-        backward, (torch.ones((), device=device), *arguments[:2], arguments[3], saved, 0.1, True, True, True, "prototypes" in moved), test_utils=tests
+        backward, (torch.ones((), device=device), *arguments[:2], arguments[3], saved, 0.1, *choices, True, "prototypes" in moved), test_utils=tests
     )
 
 
