@@ -32,14 +32,14 @@ from torch import Tensor
 
 from . import runtime
 from .products import _precision
-from .row_loss import LOG2E
+from .row_loss import LOG2E, log1p
 from .runtime import MULTIPROCESSORS, NVIDIA, batch_kernel, on_device
 from .terms import SMALLEST_NORM, implements, shapes_of
 
-_ROWS = 64
-_COLUMNS = 64
-# Of _pull_kernel elsewhere than on Hopper, which multiplies from shared memory: the rows are in registers, of which larger tiles would spill some.
-_SMALL_PULL = (32, 32) if NVIDIA else (64, 32)
+# Rows and columns of a tile on Hopper, which multiplies from shared memory. Elsewhere the rows are in registers, of which larger tiles would spill some.
+_HOPPER_TILE = (64, 64)
+_DENOMINATOR_TILE = (64, 32)
+_PULL_TILE = (32, 32) if NVIDIA else (64, 32)
 _DEPTH = 128  # elements of a row that a tile has at most
 _SCALE = 2.0**12
 _UNSCALE = 2.0**-24  # of a product of two scaled numbers
@@ -127,7 +127,7 @@ def _denominator_kernel(
     label_ptr, right_label_ptr,  # (N,), (K,) or None for prototypes
     own_ptr,  # (N,) or None where all weights are 1
     other_ptr,  # (K,)
-    part_ptr,  # (3, parts, N): binary logarithm of the sum over a part of the keys, sum of the positives' cosines, their number
+    part_ptr,  # (5, parts, N), of a part of the keys: the largest logit; over its exponential the sums of positives and of others; cosines, number of positives
     num_rows, num_columns, width, scale2, unscale, first_part, parts, tiles_per_split,
     SELF: tl.constexpr, INCLUDE_OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,8 @@ def _denominator_kernel(
     if own_ptr is not None:
         own = tl.load(own_ptr + rows, mask=in_batch, other=0.0)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    own_sum = tl.zeros((ROWS,), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
     pulled = tl.zeros((ROWS,), tl.float32)
     number = tl.zeros((ROWS,), tl.float32)
     left_low = None
@@ -181,21 +182,30 @@ def _denominator_kernel(
         number += tl.sum(tl.where(positive, 1.0 + tl.minimum(tl.abs(cosine), 0.0), 0.0), axis=1)
         top = tl.maximum(peak, tl.max(logit, axis=1))
         anchor = tl.where(top == -float("inf"), 0.0, top)
-        total = total * tl.exp2(peak - anchor) + tl.sum(tl.exp2(logit - anchor[:, None]), axis=1)
+        before = tl.exp2(peak - anchor)
+        exponential = tl.exp2(logit - anchor[:, None])
+        own_sum = own_sum * before + tl.sum(tl.where(positive, exponential, 0.0), axis=1)
+        rest = rest * before + tl.sum(tl.where(positive, 0.0, exponential), axis=1)
         peak = top
     place = part_ptr + (first_part + split) * num_rows + rows
     size = parts.to(tl.int64) * num_rows
-    tl.store(place, tl.log2(total) + peak, mask=in_batch)
-    tl.store(place + size, pulled * unscale, mask=in_batch)
-    tl.store(place + 2 * size, number, mask=in_batch)
+    tl.store(place, peak, mask=in_batch)
+    tl.store(place + size, own_sum, mask=in_batch)
+    tl.store(place + 2 * size, rest, mask=in_batch)
+    tl.store(place + 3 * size, pulled * unscale, mask=in_batch)
+    tl.store(place + 4 * size, number, mask=in_batch)
 
 
 @batch_kernel
 def _losses_kernel(
-    part_ptr,  # (3, parts, N), of _denominator_kernel
+    part_ptr,  # (5, parts, N), of _denominator_kernel
     label_ptr,  # (N,)
+    own_ptr,  # (N,) or None where all weights are 1
     loss_ptr,  # () or (N,)
-    denominator_ptr, positives_ptr,  # (N,) what backward divides by: binary logarithms; numbers of positives
+    peak_ptr,  # (N,) the row's largest logit, which backward subtracts
+    shift_ptr,  # (N,) what it adds to the logits of positives instead; -inf where their probabilities are not needed
+    inverse_ptr,  # (N,) 1 / the sum of exponentials
+    share_ptr,  # (N,) what backward subtracts for each positive, at a rate of 1
     anchors_ptr,  # () what the losses are divided by
     num_rows, num_classes, parts, inverse_temperature, ln2,
     LIMITED: tl.constexpr, REDUCTION: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
@@ -207,29 +217,44 @@ def _losses_kernel(
         rows = start + tl.arange(0, LANES)
         in_batch = rows < num_rows
         peak = tl.full((LANES,), -float("inf"), tl.float32)
-        total = tl.zeros((LANES,), tl.float32)
+        own_sum = tl.zeros((LANES,), tl.float32)
+        rest = tl.zeros((LANES,), tl.float32)
         pulled = tl.zeros((LANES,), tl.float32)
         number = tl.zeros((LANES,), tl.float32)
         for first in range(0, parts, PARTS):
             part = first + tl.arange(0, PARTS)
             read = (part < parts)[:, None] & in_batch[None, :]
             place = part_ptr + (part.to(tl.int64) * num_rows)[:, None] + rows[None, :]
-            log_total = tl.load(place, mask=read, other=-float("inf"))
-            pulled += tl.sum(tl.load(place + size, mask=read, other=0.0), axis=0)
-            number += tl.sum(tl.load(place + 2 * size, mask=read, other=0.0), axis=0)
-            top = tl.maximum(peak, tl.max(log_total, axis=0))
+            peaks = tl.load(place, mask=read, other=-float("inf"))
+            top = tl.maximum(peak, tl.max(peaks, axis=0))
             anchor = tl.where(top == -float("inf"), 0.0, top)
-            total = total * tl.exp2(peak - anchor) + tl.sum(tl.exp2(log_total - anchor[None, :]), axis=0)
+            before = tl.exp2(peak - anchor)
+            factor = tl.exp2(peaks - anchor[None, :])
+            own_sum = own_sum * before + tl.sum(tl.load(place + size, mask=read, other=0.0) * factor, axis=0)
+            rest = rest * before + tl.sum(tl.load(place + 2 * size, mask=read, other=0.0) * factor, axis=0)
+            pulled += tl.sum(tl.load(place + 3 * size, mask=read, other=0.0), axis=0)
+            number += tl.sum(tl.load(place + 4 * size, mask=read, other=0.0), axis=0)
             peak = top
-        log_total = tl.log2(total) + peak
         label = tl.load(label_ptr + rows, mask=in_batch, other=0)
         known = (label >= 0) & (label < num_classes) if LIMITED else in_batch
         number = tl.where(known, number, 0.0)
-        loss = tl.where(number > 0.0, log_total * ln2 - pulled / number * inverse_temperature, 0.0)
-        loss = tl.where(known | (rows >= num_rows), loss, float("nan"))
-        # a row without keys has no probabilities: they are 0 over this denominator
-        tl.store(denominator_ptr + rows, tl.where(log_total == -float("inf"), float("inf"), log_total), mask=in_batch)
-        tl.store(positives_ptr + rows, number, mask=in_batch)
+        total = own_sum + rest
+        own = tl.zeros((LANES,), tl.float32)
+        if own_ptr is not None:
+            own = tl.load(own_ptr + rows, mask=in_batch, other=0.0)
+        single = number == 1.0
+        # the difference of two logarithms would have no digits left where the only positive has nearly all of the probability
+        likely = own_sum > rest
+        precise = log1p(rest / tl.where(likely, own_sum, 1.0)) + own * ln2
+        loss = tl.where(single & likely, precise, (tl.log2(total) + peak) * ln2 - pulled / number * inverse_temperature)
+        loss = tl.where(known | (rows >= num_rows), tl.where(number > 0.0, loss, 0.0), float("nan"))
+        # a row without keys has no probabilities: exp2(-inf) in backward
+        empty = total == 0.0
+        tl.store(peak_ptr + rows, tl.where(empty, float("inf"), peak), mask=in_batch)
+        tl.store(shift_ptr + rows, tl.where(single | (own_sum == 0.0), -float("inf"), own - peak), mask=in_batch)
+        tl.store(inverse_ptr + rows, tl.where(empty, 0.0, 1.0 / total), mask=in_batch)
+        share = tl.where(single & (total != 0.0), rest / total, 1.0 / number)
+        tl.store(share_ptr + rows, tl.where(number > 0.0, share, 0.0), mask=in_batch)
         if REDUCTION == "none":
             tl.store(loss_ptr + rows, loss, mask=in_batch)
         losses += tl.where(in_batch, loss, 0.0)
@@ -243,9 +268,8 @@ def _losses_kernel(
 @batch_kernel
 def _rates_kernel(
     grad_loss_ptr,  # () or (N,)
-    positives_ptr,  # (N,)
-    anchors_ptr,  # ()
-    rate_ptr, share_ptr,  # (N,) factors of a row's probabilities and of each of its positives, over the largest rate, times `scale`
+    inverse_ptr, share_ptr, anchors_ptr,  # of _losses_kernel
+    rate_ptr, attraction_ptr,  # (N,) factors of a row's exponentials and of its positives, over the largest rate, times `scale`
     largest_ptr,  # () the largest rate
     num_rows, inverse_temperature, scale, ROW_GRADIENTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +278,7 @@ def _rates_kernel(
         top = tl.zeros((LANES,), tl.float32)
         for start in range(0, num_rows, LANES):
             rows = start + tl.arange(0, LANES)
-            has = tl.load(positives_ptr + rows, mask=rows < num_rows, other=0.0) > 0.0
+            has = tl.load(share_ptr + rows, mask=rows < num_rows, other=0.0) > 0.0
             size = tl.abs(tl.load(grad_loss_ptr + rows, mask=has, other=0.0).to(tl.float32) * factor)
             top = tl.maximum(top, tl.where(size < float("inf"), size, 0.0))
         largest = tl.max(top, axis=0)
@@ -267,12 +291,12 @@ def _rates_kernel(
         tl.store(largest_ptr, largest)
     for start in range(first, num_rows if ROW_GRADIENTS else tl.minimum(first + LANES, num_rows), LANES):
         rows = start + tl.arange(0, LANES)
-        positives = tl.load(positives_ptr + rows, mask=rows < num_rows, other=0.0)
+        share = tl.load(share_ptr + rows, mask=rows < num_rows, other=0.0)
         # a sample without positives has no gradient, even if the upstream one is NaN
-        upstream = tl.load(grad_loss_ptr + (rows if ROW_GRADIENTS else rows * 0), mask=positives > 0.0, other=0.0)
+        upstream = tl.load(grad_loss_ptr + (rows if ROW_GRADIENTS else rows * 0), mask=share > 0.0, other=0.0)
         rate = upstream.to(tl.float32) * factor / largest * scale
-        tl.store(rate_ptr + rows, rate, mask=rows < num_rows)
-        tl.store(share_ptr + rows, rate / tl.maximum(positives, 1.0), mask=rows < num_rows)
+        tl.store(rate_ptr + rows, rate * tl.load(inverse_ptr + rows, mask=rows < num_rows, other=0.0), mask=rows < num_rows)
+        tl.store(attraction_ptr + rows, rate * share, mask=rows < num_rows)
 
 
 @batch_kernel
@@ -280,23 +304,22 @@ def _pull_kernel(
     high_ptr, low_ptr,  # (N, width) rows whose gradient is computed; `low_ptr` is None where high halves suffice
     right_high_ptr, right_low_ptr,  # (K, width) columns
     label_ptr, right_label_ptr,  # (N,), (K,); None: prototypes
-    own_ptr, right_own_ptr, other_ptr, right_other_ptr,  # (N,), (K,) logarithms of the weights, or None where all are 1
-    denominator_ptr, rate_ptr, share_ptr,  # (N,); None: rows without a loss of their own
-    right_denominator_ptr, right_rate_ptr, right_share_ptr,  # (K,) the same of the columns
+    other_ptr, right_other_ptr,  # (N,), (K,) logarithms of the weights, or None where all are 1
+    peak_ptr, shift_ptr, rate_ptr, attraction_ptr,  # (N,); None: rows without a loss of their own
+    right_peak_ptr, right_shift_ptr, right_rate_ptr, right_attraction_ptr,  # (K,) the same of the columns
     part_ptr,  # (parts, N, width) sums over each part of the columns
     num_rows, num_columns, width, scale2, first_part, tiles_per_split,
-    SELF: tl.constexpr, INCLUDE_OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    SELF: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    shift = tl.program_id(1) * DEPTH
+    chunk = tl.program_id(1) * DEPTH
     in_batch = rows < num_rows
     label = _label(label_ptr, rows, in_batch)
     if rate_ptr is not None:
         rate = tl.load(rate_ptr + rows, mask=in_batch, other=0.0)
-        share = tl.load(share_ptr + rows, mask=in_batch, other=0.0)
-        denominator = tl.load(denominator_ptr + rows, mask=in_batch, other=0.0)
-        if right_other_ptr is not None:
-            own = tl.load(own_ptr + rows, mask=in_batch, other=0.0)
+        attraction = tl.load(attraction_ptr + rows, mask=in_batch, other=0.0)
+        peak = tl.load(peak_ptr + rows, mask=in_batch, other=0.0)
+        shift = tl.load(shift_ptr + rows, mask=in_batch, other=0.0)
     if right_rate_ptr is not None and other_ptr is not None:
         other = tl.load(other_ptr + rows, mask=in_batch, other=0.0)
     total = tl.zeros((ROWS, DEPTH), tl.float32)
@@ -310,7 +333,7 @@ def _pull_kernel(
     for start in range(first, tl.minimum(first + tiles_per_split * COLUMNS, num_columns), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         present = columns < num_columns
-        logit = tl.zeros((ROWS, COLUMNS), tl.float32)
+        cosine = tl.zeros((ROWS, COLUMNS), tl.float32)
         right_low = None
         transposed_low = None
         if WHOLE:
@@ -318,7 +341,7 @@ def _pull_kernel(
             if low_ptr is not None:
                 right_low = _keys(right_low_ptr, columns, num_columns, 0, width, DEPTH)
                 transposed_low = tl.trans(right_low)
-            logit = _product(left_high, left_low, tl.trans(right_high), transposed_low, logit)
+            cosine = _product(left_high, left_low, tl.trans(right_high), transposed_low, cosine)
         else:
             for depth in range(0, width, DEPTH):
                 left_high = _keys(high_ptr, rows, num_rows, depth, width, DEPTH)
@@ -326,29 +349,32 @@ def _pull_kernel(
                 if low_ptr is not None:
                     left_low = _keys(low_ptr, rows, num_rows, depth, width, DEPTH)
                     transposed_low = tl.trans(_keys(right_low_ptr, columns, num_columns, depth, width, DEPTH))
-                logit = _product(left_high, left_low, tl.trans(right_high), transposed_low, logit)
-            right_high = _keys(right_high_ptr, columns, num_columns, shift, width, DEPTH)
+                cosine = _product(left_high, left_low, tl.trans(right_high), transposed_low, cosine)
+            right_high = _keys(right_high_ptr, columns, num_columns, chunk, width, DEPTH)
             if low_ptr is not None:
-                right_low = _keys(right_low_ptr, columns, num_columns, shift, width, DEPTH)
-        logit = logit * scale2 + tl.where(present, 0.0, -float("inf"))[None, :]
+                right_low = _keys(right_low_ptr, columns, num_columns, chunk, width, DEPTH)
         positive = label[:, None] == _label(right_label_ptr, columns, present)[None, :]
         pull = tl.zeros((ROWS, COLUMNS), tl.float32)
-        attraction = tl.zeros((ROWS, COLUMNS), tl.float32)
+        attractions = tl.zeros((ROWS, COLUMNS), tl.float32)
         if rate_ptr is not None:
-            exponent = logit - denominator[:, None]
+            weight = tl.zeros((COLUMNS,), tl.float32)
             if right_other_ptr is not None:
-                exponent += tl.where(positive, own[:, None], tl.load(right_other_ptr + columns, mask=present, other=0.0)[None, :])
-            pull += rate[:, None] * tl.exp2(exponent)
-            attraction += share[:, None]
+                weight = tl.load(right_other_ptr + columns, mask=present, other=0.0)
+            weight = tl.where(present, weight, -float("inf"))
+            pull += rate[:, None] * tl.exp2(cosine * scale2 + tl.where(positive, shift[:, None], weight[None, :] - peak[:, None]))
+            attractions += attraction[:, None]
         if right_rate_ptr is not None:
-            exponent = logit - tl.load(right_denominator_ptr + columns, mask=present, other=0.0)[None, :]
+            right_peak = tl.load(right_peak_ptr + columns, mask=present, other=float("inf"))
+            right_shift = tl.load(right_shift_ptr + columns, mask=present, other=0.0)
             if other_ptr is not None:
-                exponent += tl.where(positive, tl.load(right_own_ptr + columns, mask=present, other=0.0)[None, :], other[:, None])
-            pull += tl.load(right_rate_ptr + columns, mask=present, other=0.0)[None, :] * tl.exp2(exponent)
-            attraction += tl.load(right_share_ptr + columns, mask=present, other=0.0)[None, :]
-        if not INCLUDE_OWN:
-            pull = tl.where(positive, 0.0, pull)
-        pull -= tl.where(positive, attraction, 0.0)
+                weighted = other[:, None] - right_peak[None, :]
+            else:
+                weighted = -right_peak[None, :]
+            pull += tl.load(right_rate_ptr + columns, mask=present, other=0.0)[None, :] * tl.exp2(
+                cosine * scale2 + tl.where(positive, right_shift[None, :], weighted)
+            )
+            attractions += tl.load(right_attraction_ptr + columns, mask=present, other=0.0)[None, :]
+        pull -= tl.where(positive, attractions, 0.0)
         if SELF:
             pull = tl.where(rows[:, None] != columns[None, :], pull, 0.0)
         high = pull.to(tl.float16)
@@ -356,7 +382,7 @@ def _pull_kernel(
         if low_ptr is not None:
             low = (pull - high.to(tl.float32)).to(tl.float16)
         total = _product(high, low, right_high, right_low, total)
-    at = shift + tl.arange(0, DEPTH)
+    at = chunk + tl.arange(0, DEPTH)
     part = part_ptr + (((first_part + split).to(tl.int64) * num_rows + rows) * width)[:, None] + at[None, :]
     tl.store(part, total, mask=in_batch[:, None] & (at < width)[None, :])
 
@@ -420,22 +446,16 @@ class _Side(NamedTuple):
     low: Tensor  # (N, width) float16
     inverse: Tensor  # (N,)
     label: Tensor | None  # (N,); None: prototypes
-    own: Tensor | None  # (N,) logarithms of the weights; None: prototypes, or all weights are 1
-    other: Tensor | None  # (N,)
+    other: Tensor | None  # (N,) logarithms of the weights as keys of samples of other classes; None: all weights are 1
 
 
 class _Rates(NamedTuple):
-    """Of the samples in backward."""
+    """Of the samples in backward, (N,) each."""
 
-    denominator: Tensor
+    peak: Tensor
+    shift: Tensor
     rate: Tensor
-    share: Tensor
-
-
-class _Options(NamedTuple):
-    temperature: float
-    include_own_class: bool
-    num_classes: int | None  # None: labels are any numbers
+    attraction: Tensor
 
 
 def tiles_per_split(programs: int, tiles: int) -> int:
@@ -453,7 +473,8 @@ def _depth(width: int) -> int:
     return 64 if width <= 64 else _DEPTH
 
 
-def _side(rows: Tensor, target: Tensor | None, class_counts: Tensor | None, num_classes: int) -> _Side:
+def _side(rows: Tensor, target: Tensor | None, class_counts: Tensor | None, num_classes: int) -> tuple[_Side, Tensor | None]:
+    """The rows, and of weighted samples the logarithms of the weights of keys of their own class (N,)."""
     num_rows, dim = rows.shape
     width = _width(dim)
     high, low = (rows.new_empty((num_rows, width), dtype=torch.float16) for _ in range(2))
@@ -465,7 +486,7 @@ def _side(rows: Tensor, target: Tensor | None, class_counts: Tensor | None, num_
         rows, *rows.stride(), target, class_counts, high, low, inverse, label, own, other, num_rows, num_classes, dim, width, SMALLEST_NORM, _SCALE,
         ROWS=_WHOLE_ROWS, DEPTH=_depth(width), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return _Side(high, low, inverse, label, own, other)
+    return _Side(high, low, inverse, label, other), own
 
 
 def _tiles(rows: Tensor, columns: Tensor, tile: tuple[int, int], chunks: int) -> tuple[int, int, int]:
@@ -479,54 +500,58 @@ def _low(side: _Side) -> Tensor | None:
     return None if _precision() == "tf32" else side.low
 
 
-def _losses(samples: _Side, sides: list[_Side], num_classes: int | None, temperature: float, include_own_class: bool, reduction: str) -> tuple[Tensor, ...]:
-    """The loss, and for backward denominators, numbers of positives and what the losses are divided by."""
+def _losses(
+    samples: _Side, own: Tensor | None, sides: list[_Side], num_classes: int | None, temperature: float, include_own_class: bool, reduction: str
+) -> tuple[Tensor, ...]:
+    """The loss, and for backward what _losses_kernel writes."""
     num_rows, width = samples.high.shape
-    tiles = [_tiles(samples.high, side.high, (_ROWS, _COLUMNS), 1) for side in sides]
+    tile = _HOPPER_TILE if runtime.is_hopper(samples.high.device) else _DENOMINATOR_TILE
+    tiles = [_tiles(samples.high, side.high, tile, 1) for side in sides]
     parts = sum(count for _, count, _ in tiles)
-    part = torch.empty(3, parts, num_rows, dtype=torch.float32, device=samples.high.device)
+    part = torch.empty(5, parts, num_rows, dtype=torch.float32, device=samples.high.device)
     depth, first = _depth(width), 0
     for side, (row_tiles, count, share) in zip(sides, tiles, strict=True):
         _denominator_kernel[(row_tiles, count)](
-            samples.high, _low(samples), side.high, _low(side), samples.label, side.label, samples.own, side.other, part,
+            samples.high, _low(samples), side.high, _low(side), samples.label, side.label, own, side.other, part,
             num_rows, side.high.shape[0], width, LOG2E / temperature * _UNSCALE, _UNSCALE, first, parts, share,
-            SELF=side is samples, INCLUDE_OWN=include_own_class, WHOLE=width <= depth, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=depth, num_warps=4, num_stages=2,
+            SELF=side is samples, INCLUDE_OWN=include_own_class, WHOLE=width <= depth, ROWS=tile[0], COLUMNS=tile[1], DEPTH=depth, num_warps=4, num_stages=2,
             enable_fp_fusion=True,
         )  # fmt: skip
         first += count
     loss = part.new_empty((num_rows,) if reduction == "none" else ())
-    denominator, positives = part.new_empty(num_rows), part.new_empty(num_rows)
-    anchors = part.new_empty(())
+    for_backward = [*(part.new_empty(num_rows) for _ in range(4)), part.new_empty(())]
     _losses_kernel[(1,)](
-        part, samples.label, loss, denominator, positives, anchors, num_rows, num_classes or 0, parts, 1.0 / temperature, 1.0 / LOG2E,
+        part, samples.label, own, loss, *for_backward, num_rows, num_classes or 0, parts, 1.0 / temperature, 1.0 / LOG2E,
         LIMITED=num_classes is not None, REDUCTION=reduction, PARTS=_PARTS, LANES=_LANES, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
-    return loss, denominator, positives, anchors
+    return loss, *for_backward
 
 
-def _gradient(rows: Tensor, left: _Side, rights: list[_Side], samples: _Side, rates: _Rates, largest: Tensor, options: _Options) -> Tensor:
+def _gradient(
+    rows: Tensor, left: _Side, rights: list[_Side], samples: _Side, rates: _Rates, largest: Tensor, temperature: float, num_classes: int | None
+) -> Tensor:
     """The gradient of `rows`, the samples or the prototypes, in their type."""
     num_rows, width = left.high.shape
     depth, first = _depth(width), 0
-    tile = (_ROWS, _COLUMNS) if runtime.is_hopper(rows.device) else _SMALL_PULL
+    tile = _HOPPER_TILE if runtime.is_hopper(rows.device) else _PULL_TILE
     chunks = triton.cdiv(width, depth)
     tiles = [_tiles(left.high, right.high, tile, chunks) for right in rights]
     parts = sum(count for _, count, _ in tiles)
     part = torch.empty(parts, num_rows, width, dtype=torch.float32, device=rows.device)
     for right, (row_tiles, count, share) in zip(rights, tiles, strict=True):
-        of_left, of_right = (rates if side is samples else (None, None, None) for side in (left, right))
+        of_left, of_right = (rates if side is samples else (None,) * 4 for side in (left, right))
         _pull_kernel[(row_tiles, chunks, count)](
-            left.high, _low(left), right.high, _low(right), left.label, right.label, left.own, right.own, left.other, right.other, *of_left, *of_right, part,
-            num_rows, right.high.shape[0], width, LOG2E / options.temperature * _UNSCALE, first, share,
-            SELF=left is right, INCLUDE_OWN=options.include_own_class, WHOLE=width <= depth, ROWS=tile[0], COLUMNS=tile[1], DEPTH=depth, num_warps=4,
+            left.high, _low(left), right.high, _low(right), left.label, right.label, left.other, right.other, *of_left, *of_right, part,
+            num_rows, right.high.shape[0], width, LOG2E / temperature * _UNSCALE, first, share,
+            SELF=left is right, WHOLE=width <= depth, ROWS=tile[0], COLUMNS=tile[1], DEPTH=depth, num_warps=4,
             num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
         first += count
     grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
     rows_at_once, parts_at_once = _SUMMED_OF_SAMPLES if left is samples else _SUMMED_OF_PROTOTYPES
     _rows_kernel[(triton.cdiv(num_rows, rows_at_once),)](
-        part, rows, *rows.stride(), left.label, left.inverse, largest, grad, num_rows, options.num_classes or 0, parts, rows.shape[1], width, _UNSCALE,
-        LIMITED=left is samples and options.num_classes is not None, WHOLE=width <= depth,
+        part, rows, *rows.stride(), left.label, left.inverse, largest, grad, num_rows, num_classes or 0, parts, rows.shape[1], width, _UNSCALE,
+        LIMITED=left is samples and num_classes is not None, WHOLE=width <= depth,
         PARTS=parts_at_once, ROWS=rows_at_once, DEPTH=depth, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return grad
@@ -554,8 +579,9 @@ def _empty_saved(features: Tensor, prototypes: Tensor | None, target: Tensor, cl
     def vectors(*lengths: int) -> list[Tensor]:
         return [features.new_empty(length, dtype=torch.float32) for length in lengths]
 
-    samples = [*halves(num_rows), *vectors(num_rows), target.new_empty(num_rows), *vectors(weighted, weighted)]
-    return [*samples, *halves(classes), *vectors(classes, weighted_classes), *vectors(num_rows, num_rows), features.new_empty((), dtype=torch.float32)]
+    samples = [*halves(num_rows), *vectors(num_rows), target.new_empty(num_rows), *vectors(weighted)]
+    kept = [*vectors(num_rows, num_rows, num_rows, num_rows), features.new_empty((), dtype=torch.float32)]
+    return [*samples, *halves(classes), *vectors(classes, weighted_classes), *kept]
 
 
 @implements("contrastive_forward", "triton")
@@ -567,9 +593,9 @@ def contrastive_forward(
     num_classes = _num_classes(prototypes, class_counts)
     counts = None if class_counts is None else class_counts.contiguous()
     with on_device(features):
-        samples = _side(features, target.contiguous(), counts, num_classes or 0)
-        keys = None if prototypes is None else _side(prototypes, None, counts, num_classes or 0)
-        loss, *kept = _losses(samples, _rights(samples, keys, include_samples), num_classes, temperature, include_own_class, reduction)
+        samples, own = _side(features, target.contiguous(), counts, num_classes or 0)
+        keys = None if prototypes is None else _side(prototypes, None, counts, num_classes or 0)[0]
+        loss, *kept = _losses(samples, own, _rights(samples, keys, include_samples), num_classes, temperature, include_own_class, reduction)
 
     def present(value: Tensor | None) -> Tensor:
         return features.new_empty(0, dtype=torch.float32) if value is None else value
@@ -585,25 +611,25 @@ def contrastive_backward(
     include_samples: bool, include_own_class: bool, features_grad: bool, prototypes_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features and of the prototypes; one that was not requested is empty."""
-    high, low, inverse, label, own, other, key_high, key_low, key_inverse, key_other, denominator, positives, anchors = saved
+    high, low, inverse, label, other, key_high, key_low, key_inverse, key_other, peak, shift, inverse_total, share, anchors = saved
     weighted = class_counts is not None
-    samples = _Side(high, low, inverse, label, own if weighted else None, other if weighted else None)
-    keys = None if prototypes is None else _Side(key_high, key_low, key_inverse, None, None, key_other if weighted else None)
-    options = _Options(temperature, include_own_class, _num_classes(prototypes, class_counts))
+    samples = _Side(high, low, inverse, label, other if weighted else None)
+    keys = None if prototypes is None else _Side(key_high, key_low, key_inverse, None, key_other if weighted else None)
+    num_classes = _num_classes(prototypes, class_counts)
     grad_features, grad_prototypes = features.new_empty(0), features.new_empty(0)
     with on_device(features):
-        rate, share = torch.empty_like(positives), torch.empty_like(positives)
+        rate, attraction = torch.empty_like(share), torch.empty_like(share)
         largest = torch.empty_like(anchors)
         row_gradients = grad_loss.ndim > 0
         _rates_kernel[(1 if row_gradients else triton.cdiv(len(label), _RATES),)](
-            grad_loss.contiguous(), positives, anchors, rate, share, largest, len(label), 1.0 / temperature, _SCALE, ROW_GRADIENTS=row_gradients,
-            LANES=_RATES, num_warps=16, enable_fp_fusion=True,
+            grad_loss.contiguous(), inverse_total, share, anchors, rate, attraction, largest, len(label), 1.0 / temperature, _SCALE,
+            ROW_GRADIENTS=row_gradients, LANES=_RATES, num_warps=16, enable_fp_fusion=True,
         )  # fmt: skip
-        rates = _Rates(denominator, rate, share)
+        rates = _Rates(peak, shift, rate, attraction)
         if features_grad:
-            grad_features = _gradient(features, samples, _rights(samples, keys, include_samples), samples, rates, largest, options)
+            grad_features = _gradient(features, samples, _rights(samples, keys, include_samples), samples, rates, largest, temperature, num_classes)
         if prototypes_grad and prototypes is not None and keys is not None:
-            grad_prototypes = _gradient(prototypes, keys, [samples], samples, rates, largest, options)
+            grad_prototypes = _gradient(prototypes, keys, [samples], samples, rates, largest, temperature, num_classes)
     return grad_features, grad_prototypes
 
 

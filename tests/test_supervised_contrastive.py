@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -88,20 +89,20 @@ def test_loss_and_gradients(form: str, reduction: str, backend: str, device: tor
 
 @pytest.mark.parametrize("form", ["SupCon", "BCL", "PSC"])
 def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", (32, 32))
     features, target, options = problem(70, 66, 40, FORMS[form])
     check(features, target, options, backend, device)
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (30, 66), (30, 6)])
-def test_a_tile_of_samples_or_of_prototypes(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (22, 66), (22, 6)])
+def test_tiles_of_samples_and_prototypes(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward has the only tile from forward, and computes several again."""
     features, target, options = problem(rows, classes, 9, FORMS["BCL"])
-    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", (32, 32))
     check(features, target, options, "torch", torch.device("cpu"))
     loss = supervised_contrastive(features.requires_grad_(), target, backend="torch", **options)
     node: Any = loss.grad_fn
-    assert [len(saved) for saved in node.saved_tensors[-2:]] == [0 if rows > 32 else rows, 0 if max(rows, classes) > 32 else rows]
+    assert tuple(node.saved_tensors[-1].shape) == ((22, 28) if rows + classes == 28 else (0, 0))
 
 
 def test_numbers_of_classes_beyond_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +199,62 @@ def test_any_temperature(temperature: float, form: str, backend: str, device: to
     features, target, options = problem(22, 5, 9, FORMS[form])
     # at temperature 5 probabilities that are nearly equal cancel against the positives: the torch backend has 99% of the error that 2e-7 allows
     check(features, target, {**options, "temperature": temperature}, backend, device, error=2.5e-7)
+
+
+# The positives of each sample, in the forms that differ in where they are: options, samples of a class, positives of a sample.
+POSITIVES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "a sample": ({}, 2, 1),
+    "two samples": ({}, 3, 2),
+    "three samples": ({}, 4, 3),
+    "a prototype": ({"prototypes": True, "include_samples": False}, 2, 1),
+    "a prototype beside samples": ({"prototypes": True, "class_counts": True}, 1, 1),
+    "a sample and a prototype": ({"prototypes": True, "class_counts": True}, 2, 2),
+}
+NEARLY_ALL = [0.9, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.99, 0.999, 0.9999)), 0.99999]
+
+
+@pytest.mark.parametrize("p", NEARLY_ALL)
+@pytest.mark.parametrize("form", POSITIVES)
+def test_positives_with_nearly_all_of_the_probability(form: str, p: float, backend: str, device: torch.device) -> None:
+    """All cosines of a class are 1/2 and all others 0, at a temperature that gives the positives together the probability p.
+
+    A single positive loses no digits: the error is that of the others' exponentials, of a cosine, 2^-24, over a temperature of 1/25 or more. Several have
+    probabilities of nearly 1 / their number, in which a rounding error or two stand against 1 - p.
+    """
+    options, samples, positives = POSITIVES[form]
+    classes = 4
+    target = torch.arange(classes).repeat(samples)
+    prototypes = torch.arange(classes if "prototypes" in options else 0)
+    label = torch.cat((target, prototypes))
+    keys = torch.cat((F.one_hot(label), torch.eye(len(label), dtype=torch.int64)), 1).double()
+    others = positives * (classes - 1)  # exponentials of 1, in the denominator of a sample
+    if options.get("include_samples", True):
+        others = (classes - 1) * (1 if "class_counts" in options else samples)
+    weight = 1 if "class_counts" in options else positives
+    given = {**options, "reduction": "none", "temperature": 0.5 / math.log(others * p / (weight * (1 - p)))}
+    exact = [keys[: len(target)].requires_grad_()]
+    if "prototypes" in options:
+        given["prototypes"] = keys[len(target) :].requires_grad_()
+        exact.append(given["prototypes"])
+    if "class_counts" in options:
+        given["class_counts"] = torch.full((classes,), samples + 1.0, dtype=torch.float64)
+    expected = oracle(exact[0], target, **given)
+    expected.sum().backward()
+
+    given |= {name: value.detach().float().to(device) for name, value in given.items() if isinstance(value, Tensor)}
+    leaves = [leaf.detach().float().to(device).requires_grad_() for leaf in exact]
+    if "prototypes" in options:
+        given["prototypes"] = leaves[1]
+    loss = supervised_contrastive(leaves[0], target.to(device), backend=backend, **given)
+    loss.sum().backward()
+    error = 2e-5 if positives == 1 else 2e-5 + 2**-23 / (1 - p)
+    if positives == 1:
+        torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=error, atol=0.0)
+        torch.testing.assert_close(expected.detach(), torch.full_like(expected, -math.log(p)))
+    for leaf, reference in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and reference.grad is not None
+        wrong = (leaf.grad.cpu().double() - reference.grad).norm(dim=1) / reference.grad.norm(dim=1)
+        assert float(wrong.max()) < error
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -2,15 +2,21 @@
 
 With unit vectors x_i of the samples and q_c of the prototypes, and the keys k of a batch being samples, prototypes or both,
 
-    loss_i = log sum_{k != i} w_ik exp(x_i . k / T) - mean over the keys p != i of the class y_i of x_i . p / T
+    loss_i = log sum_{k != i} w_ik exp(x_i . k / T) - mean over the n_i keys p != i of the class y_i of x_i . p / T
 
-where w_ik is `own` of the class where k is of the class y_i, and `other` of the class of k elsewhere: 1 and 1 for SupCon; 1 / (m_c - 1) and 1 / m_c, with m_c
-keys of class c, for BCL; `own` is 0 where the denominator leaves out the own class. The mean over positives and its gradient are sums of each class: no matrix
-over pairs of samples is needed for them.
+where w_ik is 1 for SupCon; for BCL, with m_c keys of class c, 1 / m_c of the class of k, but 1 / (m_c - 1) where k is of the class y_i; and 0 for keys of the
+class y_i where the denominator leaves out the own class. So w_ik is the weight of the key, times the sample's `boost` where both are of one class.
 
-A cosine is at most 1, so one exponential, exp((x_i . x_k - 1) / T), serves the denominators of i and of k and both directions of the gradient: the product and
-the exponential of each pair of samples are computed once. Where one tile is the whole matrix, as of a batch of a few hundred samples, backward has it from
+A cosine is at most 1, so one exponential, E_ik = exp((x_i . k - 1) / T), serves the denominators of i and of k and both directions of the gradient: the product
+and the exponential of each pair of samples are computed once. Where one tile is the whole matrix, as of a batch of a few hundred samples, backward has it from
 forward.
+
+The gradient of x_i . p / T, for a positive p, is its probability minus 1 / n_i: where the positives share nearly all of the probability, nothing but rounding
+errors would be left. With E_i the mean of the positives' exponentials, total_i the denominator, and rest_i the part of it that is not of positives, it is
+
+    w_ip (E_ip - E_i) / total_i - rest_i / (n_i total_i)
+
+whose first term is exactly 0 for a single positive. For the same reason the loss of a sample with a single positive is log1p(rest_i / (w_ip E_ip)) + log w_ip.
 """
 
 from __future__ import annotations
@@ -22,35 +28,61 @@ import torch
 from torch import Tensor
 
 from gclkern.kernels.terms import SMALLEST_NORM, implements, shapes_of, statistics_dtype
-from gclkern.torch_backend.centroids import segment_sums
 
-# Rows and columns of a tile: on a CPU 1 MB in float32, so that it stays in the cache while torch's operators pass over it.
-_CPU_TILE = 512
-_DEVICE_TILE = 4096
+# Samples and keys of a tile, at least as many keys as samples: on a CPU 2 MB in float32, so that it stays in the cache while torch's operators pass over it.
+_CPU_TILE = (512, 1024)
+_DEVICE_TILE = (4096, 4096)
 _FLOAT32_RANGE = 80.0  # exp of minus this is a normal float32 number
 _CONSECUTIVE_INTEGERS = 2**24  # up to which float32 has each
 
 
 class _Keys(NamedTuple):
-    """What a sample is compared with."""
+    """What samples are compared with: the N samples, then the prototypes, K in all."""
 
-    unit: Tensor  # (N, D) unit rows of the samples
-    prototypes: Tensor | None  # (C, D) unit rows
-    label: Tensor  # (N,) int64; C where a label is no class
-    group: Tensor | None  # (N,) a number for each label, in the dtype of `unit`; None: all weights are 1
-    own: Tensor | None  # (N,) weight of the keys of a sample's class
-    other: Tensor | None  # (N,) weight of a sample as a key of samples of other classes
-    prototype_other: Tensor | None  # (C,) the same for a prototype
+    unit: Tensor  # (K, D) unit rows
+    group: Tensor  # (K,) a number for each class, in the dtype of `unit`: torch compares floating-point numbers several times faster than integers
+    weight: Tensor  # (K,) of a key in the denominators of samples of other classes; empty: 1
+    boost: Tensor  # (N,) factor of the weight in the denominators of samples of the same class; empty: 1
+    num_samples: int
     include_samples: bool
     temperature: float
 
 
-_Weights = tuple[Tensor, Tensor, Tensor]  # `group`, `own` and `other` of _Keys
+class _Place(NamedTuple):
+    """A tile of the matrix of samples and keys. Pairs of samples are in it once: below the diagonal the matrix is that above."""
+
+    rows: slice  # samples
+    columns: slice  # keys
+    beyond: slice  # the keys of the tile that are not among its rows
+    mirrored: slice  # the samples of these, whose rows are below the diagonal
+
+    def part(self, tile: Tensor, columns: slice) -> Tensor:
+        return tile[:, columns.start - self.columns.start : columns.stop - self.columns.start]
 
 
-def _unit_rows(features: Tensor, prototypes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Features and prototypes over their norms (N + C, D), contiguous; and the inverse norms (N + C, 1), 0 where a row has no direction."""
-    rows = (features if prototypes is None else torch.cat((features, prototypes))).to(statistics_dtype(features))
+def _tile_size(device: torch.device) -> tuple[int, int]:
+    return _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
+
+
+def _places(keys: _Keys) -> Iterator[_Place]:
+    height, width = _tile_size(keys.unit.device)
+    num_keys, num_samples = keys.unit.shape[0], keys.num_samples
+    for top in range(0, num_samples, height):
+        bottom = min(top + height, num_samples)
+        for left in range(top if keys.include_samples else num_samples, num_keys, width):
+            right = min(left + width, num_keys)
+            beyond = max(left, bottom)
+            yield _Place(slice(top, bottom), slice(left, right), slice(beyond, right), slice(beyond, max(beyond, min(right, num_samples))))
+
+
+def _statistics_dtype(features: Tensor, temperature: float) -> torch.dtype:
+    """float64 where float32 cannot hold the smallest exponential."""
+    return torch.float64 if 2.0 / temperature > _FLOAT32_RANGE else statistics_dtype(features)
+
+
+def _unit_rows(features: Tensor, prototypes: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features and prototypes over their norms (K, D), contiguous; and the inverse norms (K, 1), 0 where a row has no direction."""
+    rows = (features if prototypes is None else torch.cat((features, prototypes))).to(dtype)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     inverse = norm.reciprocal().masked_fill_(norm <= SMALLEST_NORM, 0.0)
     return (rows * inverse).masked_fill_(inverse == 0.0, 0.0).contiguous(), inverse
@@ -64,186 +96,95 @@ def _dense_labels(target: Tensor) -> Tensor:
     return torch.empty_like(place).scatter_(0, order, place)
 
 
-def _weights(label: Tensor, class_counts: Tensor | None, num_classes: int, include_own_class: bool, dtype: torch.dtype) -> _Weights:
-    """All of them empty where all weights are 1."""
-    if class_counts is None and include_own_class:
-        empty = label.new_empty(0, dtype=dtype)
-        return empty, empty.clone(), empty.clone()
-    group = (label if num_classes <= _CONSECUTIVE_INTEGERS else _dense_labels(label)).to(dtype)
+def _weights(label: Tensor, num_samples: int, class_counts: Tensor | None, include_own_class: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`weight` and `boost` of _Keys, from the classes of the keys."""
+    none = label.new_empty(0, dtype=dtype)
     if class_counts is None:
-        return group, torch.zeros_like(group), torch.ones_like(group)
-    counts = torch.cat((class_counts.to(dtype), group.new_ones(1))).index_select(0, label)
-    # infinite for the only key of its class
-    own = (counts - 1).reciprocal_().nan_to_num_(posinf=0.0) if include_own_class else torch.zeros_like(group)
-    return group, own, counts.reciprocal_()
+        return none, none.clone() if include_own_class else label.new_zeros(num_samples, dtype=dtype)
+    counts = torch.cat((class_counts.to(dtype), none.new_ones(1))).index_select(0, label)
+    of_samples = counts[:num_samples]
+    # the only key of its class has none of its own class in its denominator
+    boost = torch.where(of_samples > 1, of_samples / (of_samples - 1), 0.0) if include_own_class else torch.zeros_like(of_samples)
+    return counts.reciprocal(), boost
 
 
-def _keys(
-    unit: Tensor, label: Tensor, weights: _Weights, class_counts: Tensor | None, has_prototypes: bool, include_samples: bool, temperature: float
-) -> _Keys:
-    num_rows = label.shape[0]
-    prototypes = unit[num_rows:] if has_prototypes else None
-    if len(weights[0]) == 0:
-        return _Keys(unit[:num_rows], prototypes, label, None, None, None, None, include_samples, temperature)
-    others = None
-    if prototypes is not None:
-        others = torch.ones_like(prototypes[:, 0]) if class_counts is None else class_counts.to(unit.dtype).reciprocal()
-    return _Keys(unit[:num_rows], prototypes, label, *weights, others, include_samples, temperature)
+def _tile(keys: _Keys, place: _Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a sample and a key: whether both are of one class, 1 or 0; their logit if they are, else 0; the exponential E times the boost."""
+    same = _same(keys, place)
+    logits = torch.mm(keys.unit[place.rows], keys.unit[place.columns].t()).sub_(1.0).div_(keys.temperature)
+    positive = same * logits
+    exponential = _without_self(logits.exp_(), place)
+    if len(keys.boost) > 0:
+        # exactly 0 at a boost of 0: an exponential of any size may stand beside others in a sum
+        exponential.mul_(torch.addcmul(same.new_ones(()), same, keys.boost[place.rows, None] - 1.0))
+    return same, positive, exponential
 
 
-def _tiles(keys: _Keys) -> Iterator[tuple[slice, slice]]:
-    """The tiles of pairs of samples on and above the diagonal."""
-    rows = list(_spans(keys.unit.shape[0], keys))
-    for place, first in enumerate(rows):
-        for second in rows[place:]:
-            yield first, second
+def _same(keys: _Keys, place: _Place) -> Tensor:
+    """Arithmetic with numbers takes torch on a CPU a quarter of the time that masks of bool take."""
+    rows, columns = keys.group[place.rows, None], keys.group[place.columns]
+    return _without_self(torch.eq(rows, columns, out=rows.new_empty((len(rows), len(columns)))), place)
 
 
-def _tile_size(device: torch.device) -> int:
-    return _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
+def _without_self(tile: Tensor, place: _Place) -> Tensor:
+    """The tile, set to 0 in place where a sample meets itself."""
+    return tile.fill_diagonal_(0.0) if place.columns.start == place.rows.start else tile
 
 
-def _spans(extent: int, keys: _Keys) -> Iterator[slice]:
-    step = _tile_size(keys.unit.device)
-    for start in range(0, extent, step):
-        yield slice(start, min(start + step, extent))
+def _statistics(keys: _Keys) -> tuple[Tensor, Tensor]:
+    """Sums over each sample's keys (4, N): the number of positives, their logits, their exponentials; and the exponentials of the others times their weights.
 
-
-def _exponential_dtype(dtype: torch.dtype, temperature: float) -> torch.dtype:
-    """float64 where float32 cannot hold the smallest exponential."""
-    return torch.float64 if 2.0 / temperature > _FLOAT32_RANGE else dtype
-
-
-def _with_dtype(keys: _Keys, dtype: torch.dtype) -> _Keys:
-    if keys.unit.dtype == dtype:
-        return keys
-    return _Keys(*(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in keys))  # type: ignore[arg-type]
-
-
-def _exponentials(left: Tensor, right: Tensor, temperature: float) -> Tensor:
-    tile = torch.mm(left, right.t())
-    return tile.sub_(1.0).div_(temperature).exp_()
-
-
-def _of_samples(keys: _Keys, first: slice, second: slice) -> Tensor:
-    """The exponentials of a tile of pairs of samples, 0 of a sample with itself."""
-    tile = _exponentials(keys.unit[first], keys.unit[second], keys.temperature)
-    return tile.fill_diagonal_(0.0) if first == second else tile
-
-
-def _kept(keys: _Keys) -> tuple[Tensor, Tensor]:
-    """The exponentials of samples with samples (N, N) and with prototypes (N, C) where they are one tile; else empty."""
-    samples, classes = _kept_shapes(keys.unit, keys.prototypes, keys.include_samples)
-    rows = slice(0, keys.unit.shape[0])
-    of_samples = _of_samples(keys, rows, rows) if samples[0] else keys.unit.new_empty(samples)
-    if keys.prototypes is None or not classes[0]:
-        return of_samples, keys.unit.new_empty(classes)
-    return of_samples, _exponentials(keys.unit, keys.prototypes, keys.temperature)
-
-
-def _kept_shapes(rows: Tensor, prototypes: Tensor | None, include_samples: bool) -> list[tuple[int, int]]:
-    num_rows, limit = rows.shape[0], _tile_size(rows.device)
-    columns = (num_rows if include_samples else 0, 0 if prototypes is None else prototypes.shape[0])
-    return [(num_rows, number) if 0 < number <= limit and num_rows <= limit else (0, 0) for number in columns]
-
-
-def _log_totals(keys: _Keys, of_samples: Tensor, of_prototypes: Tensor) -> Tensor:
-    """The logarithm of each sample's denominator (N,), with what `_kept` returns."""
-    total = torch.zeros_like(keys.unit[:, 0])
-    if keys.include_samples:
-        for first, second in _tiles(keys):
-            tile = of_samples if len(of_samples) else _of_samples(keys, first, second)
-            if keys.group is None or keys.own is None or keys.other is None:
-                total[first].add_(tile.sum(1))
-                if first != second:
-                    total[second].add_(tile.sum(0))
-                continue
-            same = _same(keys.group[first], keys.group[second])
-            excess = keys.own - keys.other
-            total[first].add_(torch.addcmul(keys.other[None, second], same, excess[first, None]).mul_(tile).sum(1))
-            if first != second:
-                total[second].add_(torch.addcmul(keys.other[first, None], same, excess[None, second]).mul_(tile).sum(0))
-    if keys.prototypes is not None:
-        for rows in _spans(keys.unit.shape[0], keys):
-            for classes in _spans(keys.prototypes.shape[0], keys):
-                tile = of_prototypes if len(of_prototypes) else _exponentials(keys.unit[rows], keys.prototypes[classes], keys.temperature)
-                if keys.own is None or keys.prototype_other is None:
-                    total[rows].add_(tile.sum(1))
-                    continue
-                found, columns = _own_prototypes(keys, rows, classes)
-                own = torch.where(found, tile.gather(1, columns), 0.0)
-                others = tile.scatter(1, columns, tile.gather(1, columns).masked_fill_(found, 0.0))
-                total[rows].add_(others.mv(keys.prototype_other[classes]).addcmul_(own[:, 0], keys.own[rows]))
-    return total.log_().add_(1.0 / keys.temperature)
-
-
-def _same(rows: Tensor, columns: Tensor) -> Tensor:
-    """1 where groups are equal, else 0: arithmetic with these numbers takes torch on a CPU a quarter of the time that masks of bool take."""
-    return torch.eq(rows[:, None], columns, out=rows.new_empty((len(rows), len(columns))))
-
-
-def _own_prototypes(keys: _Keys, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
-    """Whether the prototype of each sample's class is among `classes` (rows, 1), and its column."""
-    columns = keys.label[rows, None] - classes.start
-    inside = columns.clamp(0, classes.stop - classes.start - 1)
-    return inside == columns, inside
-
-
-def _pulls(keys: _Keys, of_samples: Tensor, of_prototypes: Tensor, log_total: Tensor, rate: Tensor) -> Tensor:
-    """The gradient of the unit rows of samples and prototypes (N + C, D) through the denominators, with what `_kept` returned.
-
-    The gradient of a cosine is the sample's rate times the probability of the key.
+    With them the exponentials of all pairs (N, K) where they are one tile, else empty.
     """
-    log_total, rate = log_total.to(keys.unit.dtype), rate.to(keys.unit.dtype)
-    rate = torch.where(rate == 0.0, 0.0, rate * torch.exp(1.0 / keys.temperature - log_total))
-    num_rows, dim = keys.unit.shape
-    all_grads = keys.unit.new_zeros((num_rows + (0 if keys.prototypes is None else keys.prototypes.shape[0]), dim))
-    grad, grad_prototypes = all_grads[:num_rows], all_grads[num_rows:]
-    if keys.include_samples:
-        for first, second in _tiles(keys):
-            tile = of_samples if len(of_samples) else _of_samples(keys, first, second)
-            pull = _pair_rates(keys, rate, first, second).mul_(tile)
-            grad[first].addmm_(pull, keys.unit[second])
-            if first != second:
-                grad[second].addmm_(pull.t(), keys.unit[first])
-    if keys.prototypes is not None:
-        for rows in _spans(num_rows, keys):
-            for classes in _spans(keys.prototypes.shape[0], keys):
-                tile = of_prototypes if len(of_prototypes) else _exponentials(keys.unit[rows], keys.prototypes[classes], keys.temperature)
-                pull = tile * rate[rows, None]
-                if keys.own is not None and keys.prototype_other is not None:
-                    found, columns = _own_prototypes(keys, rows, classes)
-                    own = torch.where(found, pull.gather(1, columns) * keys.own[rows, None], 0.0)
-                    pull.mul_(keys.prototype_other[classes])
-                    pull.scatter_(1, columns, torch.where(found, own, pull.gather(1, columns)))
-                grad[rows].addmm_(pull, keys.prototypes[classes])
-                grad_prototypes[classes].addmm_(pull.t(), keys.unit[rows])
-    return all_grads
+    sums = keys.unit.new_zeros((4, keys.num_samples))
+    kept = keys.unit.new_empty(_kept_shape(keys.unit, keys.num_samples, keys.include_samples))
+    for place in _places(keys):
+        same, logits, exponential = _tile(keys, place)
+        _add_sums(sums[0], same, place)
+        _add_sums(sums[1], logits, place)
+        positive = same.mul_(exponential)
+        _add_sums(sums[2], positive, place)
+        others = torch.sub(exponential, positive, out=logits)
+        _add_sums(sums[3], others, place, keys.weight if len(keys.weight) > 0 else None)
+        if len(kept) > 0:
+            kept = exponential
+    return sums, kept
 
 
-def _pair_rates(keys: _Keys, rate: Tensor, first: slice, second: slice) -> Tensor:
-    """The factor of each pair's exponential in the gradient: over both samples, the sum of the sample's rate times the weight of the other one as its key."""
-    if keys.group is None or keys.own is None or keys.other is None:
-        return rate[first, None] + rate[None, second]
-    rates = torch.outer(rate[first], keys.other[second]).addr_(keys.other[first], rate[second])
-    same, own = _same(keys.group[first], keys.group[second]), rate * keys.own
-    rates.addcmul_(same, rates, value=-1)  # exactly 0, to which exponentials of any size may add
-    return rates.addcmul_(same, own[first, None] + own[None, second])
+def _add_sums(totals: Tensor, tile: Tensor, place: _Place, weight: Tensor | None = None) -> None:
+    """Adds the sums of the tile's rows to `totals` (N,), and those of the rows that it has below the diagonal."""
+    totals[place.rows].add_(tile.sum(1) if weight is None else tile.mv(weight[place.columns]))
+    if place.mirrored.start < place.mirrored.stop:
+        below = place.part(tile, place.mirrored)
+        totals[place.mirrored].add_(below.sum(0) if weight is None else below.t().mv(weight[place.rows]))
 
 
-def _positives(keys: _Keys, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The sum (N, D) and the number (N,) of each sample's positives: the other samples of its class, and its prototype."""
-    label = keys.label.clamp(max=num_classes - 1)
-    if not keys.include_samples:
-        assert keys.prototypes is not None
-        return keys.prototypes.index_select(0, label), (keys.label < num_classes).to(keys.unit.dtype)
-    sums, counts = segment_sums(keys.unit, keys.label, num_classes)
-    if keys.prototypes is None:
-        counts -= 1
-    else:
-        sums += keys.prototypes
-    count = counts.index_select(0, label).masked_fill_(keys.label == num_classes, 0)
-    return sums.index_select(0, label).sub_(keys.unit), count.to(keys.unit.dtype)
+def _kept_shape(unit: Tensor, num_samples: int, include_samples: bool) -> tuple[int, int]:
+    height, width = _tile_size(unit.device)
+    columns = unit.shape[0] if include_samples else unit.shape[0] - num_samples
+    return (num_samples, columns) if num_samples <= height and columns <= width else (0, 0)
+
+
+def _unit_gradient(keys: _Keys, exponentials: Tensor, rate: Tensor, attraction: Tensor, reference: Tensor) -> Tensor:
+    """The gradient of the unit rows (K, D), with the exponentials where forward kept them.
+
+    That of a cosine is, over both samples of a pair, the sum of rate times the weight of the other one as a key times E - reference, the last for positives
+    only, minus the attraction of both where they are positives. Both (K,) are 0 for prototypes.
+    """
+    grad = torch.zeros_like(keys.unit)
+    for place in _places(keys):
+        same, tile = (_same(keys, place), exponentials) if len(exponentials) > 0 else _tile(keys, place)[::2]
+        left, right = rate[place.rows], rate[place.columns]
+        if len(keys.weight) == 0:
+            factor = left[:, None] + right
+        else:
+            factor = torch.outer(left, keys.weight[place.columns]).addr_(keys.weight[place.rows], right)
+        pull = factor.mul_(torch.addcmul(tile, same, reference[place.rows, None], value=-1))
+        pull.addcmul_(same, attraction[place.rows, None] + attraction[place.columns], value=-1)
+        grad[place.rows].addmm_(pull, keys.unit[place.columns])
+        if place.beyond.start < place.beyond.stop:
+            grad[place.beyond].addmm_(place.part(pull, place.beyond).t(), keys.unit[place.rows])
+    return grad
 
 
 @implements("contrastive_forward", "torch")
@@ -252,26 +193,50 @@ def contrastive_forward(
     include_own_class: bool, reduction: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The loss, and for backward what `_empty_saved` lists."""
+    num_samples = features.shape[0]
     known = class_counts if prototypes is None else prototypes
-    num_classes = features.shape[0] if known is None else known.shape[0]
-    label = _dense_labels(target) if known is None else target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
-    unit, inverse = _unit_rows(features, prototypes)
-    dtype = unit.dtype
-    weights = _weights(label, class_counts, num_classes, include_own_class, dtype)
-    keys = _keys(unit, label, weights, class_counts, prototypes is not None, include_samples, temperature)
+    num_classes = num_samples if known is None else known.shape[0]
+    unit, inverse = _unit_rows(features, prototypes, _statistics_dtype(features, temperature))
+    if known is None:
+        label, unknown = _dense_labels(target), None
+    else:
+        unknown = target.clamp(0, num_classes - 1) != target
+        label = target.masked_fill(unknown, num_classes)
+        inverse[:num_samples].masked_fill_(unknown[:, None], torch.nan)  # and so the gradient of these rows
+    classes = label if prototypes is None else torch.cat((label, torch.arange(num_classes, device=label.device)))
+    weight, boost = _weights(classes, num_samples, class_counts, include_own_class, unit.dtype)
+    group = (classes if num_classes <= _CONSECUTIVE_INTEGERS else _dense_labels(classes)).to(unit.dtype)
+    keys = _Keys(unit, group, weight, boost, num_samples, include_samples, temperature)
 
-    in_range = _with_dtype(keys, _exponential_dtype(dtype, temperature))
-    kept = _kept(in_range)
-    log_total = _log_totals(in_range, *kept).to(dtype)
-    positives, count = _positives(keys, num_classes)
-    is_anchor = count > 0
-    share = is_anchor / count.clamp_(min=1.0)
-    terms = torch.where(is_anchor, log_total - torch.linalg.vecdot(keys.unit, positives) * (share / temperature), 0.0)
-    terms.masked_fill_(label == num_classes, torch.nan)
-    anchors = is_anchor.sum(dtype=dtype) if reduction == "mean" else terms.new_ones(())
+    (number, logits, own, others), kept = _statistics(keys)
+    if unknown is not None:
+        number = number.masked_fill(unknown, 0.0)
+    is_anchor, is_single, count = number > 0, number == 1, number.clamp(min=1.0)
+    own_weight = weight[:num_samples] if len(weight) > 0 else 1.0
+    own_part = own * own_weight
+    total = own_part + others
+    no_keys = total == 0.0  # all keys are positives that the denominator leaves out
+    terms = total.log().sub_(logits / count)
+    precise = (others / own_part).log1p_()
+    if len(weight) > 0:
+        precise.add_((own_weight * boost).log_())
+    terms = torch.where(is_single & (own_part > others), precise, terms)
+    terms = torch.where(is_anchor, terms, 0.0)
+    if unknown is not None:
+        terms.masked_fill_(unknown, torch.nan)
+    anchors = is_anchor.sum(dtype=unit.dtype) if reduction == "mean" else 1.0
     loss = terms if reduction == "none" else terms.sum() / anchors
-    rate = is_anchor / (temperature * anchors)
-    return loss, [unit, inverse, label, *weights, log_total, rate, share, positives, *kept]
+
+    # One for both samples of a pair, and no larger than the mean of either, whose digits it would take. Of a single positive exactly the exponential.
+    mean_own = own / count
+    smallest = mean_own.new_full((num_classes + 1,), torch.inf).scatter_reduce_(0, label, mean_own, "amin").index_select(0, label)
+    reference = torch.where(is_single, mean_own, smallest)
+    rate = total.reciprocal().masked_fill_(no_keys, 0.0)
+    attraction = (others / total).masked_fill_(no_keys, 1.0).div_(count)
+    attraction.add_((mean_own - reference).mul_(own_weight).mul_(rate))
+    rates = unit.new_zeros((2, unit.shape[0]))
+    rates[:, :num_samples] = torch.where(is_anchor, torch.stack((rate, attraction)).div_(temperature * anchors), 0.0)
+    return loss.to(statistics_dtype(features)), [unit, inverse, group, weight, boost, rates, reference, kept]
 
 
 @implements("contrastive_backward", "torch")
@@ -280,33 +245,18 @@ def contrastive_backward(
     include_samples: bool, include_own_class: bool, features_grad: bool, prototypes_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features and the prototypes; one that was not requested is empty."""
-    unit, inverse, label, group, own, other, log_total, rate, share, positives, kept_samples, kept_prototypes = saved
-    num_rows = label.shape[0]
-    known = class_counts if prototypes is None else prototypes
-    num_classes = num_rows if known is None else known.shape[0]
-    keys = _keys(unit, label, (group, own, other), class_counts, prototypes is not None, include_samples, temperature)
-    rate = torch.where(rate == 0.0, 0.0, rate * grad_loss)  # a sample without positives has no gradient, even if the upstream one is NaN
-    in_range = _with_dtype(keys, _exponential_dtype(unit.dtype, temperature))
-    grad = _pulls(in_range, kept_samples, kept_prototypes, log_total, rate).to(unit.dtype)
-    of_samples, of_prototypes = grad[:num_rows], grad[num_rows:]
-
-    # each sample is pulled towards its positives, and they towards it
-    no_class = (label == num_classes)[:, None]
-    pull = (rate * share)[:, None]
-    of_samples.addcmul_(positives, pull, value=-1)
-    pull = keys.unit * pull
-    sums, _ = segment_sums(pull, label, num_classes)
-    if include_samples:
-        of_samples.sub_(sums.index_select(0, label.clamp(max=num_classes - 1)).sub_(pull).masked_fill_(no_class, 0.0))
-    if prototypes is not None:
-        of_prototypes.sub_(sums)
+    unit, inverse, group, weight, boost, rates, reference, kept = saved
+    num_samples = features.shape[0]
+    upstream = grad_loss if grad_loss.dim() == 0 else torch.cat((grad_loss, grad_loss.new_zeros(unit.shape[0] - num_samples)))
+    # a sample without positives has no gradient, even if the upstream one is NaN
+    rate, attraction = torch.where(rates == 0.0, 0.0, rates * upstream)
+    grad = _unit_gradient(_Keys(unit, group, weight, boost, num_samples, include_samples, temperature), kept, rate, attraction, reference)
     # through the norms
     grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1).mul_(inverse)
-    of_samples.masked_fill_(no_class, torch.nan)
     empty = features.new_empty(0)
     return (
-        of_samples.to(features.dtype, copy=True) if features_grad else empty,
-        of_prototypes.to(prototypes.dtype, copy=True) if prototypes_grad and prototypes is not None else empty,
+        grad[:num_samples].to(features.dtype, copy=True) if features_grad else empty,
+        grad[num_samples:].to(prototypes.dtype, copy=True) if prototypes_grad and prototypes is not None else empty,
     )
 
 
@@ -316,16 +266,14 @@ def _forward_shapes(
     include_own_class: bool, reduction: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     loss = features.new_empty((features.shape[0],) if reduction == "none" else (), dtype=statistics_dtype(features))
-    return loss, _empty_saved(features, prototypes, target, class_counts is not None or not include_own_class, temperature, include_samples)
+    return loss, _empty_saved(features, prototypes, class_counts is not None, class_counts is not None or not include_own_class, temperature, include_samples)
 
 
-def _empty_saved(features: Tensor, prototypes: Tensor | None, target: Tensor, weighted: bool, temperature: float, include_samples: bool) -> list[Tensor]:
-    """What forward keeps: unit rows and inverse norms of samples and prototypes; labels; what `_weights` returns; of each sample the logarithm of the
-    denominator, the rate at an upstream gradient of 1, the share of a positive and the sum of positives; what `_kept` returns."""
-    dtype = statistics_dtype(features)
-    num_rows, dim = features.shape
-    num_keys = num_rows + (0 if prototypes is None else prototypes.shape[0])
-    units, samples = [(num_keys, dim), (num_keys, 1)], [*[(num_rows if weighted else 0,)] * 3, *[(num_rows,)] * 3, (num_rows, dim)]
-    of_units, of_samples = ([features.new_empty(shape, dtype=dtype) for shape in shapes] for shapes in (units, samples))
-    kept = (features.new_empty(shape, dtype=_exponential_dtype(dtype, temperature)) for shape in _kept_shapes(features, prototypes, include_samples))
-    return [*of_units, target.new_empty(num_rows), *of_samples, *kept]
+def _empty_saved(features: Tensor, prototypes: Tensor | None, weighted: bool, boosted: bool, temperature: float, include_samples: bool) -> list[Tensor]:
+    """What forward keeps: of _Keys the unit rows, their inverse norms, groups, weights and boosts; rates and attractions at an upstream gradient of 1, the
+    references, and the exponentials, as _unit_gradient takes them."""
+    num_samples, dim = features.shape
+    num_keys = num_samples + (0 if prototypes is None else prototypes.shape[0])
+    unit = features.new_empty((num_keys, dim), dtype=_statistics_dtype(features, temperature))
+    vectors = [(num_keys,), (num_keys if weighted else 0,), (num_samples if boosted else 0,), (2, num_keys), (num_samples,)]
+    return [unit, unit.new_empty((num_keys, 1)), *map(unit.new_empty, vectors), unit.new_empty(_kept_shape(unit, num_samples, include_samples))]
