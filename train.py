@@ -167,7 +167,7 @@ def train_phase(
                     save_progress(training, data, run, stop=timer.stopping)
             loss = float(processes.mean(progress.total)) / steps
             if not math.isfinite(loss):
-                rates = phase.settings("lr") or ["`lr`, which gives this phase another network to start from"]
+                rates = phase.overrides("lr") or ["`lr`, which gives this phase another network to start from"]
                 remedy = f"a lower {rates[0]}" + ", or without `amp=fp16`" * (config.amp == "fp16")
                 raise ValueError(f"{phase.name}: the loss of epoch {progress.epoch + 1} is {loss}; train with {remedy}")
             row: dict[str, Any] = {"phase": phase.name, "epoch": progress.epoch + 1, "lr": training.rate, "loss": loss}

@@ -120,7 +120,7 @@ def check_part_size(phase: Phase, network: Network, config: RunConfig, processes
         ValueError: they are too few.
     """
     together = phase.batch_size // (processes.world * config.accumulate)
-    larger = "".join(f"a larger {setting}, " for setting in phase.settings("batch_size"))
+    larger = "".join(f"a larger {setting}, " for setting in phase.overrides("batch_size"))
     if together < getattr(network.backbone, "fewest_images", 1) and phase.has_batch_statistics:
         raise ValueError(
             f"{phase.name}: batch normalisation cannot be trained on {together} image, and at this image size the network has maps of a single pixel; "

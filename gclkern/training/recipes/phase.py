@@ -50,8 +50,8 @@ class Phase:
         """The name and the loss, or what is computed without training."""
         return f"{self.name}: {self.loss if self.epochs else self.trains}" + (" + DRO-LT" if self.robust else "")
 
-    def settings(self, field: str) -> list[str]:
-        """The settings of a run that replace a field, in backticks; none for phases between the first and the second stage, whose fields are the method's."""
+    def overrides(self, field: str) -> list[str]:
+        """The settings of a run that override a field, in backticks; none for phases between the first and the second stage, whose fields are the method's."""
         if self.name == "stage-2":
             return [f"`retrain_{field}`"]
         return [f"`{field}`"] if self.name in ("baseline", "stage-1") else []

@@ -224,6 +224,6 @@ def plan_run(config: RunConfig, class_counts: list[int], processes: int) -> list
     for phase in phases:
         if phase.batch_size % (processes * config.accumulate):
             parts = f"{processes} processes times `accumulate={config.accumulate}`"
-            remedy = " or ".join(["`accumulate`", *phase.settings("batch_size")])
+            remedy = " or ".join(["`accumulate`", *phase.overrides("batch_size")])
             raise ValueError(f"{phase.name}: a batch of {phase.batch_size} does not divide into {parts}; take another {remedy}, or another number of processes")
     return phases
