@@ -2,9 +2,10 @@
 
     python -m benchmarks.cpu_busy [--threads 2 --rounds 15 --json PATH]
 
-Contestants take turns in one process; first with the machine to themselves, then beside the other processes. The report has medians over the rounds, in
-float32 with noise, of the loss with all gradients, and by how much the other processes slow a contestant down: by about 2 if the scheduler is fair.
-Run it on an otherwise idle machine.
+Contestants take turns in one process; first with the machine to themselves, then beside the other processes. A round lasts many time slices of the scheduler,
+because a call may be shorter than one: most calls then meet no other process, and a few wait for a whole slice. The report has means over the rounds, in
+float32 with noise, of the loss with all gradients, and by how much the other processes slow a contestant down, with its standard error. A fair scheduler slows
+down by 1.5 what keeps one of two cores busy, and by 2 what keeps both busy. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 from benchmarks import bench_head, bench_logit_loss
 from benchmarks.common import BOTH, CIFAR, IMAGENET, INATURALIST, Operation, Shape
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, Timed, busy_cores, rounds_in_turn, wall_clock
+from benchmarks.timing import Call, busy_cores
 from gclkern import cpu_backend
 from gclkern.training.atomic_files import replace_text
 
@@ -37,6 +39,8 @@ MEASURED: tuple[tuple[Operation, Shape, tuple[str, ...]], ...] = (
     (bench_logit_loss.OPERATION, INATURALIST, ("gclkern", "plain torch", "torch cross entropy")),
     (bench_head.OPERATION, IMAGENET, ("gclkern", "plain torch", "bare products")),
 )
+
+ROUND_SECONDS = 0.2
 
 
 def step_of(operation: Operation, shape: Shape, contestant: str) -> Call:
@@ -60,20 +64,44 @@ def other_work() -> Iterator[None]:
             process.wait()
 
 
-def measure(timed: dict[str, Timed], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant."""
-    seconds = rounds_in_turn(list(timed.values()), rounds)
-    return {name: statistics.median(times) for name, times in zip(timed, seconds, strict=True)}
+def average(call: Call, least: float) -> float:
+    """Seconds of a call, on average over as many as take at least `least` seconds."""
+    calls, start, now = 0, time.perf_counter(), 0.0
+    while now - start < least:
+        call()
+        calls, now = calls + 1, time.perf_counter()
+    return (now - start) / calls
 
 
-def results_of(operation: Operation, shape: Shape, contestants: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
-    timed = {name: wall_clock([partial(step_of, operation, shape, name)]) for name in contestants}
-    alone = measure(timed, rounds)
+def measure(steps: dict[str, Call], rounds: int, least: float) -> dict[str, list[float]]:
+    """Seconds of a call in each round of each contestant; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, call in steps.items():
+            seconds[name].append(average(call, least))
+    return seconds
+
+
+def relative_error(seconds: list[float]) -> float:
+    """Standard error of the mean over the mean."""
+    return statistics.stdev(seconds) / math.sqrt(len(seconds)) / statistics.mean(seconds)
+
+
+def results_of(operation: Operation, shape: Shape, contestants: tuple[str, ...], rounds: int, least: float = ROUND_SECONDS) -> list[dict[str, Any]]:
+    steps = {name: step_of(operation, shape, name) for name in contestants}
+    measure(steps, 1, least)  # warms up
+    alone = measure(steps, rounds, least)
     with other_work():
-        measure(timed, 1)  # until the scheduler has settled
-        busy = measure(timed, rounds)
+        measure(steps, 1, least)  # until the scheduler has settled
+        busy = measure(steps, rounds, least)
     names = {"operation": operation.name, "shape": shape.name, "rows": shape.rows, "classes": shape.classes, "dim": shape.dim}
-    return [{**names, "contestant": name, "alone_seconds": alone[name], "busy_seconds": busy[name], "slowdown": busy[name] / alone[name]} for name in timed]
+    results = []
+    for name in contestants:
+        alone_seconds, busy_seconds = statistics.mean(alone[name]), statistics.mean(busy[name])
+        slowdown, error = busy_seconds / alone_seconds, math.hypot(relative_error(alone[name]), relative_error(busy[name]))
+        row = {"contestant": name, "alone_seconds": alone_seconds, "busy_seconds": busy_seconds, "slowdown": slowdown, "slowdown_error": slowdown * error}
+        results.append({**names, **row})
+    return results
 
 
 def main() -> None:
@@ -86,15 +114,17 @@ def main() -> None:
     load = busy_cores()
     results = []
     print(f"{args.threads} threads, {cores()} cores, load {load:.1f} before, torch {torch.__version__}, {cpu_backend.summary()}")
-    print(f"{'':44}{'alone ms':>10}{'busy ms':>10}{'slowdown':>10}")
+    print(f"{'':44}{'alone ms':>10}{'busy ms':>10}{'slowdown':>18}")
     for measured in MEASURED:
         for row in results_of(*measured, args.rounds):
             results.append(row)
             name = f"{row['operation']} | {row['shape']} | {row['contestant']}"
-            print(f"{name:44}{1e3 * row['alone_seconds']:10.2f}{1e3 * row['busy_seconds']:10.2f}{row['slowdown']:10.2f}", flush=True)
+            milliseconds = f"{1e3 * row['alone_seconds']:10.2f}{1e3 * row['busy_seconds']:10.2f}"
+            print(f"{name:44}{milliseconds}{row['slowdown']:10.2f} ± {row['slowdown_error']:.2f}", flush=True)
     if args.json is not None:
         machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores(), "cpu_code": cpu_backend.summary(), "load_before": load}
-        data = {"torch_hash": torch_hash(), "software": machine, "threads": args.threads, "rounds": args.rounds, "results": results}
+        counts = {"threads": args.threads, "rounds": args.rounds, "round_seconds": ROUND_SECONDS}
+        data = {"torch_hash": torch_hash(), "software": machine, **counts, "results": results}
         replace_text(args.json, json.dumps(data, indent=2) + "\n")
 
 

@@ -157,14 +157,15 @@ def cpu_busy(results: Path) -> str:
             f"{row['operation']}: {row['rows']} x {row['classes']}" + (f" x {row['dim']}" if row["operation"] == "head" else ""),
             row["contestant"],
             *(_milliseconds(row[key]) for key in ("alone_seconds", "busy_seconds")),
-            f"{row['slowdown']:.2f}",
+            f"{row['slowdown']:.2f} ± {row['slowdown_error']:.2f}",
         ]
         for row in data["results"]
     )
     return "\n".join(
         [
             f"{software['machine']}, torch {software['torch']}, gclkern by {software['cpu_code']}; forward + backward, float32, noise on.",
-            f"Medians of {data['rounds']} rounds, alone and beside {software['cores']} processes that compute without end, one for each core.",
+            f"Means of {data['rounds']} rounds of at least {data['round_seconds']} s, in which the contestants take turns, alone and beside",
+            f"{software['cores']} processes that compute without end, one for each core; the slowdown with its standard error.",
             "",
             _table(["", "", "ms alone", "ms beside others", "slowdown"], rows),
             "",

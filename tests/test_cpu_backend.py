@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import itertools
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from tests.support.cases import labels, vector
 from tests.support.operations import OPERATIONS, Operation, outcome
 from tests.support.wrong_arguments import CENTROIDS, CLASSES, FAMILY, LOGITS, VALID
 
+ShareOut: TypeAlias = Callable[[Callable[[int], None]], None]
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "gclkern" / "cpu_backend" / "native"
 
@@ -61,13 +65,69 @@ def everything() -> list[Tensor]:
     return [*results, cloud_noise(5, rows, classes)]
 
 
+@pytest.fixture
+def shared_out_by() -> Iterator[Callable[[ShareOut], None]]:
+    """Puts a function in the place of torch's: it is given one that does the work of a thread, 0 for the calling one."""
+    loops, kept = library._library, []
+    assert loops is not None
+    body = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, body, ctypes.c_void_p)
+
+    def replace(share_out: ShareOut) -> None:
+        def parallel_for(_begin: int, _end: int, _grain: int, work: Callable[[int, int, int], None], context: int) -> int:
+            share_out(lambda thread: work(thread, thread + 1, context))
+            return 0
+
+        kept.append(prototype(parallel_for))
+        loops.gclkern_setup(ctypes.cast(kept[-1], ctypes.c_void_p))
+
+    yield replace
+    loops.gclkern_setup(library._parallel_for())
+
+
 @pytest.mark.compiled
-def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None], shared_out_by: Callable[[ShareOut], None]) -> None:
+    """Of torch, whose help the loops do without where it comes late, and of two that do all the work."""
     threads(1)
     alone = everything()
+    shares: list[int] = []
+
+    def two_others(work: Callable[[int], None]) -> None:
+        others = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+        for other in others:
+            other.start()
+        for other in others:
+            other.join()
+        shares.append(1)
+
     for number in (2, 3):
         threads(number)
         assert all(map(torch.equal, alone, everything()))
+    shared_out_by(two_others)
+    assert all(map(torch.equal, alone, everything()))
+    assert len(shares) >= 5
+
+
+@pytest.mark.compiled
+def test_where_sharing_lost_time_the_calling_thread_works_alone(shared_out_by: Callable[[ShareOut], None], threads: Callable[[int], None]) -> None:
+    threads(2)
+    expected = cloud_noise(1, 64, 1000)
+    late: list[bool] = []
+
+    def share_out(work: Callable[[int], None]) -> None:
+        work(0)
+        time.sleep(0.01)  # until the other thread has come
+        late.append(True)
+
+    shared_out_by(share_out)
+    for _ in range(3):
+        assert torch.equal(cloud_noise(1, 64, 1000), expected)
+        assert len(late) == 1
+    end = time.monotonic() + 30
+    while len(late) == 1 and time.monotonic() < end:
+        time.sleep(0.02)
+        assert torch.equal(cloud_noise(1, 64, 1000), expected)
+    assert len(late) == 2
 
 
 EDGE = 64  # elements on either side of a new tensor, which keep its alignment

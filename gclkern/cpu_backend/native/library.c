@@ -5,12 +5,16 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "native.h"
 
 enum {
     GRAIN = 4096,      /* elements that a thread takes at a time */
     BLOCK_COLUMNS = 512, /* BLOCK of vector.h */
+    CREDIT = 10000000,         /* nanoseconds that sharing may lose at most before the calling thread works alone: a few time slices of a scheduler */
+    CAUTION = 32,              /* times what was lost beyond the credit, it then works alone */
+    LONGEST_ALONE = 1000000000, /* nanoseconds */
 };
 
 extern const struct loops baseline;
@@ -23,10 +27,13 @@ typedef int32_t parallel_for(int64_t begin, int64_t end, int64_t grain, void (*b
 
 static parallel_for *share_out = NULL;
 static const struct loops *loops = &baseline;
+static atomic_llong credit = 0, alone_until = 0; /* nanoseconds, see `learn` */
 
 /* Takes the loops of the best instruction set that the processor has. Without `function`, everything runs in the caller's thread. */
 EXPORT void gclkern_setup(parallel_for *function) {
     share_out = function;
+    atomic_store(&credit, 0);
+    atomic_store(&alone_until, 0);
 #if defined(__x86_64__) && !defined(GCLKERN_BASELINE)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
@@ -49,18 +56,50 @@ struct job {
     const void *call;
     int64_t count, step;
     atomic_llong next;
+    int64_t own_count, own_time, own_work; /* of the calling thread: parts, and the nanoseconds that it took for them, with and without interruptions */
 };
 
-/* Threads take a few parts at a time until none is left, so that one which the system has put aside holds up only what it took. */
+static int64_t nanoseconds(clockid_t clock) {
+    struct timespec time;
+    clock_gettime(clock, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Threads take a few parts at a time until none is left. */
 static void work(int64_t begin, int64_t end, void *context) {
     struct job *job = context;
-    (void)begin;
+    int64_t done = 0, time = nanoseconds(CLOCK_MONOTONIC), processor = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
     (void)end;
     for (;;) {
         int64_t first = (int64_t)atomic_fetch_add(&job->next, job->step);
-        if (first >= job->count) return;
-        job->body(job->call, first, first + job->step < job->count ? first + job->step : job->count);
+        if (first >= job->count) break;
+        int64_t last = first + job->step < job->count ? first + job->step : job->count;
+        job->body(job->call, first, last);
+        done += last - first;
     }
+    if (begin != 0) return; /* not the calling thread */
+    job->own_count = done;
+    job->own_work = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - processor;
+    job->own_time = nanoseconds(CLOCK_MONOTONIC) - time;
+}
+
+/* torch_parallel_for returns when all threads have come and gone, also those that find no work left. One that the system has put aside for another process comes
+ * milliseconds late. So where sharing has recently lost more time by waiting than it has saved, the calling thread works alone for a while. */
+static void learn(const struct job *job, int64_t start) {
+    if (job->own_count == 0) return;
+    int64_t end = nanoseconds(CLOCK_MONOTONIC), waited = end - start - job->own_time;
+    int64_t saved = (int64_t)((double)job->own_work * (double)(job->count - job->own_count) / (double)job->own_count);
+    int64_t left = (int64_t)atomic_load(&credit) + saved - waited;
+    if (left < 0) {
+        atomic_store(&alone_until, end + (-left < LONGEST_ALONE / CAUTION ? -left * CAUTION : LONGEST_ALONE));
+        left = 0;
+    }
+    atomic_store(&credit, left < CREDIT ? left : CREDIT);
+}
+
+static int is_alone(void) {
+    int64_t until = (int64_t)atomic_load(&alone_until);
+    return until != 0 && nanoseconds(CLOCK_MONOTONIC) < until;
 }
 
 /* `count` parts of `cost` elements each. No result depends on who computes a part. */
@@ -68,13 +107,15 @@ static void run(loop *body, const void *call, int64_t count, int64_t cost, int64
     int64_t step = cost >= GRAIN ? 1 : GRAIN / (cost > 0 ? cost : 1);
     int64_t steps = (count + step - 1) / step;
     if (threads > steps) threads = steps;
-    if (share_out == NULL || threads < 2) {
+    if (share_out == NULL || threads < 2 || is_alone()) {
         body(call, 0, count);
         return;
     }
     struct job job = {.body = body, .call = call, .count = count, .step = step};
     atomic_init(&job.next, 0);
+    int64_t start = nanoseconds(CLOCK_MONOTONIC);
     if (share_out(0, threads, 1, work, &job) != 0) work(0, 1, &job); /* what an error has left undone */
+    learn(&job, start);
 }
 
 static int is_ignored(const struct terms *terms, int64_t row) {
