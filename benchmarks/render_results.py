@@ -33,6 +33,7 @@ from typing import Any
 from benchmarks import methods
 from benchmarks.accuracy import comparison, results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
+from benchmarks.errors import LIBRARY
 from benchmarks.own_images import TEST_IMAGES
 from benchmarks.own_images import tables as own_images_tables
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
@@ -341,41 +342,78 @@ def own_images(results: Path) -> str:
     return "\n".join([*explained, "", own_images_tables(results / "own_images"), "", code, "By `python -m benchmarks.own_images`, which says how."])
 
 
-def _setting(name: str, value: Any) -> str:
-    """One number of a case in words."""
-    return str(value) if name == "dtype" else f"{name} {value:,.0f}" if value >= 10 else f"{name} {value:g}"
+_IMPLEMENTATIONS = {"torch": "torch backend", "cpu": "compiled loops", "triton": "kernels, interpreted", "pytorch-metric-learning": "pytorch-metric-learning"}
+
+
+def _largest(rows: list[Any], implementation: str) -> str:
+    """The largest errors of an implementation, and where that of the gradient is."""
+    found = [(row["problem"], row["errors"][implementation]) for row in rows if implementation in row["errors"]]
+    if not found:
+        return ""
+    worst = float(f"{max(errors['loss_ulp'] for _, errors in found):.2g}")
+    ulp = f"{worst:g} ULP" if worst < 10 or worst > 1e7 else f"{worst:,.0f} ULP"
+    if found[0][1]["target_relative"] is None:
+        return ulp
+    problem, errors = max(found, key=lambda row: row[1]["target_relative"])
+    classes = "" if problem["classes"] in (None, 1000) else f", C {problem['classes']:,}"
+    return f"{ulp}, {errors['target_relative']:.1e}<br>p {problem['p']}, scale {problem['scale']:g}{classes}"
+
+
+def _library_and_torch(rows: list[Any], **problem: Any) -> str:
+    """The largest error of the gradient of the library's implementations, and that of torch's operators."""
+    found = [row["errors"] for row in rows if all(row["problem"][name] == value for name, value in problem.items())]
+    if not found:
+        return ""
+    (errors,) = found
+    ours = max(errors[name]["target_relative"] for name in errors if name in LIBRARY)
+    theirs = next(errors[name]["target_relative"] for name in errors if name not in LIBRARY)
+    return f"{ours:.1e}, {theirs:.1e}"
 
 
 def errors(path: Path) -> str:
-    """One table an operation: a case a row, an implementation a column."""
+    """How errors grow with the probability and the classes; then, for each operation, the largest of every dtype, offset and implementation."""
     data = json.loads(path.read_text())
-    names = {"torch": "torch backend", "cpu": "compiled loops", "triton": "kernels, interpreted", "pytorch-metric-learning": "pytorch-metric-learning"}
-    head = [
-        f"The largest error of 8 rows against float64 on the same inputs, torch {data['torch']} on a CPU: of the loss in units in the last place of float32",
-        "(ULP), and of the gradient of the target's logit (of the features, where there are no logits), relative. Each case changes one number of the first.",
+    rows = [
+        {"problem": row["problem"], "errors": {name: dict(zip(data["columns"], found, strict=True)) for name, found in row["errors"].items()}}
+        for row in data["rows"]
     ]
-    parts = ["\n".join(head)]
-    for operation in dict.fromkeys(row["case"]["operation"] for row in data["rows"]):
-        rows = [row for row in data["rows"] if row["case"]["operation"] == operation]
-        base = {name: value for name, value in rows[0]["case"].items() if name not in ("operation", "implementation")}
-        if operation == "DRO-LT bound":
-            base = {name: base[name] for name in ("dtype", "offset")}
-        elif operation == "samples":
-            base = {name: base[name] for name in ("dtype", "p", "scale")}
-        elif operation == "ProCo":
-            base = {name: base[name] for name in ("dtype", "classes")}
-        cells: dict[str, dict[str, str]] = {}
-        for row in rows:
-            changed = {name: value for name, value in base.items() if row["case"][name] != value} or base
-            case = ", ".join(_setting(name, row["case"][name]) for name in changed)
-            found = row["errors"]
-            cells.setdefault(case, {})[row["case"]["implementation"]] = f"{found['loss_ulp']:.2g} ULP, {found['target_relative']:.1e}"
-        columns = list(dict.fromkeys(row["case"]["implementation"] for row in rows))
-        lines = ([case, *(row.get(name, "") for name in columns)] for case, row in cells.items())
-        table = _table(["", *(names.get(name, f"`{name}`") for name in columns)], lines)
+    by_operation = {name: [row for row in rows if row["problem"]["operation"] == name] for name in dict.fromkeys(row["problem"]["operation"] for row in rows)}
+    simple = {"dtype": "float32", "scale": 30.0, "offset": 0.0}
+    losses = {name: some for name, some in by_operation.items() if some[0]["problem"]["p"] is not None}
+    probabilities = sorted({row["problem"]["p"] for some in losses.values() for row in some})
+    grown = [[name, *(_library_and_torch(some, p=p, classes=some[0]["problem"]["classes"], **simple) for p in probabilities)] for name, some in losses.items()]
+    classes = sorted({row["problem"]["classes"] or 0 for some in losses.values() for row in some} - {0})
+    wide = [
+        [name, *(_library_and_torch(some, p=0.999, classes=count, **simple) for count in classes)]
+        for name, some in losses.items()
+        if some[0]["problem"]["classes"] is not None
+    ]
+    by_probability = [
+        "Relative error of the gradient of the target's logit (of the features, where there are no logits) in float32 at scale 30, without an offset:",
+        "the largest of the library's implementations, and that of torch's operators. By the probability of the target, with 1000 classes:",
+    ]
+    of_all = [
+        "The largest errors over all probabilities, scales and numbers of classes: of the loss in units in the last place of float32 (ULP), and of the",
+        "gradient as above, with the place of the latter. Where C is not named, it is 1000.",
+    ]
+    parts = [
+        f"Errors of {len(rows)} problems of 8 rows against float64 on the same inputs, torch {data['torch']} on a CPU.",
+        "\n".join(by_probability),
+        _table(["", *(f"p {p}" for p in probabilities)], grown),
+        "By the number of classes, at p 0.999:",
+        _table(["", *(f"{count:,} classes" for count in classes)], wide),
+        "\n".join(of_all),
+    ]
+    for operation, some in by_operation.items():
+        columns = list(dict.fromkeys(name for row in some for name in row["errors"]))
+        lines = []
+        for dtype, offset in dict.fromkeys((row["problem"]["dtype"], row["problem"]["offset"]) for row in some):
+            these = [row for row in some if (row["problem"]["dtype"], row["problem"]["offset"]) == (dtype, offset)]
+            lines.append([dtype + (f", offset {offset:,.0f}" if offset else ""), *(_largest(these, name) for name in columns)])
+        table = _table(["", *(_IMPLEMENTATIONS.get(name, f"`{name}`") for name in columns)], lines)
         parts.append(f"**{operation}**\n\n{table}")
     code = measured_at("CPU code", [data["torch_hash"]], torch_hash())
-    parts.append(f"{code} By `python -m benchmarks.errors`; a test measures the cases of up to 1000 classes again.")
+    parts.append(f"{code} By `python -m benchmarks.errors`; `benchmarks/results/numerics/errors.json` has every problem, and a test measures a part again.")
     return "\n\n".join(parts)
 
 
