@@ -35,7 +35,7 @@ from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
 from gclkern.training.evaluation import evaluate, evaluate_logits, format_table, predict
 from gclkern.training.extras import need
-from gclkern.training.loggers import LOGGERS
+from gclkern.training.loggers import LOGGERS, LoggerError
 from gclkern.training.network import Network, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import echo, finish_output, save_traceback
 from gclkern.training.phase_training import PhaseTraining
@@ -48,7 +48,7 @@ from gclkern.training.summary import conclude, describe, progress_bar, report_co
 from gclkern.training.trainer import AMP
 
 # Errors whose messages are for the user.
-EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, ShardError, WorkerError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointError, CorruptImageError, LoggerError, ShardError, WorkerError)
 
 
 class Arguments(NamedTuple):
@@ -211,6 +211,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Parse the command line. With --resume or --evaluate the settings are those of the checkpoint, overridden by the given flags."""
     given = vars(build_parser().parse_args(argv))
     resume, evaluated, out = (given.pop(name, None) for name in ("resume", "evaluate", "out"))
+    if given.get("logger") == "none":
+        given["logger"] = None
     if resume is None and evaluated is None:
         config, checkpoint = RunConfig(**{"method": default_method(given.get("data", RunConfig.data)), **given}), None
     else:
@@ -306,7 +308,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=number(int, 1), metavar="N", help="epochs between evaluations (default a twentieth of the stage)")
     seconds = f"longest time between checkpoints (default {default.checkpoint_seconds:g}; 0: every step)"
     add("--checkpoint-seconds", type=number(float, 0), metavar="SECONDS", help=seconds)
-    add("--logger", choices=LOGGERS, help="also send curves, settings and pictures there; TensorBoard files are written wherever it is installed")
+    add("--logger", choices=[*LOGGERS, "none"], help="also send curves, settings and pictures there; TensorBoard files are written wherever it is installed")
     add("--pictures", action=argparse.BooleanOptionalAction, help="draw curves, accuracies, confusion and t-SNE at the end (default yes)")
     return parser
 

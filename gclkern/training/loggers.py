@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,10 @@ import numpy as np
 from gclkern.training.extras import need
 
 _PROJECT = "gclkern"  # the project of Weights & Biases, the experiment of MLflow
+
+
+class LoggerError(RuntimeError):
+    """Weights & Biases or MLflow has refused or failed, for example because nobody is logged in or the server does not answer."""
 
 
 class Logger(Protocol):
@@ -85,16 +89,43 @@ class MLflow:
 LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
+class Chosen:
+    """A logger of LOGGERS, whose errors become :class:`LoggerError`."""
+
+    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._name = name
+        with self._errors():
+            self._logger = LOGGERS[name](folder, config)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        with self._errors():
+            self._logger.log(values, step)
+
+    def finish(self, folder: Path, config: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        with self._errors():
+            self._logger.finish(folder, config, results)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError:  # its message has the remedy
+            raise
+        except Exception as error:  # each of these libraries has errors of its own
+            raise LoggerError(f"`logger={self._name}` failed ({str(error).strip()}); put that right, or pass `logger=none`") from error
+
+
 def open_loggers(chosen: str | None, folder: Path, config: Mapping[str, Any], step: int) -> list[Logger]:
     """TensorBoard where it is installed, and the logger `chosen` of LOGGERS.
 
     Raises:
         ImportError: the package of the chosen logger is not installed; the message has the command.
+        LoggerError: the chosen logger cannot start.
     """
     loggers: list[Logger] = []
     with suppress(ImportError):
         loggers.append(TensorBoard(folder, step))
-    return loggers if chosen is None else [*loggers, LOGGERS[chosen](folder, config)]
+    return loggers if chosen is None else [*loggers, Chosen(chosen, folder, config)]
 
 
 def _known_run(path: Path) -> str | None:

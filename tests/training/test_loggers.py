@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from gclkern.training.config import RunConfig
-from gclkern.training.loggers import LOGGERS, TensorBoard, open_loggers
+from gclkern.training.loggers import LOGGERS, LoggerError, TensorBoard, open_loggers
 from gclkern.training.run_folder import RunFolder
 
 SETTINGS = RunConfig(lr=0.5, augment="crop,flip").to_dict()
@@ -102,3 +102,26 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="`logger=wandb` needs wandb, which is not installed; run: pip install wandb"):
         open_loggers("wandb", tmp_path, SETTINGS, 0)
+
+
+def test_what_a_logger_refuses_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+            if config["lr"] is None:
+                raise Exception("Use `wandb login` to log in.")
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            raise ConnectionError("no answer")
+
+        def finish(self, folder: Path, config: dict[str, Any], results: dict[str, float]) -> None:
+            raise ConnectionError("no answer")
+
+    monkeypatch.setitem(LOGGERS, "wandb", Refusing)
+    with pytest.raises(LoggerError, match=r"`logger=wandb` failed \(Use `wandb login` to log in\.\); put that right, or pass `logger=none`"):
+        RunFolder(tmp_path, RunConfig(logger="wandb"), write=True)
+    run = RunFolder(tmp_path, RunConfig(lr=0.5, logger="wandb"), write=True)
+    with pytest.raises(LoggerError, match=r"failed \(no answer\)"):
+        run.log({"phase": "stage-1", "epoch": 1, "loss": 1.5})
+    with pytest.raises(LoggerError, match=r"failed \(no answer\)"):
+        run.finish(RESULTS)
+    run.close()
