@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import exponentials
-from .logit_loss import ROW_ALIGNMENT, Statistics, cosine_gradient, empty_rows, empty_statistics, row_stats, stats_splits
+from .logit_loss import ROW_ALIGNMENT, Statistics, cosine_gradient, empty_rows, empty_statistics, is_padded, row_stats, stats_splits
 from .products import (
     add_feature_gradient,
     aligned_rows,
@@ -194,7 +194,9 @@ def run_backward(
                 logits = cosine[:, : part.stop - part.start]
                 if plan == "chunked":
                     cosine_product(unit, weight, inverse, logits)
-                sums = cosine_gradient(logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=True)
+                sums = cosine_gradient(
+                    logits, grad_loss, stats, denominator, chunk, part.start, here, inverse_norm=inverse, bias_grad=bias_grad, padded=is_padded(logits)
+                )
             class_sum, bias_sum = sums
             if bias_sum is not None:
                 grad_bias[part] = bias_sum

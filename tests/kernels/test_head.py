@@ -11,6 +11,7 @@ import torch.utils.dlpack
 from benchmarks.machine_code.launches import Launches, capture_launches
 from gclkern.autograd import HeadLoss
 from gclkern.functional import gcl_cross_entropy, linear_gcl_cross_entropy
+from gclkern.kernels.terms import LossTerms
 from tests.conftest import GPU, PTX_TARGET
 from tests.support.cases import PLANS, Options, labels, vector
 from tests.support.comparison import check_head_loss
@@ -136,6 +137,33 @@ def test_the_librarys_product_gives_the_same_gradient(plan: str, device: torch.d
     monkeypatch.setattr(products, "library_product", product)
     torch.testing.assert_close(gradient(), ours)
     assert calls == ([(300, 300)] if plan == "materialised" else [(128, 128), (128, 128), (44, 44)])
+
+
+@pytest.mark.parametrize("plan", ["materialised", "recompute"])
+def test_plain_products_have_the_shapes_that_a_compiler_expects(plan: str, device: torch.device) -> None:
+    """The table of operations has those of cosines."""
+    features, weight, target = torch.ones(3, 8, device=device), torch.ones(5, 8, device=device), torch.arange(3, device=device)
+    terms = LossTerms(target, None, None, None, None, None, None, None, 1.0, 0.0, True, 0.0, -100, 0, 0, "mean")
+    arguments = (features, weight, *terms, False, plan, True, False)
+    forward, backward = torch.ops.gclkern.head_forward.default, torch.ops.gclkern.head_backward.default
+    linear_gcl_cross_entropy(features, weight, target, backend="triton")  # registers the operators
+    torch.library.opcheck(forward, arguments, test_utils="test_faketensor")
+    loss, saved = forward(*arguments)
+    torch.library.opcheck(backward, (loss, features, weight, saved, *terms, False, plan, True, True, False), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_copies_of_what_is_saved_serve_backward(normalize: bool, device: torch.device) -> None:
+    """Such as offloading to the CPU makes: rows without padding."""
+    features, weight = vector(24).view(3, 8).to(device).requires_grad_(), vector(40, seed=3).view(5, 8).to(device).requires_grad_()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        loss = linear_gcl_cross_entropy(features, weight, torch.arange(3, device=device), normalize=normalize, plan="materialised", backend="triton")
+        return torch.autograd.grad(loss, [features, weight])
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+        copied = gradients()
+    assert all(map(torch.equal, copied, gradients()))
 
 
 def test_rows_longer_than_a_block(device: torch.device) -> None:
