@@ -248,7 +248,7 @@ class Session:
                 elif news.get("code") or "failed" in news:
                     return True
         functions: dict[str, list[FunctionType]] = {}
-        self.caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("gclkern")]
+        self.caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper) and str(thing.__module__).startswith("gclkern")]
         for thing in gc.get_objects():
             if isinstance(thing, FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path):
                 functions.setdefault(thing.__code__.co_qualname, []).append(thing)
@@ -257,7 +257,7 @@ class Session:
         source = self.path.read_text(encoding="utf-8")
         changed = self.library.with_suffix(".sources")
         if self.native:
-            shutil.copytree(self.path.parent, changed)
+            shutil.copytree(self.path.parent, changed, dirs_exist_ok=True)
         for mutant in tried:
             if time.monotonic() > self.until:
                 break
