@@ -522,7 +522,7 @@ def empty_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torc
 def is_padded(rows: Tensor) -> bool:
     """Whether the padding of `empty_rows` is there: a copy of a saved buffer, such as a hook of autograd makes, may end with its last class."""
     end = rows.storage_offset() + rows.shape[0] * rows.stride(0)
-    return rows.stride(0) % ROW_ALIGNMENT == 0 and end * rows.element_size() <= rows.untyped_storage().nbytes()
+    return bool(rows.stride(0) % ROW_ALIGNMENT == 0 and end * rows.element_size() <= rows.untyped_storage().nbytes())
 
 
 def _stats_tile_shape(num_classes: int, shift: int) -> tuple[int, int]:

@@ -123,6 +123,12 @@ def test_odd_sizes(rows: int, classes: int, width: int, plan: str, backend: str,
     check(features, weight, labels(rows, classes), {"cloud": cloud, "seed": 1, "scale": 10.0}, plan=plan, backend=backend)
 
 
+def test_rows_longer_than_a_block(backend: str, device: torch.device) -> None:
+    """Kernels that pass over rows take 1024 elements at a time, the loops of the CPU 512."""
+    features, weight = matrix(2, 1100, device=device), matrix(3, 1100, device=device, seed=1)
+    check(features, weight, torch.tensor([2, 0]), {"scale": 8.0}, vector(2), reduction="none", plan="materialised", backend=backend)
+
+
 def test_more_rows_than_a_tile(plan: str, backend: str, device: torch.device) -> None:
     rows, classes, width = 150, 140, 24
     target = labels(rows, classes)

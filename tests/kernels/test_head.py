@@ -166,15 +166,6 @@ def test_copies_of_what_is_saved_serve_backward(normalize: bool, device: torch.d
     assert all(map(torch.equal, copied, gradients()))
 
 
-def test_rows_longer_than_a_block(device: torch.device) -> None:
-    """Kernels that pass over rows take 1024 elements at a time."""
-    generator = torch.Generator().manual_seed(0)
-    features, weight = torch.randn(2, 1100, generator=generator).to(device), torch.randn(3, 1100, generator=generator).to(device)
-    check_head_loss(
-        linear_gcl_cross_entropy, features, weight, torch.tensor([2, 0]), None, vector(2), scale=8.0, reduction="none", plan="materialised", backend="triton"
-    )
-
-
 @pytest.mark.parametrize(("dim", "copied"), [(64, False), (40, False), (36, True), (37, True)])
 def test_products_read_aligned_rows(dim: int, copied: bool) -> None:
     """Rows of 16-bit weights that are no multiple of 16 bytes are copied, filled up with zeros."""
