@@ -29,8 +29,9 @@ import torch
 from benchmarks import bench_head, bench_logit_loss
 from benchmarks.common import BOTH, CIFAR, IMAGENET, INATURALIST, Operation, Shape
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, busy_cores
+from benchmarks.timing import Call, busy_cores, load_warning
 from gclkern import cpu_backend
+from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 
 MEASURED: tuple[tuple[Operation, Shape, tuple[str, ...]], ...] = (
@@ -106,13 +107,15 @@ def results_of(operation: Operation, shape: Shape, contestants: tuple[str, ...],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=number(int, 1), default=cores())
+    parser.add_argument("--rounds", type=number(int, 2), default=15, help="timed rounds, alone and again beside the other processes (default 15)")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    load = busy_cores()
+    load, warning = busy_cores(), load_warning(args.threads)
     results = []
+    if warning:
+        print(warning)
     print(f"{args.threads} threads, {cores()} cores, load {load:.1f} before, torch {torch.__version__}, {cpu_backend.summary()}")
     print(f"{'':44}{'alone ms':>10}{'busy ms':>10}{'slowdown':>18}")
     for measured in MEASURED:

@@ -32,6 +32,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
 from benchmarks.timing import Call, busy_cores, load_warning, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
+from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 
 CPU = torch.device("cpu")
@@ -139,11 +140,11 @@ def memory_of(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, five rounds, no compiler and no memory; the sizes below still count")
-    parser.add_argument("--rows", type=int, help="default 512")
-    parser.add_argument("--classes", type=int, help="default 8142")
-    parser.add_argument("--dim", type=int, help="default 2048")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="timed rounds, after one to warm up (default 15)")
+    parser.add_argument("--rows", type=number(int, 1), help="default 512")
+    parser.add_argument("--classes", type=number(int, 1), help="default 8142")
+    parser.add_argument("--dim", type=number(int, 1), help="default 2048")
+    parser.add_argument("--threads", type=number(int, 1), default=2)
+    parser.add_argument("--rounds", type=number(int, 1), help="timed rounds, after one to warm up (default 15)")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--memory-of", choices=CONTESTANTS, help="print only the bytes that one step of this contestant takes, measured in this process")
     args = parser.parse_args()
