@@ -89,20 +89,38 @@ def test_loss_and_gradients(form: str, reduction: str, backend: str, device: tor
 
 @pytest.mark.parametrize("form", ["SupCon", "BCL", "PSC"])
 def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", (32, 32))
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
     features, target, options = problem(70, 66, 40, FORMS[form])
     check(features, target, options, backend, device)
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (22, 66), (22, 6)])
+@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (30, 66), (30, 6)])
 def test_tiles_of_samples_and_prototypes(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward has the only tile from forward, and computes several again."""
     features, target, options = problem(rows, classes, 9, FORMS["BCL"])
-    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", (32, 32))
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
     check(features, target, options, "torch", torch.device("cpu"))
     loss = supervised_contrastive(features.requires_grad_(), target, backend="torch", **options)
     node: Any = loss.grad_fn
-    assert tuple(node.saved_tensors[-1].shape) == ((22, 28) if rows + classes == 28 else (0, 0))
+    assert tuple(node.saved_tensors[-1].shape) == ((30, 36) if rows + classes == 36 else (0, 0))
+
+
+def test_tiles_without_positives_compare_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles of 32 samples in the order of their classes: each on the diagonal has two classes of its own."""
+    compared: list[bool] = []
+    same = torch_contrastive_loss._same
+
+    def spy(*arguments: Any) -> Tensor | None:
+        found = same(*arguments)
+        compared.append(found is not None)
+        return found
+
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
+    monkeypatch.setattr(torch_contrastive_loss, "_same", spy)
+    features, _, _ = problem(96, 7, 9, {})
+    target = torch.arange(96) % 6
+    check(features, target, {"reduction": "none"}, "torch", torch.device("cpu"), torch.linspace(-1.0, 2.0, 96))
+    assert compared == 2 * [True, False, False, True, False, True]
 
 
 def test_numbers_of_classes_beyond_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
