@@ -6,11 +6,14 @@ the probability of key k in the softmax of sample i,
     loss_i = log sum_{k != i} w_ik exp(x_i . k / T) - mean over the keys p != i of the class y_i of x_i . p / T
 
     _halves_kernel       unit rows as float16 halves, inverse norms, logarithms of the weights
-    _denominator_kernel  each row's denominator, by an online softmax over tiles of keys, and the sum of its positives' cosines
+    _denominator_kernel  each row's denominator, positives and other keys apart, by an online softmax over tiles of keys; the sum of its positives' cosines
     _losses_kernel       the loss, from these
     _rates_kernel        backward: the factor of each row
     _pull_kernel         sum over keys k of m_ik k with m_ik = rate_i p_ik + rate_k p_ki - (for positives) (rate_i / positives of i + rate_k / positives of k)
     _rows_kernel         the gradient of rows from that of their unit rows
+
+Of a row with a single positive p, p_ip - 1 would lose its digits where p_ip is close to 1: _losses_kernel leaves -(the others' part) / total in its place, and
+the loss is log1p(the others' part / that of p) plus the logarithm of its weight.
 
 A cosine x_i . x_k stands in the losses of i and of k, so that one pass over the keys of i gives the whole gradient of x_i, without atomics. The prototypes are
 keys in one launch and rows in another. Each tile of rows has several programs, which share its keys so that a GPU is full. They store partial results, added in
