@@ -117,9 +117,9 @@ def test_heads_whose_classes_come_in_panels(name: str, plan: str, backend: str, 
 @pytest.mark.parametrize("form", ["logits", *PLANS])
 def test_one_larger_cosine_makes_a_sample_hard(form: str, backend: str, device: torch.device) -> None:
     """Its class may be in the first panel, in the last one, or the other target. An equal cosine does not make the sample hard."""
-    features = torch.full((6, 150), -0.1)
-    target, second = torch.tensor([70, 70, 70, 3, 127, 70]), torch.tensor([70, 70, 3, 70, 127, 70])
-    features[range(6), target] = 0.5
+    features = torch.full((7, 150), -0.1)
+    target, second = torch.tensor([70, 70, 70, 3, 127, 70, 70]), torch.tensor([70, 70, 3, 70, 127, 70, 9])
+    features[range(7), target] = 0.5
     equal = 0.5 if form == "logits" else 0.4  # rounding may make two equal cosines of a head unequal
     for row, column, value in ((0, 0, 0.9), (1, 149, 0.9), (2, 3, 0.9), (3, 70, 0.9), (5, 8, equal)):
         features[row, column] = value

@@ -558,7 +558,7 @@ def report(results: Results, reasons: Reasons) -> str:
         "of the others a random sample was tried. Equivalent are survivors with an argument below. Percentages are of the mutants that are not equivalent,",
         "with the interval of 95% for all mutants of the file: how many the suite killed when they were first tried, and how many it kills now. Those killed",
         "since then have got a test, which may notice others that nobody has tried, too: for all mutants, the truth lies between the two.",
-        "What survived the tests that fit into `--budget` was tried with further tests of the suite before it was called a survivor here.",
+        "What survives the tests that fit into `--budget` is tried with further tests of the suite by hand; until then it is among the survivors.",
         "",
         "| file | mutants | set aside | tried | equivalent | killed at first | killed since | survive | killed at first, % | killed now, % |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
