@@ -243,6 +243,8 @@ def test_a_label_out_of_range_spoils_its_own_row_only(wrong: int, backend: str, 
     grad, _ = backward(torch.ones(9, device=device), features, target, centroids, epsilon, saved, 1.0, "none", True, True)
     other = torch.arange(9, device=device) != 3
     assert terms[3].isnan() and grad[3].isnan().all() and terms[other].isfinite().all() and grad[other].isfinite().all()
+    weighted, _ = forward(features, target, centroids, epsilon, torch.ones(4, device=device), 1.0, "none")
+    torch.testing.assert_close(weighted, terms, equal_nan=True)
     # among the others it counts as a sample of no class: as one of a class without weight
     out_of_range = target.clone()
     out_of_range[3] = 4

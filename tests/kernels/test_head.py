@@ -181,6 +181,28 @@ def test_products_read_aligned_rows(dim: int, copied: bool) -> None:
     assert products.weight_rows(weight[:, : dim - 1], torch.float16).data_ptr() != weight.data_ptr(), "a view that ends within a vector"
 
 
+@pytest.mark.parametrize("plan", ["materialised", "chunked"])
+def test_buffers_of_all_classes_have_the_width_of_the_features(plan: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cosines and their gradient are the largest tensors of a step: beside 16-bit features 16 bits wide, and their gradient in the wider range of bfloat16."""
+    from gclkern.kernels import head
+
+    made: list[torch.dtype] = []
+    empty_rows = head.empty_rows
+
+    def noted(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made.append(dtype)
+        return empty_rows(num_rows, num_classes, dtype, device)
+
+    monkeypatch.setattr(head, "empty_rows", noted)
+    features, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device, requires_grad=True)
+    target = torch.arange(4, device=device)
+    linear_gcl_cross_entropy(features.half(), weight, target, plan=plan, backend="triton").backward()
+    assert set(made) == {torch.float16, torch.bfloat16}
+    made.clear()
+    linear_gcl_cross_entropy(features, weight, target, plan=plan, backend="triton").backward()
+    assert set(made) == {torch.float32}
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_grid_outgrows_its_second_axis(device: torch.device, plan: str) -> None:
     classes = 4_400_000
