@@ -35,6 +35,14 @@ def check(cosine: Tensor, target: Tensor, options: Options, upstream: Tensor | N
 # ---- values and gradients
 
 
+@pytest.mark.parametrize("two_targets", [False, True])
+def test_a_mean_divides_by_the_weight_of_any_class(two_targets: bool, backend: str, device: torch.device) -> None:
+    """The first and the last class included."""
+    target = torch.arange(5)
+    options: Options = {"weight": vector(5, 0.5, 2.0), **({"target_b": target.flip(0), "lam": 0.3} if two_targets else {})}
+    check(cosines(5, 5, device=device), target, options, reduction="mean", backend=backend)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", option_sets(2, 2))
 def test_loss_and_gradients(name: str, reduction: str, backend: str, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -300,6 +301,13 @@ def test_fill_writes_into_any_strides(dtype: torch.dtype) -> None:
     transposed = torch.empty((21, 6), dtype=dtype).t()
     fill_noise(transposed, torch.tensor(SEED), 4, 9)
     assert torch.equal(transposed, expected)
+
+
+def test_the_workspace_holds_every_step() -> None:
+    """Torch warns when it makes a part of it larger."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fill_noise(torch.empty(3, 50), torch.tensor(SEED))
 
 
 def test_fill_of_nothing() -> None:

@@ -183,11 +183,11 @@ def test_products_read_aligned_rows(dim: int, copied: bool) -> None:
 
 @pytest.mark.parametrize("plan", ["materialised", "chunked"])
 def test_buffers_of_all_classes_have_the_width_of_the_features(plan: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cosines and their gradient are the largest tensors of a step: beside 16-bit features 16 bits wide, and their gradient in the wider range of bfloat16."""
+    """The cosines and their gradient are the largest tensors of a step: beside 16-bit features they have 16 bits, and the gradient the range of bfloat16."""
     from gclkern.kernels import head
+    from gclkern.kernels.logit_loss import empty_rows
 
     made: list[torch.dtype] = []
-    empty_rows = head.empty_rows
 
     def noted(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made.append(dtype)

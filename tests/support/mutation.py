@@ -248,9 +248,9 @@ class Session:
                 elif news.get("code") or "failed" in news:
                     return True
         functions: dict[str, list[FunctionType]] = {}
-        self.caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper) and str(thing.__module__).startswith("gclkern")]
+        self.caches = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper and str(thing.__module__).startswith("gclkern")]
         for thing in gc.get_objects():
-            if isinstance(thing, FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path):
+            if type(thing) is FunctionType and os.path.realpath(thing.__code__.co_filename) == str(self.path):
                 functions.setdefault(thing.__code__.co_qualname, []).append(thing)
         gc.collect()
         gc.freeze()
