@@ -8,6 +8,7 @@ values detects damaged files.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,6 +159,19 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
     if not intact:
         raise CheckpointError(f"{shown} is damaged: its values do not match its digest; use another checkpoint")
     return cast("Checkpoint", state)
+
+
+def final_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the last stage of a finished run.
+
+    Raises:
+        FileNotFoundError: the run has not finished; the message names its checkpoints.
+    """
+    summary = folder / "summary.json"
+    if not summary.exists():
+        inside = ", ".join(sorted(entry.name for entry in folder.glob("*.pt"))) or "none"
+        raise FileNotFoundError(f"{folder} is a folder without a finished run; give a checkpoint in it (here: {inside})")
+    return folder / f"{json.loads(summary.read_text())['phases'][-1]['name']}.pt"
 
 
 def check_same_classes(checkpoint: Checkpoint, data: DataSplits) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gclkern.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from gclkern.training.checkpoint import Checkpoint, CheckpointError, final_checkpoint, load_checkpoint
 from gclkern.training.data import EvaluationTransform
 from gclkern.training.data.decode import open_image, resize_and_crop, to_rgb
 from gclkern.training.network import Network, load_network
@@ -140,15 +139,6 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def _last_stage(folder: Path) -> Path:
-    """The checkpoint of the last stage of a finished run."""
-    summary = folder / "summary.json"
-    if not summary.exists():
-        inside = ", ".join(sorted(entry.name for entry in folder.glob("*.pt"))) or "none"
-        raise FileNotFoundError(f"{folder} is a folder without a finished run; give a checkpoint in it (here: {inside})")
-    return folder / f"{json.loads(summary.read_text())['phases'][-1]['name']}.pt"
-
-
 def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Classifier:
     """The classifier of a checkpoint that train.py wrote; the training data is not needed.
 
@@ -171,7 +161,7 @@ def load_classifier(path: Path | str, device: torch.device | str = "cpu") -> Cla
     """
     path = Path(path)
     if path.is_dir():
-        path = _last_stage(path)
+        path = final_checkpoint(path)
     checkpoint = load_checkpoint(path)
     if "network" not in checkpoint:
         raise CheckpointError(f"{path} holds no network; give a checkpoint that train.py wrote, such as stage-2.pt in the folder of a run")

@@ -134,7 +134,7 @@ def format_table(rows: Sequence[tuple[str, Report]]) -> str:
         >>> print(format_table([("cross-entropy", Report(0.8, {"many": 0.95, "few": 0.6}, [0.95, 0.6], 0.1, 0.7))]))
                          top-1 balanced     many   medium      few      ECE      NLL
         cross-entropy    80.00    77.50    95.00        -    60.00    10.00    0.700
-        ECE, NLL: of logits without a temperature; --holdout 0.1 fits one to held-out images, which changes no prediction.
+        ECE and NLL are without a temperature. With --holdout 0.1 one is fitted on held-out images; it changes no prediction.
     """
     width = max((len(name) for name, _ in rows), default=0)
     calibrated = any(report.calibrated is not None for _, report in rows)
@@ -147,9 +147,9 @@ def format_table(rows: Sequence[tuple[str, Report]]) -> str:
             cells += ["-", "-"] if report.calibrated is None else [_percent(report.calibrated.ece), f"{report.calibrated.nll:.3f}"]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
     if calibrated:
-        lines.append("ECE/T, NLL/T: of logits divided by a temperature, which was fitted on images that were not trained on and changes no prediction.")
+        lines.append("ECE/T and NLL/T: after division of the logits by a temperature, fitted on images that were not trained on; it changes no prediction.")
     else:
-        lines.append("ECE, NLL: of logits without a temperature; --holdout 0.1 fits one to held-out images, which changes no prediction.")
+        lines.append("ECE and NLL are without a temperature. With --holdout 0.1 one is fitted on held-out images; it changes no prediction.")
     return "\n".join(lines)
 
 

@@ -280,7 +280,7 @@ def plot_class_confusion(
         table = (100 * matrix / totals[:, None])[order][:, order].numpy()
         _draw_table(axes[0], table, "{:.0f}" if classes <= 20 else None, zeros=False, fontsize=min(10, 120 / classes))
         ticks = [shown_name(c, class_names, length=16) for c in order]
-        axes[0].set_xticks(range(classes), ticks, rotation=0 if class_names is None else 90, fontsize=8)
+        axes[0].set_xticks(range(classes), ticks, rotation=90 if max(map(len, ticks)) > 2 else 0, fontsize=8)
         axes[0].set_yticks(range(classes), [f"{title} ({class_counts[c]})" for title, c in zip(ticks, order, strict=True)], fontsize=8)
         axes[0].set(xlabel="prediction", ylabel="true class (training images)")
         axes[0].set_title("% of the images of each class", fontsize=10)
@@ -308,7 +308,7 @@ def worst_errors(logits: Tensor, labels: Tensor) -> list[int]:
 def plot_worst_errors(
     images: Tensor, logits: Tensor, labels: Tensor, path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, name: str = ""
 ) -> None:
-    """A sheet of wrongly predicted images (K, C, H, W), values in [0, 1], each with its prediction, confidence and true class."""
+    """A sheet of wrongly predicted images (K, C, H, W), values in [0, 1], each with its prediction, the probability of it and the true class."""
     confidence, predicted = logits.float().softmax(1).max(1)
     columns = min(6, max(1, len(images)))
     rows = max(1, -(-len(images) // columns))
@@ -318,9 +318,9 @@ def plot_worst_errors(
     for axis, image, sure, guess, label in zip(axes, images, confidence.tolist(), predicted.tolist(), labels.tolist(), strict=False):
         pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
         axis.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"guess {shown_name(guess, class_names, length=18)} ({100 * sure:.0f}%)\ntruth {shown_name(label, class_names, length=18)}", fontsize=8)
-    what = "the most confident errors: prediction (confidence) and truth" if len(images) else "no errors"
-    figure.suptitle(f"{name}: {what}".removeprefix(": "), fontsize=10)
+        axis.set_title(f"{shown_name(guess, class_names, length=18)} ({100 * sure:.0f}%)\ntrue: {shown_name(label, class_names, length=18)}", fontsize=8)
+    what = "the most confident errors, with their probabilities" if len(images) else "no errors"
+    figure.suptitle(f"{name}; {what}".removeprefix("; "), fontsize=10)
     _save(figure, path)
 
 

@@ -99,12 +99,13 @@ def _json_writer(file: TextIO) -> Write:
 
 @contextlib.contextmanager
 def _writer(args: argparse.Namespace, top: int) -> Iterator[Write]:
-    """Writes predictions to the terminal or a file. Bytes of names that are not valid text are preserved by surrogate escapes."""
+    """Writes predictions as lines of text, or to a file. Bytes of names that are not valid text are preserved by surrogate escapes."""
     target = args.csv or args.json_lines
     if target is None:
         yield _as_text
         return
-    with Path(target).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    place, owned = (sys.stdout.fileno(), False) if target == "-" else (target, True)
+    with open(place, "w", encoding="utf-8", errors="surrogateescape", newline="", closefd=owned) as file:
         yield _csv_writer(file, top) if args.csv else _json_writer(file)
 
 
@@ -116,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--top", type=number(int, 1), default=5, metavar="K", help="classes of each image, the most probable first (default 5)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--csv", metavar="FILE", help="write a table instead of lines on the terminal")
-    either("--json-lines", metavar="FILE", help="write one JSON object per line instead of lines on the terminal")
+    either("--csv", metavar="FILE", help="write a table instead of lines of text; - for standard output")
+    either("--json-lines", metavar="FILE", help="write one JSON object per line instead of lines of text; - for standard output")
     args = parser.parse_args(argv)
     try:
         classifier = load_classifier(args.checkpoint, args.device)

@@ -106,8 +106,11 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
     replace_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if pictures:
         done = [phase for phase in phases if phase.name in reports]
-        found = {phase.name: predict(load_network(load_checkpoint(run.path / f"{phase.name}.pt"), device), data.test, alone, amp=amp)
-                 for phase in (*compared(done), done[-1])}  # fmt: skip
+        found = {}
+        for phase in (*compared(done), done[-1]):
+            checkpoint = load_checkpoint(run.path / f"{phase.name}.pt")
+            logits, features = predict(load_network(checkpoint, device), data.test, alone, amp=amp)
+            found[phase.name] = logits / (checkpoint["temperature"] or 1.0), features
         draw_pictures(run.path, reports, done, found, data)
     last = list(reports.values())[-1]
     run.finish({"top1": last.top1, "balanced": last.balanced, "ece": last.ece, "nll": last.nll})
@@ -131,7 +134,7 @@ def compared(phases: Sequence[Phase]) -> list[Phase]:
 
 
 def draw_pictures(folder: Path, reports: dict[str, Report], phases: Sequence[Phase], found: dict[str, tuple[Tensor, Tensor]], data: DataSplits) -> None:
-    """The run's pictures, from the reports of its phases and from (logits, features) on the test set."""
+    """The run's pictures, from the reports of its phases and from (logits over the temperature, features) on the test set."""
     from gclkern.training import plots  # needs packages of the extra `train`
 
     last, title = phases[-1].name, phases[-1].title

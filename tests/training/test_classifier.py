@@ -79,10 +79,10 @@ def test_a_classifier_stays_in_eval_mode(classifier: Classifier) -> None:
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
 
 
-def test_files_as_the_command_line_has_them(checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_as_the_command_line_has_them(checkpoint: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table, lines = tmp_path / "found.csv", tmp_path / "found.jsonl"
     assert predict.main([str(checkpoint), str(photos), "--top", "2", "--csv", str(table)]) == 1
-    errors = capsys.readouterr().err
+    errors = capfd.readouterr().err
     assert "damaged.png cannot be read as an image" in errors and "1 of 4 files could not be read" in errors
     assert predict.main([str(checkpoint), str(photos), "--top", "2", "--json-lines", str(lines)]) == 1
     with table.open(newline="") as file:
@@ -92,7 +92,9 @@ def test_files_as_the_command_line_has_them(checkpoint: Path, photos: Path, tmp_
     assert [row[0] for row in rows] == [item["path"] for item in objects] == sorted(str(path) for path in photos.rglob("*.png") if path.name != "damaged.png")
     assert [row[1] for row in rows] == [item["predictions"][0]["name"] for item in objects]
     assert predict.main([str(checkpoint), str(photos / "more")]) == 0
-    assert "two\\nlines.png  " in capsys.readouterr().out
+    assert "two\\nlines.png  " in capfd.readouterr().out
+    assert predict.main([str(checkpoint), str(photos), "--top", "2", "--json-lines", "-"]) == 1
+    assert capfd.readouterr().out == lines.read_text()
 
 
 def test_the_folder_of_a_run_stands_for_its_last_stage(checkpoint: Path, tmp_path: Path, classifier: Classifier) -> None:

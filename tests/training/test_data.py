@@ -627,9 +627,7 @@ class TestFolder:
         (folder / "test" / "dog" / "5.png").write_bytes(b"<html>")
         data = load_data("folder", data_dir=folder, image_size=16, workers=0, skip_corrupt=True)
         assert data.class_counts == [4, 3]
-        assert [note.partition(" such as")[0] for note in data.notes[-2:]] == [
-            "training images left out, since they cannot be read: 1,", "test images left out, since they cannot be read: 1,"
-        ]  # fmt: skip
+        assert [note.partition(": ")[0] for note in data.notes[-2:]] == ["1 training image left out", "1 test image left out"]
         assert next(data.test.loader([list(range(len(data.test)))], device=CPU))[1].tolist() == data.test.labels.tolist() == [0] * 5 + [1] * 2
 
     def test_a_class_without_a_readable_image(self, folder: Path) -> None:
@@ -698,7 +696,7 @@ class TestLists:
         with pytest.raises(FileNotFoundError, match=r"the list has train/cat/99\.jpg, but there is no .*99\.jpg; add it, or pass `skip_corrupt`"):
             load_data("list", data_dir=folder, **lists)
         data = load_data("list", data_dir=folder, **lists, skip_corrupt=True, workers=0)
-        assert f"training images left out, since they cannot be read: 1, such as {folder}/train/cat/99.jpg does not exist" in data.notes
+        assert f"1 training image left out: {folder}/train/cat/99.jpg does not exist" in data.notes
         with pytest.raises(ValueError, match="inat18 has 8142 classes, but its training list has 1"):
             load_data("inat18", data_dir=folder, **lists)
 

@@ -142,7 +142,7 @@ def test_the_worst_errors(figures: list[Any], tmp_path: Path) -> None:
     assert worst[:3] == [2, 4, 1]
     worst = worst[:3]
     plots.plot_worst_errors(torch.rand(3, 1, 8, 8), logits[worst], labels[worst], tmp_path / "worst.png", class_names=["cat", "dog"])
-    assert [axis.get_title() for axis in figures[0].axes] == ["guess dog (95%)\ntruth cat", "guess cat (88%)\ntruth dog", "guess dog (73%)\ntruth cat"]
+    assert [axis.get_title() for axis in figures[0].axes] == ["dog (95%)\ntrue: cat", "cat (88%)\ntrue: dog", "dog (73%)\ntrue: cat"]
     plots.plot_worst_errors(torch.rand(0, 3, 8, 8), logits[:0], labels[:0], tmp_path / "worst.png")
     assert drawn(tmp_path / "worst.png")
 

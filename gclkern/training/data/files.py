@@ -402,7 +402,7 @@ def file_splits(
             left, failures = _leave_out_corrupt(images, workers) if skip_corrupt else (images, [])
             sets.append(FileImages(left, image_size=image_size, workers=workers, **settings))
         if failures:
-            notes.append(f"{part} images left out, since they cannot be read: {len(failures)}, such as {failures[0]}")
+            notes.append(f"{len(failures)} {part} image{'s' * (len(failures) > 1)} left out{', the first' * (len(failures) > 1)}: {failures[0]}")
         if not len(sets[-1]):
             raise CorruptImageError(f"no image can be read; the first error is: {failures[0]}")
     counts = check_counts(sets[0].labels)

@@ -71,10 +71,10 @@ def _identity(path: str) -> tuple[int, int]:
 def _left_out_note(root: Path, left_out: Mapping[str, int]) -> list[str]:
     if not left_out:
         return []
-    kinds = ", ".join(f"{count} {printable(kind)[:30]}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8])
+    kinds = ", ".join(f"{printable(kind)[:30]} ({count})" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8])
     others = f" and {len(left_out) - 8} more kinds" if len(left_out) > 8 else ""
     remedy = "; convert photos of formats that Pillow does not read to JPEG" if _PHOTOS & {kind.lower() for kind in left_out} else ""
-    return [f"{printable(str(root))}: left out: {kinds}{others}{remedy}"]
+    return [f"left out of {printable(str(root))}: {kinds}{others}{remedy}"]
 
 
 def read_folder(root: Path) -> tuple[ImageFiles, list[str], list[str]]:

@@ -43,7 +43,7 @@ class TestWalk:
         (pets / "train" / "cat" / "linked.png").symlink_to(pets / "train" / "cat" / "00.png")
         data = load(pets)
         assert (data.class_names, data.class_counts) == (["bird", "cat", "dog"], [2, 5 + 2 + 1, 3])
-        assert any("2 links to a folder above them" in note for note in data.notes)
+        assert any("links to a folder above them (2)" in note for note in data.notes)
 
     def test_only_files_are_images(self, tmp_path: Path) -> None:
         write_images(tmp_path, cat=1)
@@ -69,12 +69,12 @@ class TestWalk:
             (pets / "train" / "cat" / name).touch()
         (pets / "train" / "stray.png").touch()
         (note,) = load(pets).notes
-        assert note == f"{pets}/train: left out: 2 .txt, 1 .csv, 1 files beside the class folders"
+        assert note == f"left out of {pets}/train: .txt (2), .csv (1), files beside the class folders (1)"
 
     def test_a_folder_without_images_says_what_is_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
         (tmp_path / "cat" / "x.HEIC").touch()
-        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out: 1 \.HEIC; convert photos"):
+        with pytest.raises(ValueError, match=r"no folder of images for each class, such as .*left out of .*: \.HEIC \(1\); convert photos"):
             load(tmp_path)
 
     def test_a_single_class_is_a_folder_too_high(self, tmp_path: Path) -> None:

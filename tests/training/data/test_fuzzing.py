@@ -49,7 +49,7 @@ def test_a_link_to_itself(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "2.png")
     (tmp_path / "cat" / "3.png").symlink_to("3.png")
     data = load_data("folder", data_dir=tmp_path, workers=0)
-    assert data.notes[0] == f"{tmp_path}: left out: 1 broken links"
+    assert data.notes[0] == f"left out of {tmp_path}: broken links (1)"
 
 
 def _cyclic() -> dict[str, Any]:
