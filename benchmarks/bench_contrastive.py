@@ -13,6 +13,7 @@ from benchmarks.timing import Call
 from gclkern import BalancedContrastiveLoss
 
 TEMPERATURE = 0.1
+SMALL = Shape("digits, two views", 128, 10, 64, 100, 5)
 TWO_VIEWS = Shape("CIFAR-100, two views", 512, 100, 128, 500, 5)
 LARGE = Shape("ImageNet-LT, large batch", 4096, 1000, 128, 1280, 5)
 OURS = BalancedContrastiveLoss(temperature=TEMPERATURE)
@@ -54,7 +55,7 @@ def least_flops(shape: Shape, dtype: str, phase: str) -> float:
     return 2.0 * shape.rows * (shape.rows + shape.classes) * shape.dim * {"forward": 1, "backward": 2, BOTH: 3}[phase]
 
 
-SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (TWO_VIEWS, LARGE), "cuda": (LARGE, TWO_VIEWS)}
+SHAPE_GRIDS = {"smoke": (SMOKE,), "cpu": (SMALL, TWO_VIEWS, LARGE), "cuda": (LARGE, TWO_VIEWS)}
 CONTESTANTS = {
     "gclkern": Contestant("normalisation, loss, gradients of features and prototypes", step_of(loss_of(OURS))),
     "plain torch": Contestant("the same formula over the matrix of logits", step_of(loss_of(vectorised))),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gclkern import cpu_backend, torch_backend
 from gclkern.devices import autocast_is_on, is_ordinary, is_traced, without_autocast
-from gclkern.kernels.terms import FUNCTIONS, NAMESPACE, PREFIXES
+from gclkern.kernels.terms import FLOAT32_TEMPERATURE, FUNCTIONS, NAMESPACE, PREFIXES
 from gclkern.options import Backend, Plan
 from gclkern.validation import check_choice
 
@@ -83,6 +83,13 @@ def backend_without_loops(backend: str, tensor: Tensor, what: str) -> str:
     if backend == "cpu":
         raise ValueError(f'backend="cpu" has no {what}; use backend="torch" or "auto"')
     return "torch"
+
+
+def resolve_contrast_backend(backend: str, features: Tensor, temperature: float) -> str:
+    """`resolve_backend` for a contrast of samples. At low temperatures it takes float64 on a CPU, and so torch: float32 lacks the smallest exponentials."""
+    if temperature < FLOAT32_TEMPERATURE:
+        return backend_without_loops(backend, features, f"supervised_contrastive at temperatures below {FLOAT32_TEMPERATURE}")
+    return resolve_backend(backend, features)
 
 
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:

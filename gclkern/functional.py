@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast, WrongValueError
 from gclkern.cpu_backend.centroids import sums_or_means
-from gclkern.devices import values_may_be_read
-from gclkern.dispatch import backend_without_loops, call_operator, calls_directly, resolve_backend, resolve_plan
+from gclkern.dispatch import call_operator, calls_directly, resolve_backend, resolve_contrast_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, LinearCrossEntropyOptions, Plan, Reduction
 from gclkern.ready import ready_rows, ready_terms
@@ -31,6 +30,7 @@ from gclkern.validation import (
     check_labels,
     check_matrix,
     check_number,
+    check_prototypes,
     check_same_device,
     check_target,
     check_temperature,
@@ -446,7 +446,7 @@ def supervised_contrastive(
         include_samples: False takes the prototypes as the only keys.
         include_own_class: False leaves the keys of the own class out of the denominator; the loss may then be negative.
         reduction: "mean" over the samples with a positive, "sum", or "none" for each sample (N,).
-        backend: "auto" (kernels on a GPU, of NVIDIA's from compute capability 8.0 on; torch elsewhere and for float64), "triton" or "torch".
+        backend: as in :func:`gcl_cross_entropy`. On a CPU "auto" takes torch, which computes in float64, at temperatures below 1/40, and "cpu" refuses them.
 
     Returns:
         The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". No sample with a positive: 0 for "sum", NaN for "mean".
@@ -470,13 +470,7 @@ def supervised_contrastive(
     dtype = statistics_dtype(features)
     num_classes = None
     if prototypes is not None:
-        check_matrix("prototypes", prototypes)
-        check_same_device("prototypes", prototypes, "features", features)
-        if prototypes.shape[1] != features.shape[1]:
-            raise ValueError(f"prototypes must have the {features.shape[1]} columns of features, got shape {tuple(prototypes.shape)}")
-        if prototypes.dtype not in (features.dtype, dtype):
-            raise TypeError(f"prototypes is {prototypes.dtype} beside features of {features.dtype}; use one dtype, or float32 prototypes")
-        num_classes = prototypes.shape[0]
+        num_classes = check_prototypes(prototypes, features).shape[0]
     if not isinstance(include_samples, bool):
         raise TypeError(f"include_samples must be True or False, got {include_samples!r}")
     if not isinstance(include_own_class, bool):
@@ -490,17 +484,15 @@ def supervised_contrastive(
         if class_counts.is_complex():
             raise TypeError(f"class_counts must be a tensor of real numbers, got {class_counts.dtype}")
         class_counts = class_vector("class_counts", class_counts.to(dtype), num_classes, "features", features, dtype)
-        if class_counts is not None and values_may_be_read(class_counts) and not bool((possible := (class_counts >= 1) & class_counts.isfinite()).all()):
-            index = int((~possible).nonzero()[0])
-            shown = f"class_counts[{index}] is {float(class_counts[index]):g}"
-            raise ValueError(f"{shown}, but must be a finite number of at least 1: it counts the keys of a class in the batch")
+        if class_counts is not None:
+            check_values("class_counts", class_counts, 1.0, remark=": it counts the keys of a class in the batch")
     if num_classes is None:
         target = check_labels("target", target, features.shape[0], "features", features).contiguous()
     else:
         target = check_target("target", target, features.shape[0], num_classes, None, "features", features)
     check_choice("reduction", reduction, REDUCTIONS)
     temperature = check_temperature(temperature)
-    chosen = backend_without_loops(backend, features, "supervised_contrastive")
+    chosen = resolve_contrast_backend(backend, features, temperature)
     return SupervisedContrast.apply(features, prototypes, target, class_counts, temperature, include_samples, include_own_class, reduction, chosen)
 
 

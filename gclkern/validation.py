@@ -177,6 +177,17 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
+def check_prototypes(prototypes: object, features: Tensor) -> Tensor:
+    """One key for each class (C, D), in the dtype of the features (N, D) or of the statistics."""
+    prototypes = check_matrix("prototypes", prototypes)
+    check_same_device("prototypes", prototypes, "features", features)
+    if prototypes.shape[1] != features.shape[1]:
+        raise ValueError(f"prototypes must have the {features.shape[1]} columns of features, got shape {tuple(prototypes.shape)}")
+    if prototypes.dtype not in (features.dtype, statistics_dtype(features)):
+        raise TypeError(f"prototypes is {prototypes.dtype} beside features of {features.dtype}; use one dtype, or float32 prototypes")
+    return prototypes
+
+
 def check_last_dimension(name: str, value: Tensor, size: int) -> None:
     """Of features or logits that a layer takes; TorchScript compiles it with the layer."""
     if value.dim() == 0 or value.shape[-1] != size:

@@ -63,6 +63,8 @@ class LossTerms(NamedTuple):
 SMALLEST_SINE_SQUARED = 1e-6  # of an angle to which another one is added: at 0 the derivative by the cosine would be infinite
 SMALLEST_NORM = 1e-12  # a row of this norm or less has no direction: its cosines and its gradient are 0
 
+FLOAT32_TEMPERATURE = 0.025  # of a contrast: above, float32 holds the smallest exponential, exp(-2 / temperature)
+
 
 def statistics_dtype(matrix: Tensor) -> torch.dtype:
     """The dtype of reductions, softmax statistics and losses: float32, or float64 for a float64 matrix."""

@@ -28,7 +28,7 @@ from gclkern.cpu_backend import library
 from gclkern.cpu_backend.centroids import sums_or_means
 from gclkern.cpu_backend.noise import cloud_noise as noise_of_loops
 from gclkern.dispatch import resolve_backend
-from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy
+from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, supervised_contrastive
 from gclkern.options import Reduction
 from gclkern.ready import ready_terms
 from gclkern.torch_backend.noise import cloud_noise as noise_of_torch
@@ -49,7 +49,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def everything() -> list[Tensor]:
-    """Results of every operation but the head, whose products are torch's, at sizes that several threads share."""
+    """Results of every operation but the head, whose products are torch's, at sizes that several threads share. Of samples, the loss: so are its gradient's."""
     torch.manual_seed(0)
     rows, classes, dim = 37, 1300, 40
     cosine, bias = torch.empty(rows, classes).uniform_(-1, 1).requires_grad_(), vector(classes).requires_grad_()
@@ -60,6 +60,8 @@ def everything() -> list[Tensor]:
     epsilon = torch.full((classes,), 0.3, requires_grad=True)
     loss = dro_lt_loss(features, target % 10, centroids, epsilon, backend="cpu")
     results += [loss, *torch.autograd.grad(loss, [features, epsilon])]
+    signs = torch.randint(2, (800, 16)).mul_(2).sub_(1).float()  # of unit rows whose products have no rounding errors; of two tiles
+    results.append(supervised_contrastive(signs, labels(800, 7), reduction="none", backend="cpu"))
     for_parts = torch.randn(1200, 24)  # enough rows of each class that they are added up in parts
     results += [*class_centroids(features.detach(), target % 10, 10), *class_centroids(for_parts, labels(1200, 10), 10)]
     return [*results, cloud_noise(5, rows, classes)]
@@ -382,7 +384,17 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", '-DGCLKERN_SOURCES="variant"']
     sources = sorted(map(str, NATIVE.glob("*.c")))
     subprocess.run([str(COMPILER), *flags, *VARIANTS[variant], "-shared", "-fPIC", "-o", str(path), *sources, "-lm"], check=True)
-    names = ("operators", "gcl_cross_entropy", "linear_gcl_cross_entropy", "angular_losses", "soft_labels", "dro_lt", "noise", "centroids")
+    names = (
+        "operators",
+        "gcl_cross_entropy",
+        "linear_gcl_cross_entropy",
+        "angular_losses",
+        "soft_labels",
+        "dro_lt",
+        "noise",
+        "centroids",
+        "supervised_contrastive",
+    )
     tests = [f"tests/test_{name}.py" for name in names]
     code = f"""
         import sys, pytest

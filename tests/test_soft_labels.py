@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gclkern
-from gclkern import cpu_backend
 from gclkern.distributed import ShardedLinearGCLLoss
 from tests.support.cases import PLANS, class_smoothing_sets, cosines, labels, mixed, vector
 from tests.support.comparison import check_head_loss, check_logit_loss
@@ -225,14 +224,6 @@ def test_smoothing_of_each_class_in_a_head(plan: str, backend: str, device: torc
         gclkern.functional.linear_gcl_cross_entropy, cosines(ROWS, 5, device=device), cosines(CLASSES, 5, device=device, seed=3), labels(ROWS, CLASSES), cloud,
         plan=plan, backend=backend, **options,
     )  # fmt: skip
-
-
-def test_the_compiled_loops_have_no_contrast_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch computes it instead; backend="cpu" raises an error that says so."""
-    monkeypatch.setattr(cpu_backend, "is_available", True)
-    cosine, target = cosines(ROWS, CLASSES), labels(ROWS, CLASSES)
-    with pytest.raises(ValueError, match=r'backend="cpu" has no supervised_contrastive'):
-        gclkern.functional.supervised_contrastive(cosine, target, backend="cpu")
 
 
 @pytest.mark.parametrize(

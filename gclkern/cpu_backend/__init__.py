@@ -6,7 +6,7 @@ gclkern.torch_backend.
 
 from __future__ import annotations
 
-from gclkern.cpu_backend import centroids, dro_lt, head, logit_loss, noise
+from gclkern.cpu_backend import centroids, contrastive_loss, dro_lt, head, logit_loss, noise
 from gclkern.cpu_backend.library import is_available, missing, summary
 
-__all__ = ["centroids", "dro_lt", "head", "is_available", "logit_loss", "missing", "noise", "summary"]
+__all__ = ["centroids", "contrastive_loss", "dro_lt", "head", "is_available", "logit_loss", "missing", "noise", "summary"]

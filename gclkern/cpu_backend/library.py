@@ -42,10 +42,15 @@ Bound = _structure(
     "classes* label* members* losses* loss* grad_loss* grad_stride pull* grad_features* grad_epsilon* row_epsilon* threads"
 )
 Segments = _structure("num_rows num_classes dim features* dtype row_stride column_stride target* order* starts* parts* num_parts sums* counts* means threads")
+Contrast = _structure(
+    "num_samples num_keys dim num_classes features* dtype row_stride column_stride prototypes* prototype_dtype prototype_row_stride prototype_column_stride "
+    "target* class_counts* temperature. include_samples include_own_class reduction unit* statistics* order* label* first* last* sums* loss* tile* "
+    "top bottom left right parts* has_exponentials pull* grad_loss* grad_stride rates* unit_gradient* grad_features* grad_prototypes* threads"
+)
 
 _FUNCTIONS = (
     "logit_loss", "logit_forward", "logit_finish", "logit_backward", "logit_gradient", "gradient_times", "inverse_norms", "project", "noise", "bound_forward",
-    "bound_backward", "segment_sums",
+    "bound_backward", "segment_sums", "contrast_begin", "contrast_sums", "contrast_pull", "contrast_rows",
 )  # fmt: skip
 _RESULTS = ("logit_loss", "segment_sums")  # the functions that return one of these:
 DONE, WRONG_VALUES, NO_MEMORY = range(3)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gclkern.dispatch import BACKENDS
+from gclkern.autograd import SupervisedContrast
+from gclkern.devices import values_may_be_read
+from gclkern.dispatch import BACKENDS, resolve_contrast_backend
 from gclkern.functional import supervised_contrastive
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, Reduction
-from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_target, check_temperature
+from gclkern.validation import REDUCTIONS, check_choice, check_matrix, check_prototypes, check_target, check_temperature
 
 if TYPE_CHECKING:
     from gclkern.losses.base import same_signature
@@ -114,13 +116,15 @@ class BalancedContrastiveLoss(_ContrastiveLoss):
         target: Tensor,  # (N,)
     ) -> Tensor:
         check_matrix("features", features)
-        check_matrix("prototypes", prototypes)
-        num_classes = prototypes.shape[0]
+        num_classes = check_prototypes(prototypes, features).shape[0]
         label = check_target("target", target, features.shape[0], num_classes, None, "features", features)
-        # one for each class's prototype, plus its samples; the last entry counts labels that are out of range
+        # one for each class's prototype, plus its samples; the last entry counts labels that are out of range, which are there only if they cannot be read
         counts = torch.ones(num_classes + 1, dtype=statistics_dtype(features), device=features.device)
-        counts.index_put_((torch.where(label.clamp(0, num_classes - 1) == label, label, num_classes),), counts.new_ones(()), accumulate=True)
-        return supervised_contrastive(features, target, prototypes=prototypes, class_counts=counts[:num_classes], **self._options())
+        inside = label if values_may_be_read(label) else torch.where(label.clamp(0, num_classes - 1) == label, label, num_classes)
+        counts.index_put_((inside,), counts.new_ones(()), accumulate=True)
+        chosen = resolve_contrast_backend(self.backend, features, self.temperature)
+        options = (self.temperature, True, True, self.reduction, chosen)
+        return SupervisedContrast.apply(features, prototypes, label, counts[:num_classes], *options)
 
     if TYPE_CHECKING:
 

@@ -27,13 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gclkern.kernels.terms import SMALLEST_NORM, implements, shapes_of, statistics_dtype
+from gclkern.kernels.terms import FLOAT32_TEMPERATURE, SMALLEST_NORM, implements, shapes_of, statistics_dtype
 
 # Rows and columns of a tile: on a CPU 1 MB in float32, so that it stays in the cache while torch's operators pass over it. A matrix of up to twice as much is
 # one tile.
 _CPU_TILE = 512
 _DEVICE_TILE = 4096
-_FLOAT32_RANGE = 80.0  # exp of minus this is a normal float32 number
 _CONSECUTIVE_INTEGERS = 2**24  # up to which float32 has each
 
 
@@ -98,7 +97,7 @@ def _places(keys: _Keys) -> Iterator[_Place]:
 
 def _statistics_dtype(features: Tensor, temperature: float) -> torch.dtype:
     """float64 where float32 cannot hold the smallest exponential."""
-    return torch.float64 if 2.0 / temperature > _FLOAT32_RANGE else statistics_dtype(features)
+    return torch.float64 if temperature < FLOAT32_TEMPERATURE else statistics_dtype(features)
 
 
 def _unit_rows(features: Tensor, prototypes: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ _HEAD = ["tests/test_linear_gcl_cross_entropy.py", "tests/test_operations.py"]
 _CONTRASTIVE = ["tests/test_supervised_contrastive.py", "tests/test_operations.py"]
 _BOUND = ["tests/test_dro_lt.py", "tests/test_operations.py"]
 _LOOPS = [*_LOGITS, "tests/test_linear_gcl_cross_entropy.py", "tests/test_soft_labels.py", "tests/test_top1.py", "tests/test_cpu_backend.py"]
-_ALL_LOOPS = [*_LOOPS, "tests/test_noise.py", "tests/test_dro_lt.py", "tests/test_centroids.py"]
+_ALL_LOOPS = [*_LOOPS, "tests/test_noise.py", "tests/test_dro_lt.py", "tests/test_centroids.py", "tests/test_supervised_contrastive.py"]
 # What is changed, and the tests that should notice: files, and an expression of pytest's -k.
 TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/angles.py": (["tests/test_angular_losses.py"], _KERNELS),
@@ -88,13 +88,16 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "gclkern/torch_backend/rows.py": (["tests/test_operators.py", *_LOGITS, "tests/test_soft_labels.py"], f"{_TORCH} and (not operations or gcl)"),
     "gclkern/torch_backend/vmf.py": (["tests/test_proco.py", "tests/test_operations.py"], f"{_TORCH} and (not operations or vmf)"),
     "gclkern/cpu_backend/centroids.py": (["tests/test_centroids.py", "tests/test_operations.py"], f"{_CPU} and (not operations or centroids)"),
+    "gclkern/cpu_backend/contrastive_loss.py": (_CONTRASTIVE, f"{_CPU} and (not operations or contrast)"),
     "gclkern/cpu_backend/dro_lt.py": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
     "gclkern/cpu_backend/head.py": ([*_HEAD, "tests/test_top1.py"], f"{_CPU} and (not operations or linear)"),
     "gclkern/cpu_backend/logit_loss.py": ([*_LOGITS, "tests/test_cpu_backend.py"], f"{_CPU} and (not operations or gcl)"),
     f"{NATIVE}/angles.h": (_LOOPS, f"{_CPU} and (not operations or angles)"),
+    f"{NATIVE}/contrastive_loss.h": (_CONTRASTIVE, f"{_CPU} and (not operations or contrast)"),
     f"{NATIVE}/dro_lt.h": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
     f"{NATIVE}/library.c": (_ALL_LOOPS, _CPU),
     f"{NATIVE}/loops.h": (_ALL_LOOPS, _CPU),
+    f"{NATIVE}/norms.h": ([*_HEAD, *_CONTRASTIVE[:1]], f"{_CPU} and (not operations or linear)"),
     f"{NATIVE}/philox.h": (["tests/test_noise.py", "tests/test_gcl_cross_entropy.py", "tests/test_cpu_backend.py"], _CPU),
     f"{NATIVE}/row_loss.h": (_LOOPS, f"{_CPU} and (not operations or gcl)"),
     f"{NATIVE}/vector.h": (_ALL_LOOPS, _CPU),

@@ -287,7 +287,7 @@ OPERATIONS = [
     Operation(
         "supervised_contrastive", supervised_contrastive, oracle.supervised_contrastive, _contrastive_samples,
         {"features": "rows dims", "target": "rows", "prototypes": "classes dims", "class_counts": "classes"}, leaves=("features", "prototypes"),
-        narrow=("features",), grid=False, batch=True, backends=("torch", "triton"), wrong=CONTRASTIVE,
+        narrow=("features",), grid=False, batch=True, wrong=CONTRASTIVE,
     ),
     Operation(
         "vmf_contrast", _vmf_cross_entropy, _exact_vmf_cross_entropy, _vmf_samples, {"cosine": "rows classes", "concentration": "classes", **_FAMILY},

@@ -205,7 +205,7 @@ BOUND: tuple[Wrong, ...] = (
 CONTRASTIVE: tuple[Wrong, ...] = (
     *_values(
         ("temperature", 0.0), ("temperature", -1.0), ("temperature", 0.003), ("temperature", NAN), ("temperature", INF), ("reduction", "average"),
-        ("reduction", None), ("backend", "cuda"), ("backend", "cpu"), ("backend", None),
+        ("reduction", None), ("backend", "cuda"), ("backend", None),
     ),
     *_types(
         ("features", [[1.0] * WIDTH] * ROWS), ("prototypes", [[1.0] * WIDTH] * CLASSES), ("target", [0, 4, 2]), ("class_counts", [1.0] * CLASSES),

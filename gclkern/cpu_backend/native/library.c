@@ -333,3 +333,149 @@ EXPORT int64_t gclkern_segment_sums(const struct segments *call) {
     run(loops->segment_sums, call, num_classes * blocks, cost, call->threads);
     return result;
 }
+
+/* A sort of the labels, `order` with them, that leaves equal ones in their order: digit by digit, from the lowest on. `spare` are two more vectors. */
+static void sort_labels(int64_t count, int64_t *label, int64_t *order, int64_t *spare_label, int64_t *spare_order) {
+    int64_t starts[8][256] = {{0}}, *from[2] = {label, order}, *to[2] = {spare_label, spare_order};
+    for (int64_t k = 0; k < count; k++) {
+        for (int digit = 0; digit < 8; digit++) starts[digit][(uint64_t)label[k] >> 8 * digit & 255u]++;
+    }
+    for (int digit = 0; digit < 8; digit++) {
+        int64_t *start = starts[digit], next = 0;
+        if (start[(uint64_t)label[0] >> 8 * digit & 255u] == count) continue; /* all are equal */
+        for (int value = 0; value < 256; value++) {
+            int64_t number = start[value];
+            start[value] = next;
+            next += number;
+        }
+        for (int64_t k = 0; k < count; k++) {
+            int64_t place = start[(uint64_t)from[0][k] >> 8 * digit & 255u]++;
+            to[0][place] = from[0][k];
+            to[1][place] = from[1][k];
+        }
+        for (int which = 0; which < 2; which++) {
+            int64_t *other = from[which];
+            from[which] = to[which];
+            to[which] = other;
+        }
+    }
+    if (from[0] == label) return;
+    memcpy(label, from[0], (size_t)count * sizeof *label);
+    memcpy(order, from[1], (size_t)count * sizeof *order);
+}
+
+/* The order of the classes; unit rows and weights. */
+EXPORT void gclkern_contrast_begin(const struct contrast *call) {
+    int64_t count = call->num_samples;
+    for (int64_t k = 0; k < count; k++) {
+        int64_t label = call->target[k];
+        call->label[k] = call->num_classes < 0 || (label >= 0 && label < call->num_classes) ? label : call->num_classes;
+        call->order[k] = k;
+    }
+    sort_labels(count, call->label, call->order, call->first, call->last);
+    for (int64_t first = 0, last; first < count; first = last) {
+        for (last = first; last < count && call->label[last] == call->label[first]; last++) {
+        }
+        for (int64_t k = first; k < last; k++) {
+            call->first[k] = first;
+            call->last[k] = last;
+        }
+    }
+    memset(call->sums, 0, (size_t)(OF_SAMPLE * count) * sizeof *call->sums);
+    run(loops->contrast_units, call, call->num_keys, call->dim, call->threads);
+}
+
+static int is_unknown(const struct contrast *call, int64_t row) { return call->num_classes >= 0 && call->label[row] == call->num_classes; }
+
+static int64_t num_positives(const struct contrast *call, int64_t row) {
+    int64_t samples = call->include_samples ? call->last[row] - call->first[row] - 1 : 0;
+    return is_unknown(call, row) ? 0 : samples + (call->prototypes != NULL);
+}
+
+/* A sample's loss, and what its gradient is made of; `smallest` is the smallest mean of exponentials of its class's positives. */
+static double contrast_row(const struct contrast *call, int64_t row, double smallest) {
+    int64_t number = num_positives(call, row), keys = call->num_keys;
+    float *statistics = call->statistics + row;
+    double weight = (double)statistics[WEIGHT * keys], own = call->sums[OWN * call->num_samples + row], others = call->sums[OTHERS * call->num_samples + row];
+    double own_part = own * weight, total = own_part + others, mean = own / (double)(number > 1 ? number : 1);
+    double reference = number == 1 ? mean : smallest;
+    statistics[RATE * keys] = statistics[ATTRACTION * keys] = 0.0f;
+    statistics[REFERENCE * keys] = (float)reference;
+    if (is_unknown(call, row)) return (double)NAN;
+    if (number == 0) return 0.0;
+    double rate = total == 0.0 ? 0.0 : 1.0 / total; /* 0 where all keys are positives that the denominator leaves out */
+    statistics[RATE * keys] = (float)(rate / call->temperature);
+    double attraction = (total == 0.0 ? 1.0 : others * rate) / (double)number + (mean - (double)statistics[REFERENCE * keys]) * weight * rate;
+    statistics[ATTRACTION * keys] = (float)(attraction / call->temperature);
+    if (number == 1 && own_part > others) return log1p(others / own_part) + log(weight * (double)statistics[BOOST * keys]);
+    return log(total) - call->sums[PULLED * call->num_samples + row] / (call->temperature * (double)number);
+}
+
+/* The loss, from the sums over all tiles. */
+static void contrast_losses(const struct contrast *call) {
+    double sum = 0.0, anchors = 0.0;
+    int64_t count = call->num_samples;
+    for (int64_t row = 0; row < count; row = call->last[row]) {
+        int64_t number = num_positives(call, row);
+        double smallest = (double)INFINITY;
+        for (int64_t k = row; k < call->last[row]; k++) {
+            double mean = call->sums[OWN * count + k] / (double)(number > 1 ? number : 1);
+            if (mean < smallest) smallest = mean;
+        }
+        for (int64_t k = row; k < call->last[row]; k++) {
+            double loss = contrast_row(call, k, smallest);
+            if (call->reduction == NONE) call->loss[call->order[k]] = (float)loss;
+            sum += loss;
+            anchors += number > 0 ? 1.0 : 0.0;
+        }
+    }
+    if (call->reduction == NONE) return;
+    if (call->reduction == SUM) anchors = 1.0;
+    *call->loss = (float)(sum / anchors);
+    if (anchors == 0.0) return;
+    for (int which = RATE; which <= ATTRACTION; which++) {
+        for (int64_t k = 0; k < count; k++) call->statistics[which * call->num_keys + k] /= (float)anchors;
+    }
+}
+
+/* Adds what the tile's rows have below the diagonal. */
+static void add_parts(const struct contrast *call, int64_t strips) {
+    int64_t begin = call->left > call->bottom ? call->left : call->bottom, end = call->right < call->num_samples ? call->right : call->num_samples;
+    if (begin >= end) return;
+    int has_positives = call->last[call->bottom - 1] > begin;
+    for (int which = has_positives ? 0 : OTHERS; which < OF_SAMPLE; which++) {
+        double *sums = call->sums + which * call->num_samples;
+        for (int64_t strip = 0; strip < strips; strip++) {
+            const float *part = call->parts + (strip * OF_SAMPLE + which) * (call->right - call->left);
+            for (int64_t k = begin; k < end; k++) sums[k] += (double)part[k - call->left];
+        }
+    }
+}
+
+/* Takes in a tile; the last one makes the loss. */
+EXPORT void gclkern_contrast_sums(const struct contrast *call) {
+    int64_t strips = (call->bottom - call->top + ROWS_OF_A_STRIP - 1) / ROWS_OF_A_STRIP;
+    run(loops->contrast_sums, call, strips, ROWS_OF_A_STRIP * (call->right - call->left), call->threads);
+    add_parts(call, strips);
+    if (call->bottom == call->num_samples && call->right == call->num_keys) contrast_losses(call);
+}
+
+/* Rates of the upstream gradient. A sample without positives has none, even if the upstream one is NaN; prototypes have none. */
+static void contrast_rates(const struct contrast *call) {
+    int64_t keys = call->num_keys;
+    for (int which = 0; which < 2; which++) {
+        const float *given = call->statistics + (RATE + which) * keys;
+        float *rates = call->rates + which * keys;
+        for (int64_t k = 0; k < call->num_samples; k++) rates[k] = given[k] == 0.0f ? 0.0f : given[k] * call->grad_loss[call->order[k] * call->grad_stride];
+        for (int64_t k = call->num_samples; k < keys; k++) rates[k] = 0.0f;
+    }
+}
+
+/* The gradient of a tile's cosines. */
+EXPORT void gclkern_contrast_pull(const struct contrast *call) {
+    if (call->top == 0 && call->left == (call->include_samples ? 0 : call->num_samples)) contrast_rates(call);
+    run(loops->contrast_pull, call, call->bottom - call->top, call->right - call->left, call->threads);
+}
+
+/* The gradients of features and prototypes. */
+EXPORT void gclkern_contrast_rows(const struct contrast *call) { run(loops->contrast_rows, call, call->num_keys, call->dim, call->threads); }

@@ -1,6 +1,8 @@
 /* The loops of one instruction set; a file for each set names it by GCLKERN_LOOPS and includes this. */
+#include "contrastive_loss.h"
 #include "dro_lt.h"
 #include "native.h"
+#include "norms.h"
 #include "philox.h"
 #include "row_loss.h"
 #include "vector.h"
@@ -65,33 +67,11 @@ static void gradient_times(const void *context, int64_t begin, int64_t end) {
     }
 }
 
-static double squared_norm(const struct rows *call, int64_t row) {
-    const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
-    double sum = 0.0;
-    float block[BLOCK];
-    for (int64_t first = 0; first < call->dim; first += BLOCK) {
-        int64_t count = smaller(BLOCK, call->dim - first);
-        load(block, matrix, call->dtype, call->column_stride, first, count);
-        sum += (double)weighted_sum(block, block, count);
-    }
-    return sum;
-}
-
 static void inverse_norms(const void *context, int64_t begin, int64_t end) {
     const struct rows *call = context;
     for (int64_t row = begin; row < end; row++) {
-        double sum = squared_norm(call, row);
-        if (!(sum > 1e-30 && sum < 1e30)) { /* squares of such elements leave the range of float */
-            const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
-            sum = 0.0;
-            for (int64_t k = 0; k < call->dim; k++) {
-                float element;
-                load(&element, matrix, call->dtype, call->column_stride, k, 1);
-                sum += (double)element * (double)element;
-            }
-        }
-        double norm = sqrt(sum);
-        call->inverse[row] = (float)(norm <= 1e-12 ? call->no_direction : norm == (double)INFINITY ? (double)NAN : 1.0 / norm);
+        const char *matrix = (const char *)call->matrix + row * call->row_stride * size_of(call->dtype);
+        call->inverse[row] = inverse_norm(matrix, call->dtype, call->column_stride, call->dim, call->no_direction);
     }
 }
 
@@ -156,6 +136,24 @@ static void bound_features(const void *context, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < call->dim; first += STRIP) {
         for (int64_t sample = begin; sample < end; sample++) sample_gradient(call, rows, sample, first, smaller(STRIP, call->dim - first));
     }
+}
+
+/* Parts are ROWS_OF_A_STRIP rows of the tile. */
+static void contrast_sums(const void *context, int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; strip++) add_strip(context, strip);
+}
+
+static void contrast_pull(const void *context, int64_t begin, int64_t end) {
+    const struct contrast *call = context;
+    for (int64_t row = begin; row < end; row++) pull_contrast(call, call->top + row);
+}
+
+static void contrast_units(const void *context, int64_t begin, int64_t end) {
+    for (int64_t key = begin; key < end; key++) unit_row(context, key);
+}
+
+static void contrast_rows(const void *context, int64_t begin, int64_t end) {
+    for (int64_t key = begin; key < end; key++) gradient_of_row(context, key);
 }
 
 enum { AHEAD = 16 }; /* rows */
@@ -254,5 +252,5 @@ static void segment_totals(const void *context, int64_t begin, int64_t end) {
 
 const struct loops GCLKERN_LOOPS = {
     NAME_OF(GCLKERN_LOOPS), logit_forward, logit_finish, logit_backward, logit_gradient, gradient_times, inverse_norms, project, noise, bound_forward,
-    bound_pull, bound_features, segment_sums, segment_parts, segment_totals,
+    bound_pull, bound_features, segment_sums, segment_parts, segment_totals, contrast_units, contrast_sums, contrast_pull, contrast_rows,
 };

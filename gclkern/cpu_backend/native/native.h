@@ -143,13 +143,61 @@ struct segments {
     int64_t threads;
 };
 
+/* What the softmax over samples keeps of a key. */
+enum {
+    INVERSE,    /* 1 / norm, 0 where there is no direction; NaN of a sample whose label is no class */
+    WEIGHT,     /* in the denominators of samples of other classes */
+    BOOST,      /* times WEIGHT in those of samples of the same class */
+    RATE,       /* of a sample's exponentials in the gradient for a grad_loss of 1 */
+    ATTRACTION, /* of each of its positives */
+    REFERENCE,  /* what the exponentials of positives are taken over */
+    OF_KEY
+};
+
+/* What is added up over the keys of a sample. */
+enum { PULLED, OWN, OTHERS, OF_SAMPLE }; /* cosines of positives minus 1; exponentials of positives, and of the others times their weights */
+
+enum { ROWS_OF_A_STRIP = 32 }; /* of a tile, whose sums over rows are added in float; it fixes the order of additions */
+
+/* The softmax over samples, which are in the order of their classes, and prototypes: K keys. A tile is a part of the matrix of samples and keys. */
+struct contrast {
+    int64_t num_samples, num_keys, dim;
+    int64_t num_classes; /* -1: labels may be any numbers */
+    const void *features; /* (N, D) */
+    int64_t dtype, row_stride, column_stride;
+    const void *prototypes; /* (C, D) */
+    int64_t prototype_dtype, prototype_row_stride, prototype_column_stride;
+    const int64_t *target;     /* (N,) */
+    const float *class_counts; /* (C,); NULL: all keys weigh 1 */
+    double temperature;
+    int64_t include_samples, include_own_class, reduction;
+    float *unit;       /* (K, D) rows over their norms */
+    float *statistics; /* (OF_KEY, K) */
+    int64_t *order;    /* (N,) where a sample is in the batch */
+    int64_t *label;    /* (N,) its class; num_classes where that is none */
+    int64_t *first, *last; /* (N,) the samples of its class: first <= i < last */
+    double *sums;      /* (OF_SAMPLE, N) */
+    float *loss;       /* () or (N,) */
+    float *tile;       /* (bottom - top, right - left) cosines; `contrast_sums` leaves exponentials, times BOOST of positives, 0 of a sample with itself */
+    int64_t top, bottom, left, right; /* samples and keys of the tile; pairs of samples below the diagonal are those above */
+    float *parts;      /* (strips, OF_SAMPLE, columns) of the tile's sums over rows */
+    int64_t has_exponentials; /* whether `tile` has them already */
+    float *pull;       /* (bottom - top, right - left) the gradient of the tile's cosines; may be `tile` */
+    const float *grad_loss; /* () or (N,), grad_stride apart */
+    int64_t grad_stride;
+    float *rates;      /* (2, K) RATE and ATTRACTION times grad_loss */
+    const float *unit_gradient; /* (K, D) */
+    void *grad_features, *grad_prototypes; /* in the dtypes of these; NULL: not wanted */
+    int64_t threads;
+};
+
 /* The loops of one instruction set: each takes a range of rows, or of other parts that do not depend on each other. */
 typedef void loop(const void *call, int64_t begin, int64_t end);
 
 struct loops {
     const char *name;
     loop *logit_forward, *logit_finish, *logit_backward, *logit_gradient, *gradient_times, *inverse_norms, *project, *noise, *bound_forward, *bound_pull,
-        *bound_features, *segment_sums, *segment_parts, *segment_totals;
+        *bound_features, *segment_sums, *segment_parts, *segment_totals, *contrast_units, *contrast_sums, *contrast_pull, *contrast_rows;
 };
 
 #endif
