@@ -111,7 +111,8 @@ def summary(results: Path) -> str:
             name = data_set.upper().replace("CIFAR", "CIFAR-")
             rows.append([f"test accuracy of GCL on {name}, imbalance {imbalance:g}", ours, "; ".join(compared)])
     if trained:
-        notes.append(measured_at("training code", [result["code"] for result in trained], training_hash()))
+        stale = {result["code"] for result in trained} != {training_hash()}
+        notes.append(f"Accuracies: see [docs/accuracy.md](docs/accuracy.md){'; **stale**: the training code has changed since' if stale else ''}.")
     if not rows:
         return "Not measured yet."
     return "\n".join([_table(["what", "gclkern", "for comparison"], rows), "", *dict.fromkeys(notes)])
