@@ -82,11 +82,13 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What pytest-benchmark's table of times leaves out: memory, and what of the operation each contestant does."""
+    """What pytest-benchmark's tables of times leave out: memory, and what of the operation each contestant does."""
     measured = config.stash[_MEASURED]
     if measured:
-        terminalreporter.section("median time, peak memory beyond the inputs with what is returned, and what is included")
+        terminalreporter.section("summary")
+        terminalreporter.write_line("median time; peak memory beyond the inputs, with what is returned; what forward and backward together include")
     for group in dict.fromkeys(case.group for case, _ in measured):
         terminalreporter.write_line(f"\n{group}")
         for case, result in measured:
@@ -179,7 +181,7 @@ def _run(case: Case, config: pytest.Config, benchmark: Any) -> str:
         benchmark.disabled = True  # runs once
         benchmark.pedantic(contestant.prepare(inputs, case.phase))
         return ""
-    benchmark.group = case.group
+    benchmark.group, benchmark.name = case.group, case.contestant  # the group names the rest of the case
     rounds, how = _time(case, inputs, device, config)
     replay = iter(rounds)
 

@@ -26,17 +26,17 @@ ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # of all rounds of a group together
 ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # their least number, for a median, and the most
 
 
-def busy_cores() -> float:
-    """Cores that all processes have kept busy in the last minute; 0 where the system does not say."""
+def load_average() -> float:
+    """The load average of the last minute: processes that ran or waited for a core; 0 where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def load_warning(threads: int) -> str:
-    """A warning that other processes leave fewer cores than a measurement with so many threads takes; empty if there are enough."""
-    load, cores = busy_cores(), os.cpu_count() or 1
+    """A warning if other processes leave fewer cores than a measurement with so many threads needs; empty if there are enough."""
+    load, cores = load_average(), os.cpu_count() or 1
     if load <= cores - threads + 0.5:
         return ""
-    return f"WARNING: other processes keep {load:.1f} of {cores} cores busy: times are too long, and ratios may be wrong"
+    return f"WARNING: the load of the last minute is {load:.1f} on {cores} cores: beside other processes times are too long, and ratios may be wrong"
 
 
 class Stopwatch:

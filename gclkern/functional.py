@@ -253,7 +253,7 @@ def linear_gcl_cross_entropy_with_top1(
 
     Returns:
         The loss, as :func:`linear_gcl_cross_entropy` returns it, and top1 (N,) in its dtype, without a gradient: 1 where the target has the largest cosine,
-        else 0. Of mixed targets the one with the largest cosine counts with its share, `lam` or 1 - `lam`. A tie with another class is 0, and so is an
+        else 0. With two targets it is the share, `lam` or 1 - `lam`, of the one with the largest cosine. A tie with another class is 0, and so is an
         ignored sample; a label out of range on a GPU makes it NaN. With 16-bit features, cosines that differ by less than their rounding may be ranked either
         way.
 

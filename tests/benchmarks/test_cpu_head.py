@@ -30,6 +30,6 @@ def test_verdict_says_what_was_measured() -> None:
 
 def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr(timing, "busy_cores", lambda: 2.4)
+    monkeypatch.setattr(timing, "load_average", lambda: 2.4)
     assert timing.load_warning(2) == ""
-    assert "2.4 of 4 cores" in timing.load_warning(3)
+    assert "2.4 on 4 cores" in timing.load_warning(3)
