@@ -1,7 +1,7 @@
 """The papers' tables on real data, by train.py: python -m benchmarks.accuracy
 
     python -m benchmarks.accuracy papers --data-dir data --jobs 8      # on a GPU: full schedules, three seeds
-    python -m benchmarks.accuracy papers --jobs 8 --seconds 540        # what fits into nine minutes; the same command goes on
+    python -m benchmarks.accuracy papers --jobs 8 --seconds 540        # what fits into nine minutes; the same command continues
     python -m benchmarks.accuracy papers --data cifar100-lt --jobs 8 --seconds 200    # ResNet-32's rows side by side in the minutes that a GPU has left
     python -m benchmarks.accuracy cpu --jobs 2                         # schedules short enough for a CPU
     python -m benchmarks.accuracy papers --data cifar100-lt --methods ce gcl-stage1 gcl --seeds 0
@@ -243,7 +243,7 @@ class Bench:
         self.results.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
         replace_text(self.result(run), "{\n" + lines + "\n}\n")
-        (folder / "last.pt").unlink(missing_ok=True)  # nothing goes on from it; hundreds of runs fill a disk
+        (folder / "last.pt").unlink(missing_ok=True)  # nothing continues from it; hundreds of runs fill a disk
         return result
 
 
@@ -292,7 +292,7 @@ def run_all(bench: Bench, runs: Sequence[Run], *, jobs: int, seconds: float) -> 
                     running[run] = bench.start(run)
             time.sleep(0.1)
     done = sum(bench.result(run).exists() for run in runs)
-    print(f"{done} of {len(runs)} runs are finished" + ("" if done + len(failed) == len(runs) else "; the same command goes on"), flush=True)
+    print(f"{done} of {len(runs)} runs are finished" + ("" if done + len(failed) == len(runs) else "; the same command continues"), flush=True)
     return failed
 
 

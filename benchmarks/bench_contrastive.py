@@ -1,4 +1,4 @@
-"""The softmax of each sample over the other samples and class prototypes, as BCL has it, with the gradients of both."""
+"""The softmax of each sample over the other samples and class prototypes, the contrast of BCL, with the gradients of both."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 CIFAR-100 trains ResNet-32 on 32 x 32 images, iNaturalist torchvision's ResNet-50 on 224 x 224, where torchvision is installed; under autocast.
 A CPU trains a smaller network on fewer samples.
-Launches count: a step is timed as a training loop runs it.
+The time of a step is that of a training loop, with the host's time to launch kernels.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each problem has 8 rows whose targets have a given probability. OPERATIONS is the grid: every probability, scale (of losses over samples 1 / temperature),
 offset and dtype with 1000 classes, and other numbers of classes at scale 30. An offset is a constant that is added to all logits: to the inputs where they are
-float32 logits, else by the bias, because 16 bits and cosines cannot hold it; for the DRO-LT bound and centroids it is added to all coordinates. Beside the
-library stand on the same inputs in float32: torch's own operators, and pytorch-metric-learning where it has the loss. The float64 side of a loss is the
+float32 logits, else by the bias, because 16 bits and cosines cannot hold it; for the DRO-LT bound and centroids it is added to all coordinates. The same is
+measured of torch's own operators, and of pytorch-metric-learning where it has the loss, on the same inputs in float32. The float64 values of a loss are the
 library's own, which tests/test_operations.py compares with independent formulas.
 Writes benchmarks/results/numerics/errors.json, from which `python -m benchmarks.render_results` makes the tables of docs/numerics.md. A test measures a part.
 """

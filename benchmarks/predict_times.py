@@ -3,7 +3,7 @@
 Nothing is measured: the launches of each shape and plan are compiled for sm_90, and what a GPU has to do for them is counted. A kernel takes as long as the
 resource that it keeps busy longest, a little longer where two are nearly as busy:
 
-    issue, MUFU         instructions of the hot loop and of what stands before and behind it
+    issue, MUFU         instructions of the hot loop and of what is before and after it
     tensor, shared, L2  the tiles of a product: 4096 operations, 128 bytes of shared memory and about 39 bytes from the L2 cache a clock and multiprocessor
     latency             one warp alone: stalls and scoreboards as the assembler wrote them
     memory              bytes that the order of the tiles leaves to the L2 cache's misses

@@ -1,4 +1,4 @@
-"""Published top-1 accuracies in percent, of ResNet-32 on CIFAR: what `python -m benchmarks.accuracy` puts its own beside.
+"""Published top-1 accuracies in percent, of ResNet-32 on CIFAR: with which `python -m benchmarks.accuracy` compares its own.
 
 GCL: Li, Cheung and Lu, "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022. Its comparison on CIFAR gives the numbers of all
 other methods up to its year but DRO-LT, too (BBN's 81.18 on CIFAR-10-LT with imbalance 50 is 82.18 elsewhere); its ablations, on CIFAR-10-LT with imbalance

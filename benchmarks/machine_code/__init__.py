@@ -1,1 +1,1 @@
-"""The kernels' machine code, compiled and read on a machine without a GPU: what the static tests and the predicted times stand on."""
+"""The kernels' machine code, compiled and read on a machine without a GPU, for the static tests and the predicted times."""

@@ -138,7 +138,7 @@ def test_time_over_and_continued(bench: Bench, capsys: pytest.CaptureFixture[str
     runs = [made("ce", 7), made("ldam-drw", 7)]
     while not (bench.folder(runs[0]) / "last.pt").exists():  # a slow machine may need more than a second to start a process
         assert run_all(bench, runs, jobs=1, seconds=1.0) == []
-    assert "0 of 2 runs are finished; the same command goes on" in capsys.readouterr().out
+    assert "0 of 2 runs are finished; the same command continues" in capsys.readouterr().out
     assert not bench.folder(runs[1]).exists()
     assert run_all(bench, runs[:1], jobs=1, seconds=60) == []
     assert summary(bench, runs[0])["argv"] == ["--resume", str(bench.folder(runs[0])), "--data-dir", "nowhere"]
