@@ -55,6 +55,12 @@ def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.de
     check(*problem(150, 5, 33, dtype=dtype), 5, backend, device)
 
 
+def test_torch_adds_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gclkern.torch_backend.centroids._on_cpu", lambda tensor: False)
+    monkeypatch.setattr("gclkern.torch_backend.centroids._DEVICE_BLOCK", 7 * 33)
+    check(*problem(150, 5, 33), 5, "torch", torch.device("cpu"))
+
+
 def test_several_column_tiles(backend: str, device: torch.device) -> None:
     for dim in (300, 700):
         check(*problem(70, 3, dim), 3, backend, device)
@@ -78,7 +84,7 @@ def test_the_type_of_labels_holds_all_of_them(num_classes: int) -> None:
     assert torch.iinfo(_label_dtype(num_classes)).max >= num_classes
 
 
-@pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
+@pytest.mark.parametrize("wrong", [-1, 5, 6, 2**40, -(2**63)])
 def test_a_label_out_of_range_belongs_to_no_class(wrong: int, backend: str, device: torch.device) -> None:
     """As on a GPU, where the public function does not read labels; the operators behave so on every device."""
     features, target = problem(90, 5, 8)

@@ -72,6 +72,25 @@ def test_loss_and_gradients(classes: int, shared: bool, weighted: bool, reductio
     check(features, target, centroids, epsilon, backend, device, upstream=upstream, temperature=0.7, class_weight=weight, reduction=reduction)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["epsilon per class", "one epsilon"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_torch_with_unused_rows(reduction: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which does not say how many classes are in the batch: 9 rows for 3 classes, with a last class that stays out whatever its centroid holds."""
+    monkeypatch.setattr("gclkern.torch_backend.dro_lt._on_cpu", lambda tensor: False)
+    features, _, centroids, epsilon = problem(9, 12, 7)
+    target = torch.tensor([4, 4, 7, 11, 0, 7, 4, 7, 0])
+    weight = torch.linspace(1.0, 2.0, 12)
+    weight[11] = 0.0
+    upstream = torch.linspace(-1.0, 2.0, 9) if reduction == "none" else torch.tensor(-0.7)
+    radius = epsilon[0] if shared else epsilon
+    check(features, target, centroids, radius, "torch", torch.device("cpu"), upstream=upstream, temperature=0.7, class_weight=weight, reduction=reduction)
+    leaf = features.requires_grad_()
+    expected = torch.autograd.grad(dro_lt_loss(leaf, target, centroids, radius, class_weight=weight, reduction="sum", backend="torch"), leaf)[0]
+    centroids[11] = float("nan")
+    grad = torch.autograd.grad(dro_lt_loss(leaf, target, centroids, radius, class_weight=weight, reduction="sum", backend="torch"), leaf)[0]
+    assert grad.equal(expected)
+
+
 @given(
     rows=st.integers(1, 24), classes=st.integers(1, 32), dim=st.integers(1, 140), seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 4.0]), reduction=st.sampled_from(["mean", "sum"]), data=st.data(),

@@ -150,13 +150,17 @@ def test_auto_chooses_by_the_bytes_of_the_logits(device: str, dtype: torch.dtype
 # ---- norms
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-13])
+@pytest.mark.parametrize("size", [0.0, 0.998e-12])
 def test_rows_without_a_direction(size: float, plan: str, backend: str, device: torch.device) -> None:
-    """A norm of at most 1e-12 gives cosine 0 to everything and gradient 0: its direction is noise, and F.normalize's gradient there is 1e12."""
+    """A norm of at most 1e-12 gives cosine 0 to everything and gradient 0: its direction is noise, and F.normalize's gradient there is 1e12.
+
+    One that is barely larger counts.
+    """
     rows, classes, width = 4, 9, 6
     features, weight = matrix(rows, width), matrix(classes, width, seed=1)
     features[1] = size / width**0.5
     weight[2] = size / width**0.5
+    features[3], weight[5] = (1.002e-12 * row / row.norm() for row in (features[3], weight[5]))
     target = torch.tensor([0, 3, 2, 5])  # 2: the class without a direction is also a target
     options: Options = {"cloud": vector(classes, 0.0, 0.5), "seed": 2, "bias": vector(classes, -1.0, 1.0).requires_grad_()}
     check(features.to(device), weight.to(device), target, options, vector(rows), reduction="none", plan=plan, backend=backend)
@@ -166,11 +170,20 @@ def test_rows_without_a_direction(size: float, plan: str, backend: str, device: 
     assert left.grad[1].eq(0).all() and right.grad[2].eq(0).all()
 
 
-@pytest.mark.parametrize("size", [1e-8, 1e8])
+@pytest.mark.parametrize("size", [1e-8, 1e17])
 def test_rows_of_any_size(size: float, plan: str, backend: str, device: torch.device) -> None:
     """Small and large norms cancel in the cosine; neither may under- or overflow on the way, nor may 1e-8 count as no direction."""
     features, weight = matrix(4, 6, device=device, size=size), matrix(9, 6, device=device, seed=1, size=size)
     check(features, weight, labels(4, 9), {"scale": 8.0}, vector(4), reduction="none", plan=plan, backend=backend)
+
+
+def test_a_row_whose_squares_leave_float32_is_nan_and_no_plausible_loss(backend: str, device: torch.device) -> None:
+    features, weight = matrix(3, 8, device=device), matrix(5, 8, device=device, seed=1)
+    huge = torch.tensor([1.0, 1e20, 1.0], device=device)[:, None]
+    loss = call(features * huge, weight, labels(3, 5), {}, reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, True, False]
+    weight[4] *= 1e20
+    assert call(features, weight, labels(3, 5), {}, reduction="none", backend=backend).isnan().all(), "it is a class of every row"
 
 
 def test_float16_norms_do_not_overflow(plan: str, backend: str, device: torch.device) -> None:

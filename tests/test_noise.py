@@ -303,11 +303,12 @@ def test_fill_writes_into_any_strides(dtype: torch.dtype) -> None:
     assert torch.equal(transposed, expected)
 
 
-def test_the_workspace_holds_every_step() -> None:
-    """Torch warns when it makes a part of it larger."""
-    with warnings.catch_warnings():
+@pytest.mark.parametrize("chunk", [1000, 12, 5], ids=["one step", "steps of rows, the last smaller", "steps of groups, the last smaller"])
+def test_every_step_fits_the_workspace(chunk: int) -> None:
+    """Torch warns when it resizes a part of it."""
+    with warnings.catch_warnings(), mock.patch.object(torch_noise, "_CPU_CHUNK", chunk):
         warnings.simplefilter("error")
-        fill_noise(torch.empty(3, 50), torch.tensor(SEED))
+        fill_noise(torch.empty(3, 42), torch.tensor(SEED))
 
 
 def test_fill_of_nothing() -> None:

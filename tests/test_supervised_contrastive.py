@@ -189,15 +189,17 @@ def test_programs_that_take_several_tiles(processors: int, device: torch.device,
 
 
 @pytest.mark.triton
-def test_gradients_in_many_parts(device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a program reads at a time, of samples and of prototypes; here one."""
+def test_sums_of_many_parts(device: torch.device, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a program reads at a time: of samples and of prototypes one, of the denominator two of four."""
     from gclkern.kernels import contrastive_loss
 
+    monkeypatch.setattr(contrastive_loss, "_PARTS", 2)
     monkeypatch.setattr(contrastive_loss, "_SUMMED_OF_SAMPLES", (4, 1))
     monkeypatch.setattr(contrastive_loss, "_SUMMED_OF_PROTOTYPES", (2, 1))
     features, target, options = problem(70, 3, 5, FORMS["BCL"])
     check(features, target, options, "triton", device)
     assert [(launch.argument("ROWS"), launch.argument("PARTS")) for launch in launches if launch.name == "_rows_kernel"][-2:] == [(4, 1), (2, 1)]
+    assert [(launch.argument("parts"), launch.argument("PARTS")) for launch in launches if launch.name == "_losses_kernel"] == [(4, 2)]
 
 
 @pytest.mark.triton

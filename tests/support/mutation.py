@@ -63,7 +63,7 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "kernels/contrastive_loss.py": (_CONTRASTIVE, f"{_KERNELS} and (not operations or contrastive)"),
     "kernels/dro_lt.py": (["tests/test_dro_lt.py", "tests/test_operations.py"], f"({_KERNELS} or tile) and (not operations or dro_lt)"),
     "kernels/exponentials.py": (["tests/kernels/test_exponentials.py"], ""),
-    "kernels/head.py": (["tests/kernels/test_head.py", *_HEAD], "(triton or kernels) and (not operations or linear)"),
+    "kernels/head.py": (["tests/kernels/test_head.py", "tests/kernels/test_exponentials.py", *_HEAD], "(triton or kernels) and (not operations or linear)"),
     "kernels/logit_loss.py": (_LOGITS, f"{_KERNELS} and (not operations or gcl)"),
     "kernels/noise.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),
     "kernels/philox.py": (["tests/test_noise.py"], "triton or tile or kernel and not compiled"),

@@ -14,14 +14,6 @@ INLINE float inverse_norm(const void *row, int64_t dtype, int64_t stride, int64_
         load(block, row, dtype, stride, first, count);
         sum += (double)weighted_sum(block, block, count);
     }
-    if (!(sum > 1e-30 && sum < 1e30)) { /* squares of such elements leave the range of float */
-        sum = 0.0;
-        for (int64_t k = 0; k < dim; k++) {
-            float element;
-            load(&element, row, dtype, stride, k, 1);
-            sum += (double)element * (double)element;
-        }
-    }
     double norm = sqrt(sum);
     return (float)(norm <= 1e-12 ? no_direction : norm == (double)INFINITY ? (double)NAN : 1.0 / norm);
 }
