@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import runtime
-from .products import _precision
+from .products import _inverse, _precision
 from .row_loss import LOG2E, log1p
 from .runtime import MULTIPROCESSORS, NVIDIA, batch_kernel, on_device
 from .terms import SMALLEST_NORM, implements, shapes_of
@@ -82,8 +82,7 @@ def _halves_kernel(
         inside = in_batch[:, None] & (start + at < dim)[None, :]
         value = tl.load(place + ((start + at).to(tl.int64) * stride_element)[None, :], mask=inside, other=0.0).to(tl.float32)
         square += tl.sum(value * value, axis=1)
-    norm = tl.sqrt(square)
-    inverse = tl.where(norm <= smallest_norm, 0.0, 1.0 / norm)
+    inverse = _inverse(tl.sqrt(square), smallest_norm)
     tl.store(inverse_ptr + rows, inverse, mask=in_batch)
     for start in range(0, width, DEPTH):
         inside = in_batch[:, None] & (start + at < dim)[None, :]

@@ -342,6 +342,15 @@ def test_rows_without_a_direction(backend: str, device: torch.device) -> None:
     assert leaf.grad is not None and leaf.grad[2].eq(0).all() and leaf.grad.isfinite().all() and leaf.grad[3].ne(0).any()
 
 
+@pytest.mark.parametrize("size", [1e20, float("inf")])
+def test_a_row_whose_squares_leave_float32_gives_no_plausible_loss(size: float, backend: str, device: torch.device) -> None:
+    """It is a key of every sample."""
+    features, _, _ = problem(8, 3, 5, {})
+    features[2] *= size
+    target = torch.arange(8, device=device) % 2
+    assert supervised_contrastive(features.to(device), target, reduction="none", backend=backend).isnan().all()
+
+
 def test_samples_without_positives(backend: str, device: torch.device) -> None:
     features = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     target = torch.tensor([0, 1, 2], device=device)

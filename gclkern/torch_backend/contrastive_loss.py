@@ -21,6 +21,7 @@ whose first term is exactly 0 for a single positive. For the same reason the los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -101,10 +102,10 @@ def _statistics_dtype(features: Tensor, temperature: float) -> torch.dtype:
 
 
 def _unit_rows(features: Tensor, prototypes: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Features and prototypes over their norms (K, D), contiguous; and the inverse norms (K, 1), 0 where a row has no direction."""
+    """Features and prototypes over their norms (K, D), contiguous; and the inverse norms (K, 1), 0 for a row without direction, NaN for an infinite norm."""
     rows = (features if prototypes is None else torch.cat((features, prototypes))).to(dtype)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    inverse = norm.reciprocal().masked_fill_(norm <= SMALLEST_NORM, 0.0)
+    inverse = norm.reciprocal().masked_fill_(norm.isposinf(), math.nan).masked_fill_(norm <= SMALLEST_NORM, 0.0)
     return (rows * inverse).masked_fill_(inverse == 0.0, 0.0).contiguous(), inverse
 
 
