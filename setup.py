@@ -27,7 +27,7 @@ def description() -> str:
     return re.sub(r"(!?)(\[[^\]]*\]\()(?![a-z]+:|#)", lambda found: f"{found[0]}{source}/{'raw' if found[1] else 'blob'}/main/", readme)
 
 
-# One compiled library serves every Python from 3.11 on, because it does not use Python's headers; a free-threaded Python does not know that promise.
+# One compiled library serves every Python from 3.11 on, because it uses Python's limited API alone; a free-threaded Python has none.
 STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gclkern.cpu_backend.logit_loss import gradient_times, loss_and_gradient
+from gclkern import ready
+from gclkern.cpu_backend.logit_loss import gradient_times
 from gclkern.devices import is_ordinary, is_traced, refuse_transforms, saved_tensors_are_freed
 from gclkern.dispatch import call_operator
 from gclkern.kernels.terms import LossTerms
@@ -59,31 +60,29 @@ class LogitLoss(torch.autograd.Function):
         return grad_cosine, grad_bias if bias_grad else None, None, None, None
 
 
-class WrongValueError(ValueError):
-    """A label or a value of a class vector is wrong: gclkern.validation tells which."""
-
-
 class LogitLossInOnePass(torch.autograd.Function):
-    """LogitLoss by the CPU's functions, called directly: their forward makes the gradient, and checks the values of labels and class vectors."""
+    """LogitLoss by the CPU's functions, called directly: the loss, and the gradient that was made with it."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, terms: LossTerms, for_backward: bool) -> Tensor:
-        loss, gradient, valid = loss_and_gradient(cosine, terms, for_backward)
-        if not valid:
-            raise WrongValueError("labels or class vectors have changed during the call")
+    def forward(ctx: Any, cosine: Tensor, bias: Tensor | None, scale: float, made: tuple[Tensor, Tensor]) -> Tensor:
+        loss, gradient = made
         ctx.save_for_backward(cosine, gradient)
-        ctx.terms = terms
+        ctx.bias, ctx.scale = bias, scale
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         cosine, made = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[1]
+        if not (bias_grad or torch.compiler.is_dynamo_compiling()) and cosine.dtype == torch.float32 and ready.is_usual_backward(grad_loss):
+            return made, None, None, None
         if torch.is_grad_enabled() or is_traced() or not is_ordinary(grad_loss):  # a second derivative, which the operator refuses, or a tracer
             refuse_transforms("the gradient of the loss", grad_loss)
-            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, cosine, [made], *ctx.terms, bias_grad)
+            # of the terms it uses the scale, and that the bias may require a second derivative; `made` stands for the target
+            terms = LossTerms(made, None, None, None, None, ctx.bias, None, None, ctx.scale, 0.0, True, 0.0, -100, 0, 0, "mean")
+            grad_cosine, grad_bias = call_operator("logit_backward", "cpu", grad_loss, cosine, [made], *terms, bias_grad)
             return grad_cosine, grad_bias if bias_grad else None, None, None
-        return *gradient_times(made, grad_loss, cosine.dtype, ctx.terms.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None
+        return *gradient_times(made, grad_loss, cosine.dtype, ctx.scale, bias_grad, overwrite=saved_tensors_are_freed()), None, None
 
 
 class HeadLoss(torch.autograd.Function):

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _debug = False
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may do anything
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may do anything
 with torch.inference_mode():
-    _ORDINARY_KEYS = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
-_ORDINARY_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+    ORDINARY_KEYS = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+ORDINARY_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 def set_debug(enabled: bool) -> None:
@@ -61,7 +61,7 @@ def is_ordinary(value: Any) -> bool:
     Torch's dispatcher has keys for everything else: sparse and nested tensors, other devices, elements with the other sign, as those of `.imag` of a conjugate,
     or without memory, as autograd's zeros, and the tensors inside of torch.func's transforms and of fake modes.
     """
-    return type(value) in _PLAIN and torch._C._dispatch_keys(value).raw_repr() in _ORDINARY_KEYS
+    return type(value) in PLAIN and torch._C._dispatch_keys(value).raw_repr() in ORDINARY_KEYS
 
 
 def refuse_transforms(name: str, tensor: Tensor) -> None:

@@ -15,12 +15,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast, WrongValueError
+from gclkern import ready
+from gclkern.autograd import DROLTBound, HeadLoss, LogitLoss, LogitLossInOnePass, SupervisedContrast
 from gclkern.cpu_backend.centroids import sums_or_means
+from gclkern.cpu_backend.logit_loss import loss_and_gradient
 from gclkern.dispatch import call_operator, calls_directly, resolve_backend, resolve_contrast_backend, resolve_plan
 from gclkern.kernels.terms import statistics_dtype
 from gclkern.options import Backend, LinearCrossEntropyOptions, Plan, Reduction
-from gclkern.ready import ready_rows, ready_terms
 from gclkern.validation import (
     REDUCTIONS,
     check_choice,
@@ -138,16 +139,13 @@ def gcl_cross_entropy(
         >>> cosine.grad.shape
         torch.Size([2, 3])
     """
-    ready = ready_terms(
-        cosine, target, cloud, margin, bias, weight, target_b, lam, label_smoothing, seed, scale, gamma, focal_detach, ignore_index, reduction, row_offset,
-        class_offset, angular, difficulty_margin, easy_margin, backend,
-    )  # fmt: skip
-    if ready is not None:
-        for_backward = torch.is_grad_enabled() and (cosine.requires_grad or (bias is not None and bias.requires_grad))
-        try:
-            return LogitLossInOnePass.apply(cosine, bias, ready, for_backward)
-        except WrongValueError:
-            pass  # the checks below name it
+    if not torch.compiler.is_dynamo_compiling():
+        made = ready.logit_loss(
+            cosine, target, cloud, margin, bias, weight, target_b, lam, label_smoothing, seed, scale, gamma, focal_detach, ignore_index, reduction, row_offset,
+            class_offset, angular, difficulty_margin, easy_margin, backend,
+        )  # fmt: skip
+        if made is not None:
+            return made[0] if made[1] is None else LogitLossInOnePass.apply(cosine, bias, scale, made)
     check_matrix("cosine", cosine)
     terms = loss_terms(
         "cosine", cosine, cosine.shape[1], target, cloud, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b, lam=lam, gamma=gamma,
@@ -156,7 +154,8 @@ def gcl_cross_entropy(
     )  # fmt: skip
     chosen, for_backward = resolve_backend(backend, cosine), _gradient_is_wanted(cosine, terms.bias)
     if calls_directly(chosen, cosine, *terms):
-        return LogitLossInOnePass.apply(cosine, terms.bias, terms, for_backward)
+        loss, gradient, _ = loss_and_gradient(cosine, terms, for_backward)
+        return loss if gradient is None else LogitLossInOnePass.apply(cosine, terms.bias, terms.scale, (loss, gradient))
     return LogitLoss.apply(cosine, terms.bias, terms, for_backward, chosen)
 
 
@@ -396,7 +395,7 @@ def class_centroids(
                 [0., 0.],
                 [5., 5.]]), tensor([2, 0, 1]))
     """
-    if ready_rows(features, target) and type(num_classes) is int and num_classes > 0 and not features.requires_grad:
+    if ready.ready_rows(features, target) and type(num_classes) is int and num_classes > 0 and not features.requires_grad:
         means, counts, valid = sums_or_means(features, target, num_classes, means=True)
         if valid:
             return means, counts

@@ -1,22 +1,66 @@
-"""Arguments that are ready: no check of gclkern.validation would refuse them, and the compiled loops take them without a conversion.
+"""Calls whose arguments are ready: no check of gclkern.validation would refuse them, and the compiled loops take them without a conversion.
 
 A check looks at one argument at a time, to name it in an error. For a small batch on a CPU all checks take longer than the loss itself, so the usual call of
-a training loop is recognised here in one pass. A call that is not recognised goes through the checks. Nothing about a tensor is remembered between calls.
+a training loop is recognised in one pass, by compiled code (cpu_backend/native/call.c). A call that is not recognised goes through the checks.
+Nothing about a tensor is remembered between calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gclkern import cpu_backend
-from gclkern.devices import is_ordinary, is_traced
-from gclkern.kernels.terms import LossTerms
-from gclkern.validation import margin_vector, options_seen_before, resolve_seed
+from gclkern.devices import ORDINARY_KEYS, PLAIN, is_ordinary, is_traced, saved_tensors_are_freed
+from gclkern.validation import resolve_seed
 
+_SCALAR, _SEED = torch.empty((), device="cpu"), torch.empty((), dtype=torch.int64, device="cpu")  # `empty_like` takes less time than `empty`
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _no_loss(*arguments: Any) -> tuple[Tensor, Tensor | None] | None:
+    return None
+
+
+def _never(value: Any) -> bool:
+    return False
+
+
+# Takes the arguments of `gcl_cross_entropy` in the order of call.c. If they are ready: the loss, and the gradient of the cosines for an upstream gradient of 1
+# where there will be a backward, else None. None alone for other calls, and for wrong values of labels and class vectors.
+logit_loss: Callable[..., tuple[Tensor, Tensor | None] | None] = _no_loss
+# Whether the backward that runs now, for this upstream gradient, is the usual one of a training loop: the last of its graph, without a second derivative, and
+# for an ordinary float32 1.
+is_usual_backward: Callable[[Tensor], bool] = _never
+
+
+def _find_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """As `resolve_seed`, whose `randint` draws the same number, but takes longer."""
+    return torch.empty_like(_SEED).random_(-(2**63), 2**63 - 1) if seed is None else resolve_seed(seed, device)
+
+
+def connect(module: ModuleType | None) -> None:
+    """Takes the functions above from the compiled module, if there is one and torch has what it needs."""
+    global logit_loss, is_usual_backward
+    logit_loss, is_usual_backward = _no_loss, _never
+    if module is None:
+        return
+    try:
+        module.connect(
+            torch, torch.Tensor.__dlpack_c_exchange_api__, PLAIN, torch._C._dispatch_keys, ORDINARY_KEYS, torch._C._len_torch_dispatch_stack,
+            torch._C._are_functorch_transforms_active, torch.is_grad_enabled, torch.get_num_threads, _find_seed, torch.device("cpu"),
+            _SCALAR, {"dtype": torch.float32, "memory_format": torch.contiguous_format}, saved_tensors_are_freed,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # another torch
+        return
+    logit_loss, is_usual_backward = module.logit_loss, module.is_usual_backward
+
+
+connect(cpu_backend.library.module_of(cpu_backend.library._library))
 
 
 def ready_rows(matrix: Any, target: Any) -> bool:
@@ -27,44 +71,3 @@ def ready_rows(matrix: Any, target: Any) -> bool:
     if len(shape) != 2 or matrix.numel() == 0 or matrix.dtype not in _MATRICES:
         return False
     return target.shape == shape[:1] and target.dtype == torch.int64 and target.is_contiguous()
-
-
-def ready_terms(
-    cosine: Any, target: Any, cloud: Any, margin: Any, bias: Any, weight: Any, target_b: Any, lam: Any, label_smoothing: Any, seed: Any, scale: Any,
-    gamma: Any, focal_detach: Any, ignore_index: Any, reduction: Any, row_offset: Any, class_offset: Any, angular: Any, difficulty_margin: Any,
-    easy_margin: Any, backend: Any,
-) -> LossTerms | None:  # fmt: skip
-    """The terms of a loss of cosines (N, C) whose arguments are ready, else None. The loops check the values of tensors.
-
-    Two targets, and angles, are never ready: their values need a check.
-    """
-    if not ready_rows(cosine, target) or target_b is not None or lam is not None:
-        return None
-    if angular is not False or difficulty_margin is not False or backend not in ("auto", "cpu"):
-        return None
-    rows, classes = cosine.shape
-    vector = (classes,)
-    if cloud is not None and (not _is_vector(cloud, vector) or cloud.requires_grad):
-        return None
-    if bias is not None and not _is_vector(bias, vector):
-        return None
-    if weight is not None and (not _is_vector(weight, vector) or weight.requires_grad):
-        return None
-    if isinstance(margin, Tensor) and (not _is_vector(margin, vector) or margin.requires_grad):
-        return None
-    try:
-        scale, gamma, label_smoothing, ignore_index, row_offset, class_offset, reduction = options_seen_before(
-            rows, classes, scale, gamma, label_smoothing, ignore_index, row_offset, class_offset, reduction, focal_detach, False, False, easy_margin
-        )
-        if margin is not None and not isinstance(margin, Tensor):
-            margin = margin_vector(margin, classes, "cosine", cosine, torch.float32)
-        seed = None if cloud is None else resolve_seed(seed, cosine.device)
-    except (TypeError, ValueError):
-        return None
-    return LossTerms(
-        target, None, None, cloud, margin, bias, weight, seed, scale, gamma, focal_detach, label_smoothing, ignore_index, row_offset, class_offset, reduction
-    )
-
-
-def _is_vector(value: Any, shape: tuple[int]) -> bool:
-    return is_ordinary(value) and value.dtype == torch.float32 and value.shape == shape and value.is_contiguous()

@@ -423,13 +423,13 @@ def _check_options(
     )  # fmt: skip
 
 
-options_seen_before = functools.lru_cache(maxsize=64, typed=True)(_check_options)  # a training passes the same options at every step
+_options_seen_before = functools.lru_cache(maxsize=64, typed=True)(_check_options)  # a training passes the same options at every step
 
 
 def _checked_options(*options: Any) -> tuple[float, float, float, int, int, int, str]:
     if not torch.compiler.is_compiling():
         try:
-            return options_seen_before(*options)
+            return _options_seen_before(*options)
         except TypeError:
             pass  # an option is wrong or cannot be hashed; checked again below, where the error names it
     return _check_options(*options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import inspect
 import itertools
 import os
 import re
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from gclkern import cloud_noise, cpu_backend
+from gclkern import ready as ready_calls
 from gclkern.cpu_backend import library
 from gclkern.cpu_backend.centroids import sums_or_means
 from gclkern.cpu_backend.noise import cloud_noise as noise_of_loops
 from gclkern.dispatch import resolve_backend
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, supervised_contrastive
 from gclkern.options import Reduction
-from gclkern.ready import ready_terms
 from gclkern.torch_backend.noise import cloud_noise as noise_of_torch
 from tests.support.cases import labels, vector
 from tests.support.operations import OPERATIONS, Operation, outcome
@@ -263,11 +263,32 @@ def test_the_cpu_takes_the_loops_and_float64_torch() -> None:
         resolve_backend("cpu", torch.zeros(1, dtype=torch.float64))
 
 
-def ready(**changed: Any) -> bool:
-    """Whether a call of gcl_cross_entropy, usual but for the arguments `changed`, skips the checks."""
-    usual = {name: parameter.default for name, parameter in inspect.signature(gcl_cross_entropy).parameters.items()}
-    usual |= {"cosine": torch.rand(4, 6), "target": torch.arange(4), "cloud": torch.rand(6), "margin": torch.rand(6), "bias": torch.rand(6)}
-    return ready_terms(**{**usual, **changed}) is not None
+def usual(**changed: Any) -> dict[str, Any]:
+    """The arguments of a usual call of gcl_cross_entropy, but for those `changed`."""
+    given = {"cosine": torch.rand(4, 6), "target": torch.arange(4), "cloud": torch.rand(6), "margin": torch.rand(6), "bias": torch.rand(6)}
+    return given | changed
+
+
+def ready(**arguments: Any) -> bool:
+    """Whether a call of gcl_cross_entropy skips the checks."""
+    found = []
+
+    def logit_loss(*given: Any) -> Any:
+        found.append(called(*given))
+        return found[-1]
+
+    called = ready_calls.logit_loss
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Exception):  # of the checks
+        patch.setattr(ready_calls, "logit_loss", logit_loss)
+        gcl_cross_entropy(**arguments)
+    return found[0] is not None
+
+
+@pytest.fixture
+def checked() -> Iterator[Callable[[], None]]:
+    """Lets every call go through the checks, as where the library was compiled without Python's headers."""
+    yield lambda: ready_calls.connect(None)
+    ready_calls.connect(library.module_of(library._library))
 
 
 def not_in_memory(*shape: int) -> list[Tensor]:
@@ -275,28 +296,63 @@ def not_in_memory(*shape: int) -> list[Tensor]:
     return [torch.rand(*shape, dtype=torch.complex64).conj().imag, torch._efficientzerotensor(shape), torch.rand(shape).to_sparse()]
 
 
+NEEDS_GRAD = torch.rand(6, requires_grad=True)
+READY: tuple[dict[str, Any], ...] = (
+    {}, {"cosine": torch.rand(6, 4).t().requires_grad_()}, {"cosine": torch.rand(4, 6).half().requires_grad_()}, {"cosine": torch.rand(4, 6).bfloat16()},
+    {"cosine": torch.nn.Parameter(torch.rand(4, 6))}, {"cosine": torch.rand(4, 12)[:, ::2]}, {"cosine": torch.rand(1, 6), "target": torch.arange(2)[::2]},
+    {"bias": NEEDS_GRAD}, {"bias": None}, {"margin": None}, {"margin": 0.1}, {"margin": 1}, {"margin": 0}, {"weight": torch.rand(6)}, {"cloud": None},
+    {"cloud": torch.rand(7)[1:]}, {"seed": 2}, {"seed": -1}, {"seed": torch.tensor(3)}, {"scale": 1}, {"gamma": 2, "focal_detach": False}, {"ignore_index": 0},
+    {"reduction": "none"}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"label_smoothing": 1}, {"backend": "cpu"}, {"row_offset": 2**63 - 4},
+    {"class_offset": 2**35 - 6},
+)  # fmt: skip
+NOT_READY: tuple[dict[str, Any], ...] = (
+    {"cosine": torch.rand(4, 6).double()}, {"cosine": torch.rand(4, 6, device="meta")}, {"cosine": torch.rand(24)}, {"cosine": torch.rand(4, 0)},
+    {"cosine": torch.rand(0, 6)}, {"cosine": torch.rand(4, 6, 1)}, {"cosine": [[0.0]]}, {"cosine": torch.randint(9, (4, 6))}, {"target": torch.arange(3)},
+    {"target": torch.arange(4).int()}, {"target": torch.arange(8)[::2]}, {"target": torch.rand(4, 6)}, {"target": torch.arange(4)[:, None]}, {"target": None},
+    {"target_b": torch.arange(4)}, {"lam": 0.5}, {"angular": True}, {"difficulty_margin": True}, {"easy_margin": True}, {"angular": 1}, {"scale": 0.0},
+    {"scale": torch.ones(())}, {"scale": float("nan")}, {"scale": float("inf")}, {"scale": 10**400}, {"scale": True}, {"gamma": True}, {"gamma": -0.1},
+    {"label_smoothing": torch.rand(6)}, {"label_smoothing": 1.1}, {"label_smoothing": float("nan")}, {"ignore_index": 0.5}, {"ignore_index": 2**63},
+    {"margin": float("inf")}, {"margin": 10**400}, {"margin": True}, {"reduction": "all"}, {"reduction": None}, {"seed": 2**64}, {"seed": 0.5},
+    {"seed": torch.ones(1, dtype=torch.int64)}, {"seed": torch.ones(())}, {"row_offset": -1}, {"row_offset": 2**63 - 3}, {"row_offset": 0.0},
+    {"class_offset": None}, {"class_offset": 2**35 - 5}, {"class_offset": True}, {"focal_detach": 1}, {"focal_detach": None}, {"backend": "torch"},
+    {"backend": "any"}, {"backend": None}, {"target": torch.full((4,), 6)}, {"cloud": torch.full((6,), -1.0)}, {"weight": torch.full((6,), torch.inf)},
+)  # fmt: skip
+
+
 @pytest.mark.compiled
 def test_only_arguments_that_need_no_check_skip_the_checks() -> None:
-    needs_grad = torch.rand(6, requires_grad=True)
-    changed: dict[str, Any]
-    for changed in (
-        {}, {"cosine": torch.rand(6, 4).t().requires_grad_()}, {"cosine": torch.rand(4, 6).half()}, {"bias": needs_grad}, {"margin": 0.1},
-        {"weight": torch.rand(6)}, {"cloud": None}, {"seed": 2}, {"scale": 1}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"backend": "cpu"},
-    ):  # fmt: skip
-        assert ready(**changed), changed
+    for changed in READY:
+        assert ready(**usual(**changed)), changed
+    for changed in NOT_READY:
+        assert not ready(**usual(**changed)), changed
     for name in ("cloud", "margin", "bias", "weight"):
         for unfit in (torch.rand(5), torch.rand(6).double(), torch.rand(12)[::2], torch.rand(6, device="meta"), [0.0] * 6, *not_in_memory(6)):
-            assert not ready(**{name: unfit}), (name, unfit)
-        assert name == "bias" or not ready(**{name: needs_grad}), name
-    assert not any(ready(cosine=cosine) for cosine in not_in_memory(4, 6))
-    for changed in (
-        {"cosine": torch.rand(4, 6).double()}, {"cosine": torch.rand(4, 6, device="meta")}, {"cosine": torch.rand(24)}, {"cosine": torch.rand(4, 0)},
-        {"cosine": [[0.0]]}, {"target": torch.arange(3)}, {"target": torch.arange(4).int()}, {"target": torch.arange(8)[::2]}, {"target": torch.rand(4, 6)},
-        {"target": None}, {"target_b": torch.arange(4)}, {"lam": 0.5}, {"angular": True}, {"difficulty_margin": True}, {"easy_margin": True}, {"angular": 1},
-        {"scale": 0.0}, {"scale": torch.ones(())}, {"gamma": True}, {"label_smoothing": torch.rand(6)}, {"ignore_index": 0.5}, {"reduction": "all"},
-        {"seed": 2**64}, {"row_offset": -1}, {"class_offset": None}, {"focal_detach": 1}, {"backend": "torch"}, {"backend": "any"},
-    ):  # fmt: skip
-        assert not ready(**changed), changed
+            assert not ready(**usual(**{name: unfit})), (name, unfit)
+        assert name == "bias" or not ready(**usual(**{name: NEEDS_GRAD})), name
+    assert not any(ready(**usual(cosine=cosine)) for cosine in not_in_memory(4, 6))
+    arguments = usual()
+    with torch.utils._python_dispatch.TorchDispatchMode():  # which would miss the loops
+        assert not ready(**arguments)
+    assert not bool(torch.func.grad(lambda factor: factor * ready(**arguments))(torch.ones(())))
+    assert ready(**arguments)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("changed", READY, ids=lambda changed: ",".join(changed))
+def test_a_call_that_skips_the_checks_computes_what_one_that_does_not(changed: dict[str, Any], checked: Callable[[], None]) -> None:
+    def results() -> list[Tensor]:
+        torch.manual_seed(3)
+        loss = gcl_cross_entropy(**arguments)
+        leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+        upstreams = (torch.ones(loss.shape), torch.full(loss.shape, 0.5)) if leaves else ()
+        grads = [torch.autograd.grad(loss, leaves, upstream, retain_graph=True) for upstream in upstreams]
+        last = torch.autograd.grad(loss.sum(), leaves) if leaves else ()
+        return [loss, torch.rand(2), *itertools.chain(*grads), *last]  # and the state of torch's generator
+
+    arguments = usual(**changed)
+    found = results()
+    checked()
+    assert all(map(torch.equal, found, results()))
 
 
 def refusal(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[type[BaseException], str]:
@@ -308,23 +364,19 @@ def refusal(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[ty
 @pytest.mark.compiled
 def test_a_call_that_skips_the_checks_is_refused_as_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """`gclkern.ready` and the loops repeat rules of `gclkern.validation`."""
-    found_by_the_loops = set()
     vectors = {name: torch.rand(CLASSES) for name in ("cloud", "margin", "bias", "weight")}
     for wrong, others in itertools.product((*FAMILY, *LOGITS), ({}, vectors)):
         arguments = {**VALID["gcl_cross_entropy"], **others, **wrong.changes}
         found = refusal(gcl_cross_entropy, arguments)
         assert found[0] is wrong.error and wrong.named in found[1], wrong
-        if ready(**{"cloud": None, "margin": None, "bias": None, **arguments}):
-            found_by_the_loops.add(wrong.named)
         with monkeypatch.context() as patch:
-            patch.setattr("gclkern.functional.ready_terms", lambda *_: None)
+            patch.setattr(ready_calls, "logit_loss", lambda *_: None)
             assert refusal(gcl_cross_entropy, arguments) == found, wrong
-    assert found_by_the_loops == {"target", "cloud", "margin", "weight"}
     for wrong in CENTROIDS:
         arguments = {**VALID["class_centroids"], **wrong.changes}
         found = refusal(class_centroids, arguments)
         with monkeypatch.context() as patch:
-            patch.setattr("gclkern.functional.ready_rows", lambda *_: False)
+            patch.setattr(ready_calls, "ready_rows", lambda *_: False)
             assert refusal(class_centroids, arguments) == found, wrong
 
 
@@ -382,8 +434,9 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
     """Built with the address and undefined-behaviour sanitizers, and for the compiler's default instruction set only."""
     path = tmp_path / "variant.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", '-DGCLKERN_SOURCES="variant"']
+    flags += [f"-I{sysconfig.get_path('include')}", "-shared", "-fPIC"]
     sources = sorted(map(str, NATIVE.glob("*.c")))
-    subprocess.run([str(COMPILER), *flags, *VARIANTS[variant], "-shared", "-fPIC", "-o", str(path), *sources, "-lm"], check=True)
+    subprocess.run([str(COMPILER), *flags, *VARIANTS[variant], "-o", str(path), *sources, "-lm"], check=True)
     names = (
         "operators",
         "gcl_cross_entropy",
@@ -399,8 +452,11 @@ def test_the_losses_run_on_a_library_built_otherwise(variant: str, tmp_path: Pat
     code = f"""
         import sys, pytest
         from pathlib import Path
+        from gclkern import ready
         from gclkern.cpu_backend import library
         library._library = library.load(Path({str(path)!r}))
+        ready.connect(library.module_of(library._library))
+        assert ready.logit_loss.__self__.__file__ == {str(path)!r}
         selected = ["-m", "compiled and not slow", "-k", "not soundly and not under_compile and not process"]  # without compilers and other processes
         sys.exit(pytest.main([*{tests!r}, "-q", "-x", "-p", "no:cacheprovider", "-n", "0", *selected]))
     """

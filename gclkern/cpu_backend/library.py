@@ -1,7 +1,8 @@
 """The compiled library of this package: finding it, checking that it can be used, and calling its functions.
 
-setup.py compiles native/*.c into a shared library beside this file, which ctypes loads; it links against neither Python nor torch. Rows are distributed over
-torch's own threads by `torch_parallel_for` of torch's stable C interface, so the process has one pool of threads, whose size torch.set_num_threads sets.
+setup.py compiles native/*.c into a shared library beside this file, which ctypes loads; it links against neither Python nor torch. Where it was compiled with
+Python's headers, it is a module of Python too, whose functions gclkern.ready calls. Rows are distributed over torch's own threads by `torch_parallel_for` of
+torch's stable C interface, so the process has one pool of threads, whose size torch.set_num_threads sets.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.machinery
+import importlib.util
 import os
 import struct
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -84,6 +87,19 @@ def load(path: Path) -> ctypes.CDLL:
     # a forked process has none of its parent's threads, but OpenMP would wait for them forever
     os.register_at_fork(after_in_child=lambda: library.gclkern_setup(None))
     return library
+
+
+def module_of(library: ctypes.CDLL | None) -> ModuleType | None:
+    """The library as a module of Python; None if it was compiled without Python's headers."""
+    spec = None if library is None else importlib.util.spec_from_file_location("_native", library._name)
+    if spec is None or spec.loader is None:
+        return None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:
+        return None
+    return module
 
 
 def _find() -> tuple[ctypes.CDLL | None, str]:

@@ -104,5 +104,6 @@ def build(folder: Path, path: Path) -> bool:
     digest = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]  # as setup.py
     compiler = shutil.which(str(sysconfig.get_config_var("CC") or "cc").split()[0]) or "cc"
     flags = ["-std=gnu11", "-O1", "-w", "-fno-math-errno", "-fno-trapping-math", "-DGCLKERN_BASELINE", f'-DGCLKERN_SOURCES="{digest}"', "-shared", "-fPIC"]
-    command = [compiler, *flags, "-o", str(path), str(folder / "library.c"), str(folder / "baseline.c"), "-lm"]
+    files = [str(folder / name) for name in ("library.c", "baseline.c", "call.c")]
+    command = [compiler, *flags, f"-I{sysconfig.get_path('include')}", "-o", str(path), *files, "-lm"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

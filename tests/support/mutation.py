@@ -93,6 +93,7 @@ TESTS: dict[str, tuple[list[str], str]] = {
     "gclkern/cpu_backend/head.py": ([*_HEAD, "tests/test_top1.py"], f"{_CPU} and (not operations or linear)"),
     "gclkern/cpu_backend/logit_loss.py": ([*_LOGITS, "tests/test_cpu_backend.py"], f"{_CPU} and (not operations or gcl)"),
     f"{NATIVE}/angles.h": (_LOOPS, f"{_CPU} and (not operations or angles)"),
+    f"{NATIVE}/call.c": (["tests/test_cpu_backend.py", *_LOGITS[:1]], _CPU),
     f"{NATIVE}/contrastive_loss.h": (_CONTRASTIVE, f"{_CPU} and (not operations or contrast)"),
     f"{NATIVE}/dro_lt.h": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
     f"{NATIVE}/library.c": (_ALL_LOOPS, _CPU),

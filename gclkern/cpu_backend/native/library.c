@@ -10,11 +10,15 @@
 #include "native.h"
 
 enum {
-    GRAIN = 4096,      /* elements that a thread takes at a time */
-    BLOCK_COLUMNS = 512, /* BLOCK of vector.h */
-    CREDIT = 10000000,         /* nanoseconds that sharing may lose at most before the calling thread works alone: a few time slices of a scheduler */
-    CAUTION = 32,              /* times what was lost beyond the credit, it then works alone */
+    GRAIN = 4096, LOAD = 262144, /* elements that a thread comes for at least, and takes at a time at most */
+    LINE = 16,                  /* rows that a thread takes at a time: threads that write a number of each row would take the cache line of 16 from each other */
+    SHARES = 2,                 /* times at least that each thread takes rows, so that all end at about the same time */
+    BLOCK_COLUMNS = 512,        /* BLOCK of vector.h */
+    CREDIT = 10000000,          /* nanoseconds that sharing may lose at most before the calling thread works alone: a few time slices of a scheduler */
+    CAUTION = 32,               /* times what was lost beyond the credit, it then works alone */
     LONGEST_ALONE = 1000000000, /* nanoseconds */
+    SHORT = 131072,             /* elements: for no more, asking for a thread's processor time, a system call, would show in the time of the call */
+    SLOWEST = 10,               /* nanoseconds that no element takes */
 };
 
 extern const struct loops baseline;
@@ -54,7 +58,7 @@ EXPORT const char *gclkern_sources(void) { return GCLKERN_SOURCES; }
 struct job {
     loop *body;
     const void *call;
-    int64_t count, step;
+    int64_t count, step, cost;
     atomic_llong next;
     int64_t own_count, own_time, own_work; /* of the calling thread: parts, and the nanoseconds that it took for them, with and without interruptions */
 };
@@ -66,21 +70,30 @@ static int64_t nanoseconds(clockid_t clock) {
 }
 
 /* Threads take a few parts at a time until none is left. */
-static void work(int64_t begin, int64_t end, void *context) {
-    struct job *job = context;
-    int64_t done = 0, time = nanoseconds(CLOCK_MONOTONIC), processor = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
-    (void)end;
+static int64_t take(struct job *job) {
+    int64_t done = 0;
     for (;;) {
         int64_t first = (int64_t)atomic_fetch_add(&job->next, job->step);
-        if (first >= job->count) break;
+        if (first >= job->count) return done;
         int64_t last = first + job->step < job->count ? first + job->step : job->count;
         job->body(job->call, first, last);
         done += last - first;
     }
-    if (begin != 0) return; /* not the calling thread */
-    job->own_count = done;
-    job->own_work = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - processor;
+}
+
+static void work(int64_t begin, int64_t end, void *context) {
+    struct job *job = context;
+    (void)end;
+    if (begin != 0) { /* not the calling thread */
+        take(job);
+        return;
+    }
+    int is_short = job->count * job->cost <= SHORT;
+    int64_t time = nanoseconds(CLOCK_MONOTONIC), processor = is_short ? 0 : nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    job->own_count = take(job);
+    int64_t most = job->own_count * job->cost * SLOWEST;
     job->own_time = nanoseconds(CLOCK_MONOTONIC) - time;
+    job->own_work = !is_short ? nanoseconds(CLOCK_THREAD_CPUTIME_ID) - processor : job->own_time < most ? job->own_time : most;
 }
 
 /* torch_parallel_for returns when all threads have come and gone, also those that find no work left. One that the system has put aside for another process comes
@@ -102,16 +115,19 @@ static int is_alone(void) {
     return until != 0 && nanoseconds(CLOCK_MONOTONIC) < until;
 }
 
-/* `count` parts of `cost` elements each. No result depends on who computes a part. */
+/* `count` parts, such as rows, of `cost` elements each. No result depends on who computes a part. */
 static void run(loop *body, const void *call, int64_t count, int64_t cost, int64_t threads) {
     int64_t step = cost >= GRAIN ? 1 : GRAIN / (cost > 0 ? cost : 1);
     int64_t steps = (count + step - 1) / step;
     if (threads > steps) threads = steps;
+    if (step < LINE) step = cost * LINE < LOAD ? LINE : cost < LOAD ? LOAD / cost : 1;
+    int64_t share = threads < 1 ? count : (count + SHARES * threads - 1) / (SHARES * threads);
+    if (step > share) step = share;
     if (share_out == NULL || threads < 2 || is_alone()) {
         body(call, 0, count);
         return;
     }
-    struct job job = {.body = body, .call = call, .count = count, .step = step};
+    struct job job = {.body = body, .call = call, .count = count, .step = step, .cost = cost};
     atomic_init(&job.next, 0);
     int64_t start = nanoseconds(CLOCK_MONOTONIC);
     if (share_out(0, threads, 1, work, &job) != 0) work(0, 1, &job); /* what an error has left undone */

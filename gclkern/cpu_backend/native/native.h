@@ -13,6 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* dtypes of matrices */
 enum { MEAN = 0, SUM = 1, NONE = 2 }; /* reductions */
 enum { DONE = 0, WRONG_VALUES = 1, NO_MEMORY = 2 }; /* what a function returns */
 

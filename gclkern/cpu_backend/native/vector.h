@@ -13,9 +13,6 @@ enum {
     LANES = 16,  /* partial results of a sum or a maximum; fixed, so that the order of additions is the same on every machine */
 };
 
-/* Types of matrices, as gclkern.cpu_backend.library numbers them. */
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
 INLINE int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
