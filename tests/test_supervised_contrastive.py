@@ -122,6 +122,25 @@ def test_tiles_without_positives_compare_no_classes(monkeypatch: pytest.MonkeyPa
     assert compared == 2 * [True, False, False, True, False, True]
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("tile", [32, 512])
+def test_a_gradient_that_is_not_wanted_changes_no_other(tile: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tiles of samples alone, of both, and of prototypes alone."""
+    monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", tile)
+    monkeypatch.setattr(cpu_contrastive_loss, "_TILE", tile)
+    features, target, options = problem(70, 40, 9, FORMS["BCL"])
+    leaves = (features.requires_grad_(), options.pop("prototypes").requires_grad_())
+
+    def gradients(wanted: tuple[bool, bool]) -> tuple[Tensor, ...]:
+        given = [leaf if want else leaf.detach() for leaf, want in zip(leaves, wanted, strict=True)]
+        loss = supervised_contrastive(given[0], target, prototypes=given[1], backend=backend, **options)
+        return torch.autograd.grad(loss, [leaf for leaf, want in zip(leaves, wanted, strict=True) if want])
+
+    both = gradients((True, True))
+    torch.testing.assert_close(gradients((True, False)), both[:1])
+    torch.testing.assert_close(gradients((False, True)), both[1:])
+
+
 def test_numbers_of_classes_beyond_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     features, target, options = problem(22, 5, 9, FORMS["BCL"])
     expected = supervised_contrastive(features, target, backend="torch", **options)
@@ -324,7 +343,7 @@ def test_any_strides_and_labels(backend: str, device: torch.device) -> None:
     """Without prototypes labels may be any numbers."""
     features, target, _ = problem(12, 4, 10, {})
     expected = supervised_contrastive(features.to(device), target.to(device), backend=backend)
-    names = torch.tensor([2**40, -1, 0, 99])
+    names = torch.tensor([0, 99, 2**40, -1])  # in the order in which the loops sort them, so that sums are added in one order
     strided = torch.stack((features, features), 2)[:, :, 0]
     assert supervised_contrastive(strided.to(device), names[target].to(device), backend=backend).equal(expected)
 
