@@ -76,7 +76,7 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         parts += [f"lr {phase.lr:g} {phase.schedule.kind}", f"weight decay {phase.weight_decay:g}", f"{phase.sampler} sampler"]
         parts += [f"second batch by the {phase.second_sampler} sampler"] if phase.second_sampler else []
         parts += [f"mixup {phase.mixup:g}"] if phase.mixup else []
-        parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ')}"]
+        parts += [] if phase.trains == "all" else [f"trains the {phase.trains.replace('-', ' ').replace('head', 'classifier')}"]
         if phase.drw is not None:
             weighted = round(phase.drw * phase.epochs) + 1
             parts.append(f"class weights from epoch {weighted}" if weighted <= phase.epochs else "too few epochs for class weights")

@@ -287,6 +287,7 @@ def test_later_phases_follow_the_epochs_of_stage_1() -> None:
 
 def test_clouds_margins_and_reweighting_in_one_stage() -> None:
     (phase,) = plan("gcl-ldam-drw", None, "cifar100-lt", COUNTS)
+    assert phase.title == "stage-1: gcl + LDAM-DRW"
     ldam = plan("ldam-drw", None, "cifar100-lt", COUNTS)[0]
     same = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "mixup", "sampler", "head", "drw")
     assert [getattr(phase, name) for name in same] == [getattr(ldam, name) for name in same]

@@ -82,7 +82,7 @@ def test_the_run_says_what_it_does(run: tuple[Path, str]) -> None:
         "baseline: ce, 4 epochs of 7 steps (448 images), batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2, scale 30",
         "stage-1: gcl, 2 epochs of 7 steps (448 images), batch 64, lr 0.1 cosine, weight decay 0.0005, instance sampler, mixup 0.2, noise_mul 0.5, scale 30",
         (
-            "stage-2: gcl, 2 epochs of 7 steps (448 images), batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the head, "
+            "stage-2: gcl, 2 epochs of 7 steps (448 images), batch 64, lr 0.02 cosine, weight decay 0.0005, cben sampler, mixup 0.2, trains the classifier, "
             "noise_mul 0.5, margin 0.1, scale 20, gamma 1"
         ),
     ]

@@ -48,7 +48,8 @@ class Phase:
     @property
     def title(self) -> str:
         """The name and the loss, or what is computed without training."""
-        return f"{self.name}: {self.loss if self.epochs else self.trains}" + (" + DRO-LT" if self.robust else "")
+        also = " + DRO-LT" if self.robust else " + LDAM-DRW" if self.loss == "gcl" and "max_margin" in self.options else ""
+        return f"{self.name}: {self.loss if self.epochs else self.trains}{also}"
 
     def overrides(self, field: str) -> list[str]:
         """The settings of a run that override a field, in backticks; none for phases between the first and the second stage, whose fields are the method's."""
