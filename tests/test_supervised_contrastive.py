@@ -339,6 +339,22 @@ def test_gradcheck(device: torch.device) -> None:
         )
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("form", ["BCL", "PSC"])
+def test_rows_longer_than_a_block(form: str) -> None:
+    """Features of more than 512 elements, and as many keys of a sample, of its class in the second block, too."""
+    features, target, options = problem(30, 600, 520, FORMS[form])
+    check(features, target, options, "cpu", torch.device("cpu"))
+
+
+def test_counts_of_1_leave_the_positives_out_of_the_denominator(backend: str, device: torch.device) -> None:
+    """As the class of a single key has none in its own."""
+    features, target, _ = problem(22, 5, 9, {})
+    features, target = features.to(device), target.to(device)
+    counted = supervised_contrastive(features, target, class_counts=torch.ones(5, device=device), backend=backend)
+    torch.testing.assert_close(counted, supervised_contrastive(features, target, include_own_class=False, backend=backend))
+
+
 def test_any_strides_and_labels(backend: str, device: torch.device) -> None:
     """Without prototypes labels may be any numbers."""
     features, target, _ = problem(12, 4, 10, {})
