@@ -92,16 +92,19 @@ def test_more_than_a_tile(form: str, backend: str, device: torch.device, monkeyp
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled)])
-@pytest.mark.parametrize(("rows", "classes"), [(70, 6), (30, 66), (30, 6)])
-def test_tiles_of_samples_and_prototypes(rows: int, classes: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "classes", "form", "kept"),
+    [(70, 6, "BCL", (0, 0)), (30, 66, "BCL", (0, 0)), (30, 6, "BCL", (30, 36)), (30, 66, "prototypes alone", (30, 66))],
+)
+def test_tiles_of_samples_and_prototypes(rows: int, classes: int, form: str, kept: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward has the only tile from forward, and computes several again."""
-    features, target, options = problem(rows, classes, 9, FORMS["BCL"])
+    features, target, options = problem(rows, classes, 9, FORMS[form])
     monkeypatch.setattr(torch_contrastive_loss, "_CPU_TILE", 32)
     monkeypatch.setattr(cpu_contrastive_loss, "_TILE", 32)
     check(features, target, options, backend, torch.device("cpu"))
     loss = supervised_contrastive(features.requires_grad_(), target, backend=backend, **options)
     node: Any = loss.grad_fn
-    assert tuple(node.saved_tensors[-1].shape) == ((30, 36) if rows + classes == 36 else (0, 0))
+    assert tuple(node.saved_tensors[-1].shape) == kept
 
 
 def test_tiles_without_positives_compare_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:

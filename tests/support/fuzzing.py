@@ -1,8 +1,8 @@
 """Files of any content for everything that reads a user's files: python -m tests.support.fuzzing TARGET --seconds S [--corpus FOLDER]
 
 Each target makes files from bytes and reads them. Whatever the bytes are, it must succeed or raise one of the errors of EXPECTED, whose message names the file;
-anything else is a fault. The bytes come from atheris, which looks for those that reach new lines of the readers (`pip install atheris`), and in the tests from
-the corpus tests/training/data/corpus/ and from hypothesis.
+anything else is a fault. The bytes come from atheris, which looks for those that reach new lines of the readers (`pip install atheris`). What it has found to
+be misread is in tests/training/data/test_fuzzing.py, which adds bytes from hypothesis.
 """
 
 from __future__ import annotations
