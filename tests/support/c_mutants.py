@@ -53,17 +53,19 @@ def _replacements(kind: str, text: str) -> Iterator[str]:
 
 
 def _own_lines(source: str) -> set[int]:
-    """The lines that every compiler sees: those outside of #if, but for the one around a whole header."""
-    depth, usual = 0, int(source.lstrip().partition("*/")[2].lstrip().startswith("#ifndef"))
-    found = set()
-    for number, line in enumerate(source.splitlines(), 1):
-        if line.startswith(("#if", "#ifndef")):
-            depth += 1
+    """The lines that every compiler sees: those outside of #if, but for the one around a whole file, which ends with it."""
+    lines = source.rstrip().splitlines()
+    begun: list[int] = []
+    depths = []
+    around = len(lines)  # where the #if around a whole file begins
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#if"):
+            begun.append(number)
         elif line.startswith("#endif"):
-            depth -= 1
-        elif depth <= usual:
-            found.add(number)
-    return found
+            first = begun.pop()
+            around = first if number == len(lines) else around
+        depths.append(len(begun))
+    return {number for number, depth in enumerate(depths, 1) if depth == int(number > around)}
 
 
 def _changes(source: str, begin: int, end: int) -> Iterator[tuple[int, int, str, str]]:
