@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common import BROKEN, STOPPED, Case
 from benchmarks.memory import allocated_peak
-from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, load_warning, number_of_rounds, prepare, rounds_in_turn
+from benchmarks.timing import CAPTURE_FAILED, Stopwatch, cold_copies, keep_freed_memory, load_warning, number_of_rounds, prepare, rounds_in_turn
 
 STOPWATCH = Stopwatch()
 
@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not any(str(argument).startswith("--benchmark-sort") for argument in config.invocation_params.args):
         config.option.benchmark_sort = "median"
     config.stash[_WARNING] = load_warning(torch.get_num_threads())
+    keep_freed_memory()
 
 
 _START = pytest.StashKey[float]()

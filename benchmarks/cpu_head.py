@@ -30,7 +30,7 @@ from benchmarks import bench_head
 from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, load_average, load_warning, rounds_in_turn, wall_clock
+from benchmarks.timing import Call, keep_freed_memory, load_average, load_warning, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
@@ -155,6 +155,7 @@ def main() -> None:
     if args.memory_of is not None:
         print(memory_of(args))
         return
+    keep_freed_memory()
     load, cores = load_average(), os.cpu_count() or 1
     warning = load_warning(args.threads)
     if warning:

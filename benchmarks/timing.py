@@ -39,6 +39,15 @@ def load_warning(threads: int) -> str:
     return f"WARNING: the load of the last minute is {load:.1f} on {cores} cores: beside other processes times are too long, and ratios may be wrong"
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that tensors free, as in a training, for the rest of the process.
+
+    It returns large blocks to the system, and the next tensor then waits for the system to clear each page, until a block of at most 32 MB was freed once:
+    blocks up to that size are kept from then on. So without this, times would depend on what the process has done before, those of plain torch most.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 class Stopwatch:
     """A clock that advances only by what is added to it. As pytest-benchmark's timer it makes a round last as long as the GPU's events measured."""
 
