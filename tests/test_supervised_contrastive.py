@@ -306,23 +306,26 @@ def test_sixteen_bits(dtype: torch.dtype, backend: str, device: torch.device) ->
     check(features.to(dtype), target, options, backend, device)
 
 
-@pytest.mark.compiled
+ON_CPU = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.compiled)])
+
+
+@ON_CPU
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_prototypes_of_sixteen_bits(dtype: torch.dtype) -> None:
+def test_prototypes_of_sixteen_bits(dtype: torch.dtype, backend: str) -> None:
     features, target, options = problem(22, 5, 9, FORMS["BCL"])
     across = options["prototypes"].T.to(dtype).contiguous().T  # whose columns are the neighbours in memory
-    check(features.to(dtype), target, options | {"prototypes": across}, "cpu", torch.device("cpu"))
+    check(features.to(dtype), target, options | {"prototypes": across}, backend, torch.device("cpu"))
 
 
-@pytest.mark.compiled
-def test_low_temperatures_have_float64() -> None:
+@ON_CPU
+def test_low_temperatures_have_float64(backend: str) -> None:
     """Whose exponentials float32 cannot hold: the loops refuse them, and torch computes them in their place."""
     features, target, options = problem(22, 5, 9, FORMS["BCL without prototypes"])
-    check(features, target, options | {"temperature": FLOAT32_TEMPERATURE}, "cpu", torch.device("cpu"))
+    check(features, target, options | {"temperature": FLOAT32_TEMPERATURE}, backend, torch.device("cpu"))
     low = options | {"temperature": 0.024}
     check(features.detach(), target, low, "auto", torch.device("cpu"), error=1e-7)
     with pytest.raises(ValueError, match=r'backend="cpu" has no supervised_contrastive at temperatures below 0\.025; use backend="torch" or "auto"'):
-        supervised_contrastive(features, target, backend="cpu", **low)
+        supervised_contrastive(features, target, backend=backend, **low)
 
 
 def test_float64(device: torch.device) -> None:
@@ -342,12 +345,12 @@ def test_gradcheck(device: torch.device) -> None:
         )
 
 
-@pytest.mark.compiled
+@ON_CPU
 @pytest.mark.parametrize("form", ["BCL", "PSC"])
-def test_rows_longer_than_a_block(form: str) -> None:
+def test_rows_longer_than_a_block(form: str, backend: str) -> None:
     """Features of more than 512 elements, and as many keys of a sample, of its class in the second block, too."""
     features, target, options = problem(30, 600, 520, FORMS[form])
-    check(features, target, options, "cpu", torch.device("cpu"))
+    check(features, target, options, backend, torch.device("cpu"))
 
 
 def test_counts_of_1_leave_the_positives_out_of_the_denominator(backend: str, device: torch.device) -> None:

@@ -22,10 +22,6 @@ _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")  # `empty_like` tak
 Place = tuple[int, int, int, int]  # of a tile: its rows, of samples, and its columns, of keys
 
 
-def _is_one_tile(num_samples: int, columns: int) -> bool:
-    return num_samples * columns <= 2 * _TILE**2
-
-
 def _saved(features: Tensor, prototypes: Tensor | None, include_samples: bool) -> list[Tensor]:
     """What backward needs: unit rows (K, D); everything that the loops keep of samples and keys; and the exponentials of all pairs if they are one tile."""
     num_samples, dim = features.shape
@@ -35,7 +31,7 @@ def _saved(features: Tensor, prototypes: Tensor | None, include_samples: bool) -
     return [
         torch.empty((num_keys, dim), dtype=torch.float32, device=device),
         torch.empty(7 * num_samples + 3 * num_keys, dtype=torch.float64, device=device),
-        torch.empty((num_samples, columns) if _is_one_tile(num_samples, columns) else (0, 0), dtype=torch.float32, device=device),
+        torch.empty((num_samples, columns) if num_samples * columns <= 2 * _TILE**2 else (0, 0), dtype=torch.float32, device=device),
     ]
 
 
@@ -57,10 +53,10 @@ def _members(
     )  # fmt: skip
 
 
-def _places(num_samples: int, num_keys: int, include_samples: bool) -> Iterator[Place]:
+def _places(num_samples: int, num_keys: int, include_samples: bool, is_one_tile: bool) -> Iterator[Place]:
     """The tiles of the matrix, without those below the diagonal of pairs of samples."""
     first = 0 if include_samples else num_samples
-    if _is_one_tile(num_samples, num_keys - first):
+    if is_one_tile:
         yield 0, num_samples, first, num_keys
         return
     for top in range(0, num_samples, _TILE):
@@ -93,11 +89,12 @@ def contrastive_forward(
     num_samples, num_keys = features.shape[0], unit.shape[0]
     loss = unit.new_empty(num_samples) if reduction == "none" else torch.empty_like(_SCALAR)
     members = _members(features, prototypes, target, class_counts, temperature, include_samples, include_own_class, reduction, saved, loss)
+    is_one_tile = kept.shape[0] > 0
     parts, tile = None, kept
-    if kept.shape[0] == 0:
+    if not is_one_tile:
         parts, tile = unit.new_empty(_PARTS), unit.new_empty((_TILE, _TILE))
     threads, begun = torch.get_num_threads(), False
-    for place in _places(num_samples, num_keys, include_samples):
+    for place in _places(num_samples, num_keys, include_samples, is_one_tile):
         arguments = Contrast.pack(*members, tile.data_ptr(), *place, address(parts), 0, NULL, NULL, 0, NULL, NULL, NULL, NULL, threads)
         if not begun:
             call("contrast_begin", arguments)
@@ -133,7 +130,7 @@ def contrastive_backward(
     pull = torch.empty_like(kept) if is_one_tile else unit.new_empty((_TILE, _TILE))
     exponentials = kept if is_one_tile else pull
     arguments = b""
-    for place in _places(num_samples, num_keys, include_samples):
+    for place in _places(num_samples, num_keys, include_samples, is_one_tile):
         top, bottom, left, right = place
         tile = pull if is_one_tile else _cosines(unit, place, pull)
         arguments = Contrast.pack(*members, exponentials.data_ptr(), *place, NULL, is_one_tile, pull.data_ptr(), *results)
