@@ -288,6 +288,9 @@ def test_later_phases_follow_the_epochs_of_stage_1() -> None:
 def test_clouds_margins_and_reweighting_in_one_stage() -> None:
     (phase,) = plan("gcl-ldam-drw", None, "cifar100-lt", COUNTS)
     assert phase.title == "stage-1: gcl + LDAM-DRW"
+    for retrain in RETRAINS:
+        if retrain != "none":
+            assert plan("ce", retrain, "cifar100-lt", COUNTS)[-1].title == f"stage-2: {retrain}"
     ldam = plan("ldam-drw", None, "cifar100-lt", COUNTS)[0]
     same = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "mixup", "sampler", "head", "drw")
     assert [getattr(phase, name) for name in same] == [getattr(ldam, name) for name in same]

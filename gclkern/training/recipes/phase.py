@@ -7,6 +7,8 @@ from typing import Any
 
 from gclkern.training.schedules import Schedule
 
+_RETRAINS = {"scale": "lws", "head-and-scale": "mislas", "calibration": "disalign"}  # by what they train
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -47,7 +49,9 @@ class Phase:
 
     @property
     def title(self) -> str:
-        """The name and the loss, or what is computed without training."""
+        """The name and the loss; of a re-training with another name than its loss, that name."""
+        if self.name == "stage-2" and (retrain := _RETRAINS.get(self.trains) or ("crt" if self.loss == "ce" and self.start == "new head" else "")):
+            return f"{self.name}: {retrain}"
         also = " + DRO-LT" if self.robust else " + LDAM-DRW" if self.loss == "gcl" and "max_margin" in self.options else ""
         return f"{self.name}: {self.loss if self.epochs else self.trains}{also}"
 
