@@ -182,6 +182,21 @@ def test_the_gradient_that_forward_makes_is_given_away_once(reduction: Reduction
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("upstream", "times"),
+    [
+        (torch._neg_view(torch.ones(())), -1.0), (torch._efficientzerotensor(()), 0.0), (torch.ones((), dtype=torch.complex64).conj().imag, 0.0),
+        (torch.full((), 2.0), 2.0), (torch.ones((), dtype=torch.float16), 1.0), (torch.ones((), dtype=torch.float64), 1.0),
+    ],
+    ids=["minus one in the memory of one", "zeros without memory", "no sign", "two", "half", "double"],
+)  # fmt: skip
+def test_only_an_upstream_gradient_of_one_is_taken_for_it(upstream: Tensor, times: float) -> None:
+    cosine, target = vector(20, -1.0, 1.0).view(4, 5).requires_grad_(), labels(4, 5)
+    expected, found = (torch.autograd.grad(gcl_cross_entropy(cosine, target, backend="cpu"), cosine, given)[0] for given in (None, upstream))
+    assert torch.equal(found, expected * times)
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize(("dtype", "dropped"), [(torch.float16, 13), (torch.bfloat16, 16)])
 def test_gradients_are_rounded_to_the_nearest_half_and_ties_to_even(dtype: torch.dtype, dropped: int) -> None:
     """Of so many, some lie exactly between two numbers."""
