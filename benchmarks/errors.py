@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.common import RESULTS
 from benchmarks.provenance import kernels_hash, torch_hash
 from gclkern.functional import class_centroids, dro_lt_loss, gcl_cross_entropy, linear_gcl_cross_entropy, supervised_contrastive
-from gclkern.kernels.terms import PREFIXES
+from gclkern.kernels.terms import FLOAT32_TEMPERATURE, PREFIXES
 from gclkern.losses.proco import vmf_contrast
 from gclkern.options import Backend
 from gclkern.torch_backend.noise import philox_words
@@ -334,7 +334,7 @@ OPERATIONS = {
     "logits": Grid(_logits, (*LIBRARY, "F.cross_entropy")),
     "head": Grid(_head, (*LIBRARY, "F.cross_entropy", "F.linear_cross_entropy", PEER)),
     "angular margin": Grid(_angular, (*LIBRARY, "torch.acos", PEER), scales=(30.0, 64.0)),
-    "samples": Grid(_samples, ("torch", "triton", "F.cross_entropy", PEER), scales=(14.0, 30.0, 64.0), offsets=(0.0,), classes=(None,)),
+    "samples": Grid(_samples, ("torch", "cpu", "triton", "F.cross_entropy", PEER), scales=(14.0, 30.0, 64.0), offsets=(0.0,), classes=(None,)),
     "ProCo": Grid(_proco, ("torch", "triton", "difference of logarithms"), scales=(30.0, 64.0)),
     "DRO-LT bound": Grid(_bound, (*LIBRARY, "torch.cdist by products"), classes=(None,), bias=False),
     "centroids": Grid(_centroids, (*LIBRARY, "index_add_"), p=(None,), scales=(None,), classes=(None,), bias=False),
@@ -357,10 +357,15 @@ def problems() -> Iterator[Problem]:
 
 
 def implementations(problem: Problem) -> list[str]:
-    """Those that have the problem. pytorch-metric-learning has no bias, and normalises always; interpreted, kernels take minutes for many classes."""
+    """Those that have the problem. pytorch-metric-learning has no bias, and normalises always; interpreted, kernels take minutes for many classes.
+
+    The loops have no losses over samples at temperatures whose smallest exponential float32 does not hold.
+    """
     without = {PEER} if problem.offset or problem.scale == 1 else set()
     if (problem.classes or 0) > SMALL and problem != Problem("logits", classes=100_000):
         without.add("triton")
+    if problem.operation == "samples" and 1 / (problem.scale or 1.0) < FLOAT32_TEMPERATURE:
+        without.add("cpu")
     return [name for name in OPERATIONS[problem.operation].implementations if name not in without]
 
 
