@@ -340,9 +340,11 @@ class Session:
 
     def try_one(self, session: pytest.Session, mutant: Mutant | None, functions: dict[str, list[FunctionType]], tell: Callable[[dict[str, Any]], None]) -> int:
         if self.native:
+            from gclkern import ready
             from gclkern.cpu_backend import library
 
             library._library = library.load(self.library)
+            ready.connect(library.module_of(library._library))
         elif mutant is not None:
             from triton.runtime.interpreter import InterpretedFunction
 
