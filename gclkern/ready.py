@@ -19,6 +19,7 @@ from gclkern.devices import ORDINARY_KEYS, PLAIN, is_ordinary, is_traced, saved_
 from gclkern.validation import resolve_seed
 
 _SCALAR, _SEED = torch.empty((), device="cpu"), torch.empty((), dtype=torch.int64, device="cpu")  # `empty_like` takes less time than `empty`
+_SEEDS = (-(2**63), 2**63 - 1)  # those that `resolve_seed` draws
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +41,7 @@ is_usual_backward: Callable[[Tensor], bool] = _never
 
 def _find_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """As `resolve_seed`, whose `randint` draws the same number, but takes longer."""
-    return torch.empty_like(_SEED).random_(-(2**63), 2**63 - 1) if seed is None else resolve_seed(seed, device)
+    return torch.empty_like(_SEED).random_(*_SEEDS) if seed is None else resolve_seed(seed, device)
 
 
 def connect(module: ModuleType | None) -> None:
@@ -53,7 +54,7 @@ def connect(module: ModuleType | None) -> None:
         module.connect(
             torch, torch.Tensor.__dlpack_c_exchange_api__, PLAIN, torch._C._dispatch_keys, ORDINARY_KEYS, torch._C._len_torch_dispatch_stack,
             torch._C._are_functorch_transforms_active, torch.is_grad_enabled, torch.get_num_threads, _find_seed, torch.device("cpu"),
-            _SCALAR, {"dtype": torch.float32, "memory_format": torch.contiguous_format}, saved_tensors_are_freed,
+            _SCALAR, {"dtype": torch.float32, "memory_format": torch.contiguous_format}, saved_tensors_are_freed, _SEED, _SEED.random_, _SEEDS,
         )  # fmt: skip
     except (AttributeError, RuntimeError):  # another torch
         return

@@ -16,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -407,6 +408,21 @@ def test_means_are_sums_over_counts(rows: int, dtype: torch.dtype) -> None:
     target[3] = 10
     *_, valid = sums_or_means(features, target, 10, means=True)
     assert not valid
+
+
+def test_threads_take_the_seeds_that_one_takes() -> None:
+    """Each call has a seed of its own, also while another thread draws one."""
+    cosine, target, cloud = torch.zeros(2, 3), torch.tensor([0, 1]), torch.full((3,), 0.5)
+
+    def loss(_: int) -> float:
+        return float(gcl_cross_entropy(cosine, target, cloud))
+
+    torch.manual_seed(0)
+    expected = [loss(call) for call in range(400)]
+    torch.manual_seed(0)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(loss, range(400)))
+    assert sorted(found) == sorted(expected)
 
 
 def test_another_device_is_refused() -> None:

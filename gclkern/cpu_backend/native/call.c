@@ -49,8 +49,9 @@ struct exchange {
 
 struct state {
     PyObject *torch, *plain, *dispatch_keys, *ordinary_keys, *stack_depth, *transforms_are_active, *grad_is_enabled, *num_threads, *find_seed, *cpu, *scalar,
-        *float_options, *saved_tensors_are_freed;
+        *float_options, *saved_tensors_are_freed, *draw, *bounds;
     PyObject *raw_repr, *requires_grad, *empty_like;
+    const int64_t *drawn; /* where `draw` puts a seed */
     const struct exchange *exchange;
 };
 
@@ -200,16 +201,37 @@ static PyObject *new_tensor(const struct state *state, PyObject *like, PyObject 
     return NULL;
 }
 
+/* The seed that the argument gives, or one from torch's generator; 0 with an error of Python, or if it is not a tensor in memory. To draw one costs the time
+ * of an operator of torch: it goes to a tensor made once, unless another thread is about to take its seed from there. */
+static int find_seed(const struct state *state, PyObject *given, int64_t *seed) {
+    static int in_use; /* changed by the thread that holds Python's lock, which torch may release while it draws */
+    struct dl_tensor tensor;
+    int found;
+    PyObject *owner;
+    if (given == Py_None && !in_use) {
+        in_use = 1;
+        owner = PyObject_Call(state->draw, state->bounds, NULL);
+        found = owner != NULL;
+        *seed = *state->drawn;
+        in_use = 0;
+    } else {
+        owner = PyObject_CallFunctionObjArgs(state->find_seed, given, state->cpu, NULL);
+        found = owner != NULL && read_tensor(state, owner, &tensor);
+        if (found) *seed = *(const int64_t *)tensor.data;
+    }
+    Py_XDECREF(owner);
+    return found;
+}
+
 /* The loss, and the gradient of the cosines for an upstream gradient of 1, or None where there will be no backward. NULL if values are wrong,
  * or with an error of Python. */
 static PyObject *computed(const struct state *state, PyObject *const *values, struct logits *call) {
-    struct dl_tensor seed;
-    PyObject *loss = NULL, *gradient = Py_None, *drawn = NULL, *result = NULL;
+    int64_t seed;
+    PyObject *loss = NULL, *gradient = Py_None, *result = NULL;
     call->threads = int_of(state->num_threads);
     if (call->terms.cloud != NULL) {
-        drawn = PyObject_CallFunctionObjArgs(state->find_seed, values[GIVEN_SEED], state->cpu, NULL);
-        if (drawn == NULL || !read_tensor(state, drawn, &seed)) goto end;
-        call->terms.seed = seed.data;
+        if (!find_seed(state, values[GIVEN_SEED], &seed)) goto end;
+        call->terms.seed = &seed;
     }
     if (is_the(Py_True, PyObject_CallNoArgs(state->grad_is_enabled)) &&
         (requires_grad(state, values[GIVEN_COSINE]) || (call->terms.bias != NULL && requires_grad(state, values[GIVEN_BIAS])))) {
@@ -228,7 +250,6 @@ static PyObject *computed(const struct state *state, PyObject *const *values, st
 end:
     if (gradient != Py_None) Py_XDECREF(gradient);
     Py_XDECREF(loss);
-    Py_XDECREF(drawn);
     return result;
 }
 
@@ -268,10 +289,11 @@ static PyObject *is_usual_backward(PyObject *module, PyObject *value) {
 
 static PyObject *connect(PyObject *module, PyObject *arguments) {
     struct state *state = PyModule_GetState(module), given = {0};
-    PyObject *capsule;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOO", &given.torch, &capsule, &given.plain, &given.dispatch_keys, &given.ordinary_keys, &given.stack_depth,
+    struct dl_tensor seed;
+    PyObject *capsule, *scratch;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOO", &given.torch, &capsule, &given.plain, &given.dispatch_keys, &given.ordinary_keys, &given.stack_depth,
                           &given.transforms_are_active, &given.grad_is_enabled, &given.num_threads, &given.find_seed, &given.cpu, &given.scalar,
-                          &given.float_options, &given.saved_tensors_are_freed)) {
+                          &given.float_options, &given.saved_tensors_are_freed, &scratch, &given.draw, &given.bounds)) {
         return NULL;
     }
     given.raw_repr = PyUnicode_InternFromString("raw_repr");
@@ -285,6 +307,8 @@ static PyObject *connect(PyObject *module, PyObject *arguments) {
         PyErr_SetString(PyExc_RuntimeError, "torch has another version of DLPack's exchange interface");
         return NULL;
     }
+    if (given.exchange->read(scratch, &seed) != 0) return NULL;
+    given.drawn = (const int64_t *)((char *)seed.data + seed.byte_offset);
     *state = given;
     Py_INCREF(arguments); /* for as long as the process runs, and with it the objects in it */
     Py_INCREF(Py_None);
