@@ -6,8 +6,10 @@ finds in the cache what training would read from memory; `cold_copies` returns t
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ MAX_CALLS = 64
 CAPTURE_FAILED = "capture failed"
 ROUND_SECONDS = {"cuda": 0.2, "cpu": 0.5}  # of all rounds of a group together
 ROUNDS = {"cuda": (7, 50), "cpu": (5, 50)}  # their least number, for a median, and the most
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
 def load_average() -> float:
@@ -40,12 +43,15 @@ def load_warning(threads: int) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors free, as in a training, for the rest of the process.
+    """Have glibc keep the memory that tensors of up to 32 MB free, for the rest of the process.
 
-    It returns large blocks to the system, and the next tensor then waits for the system to clear each page, until a block of at most 32 MB was freed once:
-    blocks up to that size are kept from then on. So without this, times would depend on what the process has done before, those of plain torch most.
+    Else it returns large blocks to the system, and the next tensor waits for the system to clear each page. When it does depends on the sizes that a process
+    has freed before, so times would depend on the other contestants, those of plain torch most. Other C libraries are left as they are.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # the largest value that it takes
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Stopwatch:
