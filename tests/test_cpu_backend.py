@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gclkern import cloud_noise, cpu_backend
 from gclkern import ready as ready_calls
@@ -394,6 +395,28 @@ def test_a_call_that_skips_the_checks_is_refused_as_one_that_does_not(monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(ready_calls, "ready_rows", lambda *_: False)
             assert refusal(class_centroids, arguments) == found, wrong
+
+
+class NoRandom(TorchFunctionMode):
+    """Refuses the operator that draws the seed of a usual call."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is Tensor.random_:
+            raise RuntimeError("no number is drawn here")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.compiled
+def test_where_no_seed_can_be_drawn_the_checks_draw_one(checked: Callable[[], None]) -> None:
+    arguments = usual(seed=None)
+    assert ready(**arguments)  # so a seed has been drawn before
+    with NoRandom():
+        assert not ready(**arguments)
+        torch.manual_seed(0)
+        found = gcl_cross_entropy(**arguments)
+    checked()
+    torch.manual_seed(0)
+    assert torch.equal(found, gcl_cross_entropy(**arguments))
 
 
 @pytest.mark.compiled
