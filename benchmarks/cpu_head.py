@@ -127,7 +127,7 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
             continue  # its process has just compiled, which hides the memory of the step
         note(f"memory of {name}")
         command = [sys.executable, "-m", "benchmarks.cpu_head", *sizes, "--memory-of", name]
-        # the least of three: the library's threads may keep a buffer of their own or not
+        # the least of three: plain torch's varies by a fifth from process to process
         peak = min(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3))
         found[name] = {"peak_bytes": peak, "peak_bytes_beyond_gradients": peak - gradients}
     return found

@@ -43,7 +43,7 @@ def load_warning(threads: int) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors of up to 32 MB free, for the rest of the process.
+    """Have glibc keep freed blocks of up to 32 MB for the next tensors, for the rest of the process.
 
     Else it returns large blocks to the system, and the next tensor waits for the system to clear each page. When it does depends on the sizes that a process
     has freed before, so times would depend on the other contestants, those of plain torch most. Other C libraries are left as they are.
