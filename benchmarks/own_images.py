@@ -37,7 +37,7 @@ from gclkern.training.checkpoint import load_checkpoint
 from gclkern.training.data import DeviceImages, load_data
 from gclkern.training.data.cifar import load_cifar
 from gclkern.training.data.groups import GROUPS
-from gclkern.training.data.longtail import choose_subset, profile_counts, stratified_split
+from gclkern.training.data.longtail import profile_counts, stratified_split
 from gclkern.training.evaluation import evaluate_logits, predict
 from gclkern.training.network import load_network
 from gclkern.training.processes import Processes
@@ -45,7 +45,7 @@ from gclkern.training.processes import Processes
 OWN_IMAGES = RESULTS / "own_images"
 TEST_IMAGES = 100  # of each class
 COMPARED = ("ce", "ldam-drw", "gcl", "gcl-ldam-drw")
-EPOCHS = (24, 60)
+EPOCHS = (24, 60, 200)
 HEADER = ("pixels", "epochs", "method", "seeds", "top-1", *GROUPS, "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
 
 
@@ -64,15 +64,21 @@ FOLDERS = {
 
 
 def _cifar_images(cifar: Path, counts: list[int]) -> Iterator[tuple[str, str, Image.Image]]:
-    """Part, class name and image, of the first classes in the official files."""
-    whole = load_cifar("cifar100-lt", cifar, 1.0, "exp", 0, download=False)
-    chosen = {"train": (whole.train, choose_subset(whole.train.labels, counts, 0)), "test": (whole.test, (whole.test.labels < len(counts)).nonzero().flatten())}
-    for part, (images, places) in chosen.items():
+    """Part, class name and image, of the first classes of CIFAR-100-LT with imbalance 100; of each class the first training images in its order."""
+    splits = load_cifar("cifar100-lt", cifar, 100.0, "exp", 0, download=False)
+    for part, images in (("train", splits.train), ("test", splits.test)):
         assert isinstance(images, DeviceImages)
-        for place in places.tolist():
-            label = int(images.labels[place])
-            name = str(label) if whole.class_names is None else whole.class_names[label]
-            yield part, name, Image.fromarray(np.ascontiguousarray(images.images[place].permute(1, 2, 0).numpy()))
+        for label in range(len(counts)):
+            places = (images.labels == label).nonzero().flatten()
+            if part == "train":
+                places = places[: counts[label]]
+            name = str(label) if splits.class_names is None else splits.class_names[label]
+            for place in places.tolist():
+                image = images.images[place]
+                if image.max() == image.min():
+                    blank = f"{part} image {place} of class {name} has one colour"
+                    raise ValueError(f"{blank}: these CIFAR files are incomplete; give the official ones by --cifar")
+                yield part, name, Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
 
 
 def _drawn_images() -> Iterator[tuple[str, str, Image.Image]]:
@@ -200,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cifar", type=Path, default=Path("data"), help="folder of CIFAR-100's official files (default data)")
     add("--pixels", type=number(int, 8, 32), default=32, metavar="N", help="size of the images (default 32)")
     add("--methods", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME", help=f"of {', '.join(COMPARED)} (default all)")
-    add("--epochs", nargs="+", type=number(int, 1), default=EPOCHS, metavar="N", help="of stage 1 (default 24 and 60)")
+    add("--epochs", nargs="+", type=number(int, 1), default=EPOCHS, metavar="N", help="of stage 1 (default 24, 60 and 200)")
     add("--seeds", nargs="+", type=number(int, 0), default=(0, 1, 2), metavar="SEED", help="default 0 1 2")
     add("--jobs", type=number(int, 1), default=1, help="runs at a time (default 1)")
     add("--seconds", type=number(float, 0), default=float("inf"), help="stop after so long, with checkpoints (default never)")

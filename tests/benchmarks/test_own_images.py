@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import train
 from benchmarks import own_images
 from benchmarks.drawn_photos import SHAPES
 from benchmarks.own_images import COMPARED, FOLDERS, OwnRun, one_temperature, tables, write_folder
-from gclkern.training.data import DeviceImages, load_data
+from gclkern.training.data import DataSplits, DeviceImages, load_data
 from gclkern.training.recipes import plan_run
 
 
@@ -44,6 +45,34 @@ def test_sizes_of_the_folders() -> None:
         (100, 10847, 100.0),
         (12, 600, 160 / 6),
     ]
+
+
+def _splits(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+    """In place of CIFAR-100-LT: four images of class 0 and two of class 1 in both parts."""
+    part = DeviceImages(images, torch.tensor([0, 0, 1, 0, 1, 0]), mean=(0.5,) * 3, std=(0.5,) * 3, augment="none")
+    splits = DataSplits("cifar100-lt", part, part, None, [4, 2], {}, 2, None, 3, 2)
+    monkeypatch.setattr(own_images, "load_cifar", lambda *arguments, **options: splits)
+    monkeypatch.setitem(FOLDERS, "subset", own_images.Images("", [3, 1]))
+
+
+def test_the_first_training_images_of_the_long_tailed_set_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second random choice would take images that are not in the set that the papers use."""
+    images = torch.arange(6 * 12, dtype=torch.uint8).view(6, 3, 2, 2)
+    _splits(monkeypatch, images)
+    write_folder("subset", tmp_path, tmp_path / "folder", 2)
+    loaded = load_data("folder", data_dir=tmp_path / "folder")
+    assert isinstance(loaded.train, DeviceImages) and isinstance(loaded.test, DeviceImages)
+    assert torch.equal(loaded.train.images, images[[0, 1, 3, 2]]) and torch.equal(loaded.test.images, images[[0, 1, 3, 5, 2, 4]])
+
+
+def test_an_image_that_is_blank_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Incomplete files have blank images in place of those that they lack."""
+    images = torch.arange(6 * 12, dtype=torch.uint8).view(6, 3, 2, 2)
+    images[3] = 0
+    _splits(monkeypatch, images)
+    with pytest.raises(ValueError, match="train image 3 of class 0 has one colour: these CIFAR files are incomplete; give the official ones by --cifar"):
+        write_folder("subset", tmp_path, tmp_path / "folder", 2)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_drawn_photos_are_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
