@@ -15,6 +15,8 @@ The text between `<!-- results:begin NAME -->` and `<!-- results:end -->` is gen
     errors     of numerics/errors.json, by `python -m benchmarks.errors`
     methods    of methods/steps.json, by `python -m benchmarks.methods`, of the recipes, the published numbers and accuracy/
 
+cpu_head, cpu_busy and cpu_loops also show what the folder avx2/ holds: the same files, measured on a processor without AVX-512.
+
 Every section names the code that was measured, and calls its figures stale if the code has changed since. Charts are SVG files in docs/images/. A test fails
 where a page or a chart is not what the results say.
 """
@@ -44,6 +46,7 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchm
 IMAGES = ROOT / "docs" / "images"
 SECTIONS = ("status", "summary", "cpu_head", "cpu_busy", "cpu_loops", "cpu", "gpu", "comparison", "accuracy", "own_images", "errors", "methods")
 CPU_TABLES = ("cpu_head", "cpu_busy")  # files of their own beside the reports
+AVX2 = "avx2"  # folder of the CPU's files as measured on a processor without AVX-512; the compiled loops have a version for each of the two
 _SECTION = re.compile(r"(<!-- results:begin (\S+) -->\n)(.*?)(<!-- results:end -->)", re.DOTALL)
 WHOLE = (BOTH, "pass", "draw", "step", "epoch")  # the phases that are all of an operation
 SIZES = {"N": ("rows", "samples"), "C": ("classes", "classes"), "D": ("dim", "dimensions")}
@@ -124,6 +127,11 @@ def _top1(found: Iterable[dict[str, Any]]) -> str:
     return f"{statistics.mean(shares):.1f}% ({len(shares)} seed{'s' if len(shares) > 1 else ''})" if shares else ""
 
 
+def _place(results: Path) -> str:
+    """The folder of results, as a command in the repository names it."""
+    return f"benchmarks/results/{AVX2}" if results.name == AVX2 else "benchmarks/results"
+
+
 def cpu_head(results: Path) -> str:
     data = json.loads((results / "cpu_head.json").read_text())
     shape, software = data["shape"], data["software"]
@@ -141,12 +149,13 @@ def cpu_head(results: Path) -> str:
         [
             f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32,",
             f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}, gclkern by {software.get('cpu_code', 'torch operators')}.",
-            f"Medians of {shape['rounds']} rounds in which the contestants take turns, on idle cores; the ratio is the median of the rounds' ratios.",
+            f"Medians of {shape['rounds']} rounds in which the contestants take turns; the ratio is the median of the rounds' ratios. In the minute before, the",
+            f"machine's load was {software['load']:.1f} on {software['cores']} cores.",
             "",
             _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
             "",
             measured_at("CPU code", [data["torch_hash"]], torch_hash()),
-            "By `python -m benchmarks.cpu_head --json benchmarks/results/cpu_head.json`.",
+            f"By `python -m benchmarks.cpu_head --json {_place(results)}/cpu_head.json`.",
         ]
     )
 
@@ -167,12 +176,13 @@ def cpu_busy(results: Path) -> str:
         [
             f"{software['machine']}, torch {software['torch']}, gclkern by {software['cpu_code']}; forward + backward, float32, noise on.",
             f"Means of {data['rounds']} rounds of at least {data['round_seconds']} s, in which the contestants take turns, alone and beside",
-            f"{software['cores']} processes that compute without end, one for each core; the slowdown with its standard error.",
+            f"{software['cores']} processes that compute without end, one for each core; the slowdown with its standard error. In the minute before, the",
+            f"machine's load was {software['load_before']:.1f}.",
             "",
             _table(["", "", "ms alone", "ms beside others", "slowdown"], rows),
             "",
             measured_at("CPU code", [data["torch_hash"]], torch_hash()),
-            "By `python -m benchmarks.cpu_busy --json benchmarks/results/cpu_busy.json`.",
+            f"By `python -m benchmarks.cpu_busy --json {_place(results)}/cpu_busy.json`.",
         ]
     )
 
@@ -440,9 +450,11 @@ def render(name: str, results: Path = RESULTS) -> str:
         text = {"status": status, "summary": summary}[name](results)
     elif name in CPU_TABLES:
         table = {"cpu_head": cpu_head, "cpu_busy": cpu_busy}[name]
-        text = table(results) if (results / f"{name}.json").exists() else f"Not measured yet: `python -m benchmarks.{name}`."
+        found = [folder for folder in (results, results / AVX2) if (folder / f"{name}.json").exists()]
+        text = "\n\n".join(map(table, found)) or f"Not measured yet: `python -m benchmarks.{name}`."
     elif name == "cpu_loops":
-        text = "\n\n".join(map(cpu_loops, _reports(results, gpu=False))) or "Not measured yet: `python -m benchmarks.gpu_report` on a machine without a GPU."
+        found = [*_reports(results, gpu=False), *_reports(results / AVX2, gpu=False)]
+        text = "\n\n".join(map(cpu_loops, found)) or "Not measured yet: `python -m benchmarks.gpu_report` on a machine without a GPU."
     elif name == "comparison":
         text = full_schedules(results)
     elif name == "accuracy":

@@ -41,6 +41,10 @@ def test_the_loops_are_compared_with_their_peers(tmp_path: Path) -> None:
     text = render_results.render("cpu_loops", tmp_path)
     assert "| logit loss, 4 x 10 | 1 | 4 | 5 | 2 | 5.0 | 1 | 5 |" in text and "| logit loss, 4 x 10 | 10 | 40 | 50 | 20 | 5.0 | 1 | 5 |" in text
     assert "**Stale**" in text
+    older = tmp_path / render_results.AVX2
+    older.mkdir()
+    (older / "cpu.json").write_text(report.read_text().replace("(avx2)", "(avx512)"))
+    assert render_results.render("cpu_loops", tmp_path) == text + "\n" + text.replace("(avx2)", "(avx512)")
     machine["cpu_code"] = "torch operators (its loops are not compiled)"
     report.write_text(json.dumps({"machine": machine, "complete": True, "torch_hash": "0123456789ab", "benchmarks": found}))
     assert render_results.render("cpu_loops", tmp_path).startswith("Not measured yet")
