@@ -67,7 +67,7 @@ METHODS = {
     "ce-mixup": Method("cross entropy, mixup", ("--method", "ce", "--mixup", "1")),
     "ldam-drw": Method("LDAM-DRW", ("--method", "ldam-drw")),
     "ce-mixup-crt": Method("cross entropy, mixup, cRT", ("--method", "ce", "--mixup", "1", "--retrain", "crt"), "ce-mixup"),
-    "la": Method("logit adjustment (balanced softmax)", ("--method", "la")),
+    "la": Method("logit adjustment", ("--method", "la")),
     "gcl-stage1": Method("GCL, stage 1", ("--method", "gcl", "--retrain", "none")),
     "gcl-class-balanced": _gcl("GCL, class-balanced sampling", "--retrain", "gcl", "--sampler", "class-balanced"),
     "gcl": _gcl("GCL", "--retrain", "gcl", "--sampler", "cben"),
@@ -92,8 +92,7 @@ METHODS = {
     "ncm": Method("nearest class mean", ("--method", "ce", "--retrain", "ncm"), "ce"),
     "ce-crt": Method("cross entropy, cRT", ("--method", "ce", "--retrain", "crt"), "ce"),
     "ce-lws": Method("cross entropy, LWS", ("--method", "ce", "--retrain", "lws"), "ce"),
-    # as published; with crop and flip alone it is logit adjustment, whose run would be the same
-    "balanced-softmax": Method("balanced softmax", ("--method", "balanced-softmax", "--augment", "crop,flip,autoaugment,cutout")),
+    "balanced-softmax": Method("balanced softmax", ("--method", "balanced-softmax")),
     "tde": Method("De-confound-TDE", ("--method", "tde")),
     "bbn": Method("BBN", ("--method", "bbn")),
     "oltr": Method("OLTR", ("--method", "oltr")),

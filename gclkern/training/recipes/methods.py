@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     "arcface": Method("Margins", "one margin for all classes, added to the angle (CVPR 2019)", "arcface", head="cosine"),
     "dbm": Method("Margins", "angular margins, larger for rare classes and hard samples; logit adjustment (AAAI 2025)", "dbm", head="cosine", settings="dbm"),
     "la": Method("Logit adjustment", "cross entropy of logits + log prior (ICLR 2021)", "la"),
-    "balanced-softmax": Method("Logit adjustment", "the same with tau 1 (NeurIPS 2020)", "la"),
+    "balanced-softmax": Method("Logit adjustment", "the same with tau 1 (NeurIPS 2020); on CIFAR with the settings of dbm", "la", settings="dbm"),
     "gcl": Method("Gaussian clouds", "clouds: noise on the cosines, larger for rare classes (CVPR 2022)", "gcl", head="cosine", settings="gcl", retrain="gcl"),
     "gcl-ldam-drw": Method("Gaussian clouds", "gcl's clouds and ldam-drw's margins and weights in one stage", "gcl", head="cosine", drw=0.8),
     "agcl": Method("Gaussian clouds", "gcl with clouds that add to the angle (TAI 2024)", "agcl", head="cosine", settings="gcl", retrain="gcl"),

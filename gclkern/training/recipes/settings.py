@@ -79,7 +79,7 @@ STAGE_1: dict[str, dict[str, Stage]] = {
         "hybrid-sc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R] a reproduction, no release
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY}),  # [R]
         "bbn": Stage(200, 128, 0.1, 2e-4, BBN_STEPS),  # [C] BBN
-        "dbm": Stage(200, 64, 0.1, 2e-4, Schedule("cosine", warmup=5), more={"augment": _STRONG_SMALL}),  # [C] DBM
+        "dbm": Stage(200, 64, 0.1, 2e-4, Schedule("cosine", warmup=5), more={"augment": _STRONG_SMALL}),  # [C] DBM, which has balanced softmax, too
     },
     "cifar10-lt": {
         "hybrid-psc": Stage(200, 512, 0.5, 1e-4, HYBRID_STEPS, more={"augment": _GREY, "options": {"temperature": 1.0}}),  # [R]
