@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from torch import nn
 
 from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss, TDEClassifier
+from gclkern.functional import dro_lt_loss
 from gclkern.training.config import RunConfig
 from gclkern.training.data.longtail import profile_counts
+from gclkern.training.network import build_network
 from gclkern.training.objectives import build_objective
 from gclkern.training.objectives.bcl import BalancedContrast
+from gclkern.training.processes import Processes
 from gclkern.training.recipes import METHODS, Phase, build_loss, plan, plan_run, settings
 from gclkern.training.schedules import Schedule
+from gclkern.training.trainer import build_trainer
 
 # Class counts, largest and smallest, as published.
 COUNTS = {"imagenet-lt": [1280, 100, 5], "inat18": [1000, 50, 2], "places-lt": [4980, 100, 5]}
@@ -267,6 +272,32 @@ def test_agcl(dataset: str) -> None:
         loss, expected = build_loss(phase, counts), AGCLLoss(counts, noise_mul=0.5, margin=0.0, easy_margin=True, scale=30.0, gamma=gamma)
         assert loss._options() == expected._options()  # type: ignore[operator]
         torch.testing.assert_close(dict(loss.named_buffers()), dict(expected.named_buffers()))
+
+
+@pytest.mark.parametrize("method", ["dro-lt", "gcl+dro-lt"])
+def test_the_radius_of_dro_lt_moves_as_in_its_release(method: str) -> None:
+    """The release learns the radius r, from 1 at the rate 0.005; here it is 2 epsilon. Two steps of SGD with momentum 0.9, without weight decay."""
+    counts = [50, 20, 5]
+    phase = replace(plan(method, None, "cifar10-lt", counts)[1], weight_decay=0.0)
+    torch.manual_seed(0)
+    network = build_network("small-cnn", phase.head, 3, in_channels=1, image_size=8)
+    trainer = build_trainer(phase, network, counts, RunConfig(), Processes.single(torch.device("cpu")))
+    trainer.set_rate(phase.lr)
+    trainer.module.train()
+    ((epsilon, factor),) = [(group["params"], group["factor"]) for group in trainer.optimizer.param_groups if group["factor"] != 1.0]
+    assert ([parameter.tolist() for parameter in epsilon], factor) == ([[0.5] * 3], 0.25)
+    images, target, centroids = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 0]), torch.randn(3, 64)
+    radius = torch.ones(3, requires_grad=True)
+    release = torch.optim.SGD([radius], lr=0.005, momentum=0.9)
+    for step in range(2):
+        with torch.no_grad():
+            features = copy.deepcopy(trainer.module.network.backbone)(images)
+        release.zero_grad()
+        dro_lt_loss(features, target, centroids, radius / 2).backward()
+        release.step()
+        trainer.step({"images": images, "target": target}, step, step, centroids=centroids, counts=torch.ones(3, dtype=torch.int64))
+        assert bool((radius > 0).all()) and bool((radius < 1).all())
+        torch.testing.assert_close(2 * epsilon[0].detach(), radius.detach())
 
 
 def test_arcface() -> None:

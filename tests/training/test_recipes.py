@@ -118,6 +118,7 @@ def test_dro_lt_on_cifar_is_the_released_recipe() -> None:
     assert (robust.sampler, robust.sampler_options, robust.epoch_samples) == ("class-aware", {"samples_per_class": 4}, 150)
     assert dict(build_loss(robust, COUNTS).named_buffers())["weight"].tolist() == pytest.approx([1.0, 0.4, 0.1])
     assert (classifier.epochs, classifier.lr, classifier.trains, classifier.options) == (20, 0.01, "head", {})
+    assert (first.lr_factors, robust.lr_factors, classifier.lr_factors) == ({}, {"objective.robust": 0.25}, {})
     assert robust.schedule == classifier.schedule == Schedule()
 
 

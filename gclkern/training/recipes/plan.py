@@ -68,7 +68,7 @@ def _robust_phases(first: Phase, group: str, class_counts: list[int]) -> list[Ph
         epoch_samples=None if group == "own" else max(class_counts) * len(class_counts), **ROBUST.more,
     )  # fmt: skip
     classifier = replace(
-        features, name="stage-1-classifier", epochs=max(1, epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0
+        features, name="stage-1-classifier", epochs=max(1, epochs // 4), lr=ROBUST_CLASSIFIER_LR, options={}, trains="head", robust=0.0, lr_factors={}
     )  # fmt: skip
     return [features] if clouded else [features, classifier]
 
