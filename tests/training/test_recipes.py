@@ -126,7 +126,16 @@ def test_gcl_with_dro_lt_is_gcl_with_a_stretch_of_dro_lt_between_its_stages() ->
     first, robust, second = plan("gcl+dro-lt", None, "cifar100-lt", COUNTS)
     assert (first, second) == tuple(plan("gcl", None, "cifar100-lt", COUNTS, augment="crop,flip,autoaugment,cutout"))  # dro-lt's
     alone = plan("dro-lt", None, "cifar100-lt", COUNTS)[1]
-    assert robust == replace(alone, loss="gcl", options=first.options, head="cosine")
+    assert robust == replace(alone, loss="gcl", options=first.options | alone.options, head="cosine")
+
+
+def test_both_robust_phases_weight_classes_alike() -> None:
+    """By n_c / n_max, which undoes the class-aware sampling; without noise GCL's loss is then cross entropy of scaled cosines with these weights."""
+    robust = plan("gcl+dro-lt", None, "cifar100-lt", COUNTS)[1]
+    features, classes, target = torch.randn(6, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 0, 1, 0])
+    loss = build_loss(robust, COUNTS).eval()(features, classes, target)
+    cosine = F.normalize(features) @ F.normalize(classes).T
+    torch.testing.assert_close(loss, F.cross_entropy(30.0 * cosine, target, weight=torch.tensor([1.0, 0.4, 0.1])))
 
 
 def test_given_settings_replace_published_ones() -> None:

@@ -56,6 +56,8 @@ LOSS_OPTIONS = {
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
     """The loss of a phase. Those of FUSED take features and the weight of a cosine classifier, which may be `sharded`; others, and with LWS all, logits."""
     options = dict(phase.options)
+    if options.get("weight") == "counts":
+        options["weight"] = torch.tensor(class_counts) / max(class_counts)
     # all other arguments have the papers' values as defaults: beta 0.9999 of cb, tau 1 of la, margin 0.5 and scale 30 of ldam
     if phase.loss in FUSED:
         options = FUSED[phase.loss] | options
@@ -77,6 +79,4 @@ def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) 
         options["weight"] = inverse_frequency_weights(class_counts, options.pop("exponent"))
     elif phase.loss == "cb":
         options["weight"] = effective_number_weights(class_counts)
-    elif options.get("weight") == "counts":
-        options["weight"] = torch.tensor(class_counts) / max(class_counts)
     return FocalLoss(gamma=2.0 if phase.loss == "focal" else 0.0, **options)

@@ -57,14 +57,15 @@ def _first_stage(name: str, dataset: str, class_counts: list[int], *, pretrained
 def _robust_phases(first: Phase, group: str, class_counts: list[int]) -> list[Phase]:
     """DRO-LT's phases after a trained model: the features with the robust loss, then the classifier alone.
 
-    After a first phase with GCL's loss the features are trained with that loss instead of the weighted cross entropy, because the classifier is a cosine
-    classifier, and GCL's stage 2 takes the place of the last phase.
+    After a first phase with GCL's loss the features are trained with that loss and GCL's cosine classifier in place of cross entropy and a linear one, and
+    GCL's stage 2 takes the place of the last phase. Both losses have the class weights of the release, which undo the class-aware sampling: GCL's clouds are
+    made for class frequencies that are those of the training set.
     """
     clouded = first.loss == "gcl"
     epochs = max(1, round(own_data.ROBUST_SHARE * first.epochs)) if group == "own" else ROBUST_EPOCHS.get(group, ROBUST.epochs)
     features = replace(
         first, name="stage-1-robust", epochs=epochs, batch_size=ROBUST.batch_size, lr=ROBUST.lr, weight_decay=ROBUST.weight_decay, schedule=ROBUST.schedule,
-        mixup=0.0, options=first.options | ({} if clouded else {"weight": "counts"}), trains="backbone", start="previous", robust=1.0,
+        mixup=0.0, options=first.options | {"weight": "counts"}, trains="backbone", start="previous", robust=1.0,
         epoch_samples=None if group == "own" else max(class_counts) * len(class_counts), **ROBUST.more,
     )  # fmt: skip
     classifier = replace(
