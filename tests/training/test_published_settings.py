@@ -60,6 +60,10 @@ STAGE_1 = """
     ce          cifar100-lt  200  128  .1    2e-4  0   160,180  .01,.0001
     ldam-drw    cifar10-lt   200  128  .1    2e-4  0   160,180  .01,.0001
     ldam-drw    cifar100-lt  200  128  .1    2e-4  0   160,180  .01,.0001
+    dro-lt      cifar10-lt   200  128  .1    1e-4  0   160,180  .01,.0001
+    dro-lt      cifar100-lt  200  128  .1    1e-4  0   160,180  .01,.0001
+    dro-lt      imagenet-lt  90   512  .2    5e-4  0   cosine
+    gcl+dro-lt  cifar100-lt  200  64   .1    2e-4  1   160,180  .1,.01
     ce          imagenet-lt  90   512  .2    5e-4  0   cosine
     ce          inat18       90   512  .2    1e-4  0   cosine
     la          inat18       90   512  .2    1e-4  0   cosine

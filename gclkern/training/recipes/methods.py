@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
     "gcl-ldam-drw": Method("Gaussian clouds", "gcl's clouds and ldam-drw's margins and weights in one stage", "gcl", head="cosine", drw=0.8),
     "agcl": Method("Gaussian clouds", "gcl with clouds that add to the angle (TAI 2024)", "agcl", head="cosine", settings="gcl", retrain="gcl"),
     "gcl-dbm": Method("Gaussian clouds", "gcl's clouds and dbm's margins and logit adjustment in one stage", "gcl-dbm", head="cosine", settings="dbm"),
-    "dro-lt": Method("Robust features", "cross entropy, then features pulled to their class's centroid (ICCV 2021)", "ce", robust=True),
+    "dro-lt": Method("Robust features", "cross entropy, then features pulled to their class's centroid (ICCV 2021)", "ce", settings="dro-lt", robust=True),
     "gcl+dro-lt": Method("Robust features", "dro-lt's robust phase between gcl's stages", "gcl", head="cosine", settings="gcl", robust=True, retrain="gcl"),
     "bcl": Method(
         "Contrast", "balanced contrast of two views and class prototypes, beside logit adjustment (CVPR 2022)", "bcl", settings="bcl",

@@ -72,6 +72,7 @@ STAGE_1: dict[str, dict[str, Stage]] = {
     },
     "cifar": {
         "plain": Stage(200, 128, 0.1, 2e-4, LDAM_STEPS),  # [C] LDAM-DRW
+        "dro-lt": Stage(200, 128, 0.1, 1e-4, LDAM_STEPS),  # [C] DRO-LT: LDAM-DRW's but for the weight decay, a default that its README's command keeps
         "gcl": Stage(200, 64, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] GCL
         "mixup": Stage(200, 128, 0.1, 2e-4, MISLAS_STEPS, mixup=1.0),  # [C] MiSLAS
         "bcl": Stage(200, 256, 0.15, 5e-4, CONTRAST_STEPS, more={"augment": _STRONG_SMALL}),  # [R] ConCutMix, which leaves out cutout; [C] none for CIFAR
