@@ -32,7 +32,7 @@ import torch
 from benchmarks.common import RESULTS
 from benchmarks.gpu_report import machine
 from benchmarks.provenance import ROOT, training_hash
-from benchmarks.published import PUBLISHED, STRONG_AUGMENTATION
+from benchmarks.published import PUBLISHED, published_top1
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 from gclkern.training.data.groups import GROUPS
@@ -317,12 +317,6 @@ def last_report(result: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def published_top1(data: str, imbalance: float, method: str) -> str:
-    """The published number, with a mark for strong augmentation; empty where there is none."""
-    top1 = PUBLISHED.get((data, imbalance, method))
-    return "" if top1 is None else f"{top1:.2f}" + ("†" if method in STRONG_AUGMENTATION else "")
-
-
 def _best_epoch(result: dict[str, Any]) -> float | None:
     """The best top-1 of the last phase's evaluated epochs: chosen on the test set, as the releases report theirs. None for a phase without epochs."""
     curves, last = result["curves"], list(result["reports"])[-1]
@@ -334,14 +328,13 @@ def _row(found: Sequence[dict[str, Any]]) -> list[str]:
     """A method's row, of its results of all seeds: its last phase counts."""
     first = found[0]
     reports = [last_report(result) for result in found]
-    published = PUBLISHED.get((first["data"], first["imbalance"], first["method"]))
     return [
         METHODS[first["method"]].label,
         " + ".join(str(phase["epochs"]) for phase in first["phases"] if phase["epochs"]),
         str(len(found)),
         _percent([report["top1"] for report in reports]),
         _percent([_best_epoch(result) for result in found]),
-        "" if published is None else f"{published:.2f}",
+        published_top1(first["data"], first["imbalance"], first["method"]),
         *(_percent([report["groups"].get(group) for report in reports]) for group in GROUPS),
         _percent([report["ece"] for report in reports]),
     ]

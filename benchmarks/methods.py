@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import last_report, published_top1, results_of
+from benchmarks.accuracy import last_report, results_of
 from benchmarks.common import RESULTS
 from benchmarks.gpu_report import machine
 from benchmarks.provenance import training_hash
+from benchmarks.published import published_top1
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
 from gclkern.training.config import RunConfig

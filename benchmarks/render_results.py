@@ -39,7 +39,7 @@ from benchmarks.errors import LIBRARY
 from benchmarks.own_images import TEST_IMAGES
 from benchmarks.own_images import tables as own_images_tables
 from benchmarks.provenance import ROOT, kernels_hash, torch_hash, training_hash
-from benchmarks.published import PUBLISHED
+from benchmarks.published import PUBLISHED, legend
 from gclkern.training.atomic_files import replace_text
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cpu", "accuracy", "numerics", "methods")))
@@ -321,7 +321,7 @@ def full_schedules(results: Path) -> str:
         "Top-1 in percent on the balanced test set, of ResNet-32 after the full published schedule; data set and imbalance factor are in the first",
         "column. Ours is the last epoch, mean and standard deviation over seeds. Most releases report the epoch that is best on the test set: the column",
         '"best epoch", for comparison only.',
-        "† with AutoAugment and Cutout. Methods that are not listed have not been trained with a full schedule.",
+        f"{legend()} Methods that are not listed have not been trained with a full schedule.",
     ]
     return "\n".join([*explained, "", found])
 
@@ -334,6 +334,7 @@ def accuracy(results: Path) -> str:
         "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
         "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
         'releases choose their epoch on the test set; the column "best epoch" is chosen in the same way, only for comparison with them.',
+        legend(),
     ]
     code = measured_at("training code", [result["code"] for result in results_of(results / "accuracy")], training_hash())
     source = "By `python -m benchmarks.accuracy`; settings and curves of each run are in `benchmarks/results/accuracy/`."
@@ -433,7 +434,7 @@ def methods_table(results: Path) -> str:
     data = json.loads((results / "methods" / "steps.json").read_text())
     header, rows = methods.table(results)
     notes = [
-        "Accuracies are top-1 in percent at imbalance 100. † with AutoAugment and Cutout, which the other published numbers are without.",
+        f"Accuracies are top-1 in percent at imbalance 100. {legend()}",
         "Parameters: of the network on CIFAR-100-LT and, in brackets, of layers that only training has. Both columns on the right are of ResNet-32. Cost: the",
         f"processor's time of a step of {data['batch']} images on one thread, over that of cross entropy on the plain network.",
         "The row of cross entropy, which is measured against itself, shows how far such a ratio can be off.",
