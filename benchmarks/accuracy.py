@@ -387,7 +387,10 @@ def _parameters(result: dict[str, Any]) -> int:
 
 
 def comparison(results: Path) -> str:
-    """One Markdown table of all full schedules beside the published numbers, by rising accuracy for each data set and factor; empty without one."""
+    """One Markdown table of all full schedules beside the published numbers, by rising accuracy for each data set and factor; empty without one.
+
+    A row has the runs of all seeds, on whatever device and in whatever precision.
+    """
     full = [result for result in results_of(results) if result["epochs_scale"] == 1]
     rows: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for result in full:

@@ -313,14 +313,22 @@ def report(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+# Older runs were started with `--eval-every 2`; a twentieth of the phase is the default of train.py.
+_BEST_EPOCH = (
+    'For comparison only, the column "best epoch" has the best of the evaluated epochs, which are two epochs apart in older runs and a twentieth of the phase\n'
+    "in newer ones."
+)
+
+
 def full_schedules(results: Path) -> str:
     found = comparison(results / "accuracy")
     if not found:
         return "Not measured yet: `python -m benchmarks.accuracy papers`."
     explained = [
         "Top-1 in percent on the balanced test set, of ResNet-32 after the full published schedule; data set and imbalance factor are in the first",
-        "column. Ours is the last epoch, mean and standard deviation over seeds. Most releases report the epoch that is best on the test set: the column",
-        '"best epoch", for comparison only.',
+        "column. Ours is the last epoch, mean and standard deviation over seeds. Most releases report the epoch that is best on the test set.",
+        _BEST_EPOCH,
+        "A row may have runs in float32 and in bfloat16 autocast; the tables of all results, below, have them apart.",
         f"{legend()} Methods that are not listed have not been trained with a full schedule.",
     ]
     return "\n".join([*explained, "", found])
@@ -332,8 +340,9 @@ def accuracy(results: Path) -> str:
         return "Not measured yet: `python -m benchmarks.accuracy`."
     explained = [
         "In percent, of the last epoch on the balanced test set: top-1, mean accuracy of the classes with many (> 100), medium and few (< 20) training images,",
-        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and the",
-        'releases choose their epoch on the test set; the column "best epoch" is chosen in the same way, only for comparison with them.',
+        "expected calibration error (15 bins); mean and standard deviation over seeds. Published numbers are of full schedules, and most",
+        "releases report the epoch that is best on the test set.",
+        _BEST_EPOCH,
         legend(),
     ]
     code = measured_at("training code", [result["code"] for result in results_of(results / "accuracy")], training_hash())

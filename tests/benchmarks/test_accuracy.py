@@ -217,6 +217,17 @@ def _augment(method: str) -> str | None:
     return plan(method, None, "cifar10-lt", [50, 5])[0].augment
 
 
+def test_precisions_share_a_row_of_the_comparison_alone(results: Path) -> None:
+    in_bfloat16 = result("gcl", 2, 0.86)
+    in_bfloat16["settings"]["amp"] = "bf16"
+    (results / "bf16.json").write_text(json.dumps(in_bfloat16))
+    assert "| CIFAR-10-LT, 100 | GCL | 3 | 84.00 ± 2.00 |" in comparison(results)
+    assert [part.count("| GCL |") for part in tables(results).split("\n\n**")] == [1, 1, 0]
+    text = {section: render_results.render(section, results.parent) for section in ("comparison", "accuracy")}
+    assert "A row may have runs in float32 and in bfloat16 autocast" in text["comparison"]
+    assert all("the best of the evaluated epochs" in found for found in text.values())
+
+
 def test_a_page_shows_these_tables(results: Path) -> None:
     page = results.parent / "accuracy.md"
 
