@@ -172,7 +172,7 @@ class Run:
 
 def _cpu_options() -> tuple[str, ...]:
     """What a full schedule takes on a CPU: a compiled step (0.8 of the time of ResNet-32's), in bfloat16 where the CPU multiplies it (0.6 of float32's)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     half = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return ("--compile", "--amp", "bf16", "--channels-last") if half else ("--compile",)
 
