@@ -33,19 +33,21 @@ static parallel_for *share_out = NULL;
 static const struct loops *loops = &baseline;
 static atomic_llong credit = 0, alone_until = 0; /* nanoseconds, see `learn` */
 
-/* Takes the loops of the best instruction set that the processor has. Without `function`, everything runs in the caller's thread. */
+/* Takes the loops of the best instruction set that the processor has; the tests leave out the best by macros, to run the others, too. Without `function`,
+ * everything runs in the caller's thread. */
 EXPORT void gclkern_setup(parallel_for *function) {
     share_out = function;
     atomic_store(&credit, 0);
     atomic_store(&alone_until, 0);
 #if defined(__x86_64__) && !defined(GCLKERN_BASELINE)
     __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) loops = &avx2;
+#if !defined(GCLKERN_WITHOUT_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         loops = &avx512;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
-        loops = &avx2;
     }
+#endif
 #endif
 }
 
