@@ -255,7 +255,7 @@ def test_an_ignored_row_has_no_gradient_even_of_nan() -> None:
 
 
 @pytest.mark.compiled
-def test_a_forked_process_computes_alone(tmp_path: Path) -> None:
+def test_a_forked_process_computes_alone() -> None:
     """A forked process has none of its parent's threads; if this test hangs, the process waits for them."""
     code = """
         import os, torch
