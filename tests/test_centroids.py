@@ -56,7 +56,7 @@ def test_sixteen_bit_features(dtype: torch.dtype, backend: str, device: torch.de
 
 
 def test_torch_adds_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gclkern.torch_backend.centroids._on_cpu", lambda tensor: False)
+    monkeypatch.setattr("gclkern.torch_backend.centroids.is_on_cpu", lambda tensor: False)
     monkeypatch.setattr("gclkern.torch_backend.centroids._DEVICE_BLOCK", 7 * 33)
     check(*problem(150, 5, 33), 5, "torch", torch.device("cpu"))
 

@@ -76,7 +76,7 @@ def test_loss_and_gradients(classes: int, shared: bool, weighted: bool, reductio
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_torch_with_unused_rows(reduction: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, which does not say how many classes are in the batch: 9 rows for 3 classes, with a last class that stays out whatever its centroid holds."""
-    monkeypatch.setattr("gclkern.torch_backend.dro_lt._on_cpu", lambda tensor: False)
+    monkeypatch.setattr("gclkern.torch_backend.dro_lt.is_on_cpu", lambda tensor: False)
     features, _, centroids, epsilon = problem(9, 12, 7)
     target = torch.tensor([4, 4, 7, 11, 0, 7, 4, 7, 0])
     weight = torch.linspace(1.0, 2.0, 12)

@@ -93,14 +93,15 @@ def contrastive_forward(
     parts, tile = None, kept
     if not is_one_tile:
         parts, tile = unit.new_empty(_PARTS), unit.new_empty((_TILE, _TILE))
-    threads, begun = torch.get_num_threads(), False
+    threads = torch.get_num_threads()
+
+    def arguments(place: Place) -> bytes:
+        return Contrast.pack(*members, tile.data_ptr(), *place, address(parts), 0, NULL, NULL, 0, NULL, NULL, NULL, NULL, threads)
+
+    call("contrast_begin", arguments((0, 0, 0, 0)))
     for place in _places(num_samples, num_keys, include_samples, is_one_tile):
-        arguments = Contrast.pack(*members, tile.data_ptr(), *place, address(parts), 0, NULL, NULL, 0, NULL, NULL, NULL, NULL, threads)
-        if not begun:
-            call("contrast_begin", arguments)
-            begun = True
         _cosines(unit, place, tile)
-        call("contrast_sums", arguments)
+        call("contrast_sums", arguments(place))
     return loss, saved
 
 

@@ -12,7 +12,7 @@ _CPU_BLOCK = 2**20
 _DEVICE_BLOCK = 2**22
 
 
-def _on_cpu(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """A function, so that tests can take the other path on a CPU."""
     return tensor.device.type == "cpu"
 
@@ -25,7 +25,7 @@ def segment_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     # rows whose label is out of range go to an extra class, which is dropped at the end
     label = target.masked_fill(target.clamp(0, num_classes - 1) != target, num_classes)
     sums = torch.zeros((num_classes + 1, dim), dtype=torch.float64, device=features.device)
-    on_cpu = _on_cpu(features)
+    on_cpu = is_on_cpu(features)
     step = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // dim)
     workspace = torch.empty((min(step, features.shape[0]), dim), dtype=torch.float64, device=features.device)
     for rows, labels in zip(features.split(step), label.split(step), strict=True):

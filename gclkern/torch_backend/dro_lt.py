@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gclkern.kernels.terms import implements, shapes_of
+from gclkern.torch_backend.centroids import is_on_cpu
 
 
 def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -27,11 +28,6 @@ def _anchors(target: Tensor, class_weight: Tensor | None, num_classes: int) -> t
     return torch.full_like(target, num_classes).scatter_(0, place, in_order)[:num_classes].clone(), label
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    """A function, so that tests can take the other path on a CPU."""
-    return tensor.device.type == "cpu"
-
-
 class _Rows(NamedTuple):
     """The rows of the softmax, R of them, over the batch's samples."""
 
@@ -47,7 +43,7 @@ class _Rows(NamedTuple):
         """On a CPU, a row for each class of the batch; on a GPU, where reading their number would synchronise, min(N, C) rows, some of them unused."""
         distance, stats, classes, label = saved
         unused = (classes == centroids.shape[0])[:, None]
-        if _on_cpu(classes):
+        if is_on_cpu(classes):
             count = classes.shape[0] - int(unused.sum())
             classes = classes[:count]
             return cls(classes, None, label == classes[:, None], centroids.index_select(0, classes), distance[:count], stats[:, :count])

@@ -98,6 +98,7 @@ TESTS: dict[str, tuple[list[str], str]] = {
     f"{NATIVE}/dro_lt.h": (_BOUND, f"{_CPU} and (not operations or dro_lt)"),
     f"{NATIVE}/library.c": (_ALL_LOOPS, _CPU),
     f"{NATIVE}/loops.h": (_ALL_LOOPS, _CPU),
+    f"{NATIVE}/native.h": (_ALL_LOOPS, _CPU),
     f"{NATIVE}/norms.h": ([*_HEAD, *_CONTRASTIVE[:1]], f"{_CPU} and (not operations or linear)"),
     f"{NATIVE}/philox.h": (["tests/test_noise.py", "tests/test_gcl_cross_entropy.py", "tests/test_cpu_backend.py"], _CPU),
     f"{NATIVE}/row_loss.h": (_LOOPS, f"{_CPU} and (not operations or gcl)"),

@@ -106,10 +106,9 @@ static int is_int(PyObject *value, int64_t low, int64_t high, int64_t *number) {
 
 static int requires_grad(const struct state *state, PyObject *tensor) { return is_the(Py_True, PyObject_GetAttr(tensor, state->requires_grad)); }
 
-/* None, or one float32 for each class; `differentiable` ones may require a gradient. */
+/* None, for which `vector` stays as it is, or one float32 for each class; `differentiable` ones may require a gradient. */
 static int is_class_vector(const struct state *state, PyObject *value, int64_t classes, int differentiable, const float **vector) {
     struct dl_tensor tensor;
-    *vector = NULL;
     if (value == Py_None) return 1;
     if (!read_tensor(state, value, &tensor) || !has_type(&tensor, FLOAT, 32) || !is_vector(&tensor, classes)) return 0;
     *vector = tensor.data;

@@ -12,9 +12,6 @@ INLINE float *statistic(const struct contrast *call, int which) { return call->s
 
 INLINE const float *weights_from(const struct contrast *call, int64_t key) { return call->class_counts == NULL ? NULL : statistic(call, WEIGHT) + key; }
 
-/* Whether a sample's label is no class. */
-INLINE int is_unknown(const struct contrast *call, int64_t row) { return call->num_classes >= 0 && call->label[row] == call->num_classes; }
-
 /* A key's unit row, inverse norm, weight and boost. */
 INLINE void unit_row(const struct contrast *call, int64_t key) {
     int is_sample = key < call->num_samples, unknown = is_sample && is_unknown(call, key);

@@ -47,12 +47,6 @@ INLINE void distances_to(const float *centroid, const float *features, int64_t c
     }
 }
 
-INLINE int64_t used_rows(const struct bound *call) {
-    int64_t rows = 0;
-    while (rows < call->max_rows && call->classes[rows] < call->num_classes) rows++;
-    return rows;
-}
-
 INLINE float bound_logit(const struct bound *call, int64_t row, int64_t sample) {
     int64_t label = call->classes[row];
     float distance = call->distance[row * call->num_samples + sample];

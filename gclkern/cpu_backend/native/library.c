@@ -2,7 +2,6 @@
 #include <float.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -134,10 +133,6 @@ static void run(loop *body, const void *call, int64_t count, int64_t cost, int64
     int64_t start = nanoseconds(CLOCK_MONOTONIC);
     if (share_out(0, threads, 1, work, &job) != 0) work(0, 1, &job); /* what an error has left undone */
     learn(&job, start);
-}
-
-static int is_ignored(const struct terms *terms, int64_t row) {
-    return terms->target[row] == terms->ignore_index || (terms->target_b != NULL && terms->target_b[row] == terms->ignore_index);
 }
 
 static double weight_of(const struct terms *terms, int64_t label) {
@@ -281,12 +276,6 @@ static int64_t find_classes(const struct bound *call) {
     return rows;
 }
 
-static int64_t used_rows(const struct bound *call) {
-    int64_t rows = 0;
-    while (rows < call->max_rows && call->classes[rows] < call->num_classes) rows++;
-    return rows;
-}
-
 EXPORT void gclkern_bound_forward(const struct bound *call) {
     int64_t rows = find_classes(call);
     for (int64_t j = 0; j < call->num_samples; j++) {
@@ -402,8 +391,6 @@ EXPORT void gclkern_contrast_begin(const struct contrast *call) {
     memset(call->sums, 0, (size_t)(OF_SAMPLE * count) * sizeof *call->sums);
     run(loops->contrast_units, call, call->num_keys, call->dim, call->threads);
 }
-
-static int is_unknown(const struct contrast *call, int64_t row) { return call->num_classes >= 0 && call->label[row] == call->num_classes; }
 
 static int64_t num_positives(const struct contrast *call, int64_t row) {
     int64_t samples = call->include_samples ? call->last[row] - call->first[row] - 1 : 0;

@@ -5,6 +5,7 @@
 #ifndef GCLKERN_NATIVE_H
 #define GCLKERN_NATIVE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef _WIN32
@@ -31,6 +32,11 @@ struct terms {
     double weight_sum; /* of all classes, or their number without weights */
     double divisor;    /* what a mean divides by; else 1 */
 };
+
+/* Whether a target of a row says to leave the row out. */
+static inline int is_ignored(const struct terms *terms, int64_t row) {
+    return terms->target[row] == terms->ignore_index || (terms->target_b != NULL && terms->target_b[row] == terms->ignore_index);
+}
 
 /* The sums over a row's classes so far. */
 struct sums {
@@ -128,6 +134,13 @@ struct bound {
     int64_t threads;
 };
 
+/* How many rows have a class: they come first. */
+static inline int64_t used_rows(const struct bound *call) {
+    int64_t rows = 0;
+    while (rows < call->max_rows && call->classes[rows] < call->num_classes) rows++;
+    return rows;
+}
+
 /* Sums of the rows of each class. */
 struct segments {
     int64_t num_rows, num_classes, dim;
@@ -191,6 +204,9 @@ struct contrast {
     void *grad_features, *grad_prototypes; /* in the dtypes of these; NULL: not wanted */
     int64_t threads;
 };
+
+/* Whether a sample's label is no class. */
+static inline int is_unknown(const struct contrast *call, int64_t row) { return call->num_classes >= 0 && call->label[row] == call->num_classes; }
 
 /* The loops of one instruction set: each takes a range of rows, or of other parts that do not depend on each other. */
 typedef void loop(const void *call, int64_t begin, int64_t end);

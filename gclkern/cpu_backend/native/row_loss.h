@@ -95,10 +95,6 @@ INLINE float exponentials(const float *block, int64_t count, float anchor, float
 /* The peak, or 0 for a row without a class beside its targets: -infinity minus -infinity is NaN. */
 INLINE double finite_peak(double peak) { return peak == (double)-INFINITY ? 0.0 : peak; }
 
-INLINE int is_ignored(const struct terms *terms, int64_t row) {
-    return terms->target[row] == terms->ignore_index || (terms->target_b != NULL && terms->target_b[row] == terms->ignore_index);
-}
-
 /* Where a target's class is in a block; -1 if it is elsewhere, or no class. */
 INLINE int64_t place_of(const int64_t *target, int64_t row, int64_t first, int64_t count) {
     if (target == NULL) return -1;
