@@ -1,5 +1,10 @@
 /* The softmax over samples and class prototypes; gclkern.torch_backend.contrastive_loss has the formulas. Samples are in the order of their classes, so that the
- * positives of one are a range of samples, and its prototype: no classes are compared. */
+ * positives of one are a range of samples, and its prototype: no classes are compared.
+ *
+ * A tile of cosines becomes exp((cosine - 1) / temperature) in place: over 1, the largest cosine, nothing overflows. Positives are put aside while the others
+ * are added up, so that the sum over other classes has none of them and needs no subtraction. In the gradient of a positive's cosine its exponential is taken
+ * over REFERENCE, the smallest mean of the positives' exponentials in the class, and the attraction is made of the sum over the others: where the positives
+ * have nearly all of the probability, a difference of probabilities would lose its digits. */
 #ifndef GCLKERN_CONTRASTIVE_LOSS_H
 #define GCLKERN_CONTRASTIVE_LOSS_H
 

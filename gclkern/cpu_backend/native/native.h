@@ -1,6 +1,7 @@
-/* What the library exports, the structures that gclkern.cpu_backend.library fills, and the table of loops that each instruction set has.
+/* The structures that gclkern.cpu_backend.library fills, what both the library and the loops ask of them, and the table of loops that each instruction set has.
  *
- * Every member of a structure takes 8 bytes. The library does not write to a structure that it is given. A pointer is NULL where there is no such tensor; all tensors but `matrix` are contiguous.
+ * Every member of a structure takes 8 bytes. The library does not write to a structure that it is given. A pointer is NULL where there is no such tensor; a
+ * tensor without strides in its structure is contiguous.
  */
 #ifndef GCLKERN_NATIVE_H
 #define GCLKERN_NATIVE_H
@@ -8,11 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef _WIN32
-#define EXPORT __declspec(dllexport)
-#else
 #define EXPORT __attribute__((visibility("default")))
-#endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* dtypes of matrices */
 enum { MEAN = 0, SUM = 1, NONE = 2 }; /* reductions */
@@ -57,7 +54,7 @@ struct logits {
     const void *matrix; /* (N, columns) cosines, logits or products */
     int64_t dtype, row_stride, class_stride;
     const float *class_factor; /* (columns,) multiplies the matrix; NULL: 1 */
-    float *kept;         /* (N, columns) forward leaves exp(logit - peak of its block) times the logit's slope; NULL: backward computes the logits again */
+    float *kept;         /* (N, columns) forward leaves exp(logit - the row's peak so far, which is in block_peaks) times the logit's slope; NULL: backward computes the logits again */
     float *block_peaks;  /* (N, blocks) */
     struct sums *sums;   /* (N,) kept between calls for chunks of classes; NULL: one call sees all classes */
     int64_t first_class, num_columns; /* the classes of this call; matrix, class_factor, kept and gradient have these alone */

@@ -1,4 +1,5 @@
-/* Norms of rows in memory. */
+/* 1 / norm of a row in memory, of any dtype and stride: squares are added in float within a block, in double over blocks. A norm of at most 1e-12 has no
+ * direction. */
 #ifndef GCLKERN_NORMS_H
 #define GCLKERN_NORMS_H
 
