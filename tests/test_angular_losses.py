@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gclkern import AGCLLoss, ArcFaceLoss, DBMLoss, LinearGCLLoss, LogitAdjustedLoss, cloud_sizes, mixed_targets
 from gclkern.distributed import ShardedLinearGCLLoss
 from tests.support import oracle
-from tests.support.cases import PLANS, REDUCTIONS, angle_sets, cosines, labels, mixed, moved, vector
+from tests.support.cases import BLOCK_ENDS, PLANS, REDUCTIONS, SEVERAL_BLOCKS, angle_sets, cosines, labels, mixed, moved, vector
 from tests.support.operations import OPERATIONS, Outcome, outcome
 from tests.support.operations import expected as expected_outcome
 
@@ -93,6 +93,16 @@ def assert_near(found: Outcome, exact: Outcome, device: torch.device) -> None:
 def test_every_option_follows_the_formula(name: str, backend: str, device: torch.device) -> None:
     arguments = LOGITS.sample(name, ROWS, device) | {"reduction": "none"}
     assert_near(outcome(functools.partial(LOGITS.function, backend=backend), arguments, LOGITS.leaves), expected_outcome(LOGITS, arguments), device)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", angle_sets(1, 1))
+def test_classes_in_several_blocks_of_a_cpu(name: str) -> None:
+    rows = len(BLOCK_ENDS)
+    given = {"cosine": 0.9 * cosines(rows, SEVERAL_BLOCKS), "target": BLOCK_ENDS, "reduction": "none"}
+    arguments = given | moved(angle_sets(rows, SEVERAL_BLOCKS)[name], "cpu")
+    found = outcome(functools.partial(LOGITS.function, backend="cpu"), arguments, LOGITS.leaves)
+    assert_near(found, expected_outcome(LOGITS, arguments), torch.device("cpu"))
 
 
 def test_an_easy_margin_leaves_a_cosine_of_0_alone(backend: str, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gclkern
 from gclkern.distributed import ShardedLinearGCLLoss
-from tests.support.cases import PLANS, class_smoothing_sets, cosines, labels, mixed, vector
+from tests.support.cases import BLOCK_ENDS, PLANS, SEVERAL_BLOCKS, class_smoothing_sets, cosines, labels, mixed, vector
 from tests.support.comparison import check_head_loss, check_logit_loss
 
 ROWS, CLASSES = 6, 11
@@ -213,6 +213,18 @@ def test_smoothing_of_each_class(name: str, reduction: str, backend: str, device
     check_logit_loss(
         gclkern.functional.gcl_cross_entropy, cosines(ROWS, CLASSES, device=device), labels(ROWS, CLASSES), cloud, upstream, reduction=reduction,
         backend=backend, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", class_smoothing_sets(1, 1))
+def test_smoothing_of_each_class_in_several_blocks_of_a_cpu(name: str) -> None:
+    rows = len(BLOCK_ENDS)
+    options = class_smoothing_sets(rows, SEVERAL_BLOCKS)[name]
+    cloud = options.pop("cloud", None)
+    check_logit_loss(
+        gclkern.functional.gcl_cross_entropy, cosines(rows, SEVERAL_BLOCKS), BLOCK_ENDS, cloud, vector(rows, 0.5, 1.0), reduction="none", backend="cpu",
+        **options,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from gclkern import LinearGCLLoss
 from gclkern.functional import linear_gcl_cross_entropy, linear_gcl_cross_entropy_with_top1
 from gclkern.options import Backend, Plan
 from tests.support import oracle
-from tests.support.cases import Options, mixed, moved, vector
+from tests.support.cases import BLOCK_ENDS, SEVERAL_BLOCKS, Options, mixed, moved, vector
 
 # numpy, which interprets the kernels, warns of what a later selection discards
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -66,6 +66,20 @@ def test_predictions_by_bare_cosines(plan: Plan, name: str, backend: Backend, de
     alone = linear_gcl_cross_entropy(**given, plan=plan, backend=backend)
     assert loss.equal(alone)
     assert all(grad.equal(other) for grad, other in zip(grads, torch.autograd.grad(alone, [given["features"], given["linear_weight"]]), strict=True))
+
+
+@pytest.mark.compiled
+def test_predictions_from_several_blocks_of_a_cpu() -> None:
+    """The label, or the only class whose cosine is larger, which is in another block."""
+    weight = oracle.unit_rows(torch.randn(SEVERAL_BLOCKS, 64, generator=torch.Generator().manual_seed(1)))
+    target, predicted = BLOCK_ENDS.repeat(2), torch.cat((BLOCK_ENDS, BLOCK_ENDS[[4, 2, 1, 0, 3]]))
+    features = weight[predicted] + 0.9 * weight[target]
+    cosine = oracle.unit_rows(features.double()) @ oracle.unit_rows(weight.double()).T
+    assert (cosine > cosine.gather(1, target[:, None])).sum(1).tolist() == [0] * 5 + [1] * 5
+    exact = oracle.top1(features.double(), weight.double(), target)
+    assert exact.tolist() == [1] * 5 + [0] * 5
+    _, top1 = linear_gcl_cross_entropy_with_top1(features, weight, target, plan="materialised", backend="cpu", **DISTURBANCES["difficulty"])
+    assert top1.double().equal(exact)
 
 
 @pytest.mark.usefixtures("small_panels")

@@ -13,6 +13,9 @@ Options = dict[str, Any]
 HALVES = [torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 PLANS = ["materialised", "chunked", "recompute"]
+# The loops of the CPU take 512 classes at a time: labels at the ends of three blocks.
+SEVERAL_BLOCKS = 1100
+BLOCK_ENDS = torch.tensor([0, 511, 512, 1023, 1099])
 
 
 def cosines(rows: int, classes: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
