@@ -28,10 +28,9 @@ HEADS = [operation for operation in LOSSES if "linear_weight" in operation.leave
 CONTRAST = [operation for operation in LOSSES if operation.name == "supervised_contrastive"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-every_backend = pytest.mark.parametrize(
-    "backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled), pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.slow])]
-)
-torch_and_kernels = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.exhaustive])])
+LOOPS = pytest.param("cpu", marks=pytest.mark.compiled)
+every_backend = pytest.mark.parametrize("backend", ["torch", LOOPS, pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.slow])])
+kernels_if_exhaustive = pytest.mark.parametrize("backend", ["torch", LOOPS, pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.exhaustive])])
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -226,7 +225,7 @@ def test_splitting_a_class_in_two_changes_nothing(operation: Operation, backend:
         assert_same(grad, before.grads[name], name)
 
 
-@torch_and_kernels
+@kernels_if_exhaustive
 @pytest.mark.parametrize("operation", CONTRAST, ids=str)
 @given(data=st.data())
 def test_a_class_of_one_key_in_two_halves(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:
@@ -289,7 +288,7 @@ def test_the_length_of_a_row_does_not_matter_where_it_is_normalised(operation: O
     assert_same_outcome(Outcome(after.value, {name: grad * lengths.get(name, 1.0) for name, grad in after.grads.items()}), before)
 
 
-@torch_and_kernels
+@kernels_if_exhaustive
 @pytest.mark.parametrize("operation", [*BOUND, *CONTRAST], ids=str)
 @given(data=st.data())
 def test_a_rotation_changes_nothing(operation: Operation, backend: str, device: torch.device, data: st.DataObject) -> None:

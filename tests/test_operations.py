@@ -132,7 +132,7 @@ def test_kernels_refuse_float64(operation: Operation, launches: Launches, device
 
 
 @every_operation
-def test_a_cpu_gets_torch(operation: Operation, launches: Launches) -> None:
+def test_a_cpu_gets_no_kernels(operation: Operation, launches: Launches) -> None:
     for backend in ("auto", "torch"):
         run(operation, backend, operation.sample())
     assert launches == []

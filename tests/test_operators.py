@@ -16,13 +16,12 @@ from torch import Tensor
 from gclkern import cpu_backend, torch_backend
 from gclkern.kernels.terms import LossTerms
 from tests.support import oracle
-from tests.support.cases import PLANS, REDUCTIONS
+from tests.support.cases import PLANS, REDUCTIONS, SEVERAL_BLOCKS
 from tests.support.operations import OPERATIONS, Operation, outcome
 from tests.support.operations import expected as expected_outcome
 
 ROWS, CLASSES, DIM = 7, 21, 5
 IN_BLOCKS = ("gcl_cross_entropy", "linear_gcl_cross_entropy chunked", "linear_gcl_cross_entropy recompute")
-SEVERAL_BLOCKS = 1100  # classes, of the 512 that the loops take at a time
 SEED = 2**40 + 5
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -162,12 +162,13 @@ def test_soft_labels_stand_alone() -> None:
         gclkern.SupConLoss()(torch.zeros(2, 3), soft)
 
 
-def test_wrong_rows_of_a_graph_are_nan() -> None:
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled)])
+def test_wrong_rows_of_a_graph_are_nan(backend: str) -> None:
     """Where values may not be read, as on a GPU, a row of three classes is NaN and the others are right."""
     soft = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2], [0.0, 0.5, 0.5]])
 
     def step(cosine: Tensor, soft: Tensor) -> Tensor:
-        return gclkern.functional.gcl_cross_entropy(cosine, soft, reduction="none", backend="torch")
+        return gclkern.functional.gcl_cross_entropy(cosine, soft, reduction="none", backend=backend)
 
     cosine = cosines(3, 3)
     losses = torch.compile(step, fullgraph=True, backend="aot_eager")(cosine, soft)

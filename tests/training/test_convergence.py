@@ -67,7 +67,9 @@ def curve(options: dict[str, float], *, fused: str | None, dtype: torch.dtype = 
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.gpu])])
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("cpu", marks=pytest.mark.compiled), pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.gpu])]
+)
 @pytest.mark.parametrize("options", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
 def test_the_fused_loss_trains_as_plain_torch_does(options: dict[str, float], backend: str, device: torch.device) -> None:
     exact = curve(options, fused=None, device=device, dtype=torch.float64)
