@@ -95,7 +95,7 @@ def resolve_contrast_backend(backend: str, features: Tensor, temperature: float)
 def resolve_plan(plan: str, features: Tensor, num_classes: int, *, normalize: bool, backend: str) -> str:
     """The plan for features (N, D) and `num_classes` classes if the caller asks for `plan`; `backend` is the resolved one.
 
-    "auto" takes "materialised" while the (N, C) buffer is at most 2 GiB and "chunked" beyond; the torch backend "recompute" beyond, on a CPU from 128 MiB.
+    "auto" takes "materialised" while the (N, C) buffer is at most 2 GiB, on a CPU 128 MiB. Beyond, the kernels take "chunked", the other backends "recompute".
     """
     check_choice("plan", plan, PLANS)
     if plan != "auto":

@@ -200,9 +200,9 @@ def linear_gcl_cross_entropy(
         cloud: size of each class's cloud (C,), or None.
         normalize: False takes the plain products <f_i, w_j> as logits (use scale 1).
         plan: "materialised" keeps one (N, C) buffer (three products); "chunked" holds one chunk of classes at a time (four products); "recompute"
-            keeps the logits in registers and allocates nothing of size N * C (four products); "auto" takes the first while its buffer is at most 2 GiB
-            and "chunked" beyond, as the model of benchmarks/predict_times.py ranks them; the torch backend takes "recompute" beyond, on a CPU from 128 MiB. All
-            give equal results to rounding.
+            keeps the logits in registers and allocates nothing of size N * C (four products); "auto" takes the first while its buffer is at most 2 GiB,
+            on a CPU 128 MiB. Beyond, the kernels take "chunked", as the model of benchmarks/predict_times.py ranks them, and the other backends "recompute".
+            All give equal results to rounding.
         scale, margin, bias, weight, target_b, lam, gamma, focal_detach, label_smoothing, angular, difficulty_margin, easy_margin, ignore_index,
             reduction, seed, row_offset, class_offset, backend: as in :func:`gcl_cross_entropy`.
 
