@@ -148,6 +148,9 @@ def test_the_tests_run_from_an_sdist(environment: Path, checkout: Path, tmp_path
     run(environment, "-m", "pytest", "--collect-only", "-qq", "-m", "", "-p", "no:cacheprovider", cwd=sdist)  # fails where a module cannot be imported
     few = ["tests/test_clouds.py", "tests/benchmarks/test_render_results.py", "tests/training/test_schedules.py"]
     run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *few, cwd=sdist)
+    if shutil.which(COMPILER) is not None:
+        run(environment, "setup.py", "build_ext", "--inplace", cwd=sdist, compiler=COMPILER)
+        run(environment, "-c", "from gclkern import cpu_backend; assert cpu_backend.is_available, cpu_backend.missing", cwd=sdist)
 
 
 def test_a_package_index_gets_absolute_links(environment: Path, checkout: Path, tmp_path: Path) -> None:
