@@ -14,7 +14,7 @@ from benchmarks.memory import allocated_peak
 from gclkern.dispatch import resolve_plan
 from gclkern.functional import linear_gcl_cross_entropy
 from tests.support import oracle
-from tests.support.cases import PLANS, REDUCTIONS, Options, labels, moved, option_sets, vector
+from tests.support.cases import LOOPS_SIZES, PLANS, REDUCTIONS, SIZES, Options, labels, moved, option_sets, vector
 from tests.support.comparison import ROUNDING, assert_within, check_head_loss
 
 DTYPE_PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
@@ -320,14 +320,18 @@ def test_recompute_holds_nothing_of_size_n_times_c(backend: str, device: torch.d
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
-    rows, classes, width = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 9, 17, 65])), draw(st.sampled_from([2, 7, 16, 33]))
+def problems(draw: st.DrawFn, backend: str) -> tuple[Tensor, Tensor, Tensor, Options]:
+    classes, width = draw(st.sampled_from(LOOPS_SIZES if backend == "cpu" else SIZES)), draw(st.sampled_from([2, 7, 16, 33]))
+    rows = draw(st.integers(1, 5 if classes <= 65 else 2))  # the oracle goes over classes in Python
     seed = draw(st.integers(0, 2**16))
     normalize = draw(st.booleans())
     options: Options = {"normalize": normalize, "plan": draw(st.sampled_from(PLANS)), "scale": 1.0}
     options["reduction"] = draw(st.sampled_from(REDUCTIONS))
+    dtype = torch.float32
     if normalize:
-        options["scale"] = draw(st.sampled_from([1.0, 10.0, 30.0]))
+        # the tolerance follows the rounding of 16-bit cosines times the scale: at a scale of 30 it would be 6% of a probability
+        dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+        options["scale"] = draw(st.sampled_from([1.0, 10.0, 30.0] if dtype == torch.float32 else [1.0, 10.0]))
     if draw(st.booleans()):
         options |= {"cloud": vector(classes, 0.0, 1.0, seed + 1), "seed": draw(st.integers(0, 2**63 - 1)), "class_offset": draw(st.integers(0, 2**20))}
     if draw(st.booleans()):
@@ -338,15 +342,19 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Options]:
         options["weight"] = vector(classes, 0.2, 2.0, seed + 4)
     if draw(st.booleans()):
         options |= {"gamma": draw(st.sampled_from([1.0, 2.0])), "focal_detach": draw(st.booleans())}
-    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1]))
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, vector(classes, 0.0, 0.4, seed + 9)]))
+    target = labels(rows, classes, seed + 5)
     if draw(st.booleans()):
         options |= {"target_b": labels(rows, classes, seed + 6), "lam": vector(rows, seed=seed + 7)}
-    return matrix(rows, width, seed=seed), matrix(classes, width, seed=seed + 8), labels(rows, classes, seed + 5), options
+    for ignored in (target, options.get("target_b")):
+        if ignored is not None and draw(st.booleans()):
+            ignored[draw(st.integers(0, rows - 1))] = -100
+    return matrix(rows, width, dtype, seed=seed), matrix(classes, width, dtype, seed=seed + 8), target, options
 
 
-@given(problem=problems())
-def test_any_problem(problem: tuple[Tensor, Tensor, Tensor, Options], backend: str, device: torch.device) -> None:
-    features, weight, target, options = problem
+@given(data=st.data())
+def test_any_problem(data: st.DataObject, backend: str, device: torch.device) -> None:
+    features, weight, target, options = data.draw(problems(backend))
     check(features.to(device), weight.to(device), target, options, backend=backend)
 
 

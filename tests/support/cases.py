@@ -10,6 +10,8 @@ from torch import Tensor
 # A loss's options by name, with tensors on the CPU.
 Options = dict[str, Any]
 
+SIZES = [1, 2, 3, 8, 9, 17, 64, 65]  # classes, on both sides of a vector, an alignment and a group of the noise
+LOOPS_SIZES = [*SIZES, 513, 1030]  # for the loops of the CPU, which take 512 classes at a time
 HALVES = [torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 PLANS = ["materialised", "chunked", "recompute"]

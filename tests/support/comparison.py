@@ -103,8 +103,10 @@ def check_logit_loss(
     grad, grad_expected = actual.grads[0], expected.grads[0]
     assert grad.dtype == cosine.dtype and grad.shape == cosine.shape
     # A probability is off by its relative error, twice the logit's; so is the gradient, unless two terms of opposite sign meet in it: label smoothing takes a
-    # share from every probability, and two targets pull at each other's column. Those leave an error of the terms' size.
-    cancels = is_smoothed(options) or options.get("target_b") is not None
+    # share from every probability, and two targets pull at each other's column. Those leave an error of the terms' size; so does the derivative of an added
+    # angle, a difference that is 0 where the sum of the angles is pi.
+    adds_angles = options.get("angular", False) or options.get("difficulty_margin", False)
+    cancels = is_smoothed(options) or options.get("target_b") is not None or adds_angles
     size = options.get("scale", 30.0) * heaviest * (1.0 if upstream is None else float(upstream.abs().max()))
     rtol = 4 * error + 4 * rounding + ROUNDING[cosine.dtype]
     tiny = SMALLEST[cosine.dtype] + 1e-30 * size
