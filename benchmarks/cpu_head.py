@@ -4,9 +4,10 @@
     python -m benchmarks.cpu_head [--rows 512 --classes 8142 --dim 2048 --threads 2 --json PATH]
 
 Time: the contestants take turns in one process; a round gives each of them one run. The report has medians over the rounds, and the median over the rounds of
-the ratio to the same round's products with its 95% interval. Ctrl-C ends the rounds early, and the report is made of those that are complete.
+the ratio to the same round's products with its 95% interval. Ctrl-C ends the rounds early: the report is made of those that are complete, without memory.
 Memory: each contestant makes one step in a process of its own. Counted is the peak of the resident set during the step over its size before: that includes the
 gradients of features and weight, which are returned, and the matrix library's workspace, and excludes the inputs. `beyond gradients` takes the gradients off.
+Ctrl-C here leaves out the contestants that are still to come. The times are printed and written before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks import bench_head
 from benchmarks.common import BOTH, Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import torch_hash
-from benchmarks.timing import Call, keep_freed_memory, load_average, load_warning, rounds_in_turn, wall_clock
+from benchmarks.timing import Call, Timed, keep_freed_memory, load_average, load_warning, rounds_in_turn, wall_clock
 from gclkern import cpu_backend
 from gclkern.training.arguments import number
 from gclkern.training.atomic_files import replace_text
@@ -54,20 +55,20 @@ def note(text: str) -> None:
 
 
 def measure_times(args: argparse.Namespace, names: Sequence[str]) -> dict[str, list[float]]:
-    """Seconds of each contestant in every complete round."""
-    timed = []
-    for name in names:
-        note(f"preparing {name}")
-        timed.append(wall_clock([partial(step_of, name, args.rows, args.classes, args.dim)]))
+    """Seconds of each contestant in every complete round; an interruption before the first one ends the program."""
+    timed: list[Timed] = []
     rounds: list[list[float]] = []
     try:
+        for name in names:
+            note(f"preparing {name}")
+            timed.append(wall_clock([partial(step_of, name, args.rows, args.classes, args.dim)]))
         for number in range(args.rounds):
             note(f"round {number + 1} of {args.rounds}")
             rounds += [list(row) for row in zip(*rounds_in_turn(timed, 1), strict=True)]
     except KeyboardInterrupt:
-        note(f"interrupted after {len(rounds)} of {args.rounds} rounds")
         if not rounds:
-            raise
+            sys.exit("interrupted before the end of the first round: there are no times")
+        note(f"interrupted after {len(rounds)} of {args.rounds} rounds")
     return dict(zip(names, map(list, zip(*rounds, strict=True)), strict=True))
 
 
@@ -119,17 +120,20 @@ def verdict(seconds: dict[str, list[float]]) -> str:
 
 
 def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Peak of each contestant; after an interruption, of those that are done."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("rows", "classes", "dim", "threads")]
     gradients = 4 * args.dim * (args.rows + args.classes)
     found = {}
-    for name in names:
-        if name == "torch.compile":
-            continue  # its process has just compiled, which hides the memory of the step
-        note(f"memory of {name}")
-        command = [sys.executable, "-m", "benchmarks.cpu_head", *sizes, "--memory-of", name]
-        # the least of three: plain torch's varies by a fifth from process to process
-        peak = min(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3))
-        found[name] = {"peak_bytes": peak, "peak_bytes_beyond_gradients": peak - gradients}
+    measured = [name for name in names if name != "torch.compile"]  # its process has just compiled, which hides the memory of the step
+    try:
+        for name in measured:
+            note(f"memory of {name}")
+            command = [sys.executable, "-m", "benchmarks.cpu_head", *sizes, "--memory-of", name]
+            # the least of three: plain torch's varies by a fifth from process to process
+            peak = min(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+            found[name] = {"peak_bytes": peak, "peak_bytes_beyond_gradients": peak - gradients}
+    except KeyboardInterrupt:
+        note(f"interrupted after the memory of {len(found)} of {len(measured)}")
     return found
 
 
@@ -163,24 +167,33 @@ def main() -> None:
         note(warning)
     names = [name for name in CONTESTANTS if not (args.quick and name == "torch.compile")]
     seconds = measure_times(args, names)
-    times, memory = rows_of(seconds), {} if args.quick else measure_memory(args, names)
+    times = rows_of(seconds)
     print(f"N={args.rows} C={args.classes} D={args.dim}, float32, noise on, {args.threads} threads, torch {torch.__version__}; forward + backward")
     print(f"{len(seconds['plain torch'])} rounds; load {load:.1f} on {cores} cores before the start")
-    print(f"{'':36}{'ms':>9}{'fastest':>9}{'x bare':>8}{'95% interval':>16}{'peak MB':>9}{'beyond gradients':>18}")
+    print(f"{'':36}{'ms':>9}{'fastest':>9}{'x bare':>8}{'95% interval':>16}")
     for name, row in times.items():
-        peaks = [f"{value / 1e6:.1f}" for value in memory.get(name, {}).values()] or ["", ""]
         interval = "{:.3f} to {:.3f}".format(*row["interval"])
-        figures = f"{row['milliseconds']:9.1f}{row['fastest_milliseconds']:9.1f}{row['times_bare_products']:8.3f}{interval:>16}"
-        print(f"{name:36}{figures}{peaks[0]:>9}{peaks[1]:>18}")
+        print(f"{name:36}{row['milliseconds']:9.1f}{row['fastest_milliseconds']:9.1f}{row['times_bare_products']:8.3f}{interval:>16}")
     if warning:
         print(warning)
-    print(verdict(seconds))
-    if args.json is not None:
-        shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads")} | {"rounds": len(seconds["plain torch"])}
-        machine: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        machine |= {"cpu_code": cpu_backend.summary(), "load": round(load, 2), "cores": cores}
-        results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in names}
-        replace_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
+    print(verdict(seconds), flush=True)
+    shape = {name: getattr(args, name) for name in ("rows", "classes", "dim", "threads")} | {"rounds": len(seconds["plain torch"])}
+    machine: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    machine |= {"cpu_code": cpu_backend.summary(), "load": round(load, 2), "cores": cores}
+
+    def write(memory: dict[str, dict[str, float]]) -> None:
+        if args.json is not None:
+            results = {name: {"includes": CONTESTANTS[name].includes, **times[name], **memory.get(name, {})} for name in names}
+            replace_text(args.json, json.dumps({"torch_hash": torch_hash(), "shape": shape, "software": machine, "results": results}, indent=2) + "\n")
+
+    write({})
+    if args.quick or len(seconds["plain torch"]) < args.rounds:
+        return
+    memory = measure_memory(args, names)
+    print(f"{'':36}{'peak MB':>9}{'beyond gradients':>18}")
+    for name, peaks in memory.items():
+        print(f"{name:36}{peaks['peak_bytes'] / 1e6:9.1f}{peaks['peak_bytes_beyond_gradients'] / 1e6:18.1f}")
+    write(memory)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,9 @@ def summary(results: Path) -> str:
         shape = data["shape"]
         what = f"head and loss on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, {shape['threads']} threads"
         rows.append([f"time of the {what}", f"{ours['milliseconds']:.0f} ms", f"plain PyTorch {plain['milliseconds']:.0f} ms"])
-        memory = [f"{row['peak_bytes_beyond_gradients'] / 1e6:.0f} MB" for row in (ours, plain)]
-        rows.append(["memory of the same, beyond the gradients", memory[0], f"plain PyTorch {memory[1]}"])
+        memory = [f"{row['peak_bytes_beyond_gradients'] / 1e6:.0f} MB" for row in (ours, plain) if "peak_bytes_beyond_gradients" in row]
+        if len(memory) == 2:  # its measurement can be interrupted
+            rows.append(["memory of the same, beyond the gradients", memory[0], f"plain PyTorch {memory[1]}"])
         notes.append(measured_at("CPU code", [data["torch_hash"]], torch_hash()))
     for path in _reports(results, gpu=False):
         data = json.loads(path.read_text())
