@@ -96,28 +96,31 @@ def default_model(image_size: int, images: int) -> str:
     return "resnet18" if images < _MANY_IMAGES else "resnet50"
 
 
-def reasons(class_counts: Sequence[int], image_size: int, augment: str, *, pretrained: bool, second_stage: bool, given: Container[str]) -> str:
+def reasons(method: str, class_counts: Sequence[int], image_size: int, augment: str, *, pretrained: bool, given: Container[str]) -> str:
     """The defaults of a run with their reasons, which are printed before it starts.
 
     Args:
+        method: of the run; only that of METHOD has a reason.
         class_counts, image_size, augment: of the training set.
         pretrained: whether stage 1 starts from pretrained weights.
-        second_stage: whether there is a stage 2 that trains.
         given: settings that the user has chosen, which are left out.
 
     Example:
-        >>> print(reasons([1500, 1000, 260], 32, "crop", pretrained=False, second_stage=False, given={"lr"}))
-        defaults for your own images, the same for every method; clouds, margins and scales are those of CIFAR:
+        >>> print(reasons("ce", [1500, 1000, 260], 32, "crop", pretrained=False, given={"lr", "weight_decay", "mixup"}))
+        defaults for your own images; those of training are the same for every method, clouds, margins and scales are those of CIFAR:
           `model=resnet32`: no stride in its first layer, for images of at most 64 pixels
           `augment=crop`: no `flip`, which would change letters and signs; add it if a mirrored image has the same class
           `epochs=145`: from scratch, 2,760 images; together they see 400,200 images
           `batch_size=64`: as GCL on CIFAR
+          schedule: cosine as for ImageNet-LT, after a warm-up of up to 5 epochs as on CIFAR
     """
     images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
     model = default_model(image_size, images)
     small = image_size <= _SMALL
     few = f"fewer than {_MANY_IMAGES:,}" if images < _MANY_IMAGES else f"{_MANY_IMAGES:,} or more"
     network = f"no stride in its first layer, for images of at most {_SMALL} pixels" if small else f"for {few} images of more than {_SMALL} pixels"
+    if not small and "pretrained" not in given:
+        network += "; `pretrained` would start from ImageNet weights" + ("" if "epochs" in given else ", in a quarter of the epochs")
     no_flip = "no `flip`, which would change letters and signs; add it if a mirrored image has the same class"
     all_parts = "the usual parts for photos; leave out `flip` for text and signs, `color` where colours tell classes apart"
     start = "from pretrained weights, a quarter of the epochs from scratch" if pretrained else "from scratch"
@@ -127,9 +130,33 @@ def reasons(class_counts: Sequence[int], image_size: int, augment: str, *, pretr
         "epochs": (f"{settings.epochs}", f"{start}, {images:,} images; together they see {settings.epochs * images:,} images"),
         "batch_size": (f"{settings.batch_size}", "as GCL on CIFAR"),
         "lr": (f"{settings.lr:g}", "low, for fine-tuning" if pretrained else "CIFAR's 0.1 for batches of 128, halved with the batch"),
+        "weight_decay": (f"{settings.weight_decay:g}", "as in most recipes for ImageNet-LT"),
     }
-    lines = ["defaults for your own images, the same for every method; clouds, margins and scales are those of CIFAR:"]
+    if method == METHOD:
+        composed = "one stage, composes clouds with margins; if rare classes matter most `method=gcl`, but not with a few hundred images"
+        why = {"method": (method, composed), **why}
+    if method != "mixup":
+        why["mixup"] = (f"{settings.mixup:g}", "so that methods differ in their loss alone")
+    lines = ["defaults for your own images; those of training are the same for every method, clouds, margins and scales are those of CIFAR:"]
     lines += [f"  `{name}={value}`: {reason}" for name, (value, reason) in why.items() if name not in given]
-    if second_stage:
-        lines.append(f"  stage 2: {_RETRAIN_SHARE:.0%} of the epochs of stage 1, and the rate that moves the classifier as far as on CIFAR")
+    lines.append(f"  schedule: {settings.schedule.kind} as for ImageNet-LT, after a warm-up of up to {settings.schedule.warmup} epochs as on CIFAR")
     return "\n".join(lines)
+
+
+def stage2_reasons(epochs: int, lr: float, stage1_lr: float, *, new_weights: bool, given: Container[str]) -> str:
+    """The same for a stage 2 that trains, with `new_weights` or those of stage 1; empty if there is no default left.
+
+    Example:
+        >>> stage2_reasons(22, 0.0107, 0.05, new_weights=False, given={"lr"})
+        '  stage 2: 22 epochs, 15% of stage 1 but at least 10; lr 0.0107: the classifier moves as far as on CIFAR'
+        >>> stage2_reasons(5, 0.05, 0.05, new_weights=True, given={"retrain_epochs"})
+        "  stage 2: lr 0.05: stage 1's, since it learns new weights"
+    """
+    parts = []
+    if "retrain_epochs" not in given:
+        parts.append(f"{epochs} epochs, {_RETRAIN_SHARE:.0%} of stage 1 but at least {_FEWEST_RETRAIN_EPOCHS}")
+    # how far the classifier moves depends on the number of steps, too
+    if "retrain_lr" not in given and (new_weights or not any(name in given for name in ("retrain_epochs", "retrain_batch_size"))):
+        of_stage_1 = "stage 1's, since it learns new weights" if new_weights else "stage 1's, the highest that it may have"
+        parts.append(f"lr {lr:g}: {'the classifier moves as far as on CIFAR' if lr < stage1_lr else of_stage_1}")
+    return f"  stage 2: {'; '.join(parts)}" if parts else ""

@@ -55,13 +55,17 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         if data.class_names:  # shows at once if the folders are not the classes that were meant
             more = f" and {data.num_classes - 10} more" if data.num_classes > 10 else ""
             lines.insert(2, f"classes: {', '.join(printable(name) for name in data.class_names[:10])}{more}")
-        second_stage = phases[-1].name == "stage-2" and phases[-1].epochs > 0
         given = {name for name, value in run.config.to_dict().items() if value is not None} | ({"epochs"} if run.config.epochs_scale != 1 else set())
-        lines.append(own_data.reasons(
-            data.class_counts, data.image_size, data.train.augment, pretrained=bool(run.config.pretrained), second_stage=second_stage, given=given
-        ))  # fmt: skip
+        pretrained = bool(run.config.pretrained)
+        given -= {"method"} if run.config.method == own_data.METHOD else set()
+        lines.append(own_data.reasons(run.config.method, data.class_counts, data.image_size, data.train.augment, pretrained=pretrained, given=given))
+        last = phases[-1]
+        if last.name == "stage-2" and last.epochs:
+            stage1_lr = own_data.stage1_settings(data.class_counts, pretrained=pretrained).lr if run.config.lr is None else run.config.lr
+            new_weights = last.trains != "head" or last.start == "new head"
+            lines += filter(None, [own_data.stage2_reasons(last.epochs, last.lr, stage1_lr, new_weights=new_weights, given=given)])
         stage1_epochs = [phase.epochs for phase in phases if phase.name == "stage-1"]  # a resumed run may be past it
-        if stage1_epochs and (warning := own_data.short_training(stage1_epochs[0], data.class_counts, pretrained=bool(run.config.pretrained))):
+        if stage1_epochs and (warning := own_data.short_training(stage1_epochs[0], data.class_counts, pretrained=pretrained)):
             lines.append(warning)
     for phase in phases:
         if not phase.epochs:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from gclkern.training import own_data
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
 from gclkern.training.network import prepare
@@ -36,6 +38,46 @@ def test_short_training_of_a_set_of_ones_own(epochs: int, warned: bool, tmp_path
     """Half of the default: 200 epochs for a set as small as digits."""
     config = RunConfig(data="folder", method="ce", model="small-cnn", epochs=epochs)
     assert any(line.startswith(f"WARNING: {epochs} epochs instead of 200") for line in lines(config, tmp_path)) is warned
+
+
+def defaults(folder: Path, **settings: Any) -> list[str]:
+    """The lines of defaults, by the words before their colon."""
+    found = lines(RunConfig(data="folder", model="small-cnn", **settings), folder)
+    return [line.strip() for line in found if line.startswith("  ")]
+
+
+@pytest.mark.parametrize(("settings", "shown"), [
+    ({"method": "gcl"}, "30 epochs, 15% of stage 1 but at least 10; lr 0.0483: the classifier moves as far as on CIFAR"),
+    ({"method": "gcl", "epochs": 20}, "10 epochs, 15% of stage 1 but at least 10; lr 0.05: stage 1's, the highest that it may have"),
+    ({"method": "gcl", "retrain_epochs": 7}, ""),
+    ({"method": "gcl", "retrain_lr": 0.01}, "30 epochs, 15% of stage 1 but at least 10"),
+    ({"method": "ce", "retrain": "crt", "lr": 0.02}, "30 epochs, 15% of stage 1 but at least 10; lr 0.02: stage 1's, since it learns new weights"),
+    ({"method": "ce", "retrain": "disalign", "retrain_epochs": 7}, "lr 0.05: stage 1's, since it learns new weights"),
+    ({"method": "ce", "retrain": "tau-norm"}, ""),
+    ({"method": "ce"}, ""),
+])  # fmt: skip
+def test_defaults_of_stage_2_are_those_of_its_phase(settings: dict[str, Any], shown: str, tmp_path: Path) -> None:
+    found = [line.removeprefix("stage 2: ") for line in defaults(tmp_path, **settings) if line.startswith("stage 2")]
+    assert found == ([shown] if shown else [])
+
+
+def test_defaults_that_the_user_replaces_are_left_out(tmp_path: Path) -> None:
+    names = [line.split(":")[0].split("=")[0].strip("`") for line in defaults(tmp_path, method="gcl-ldam-drw")]
+    assert names == ["method", "augment", "epochs", "batch_size", "lr", "weight_decay", "mixup", "schedule"]
+    given = {"method": "ce", "augment": "crop", "epochs_scale": 0.5, "batch_size": 32, "lr": 0.1, "weight_decay": 1e-4, "mixup": 0.1}
+    assert [line.split(":")[0] for line in defaults(tmp_path, **given)] == ["schedule"]
+    assert not any("mixup" in line for line in defaults(tmp_path, method="mixup")), "it has mixup of its own"
+
+
+@pytest.mark.parametrize(("size", "given", "remedy"), [
+    (65, set(), "; `pretrained` would start from ImageNet weights, in a quarter of the epochs"),
+    (65, {"epochs"}, "; `pretrained` would start from ImageNet weights"),
+    (65, {"pretrained"}, ""),
+    (64, set(), ""),
+])  # fmt: skip
+def test_photos_are_better_learned_from_pretrained_weights(size: int, given: set[str], remedy: str) -> None:
+    (line,) = [line for line in own_data.reasons("ce", [100, 10], size, "crop", pretrained=False, given=given).splitlines() if "model=" in line]
+    assert line.endswith(f"pixels{remedy}")
 
 
 def test_every_phase_of_an_augmentation_is_named(tmp_path: Path) -> None:
