@@ -128,4 +128,5 @@ class RunConfig:
         for name in given:
             if not used.get(name, True):
                 choice = "without `retrain=tau-norm` or `retrain=post-hoc-la`" if name == "tau" else f"with `data={self.data}`"
-                raise ValueError(f"`{name}` does nothing {choice}; leave it out")
+                of_files = self.data == "digits-lt" and name in ("data_dir", "image_size", "skip_corrupt", "workers")
+                raise ValueError(f"`{name}` does nothing {choice}; {'for images of your own add `data=folder`' if of_files else 'leave it out'}")
