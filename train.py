@@ -27,7 +27,7 @@ from gclkern.training.arguments import number
 from gclkern.training.atomic_files import WriteError
 from gclkern.training.batches import check_phases
 from gclkern.training.calibration import held_out_temperature, temperature_of
-from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, final_checkpoint, load_checkpoint
+from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, final_checkpoint, last_checkpoint, load_checkpoint
 from gclkern.training.config import RunConfig
 from gclkern.training.cross_validation import cross_validated_temperatures
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
@@ -217,7 +217,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         config, checkpoint = RunConfig(**{"method": default_method(given.get("data", RunConfig.data)), **given}), None
     else:
         path = Path(resume or evaluated)
-        checkpoint = load_checkpoint(path if not path.is_dir() else path / "last.pt" if resume else final_checkpoint(path))
+        checkpoint = load_checkpoint(last_checkpoint(path) if resume else final_checkpoint(path) if path.is_dir() else path)
         if resume and checkpoint["kind"] != "training":
             raise CheckpointError(f"{path} holds a finished network, not a run that can be resumed; give the run's folder or its last.pt")
         config = RunConfig.from_dict(checkpoint["config"])

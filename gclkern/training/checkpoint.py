@@ -140,7 +140,7 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
     path = Path(path)
     shown = printable(str(path))
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {shown}; give the file, such as last.pt in the folder of a run")
+        raise FileNotFoundError(f"there is no checkpoint at {shown}; give the folder of a run, or a checkpoint in it such as stage-1.pt")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # an unpickler raises many kinds of errors on invalid files
@@ -159,6 +159,22 @@ def load_checkpoint(path: Path | str, *, map_location: torch.device | str = "cpu
     if not intact:
         raise CheckpointError(f"{shown} is damaged: its values do not match its digest; use another checkpoint")
     return cast("Checkpoint", state)
+
+
+def last_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run continues from; `path` is its folder or the checkpoint itself.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what to do.
+    """
+    last = path / "last.pt" if path.is_dir() else path
+    if last.is_file():
+        return last
+    if (path / "summary.json").exists():
+        raise FileNotFoundError(f"{printable(str(path))} has finished without training; there is nothing to continue")
+    if (path / "config.json").exists():
+        raise FileNotFoundError(f"{printable(str(path))} ended before its first checkpoint; start it again with --out {printable(str(path))}")
+    raise FileNotFoundError(f"there is no checkpoint at {printable(str(last))}; give the folder of a run or its last.pt")
 
 
 def final_checkpoint(folder: Path) -> Path:

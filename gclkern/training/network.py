@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,10 +174,13 @@ def load_stage1(config: RunConfig, name: str, data: DataSplits, device: torch.de
     """The network of the finished phase `name`, the last before stage 2, from the checkpoint `config.stage1`.
 
     Raises:
+        FileNotFoundError: there is no such file.
         CheckpointError: the file is the checkpoint of another phase, or was trained on other data.
         ValueError: it was trained with settings that this run's stage 1 does not have.
     """
     assert config.stage1 is not None
+    if not Path(config.stage1).is_file():
+        raise FileNotFoundError(f"`stage1`: there is no checkpoint at {config.stage1}; give {name}.pt of a finished run with the method {config.method}")
     checkpoint = load_checkpoint(config.stage1)
     if (checkpoint["kind"], checkpoint["name"]) != ("network", name):
         found = f"{checkpoint['name']} of kind {checkpoint['kind']}"

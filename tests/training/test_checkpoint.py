@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gclkern.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from gclkern.training.checkpoint import CheckpointError, last_checkpoint, load_checkpoint, save_checkpoint
 
 STATE = {"epoch": 3, "rate": 0.1, "name": "stage-1", "none": None, "flag": True, "rows": [{"a": (1, 2)}], "weight": torch.arange(6.0).view(2, 3).T}
 
@@ -137,5 +137,18 @@ def test_objects_are_refused_before_anything_is_replaced(tmp_path: Path) -> None
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*last.pt; give the folder of a run, or a checkpoint in it such as stage-1\.pt"):
         load_checkpoint(tmp_path / "last.pt")
+
+
+def test_what_a_run_continues_from(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*last.pt; give the folder of a run or its last\.pt"):
+        last_checkpoint(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} ended before its first checkpoint; start it again with --out {tmp_path}"):
+        last_checkpoint(tmp_path)
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(FileNotFoundError, match="has finished without training; there is nothing to continue"):
+        last_checkpoint(tmp_path)
+    (tmp_path / "last.pt").touch()
+    assert last_checkpoint(tmp_path) == last_checkpoint(tmp_path / "last.pt") == tmp_path / "last.pt"

@@ -140,14 +140,15 @@ def test_pictures(run: tuple[Path, str], tmp_path: Path) -> None:
     (["--model", "small-cmm"], "unknown network 'small-cmm'"),
     (["--method", "ce", "--sampler", "cben"], "there is no stage 2"),
     (["--accumulate", "5"], "does not divide"),
-    (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
+    (["--resume", "nowhere"], "there is no checkpoint at nowhere; give the folder of a run or its last.pt"),
+    (["--evaluate", "nowhere"], "there is no checkpoint at nowhere; give the folder of a run, or a checkpoint in it such as stage-1.pt"),
     (["--evaluate", "README.md"], "README.md cannot be read as a checkpoint"),
     (["--out", "README.md"], "README.md cannot be written (File exists)"),
     (["--resume", "runs/a", "--evaluate", "runs/a"], "not allowed with argument"),
     (["--augment", "crop,flop"], "unknown augmentation 'flop' in 'crop,flop'"),
-    (["--data-dir", "pictures"], "--data-dir does nothing with --data digits-lt"),
-    (["--image-size", "32"], "--image-size does nothing with --data digits-lt"),
-    (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt"),
+    (["--data-dir", "pictures"], "--data-dir does nothing with --data digits-lt; for images of your own add --data folder"),
+    (["--image-size", "32"], "--image-size does nothing with --data digits-lt; for images of your own add --data folder"),
+    (["--skip-corrupt", "--data", "cifar10-lt"], "--skip-corrupt does nothing with --data cifar10-lt; leave it out"),
     (["--data", "folder", "--imbalance", "10"], "--imbalance does nothing with --data folder"),
     (["--data", "folder", "--train-list", "train.txt"], "--train-list does nothing with --data folder"),
     (["--download"], "--download does nothing with --data digits-lt"),
@@ -156,7 +157,7 @@ def test_pictures(run: tuple[Path, str], tmp_path: Path) -> None:
     (["--shard-classes", "--method", "la"], "the loss of stage-1 takes the logits of all classes"),
     (["--shard-classes", "--amp", "fp16"], "take --amp bf16"),
     (["--stage1", "nowhere", "--retrain", "none"], "there is no stage 2 to follow nowhere"),
-    (["--stage1", "nowhere"], "there is no checkpoint at nowhere"),
+    (["--stage1", "tests"], "--stage1: there is no checkpoint at tests; give stage-1.pt of a finished run with the method gcl"),
 ])  # fmt: skip
 def test_bad_arguments_get_a_clear_error(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused(*arguments)
