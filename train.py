@@ -29,7 +29,7 @@ from gclkern.training.batches import check_phases
 from gclkern.training.calibration import held_out_temperature, temperature_of
 from gclkern.training.checkpoint import Checkpoint, CheckpointError, check_same_classes, final_checkpoint, last_checkpoint, load_checkpoint
 from gclkern.training.config import RunConfig
-from gclkern.training.cross_validation import cross_validated_temperatures
+from gclkern.training.cross_validation import cross_validated_temperatures, is_cross_validated
 from gclkern.training.data import DATASETS, CorruptImageError, DataSplits, load_data
 from gclkern.training.data.augment import COMBINED, PARTS
 from gclkern.training.data.files import WorkerError, worker_problem
@@ -107,7 +107,7 @@ def main(arguments: Arguments) -> None:
                 run.reports[phase.name] = evaluate(network, data.test, data, processes, AMP[config.amp], temperature=temperature).as_dict()
                 run.save(f"{phase.name}.pt", network_checkpoint(network, phase, data, config, temperature))
                 checkpoint = None
-        if config.data == "digits-lt" and data.holdout is None and not config.stage1 and processes.world == 1:  # small enough to train it again
+        if is_cross_validated(data, config, processes):
             echo("fitting temperatures by cross-validation: trains again on each half of the training images")
             add_temperatures(run, cross_validated_temperatures(phases, data, config, processes), data, processes)
     except (CorruptImageError, KeyboardInterrupt, RuntimeError, WriteError) as error:

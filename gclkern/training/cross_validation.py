@@ -20,6 +20,11 @@ from gclkern.training.retrain import retrain_without_gradients
 from gclkern.training.trainer import AMP
 
 
+def is_cross_validated(data: DataSplits, config: RunConfig, processes: Processes) -> bool:
+    """Whether a run fits its temperatures by cross-validation."""
+    return config.data == "digits-lt" and data.holdout is None and not config.stage1 and processes.world == 1
+
+
 def cross_validated_temperatures(phases: Sequence[Phase], data: DataSplits, config: RunConfig, processes: Processes) -> dict[str, float]:
     """The temperature of each phase, fitted on the training images: each half gets its logits from networks that were trained on the other one.
 

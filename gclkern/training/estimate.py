@@ -42,14 +42,17 @@ def _now(device: torch.device) -> float:
 
 def estimated_seconds(phases: Sequence[Phase], training_images: int, test_images: int, per_image: tuple[float, float], eval_every: int | None) -> float:
     """Seconds of all phases on one process: their steps, and the evaluations between them."""
+    evaluations = sum(phase.epochs / (eval_every or max(1, phase.epochs // 20)) for phase in phases)
+    return step_seconds(phases, training_images, per_image) + evaluations * test_images * per_image[0]
+
+
+def step_seconds(phases: Sequence[Phase], training_images: int, per_image: tuple[float, float]) -> float:
+    """Seconds of the steps of all phases on one process."""
     forward, both = per_image
     total = 0.0
     for phase in phases:
-        if not phase.epochs:
-            continue
         drawn = phase.epochs * steps_of(phase, training_images) * phase.batch_size * (1 + len(phase.views) + (phase.second_sampler is not None))
         total += drawn * (both if phase.trains_backbone else forward)
-        total += phase.epochs / (eval_every or max(1, phase.epochs // 20)) * test_images * forward
     return total
 
 

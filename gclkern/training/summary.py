@@ -16,15 +16,16 @@ from gclkern.training import own_data
 from gclkern.training.atomic_files import replace_text
 from gclkern.training.batches import steps_of
 from gclkern.training.checkpoint import load_checkpoint
+from gclkern.training.cross_validation import is_cross_validated
 from gclkern.training.data import DataSplits, ImageSet
-from gclkern.training.estimate import duration, estimated_seconds, seconds_per_image
+from gclkern.training.estimate import duration, estimated_seconds, seconds_per_image, step_seconds
 from gclkern.training.evaluation import Report, evaluate, format_table, predict, share_interval
 from gclkern.training.extras import need
 from gclkern.training.network import Network, backbone_name, load_network
 from gclkern.training.output import echo
 from gclkern.training.printable import printable
 from gclkern.training.processes import Processes
-from gclkern.training.recipes import Phase, family
+from gclkern.training.recipes import Phase, family, plan_run
 from gclkern.training.run_folder import RunFolder
 
 
@@ -88,6 +89,8 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         lines.append(", ".join(parts))
     per_image = seconds_per_image(network.backbone, (data.channels, data.image_size, data.image_size), processes.device)
     seconds = estimated_seconds(phases, len(data.train), len(data.test), per_image, run.config.eval_every) / processes.world
+    if is_cross_validated(data, run.config, processes):  # it trains all phases again on each half, those before a resumed one, too
+        seconds += 2 * step_seconds(plan_run(run.config, data.class_counts, processes.world), len(data.train) // 2, per_image)
     lines.append(f"estimated time: {duration(seconds)}, by the speed of the network on a few images; loading images and drawing pictures may add to it")
     return "\n".join(lines)
 

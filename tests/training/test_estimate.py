@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from gclkern.training.estimate import estimated_seconds, seconds_per_image
+from gclkern.training.estimate import estimated_seconds, seconds_per_image, step_seconds
 from gclkern.training.recipes import plan
 
 
@@ -28,4 +28,5 @@ def test_estimate() -> None:
     drawn = [phase.epochs * steps * phase.batch_size for phase in phases]
     evaluated = 1000 * (phases[0].epochs / (phases[0].epochs // 20) + phases[1].epochs / max(1, phases[1].epochs // 20))
     assert estimated_seconds(phases, 128, 1000, (0.5, 2.0), None) == 2.0 * drawn[0] + 0.5 * drawn[1] + 0.5 * evaluated
+    assert step_seconds(phases, 128, (0.5, 2.0)) == 2.0 * drawn[0] + 0.5 * drawn[1]
     assert estimated_seconds(phases[:1], 128, 1000, (0.5, 2.0), phases[0].epochs) == 2.0 * drawn[0] + 500

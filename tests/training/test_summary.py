@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gclkern.training import own_data
+from gclkern.training import own_data, summary
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
 from gclkern.training.network import prepare
@@ -78,6 +78,17 @@ def test_defaults_that_the_user_replaces_are_left_out(tmp_path: Path) -> None:
 def test_photos_are_better_learned_from_pretrained_weights(size: int, given: set[str], remedy: str) -> None:
     (line,) = [line for line in own_data.reasons("ce", [100, 10], size, "crop", pretrained=False, given=given).splitlines() if "model=" in line]
     assert line.endswith(f"pixels{remedy}")
+
+
+def test_the_estimate_counts_the_cross_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains twice on half of the images; images of one's own are not trained on again."""
+    monkeypatch.setattr(summary, "seconds_per_image", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(summary, "duration", lambda seconds: f"{seconds:g} seconds")
+    images = int(load_data("digits-lt").train.labels.numel())
+    once, again = images // 64 * 64, 2 * (images // 2 // 64 * 64)
+    for settings, total in (({}, once + again), ({"data": "folder", "model": "small-cnn"}, once)):
+        config = RunConfig(method="ce", epochs=10, batch_size=64, baseline=False, **settings)
+        assert any(f"estimated time: {10 * total:,} seconds".replace(",", "") in line for line in lines(config, tmp_path))
 
 
 def test_every_phase_of_an_augmentation_is_named(tmp_path: Path) -> None:
