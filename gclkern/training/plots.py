@@ -69,8 +69,9 @@ def _font() -> Any:
 
 
 def shown_name(label: int, names: Sequence[str] | None, *, length: int = 24) -> str:
-    """A class name for matplotlib: shortened, and escaped where matplotlib would read `$` as a formula or hide a label that starts with `_`.
+    """A class name for matplotlib: shortened in the middle, as names of classes often share a beginning.
 
+    It is escaped where matplotlib would read `$` as a formula or hide a label that starts with `_`.
     A name with characters that the font does not have, which would be drawn as boxes, is replaced by the class number.
     """
     if names is None:
@@ -78,7 +79,7 @@ def shown_name(label: int, names: Sequence[str] | None, *, length: int = 24) -> 
     name = printable(names[label])
     if not all(_font().get_char_index(ord(letter)) for letter in name):
         return f"class {label}"
-    name = name if len(name) <= length else name[: length - 1] + "…"
+    name = name if len(name) <= length else f"{name[: length // 2]}…{name[-(length - length // 2 - 1) :]}"
     return f" {name}" if name.startswith("_") else name.replace("$", r"\$")
 
 
