@@ -266,7 +266,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--robust-layers", metavar="NAMES", help=layers)
     add("--cloud", choices=list(CLOUDS), help="how GCL's cloud sizes follow from class counts (default log)")
     add("--noise-mul", type=number(float, 0), metavar="FACTOR", help="size of the largest cloud of GCL's loss, in units of cosine, in all stages")
-    add("--margin", type=number(float, 0), metavar="SIZE", help="margin of the losses of gcl, agcl and arcface, largest margin of ldam and dbm, in all stages")
+    margins = "margin of the losses of gcl, agcl and arcface, largest margin of ldam, dbm and gcl-ldam-drw, in all stages"
+    add("--margin", type=number(float, 0), metavar="SIZE", help=margins)
     add("--scale", type=number(float, 0), metavar="FACTOR", help="factor on the cosines, in losses with clouds or margins and in re-training after them")
     add("--stage1-sampler", choices=list(SAMPLERS), help="sampler of stage 1 (default instance)")
     add("--mixup", type=number(float, 0, 1000), metavar="ALPHA", help="mixup with Beta(ALPHA, ALPHA) in stage 1 and in gcl's stage 2; 0 for none")
