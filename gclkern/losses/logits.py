@@ -174,7 +174,7 @@ class FocalLoss(_LogitLoss):
         loss = (1 - exp(-l))^gamma * l,    l = cross_entropy(scale * logits, target)
 
     Without `weight` and smoothing exp(-l) is the target's probability. With them the factor is computed from the weighted l, as in LDAM's released code; the
-    paper's alpha is outside of the factor. The mean divides by the number of samples, whatever the weights.
+    paper's alpha is outside of the factor. The mean divides by the number of samples, and only with gamma 0 by the sum of their weights, as torch's.
 
     Args:
         gamma: exponent, at least 0; 2 is the paper's.
