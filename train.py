@@ -179,7 +179,7 @@ def train_phase(
                     row["holdout"] = sum(held_out.values()) / len(held_out)
                     if row["holdout"] > progress.best:
                         progress.best = row["holdout"]
-                        run.save("best.pt", network_checkpoint(eval_network, phase, data, config, temperature_of(logits, data.holdout.labels)))
+                        run.save("best.pt", network_checkpoint(eval_network, phase, data, config, temperature_of(logits, data.holdout.labels, data)))
             run.log(row)
             bar.set_postfix(loss=f"{loss:.3f}", **{"top-1": f"{100 * row['top1']:.1f}"} if "top1" in row else {})
             progress.next_epoch()

@@ -17,19 +17,20 @@ _LIMIT = 7.0
 
 
 @torch.no_grad()
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, *, class_balanced: bool = False) -> float:
     r"""The temperature T for which softmax(logits / T) fits the labels best (Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2).
 
     It minimises the cross entropy with smoothed targets (Platt, "Probabilistic outputs for support vector machines", 1999, section 2.2):
 
-        loss(b) = mean_i [ logsumexp_j(b z_ij) - b sum_j t_ij z_ij ],    b = 1 / T,    t_iy = (M + 1) / (M + 2), the rest spread over the other classes
+        loss(b) = sum_i w_i [ logsumexp_j(b z_ij) - b sum_j t_ij z_ij ],    b = 1 / T,    t_iy = (M + 1) / (M + 2), the rest spread over the other classes
 
     Without the smoothing, a network that is right on all M images would get T = 0. The loss is convex in b, so bisection finds the root of its
-    derivative. Dividing by T changes no prediction.
+    derivative. Dividing by T changes no prediction. The temperature suits images whose classes have the frequencies that the weights w_i give them.
 
     Args:
         logits: (M, C), finite, of images that were not in the training set; C of at least 2.
         labels: (M,) int64 in [0, C).
+        class_balanced: the weights of each class sum to 1, w_i = 1 / n_y for the n_y images of class y, instead of w_i = 1.
 
     Returns:
         T, from e^-7 to e^7; e^7 for logits without information about the labels.
@@ -49,10 +50,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     count, num_classes = logits.shape
     z = logits.double() - logits.double().amax(1, keepdim=True)
     own = z.gather(1, labels.to(z.device)[:, None]).squeeze(1)
+    weight = 1 / labels.bincount()[labels].to(z) if class_balanced else z.new_ones(count)
     aim = ((count + 1) * own + (z.sum(1) - own) / (num_classes - 1)) / (count + 2)
 
     def slope(log_b: float) -> float:
-        return float(((math.exp(log_b) * z).softmax(1).mul(z).sum(1) - aim).mean())
+        return float(((math.exp(log_b) * z).softmax(1).mul(z).sum(1) - aim) @ weight)
 
     low, high = -_LIMIT, _LIMIT
     for _ in range(50):
@@ -61,13 +63,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def temperature_of(logits: Tensor, labels: Tensor) -> float | None:
-    """The fitted temperature; None for logits that are not finite, of a network that diverged."""
-    return fit_temperature(logits, labels) if bool(logits.isfinite().all()) else None
+def temperature_of(logits: Tensor, labels: Tensor, data: DataSplits) -> float | None:
+    """The temperature for test images, fitted on images of the training set; None for logits that are not finite, of a network that diverged.
+
+    Test sets of long-tailed recognition are balanced, so classes count equally. Where the test images were split off the training set, images do.
+    """
+    return fit_temperature(logits, labels, class_balanced=not data.test_like_train) if bool(logits.isfinite().all()) else None
 
 
 def held_out_temperature(network: Network, data: DataSplits, processes: Processes, amp: torch.dtype | None = None) -> float | None:
     """The temperature of a network, fitted on the held-out images; None without such images, or if the network diverged. A collective call."""
     if data.holdout is None:
         return None
-    return temperature_of(predict(network, data.holdout, processes, amp=amp)[0], data.holdout.labels)
+    return temperature_of(predict(network, data.holdout, processes, amp=amp)[0], data.holdout.labels, data)

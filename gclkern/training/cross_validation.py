@@ -47,7 +47,7 @@ def cross_validated_temperatures(phases: Sequence[Phase], data: DataSplits, conf
                 retrain_without_gradients(phase.trains, network, part, processes, config.tau)
             logits[phase.name].append(predict(network, held_out, processes, amp=AMP[config.amp])[0])
     labels = torch.cat([data.train.labels[taken] for taken in halves[::-1]])
-    found = {name: temperature_of(torch.cat(parts), labels) for name, parts in logits.items()}
+    found = {name: temperature_of(torch.cat(parts), labels, data) for name, parts in logits.items()}
     return {name: temperature for name, temperature in found.items() if temperature is not None}
 
 

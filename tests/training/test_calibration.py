@@ -7,17 +7,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from gclkern.training.calibration import fit_temperature
+from gclkern.training import calibration
+from gclkern.training.calibration import fit_temperature, held_out_temperature
+from gclkern.training.data import DataSplits, DeviceImages
 from gclkern.training.evaluation import Report, evaluate_logits, format_table
+from gclkern.training.network import Network, build_head
+from gclkern.training.processes import Processes
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
-    """Cross entropy with Platt's targets, written out."""
+def losses(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross entropy of each image with Platt's targets, written out."""
     count, num_classes = logits.shape
     target = torch.full((count, num_classes), 1 / (count + 2) / (num_classes - 1), dtype=torch.float64)
     target[range(count), labels] = (count + 1) / (count + 2)
-    return float(F.cross_entropy(logits.double() / temperature, target))
+    return F.cross_entropy(logits.double() / temperature, target, reduction="none")
 
 
 @pytest.mark.parametrize("factor", [0.05, 1.0, 30.0])
@@ -26,11 +31,41 @@ def test_the_temperature_has_the_least_loss(factor: float) -> None:
     logits = torch.randn(400, 7, generator=generator)
     labels = torch.distributions.Categorical(logits=2 * logits).sample()
     temperature = fit_temperature(factor * logits, labels)
-    best = loss(factor * logits, labels, temperature)
+    best = losses(factor * logits, labels, temperature).mean()
     for other in (0.9, 0.99, 1.01, 1.1):
-        assert best < loss(factor * logits, labels, other * temperature)
+        assert best < losses(factor * logits, labels, other * temperature).mean()
     # the temperature takes a factor on the logits out again
     torch.testing.assert_close(temperature / factor, fit_temperature(logits, labels), rtol=1e-6, atol=0)
+
+
+def test_classes_of_any_size_count_equally() -> None:
+    """Class 3 has no image, and does not count."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 2, 4]).repeat_interleave(torch.tensor([300, 60, 10, 1]))
+    logits = torch.randn(371, 5, generator=generator) + 2 * F.one_hot(labels, 5) * torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0])[labels, None]
+
+    def loss(temperature: float) -> float:
+        return float(sum(losses(logits, labels, temperature)[labels == label].mean() for label in labels.unique()))
+
+    temperature = fit_temperature(logits, labels, class_balanced=True)
+    for other in (0.9, 0.99, 1.01, 1.1):
+        assert loss(temperature) < loss(other * temperature)
+    assert temperature > 1.2 * fit_temperature(logits, labels), "rare classes, which are predicted worse, count more"
+
+
+@pytest.mark.parametrize("like_train", [False, True])
+def test_the_fit_has_the_class_frequencies_of_the_test_images(like_train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prediction has a probability of 0.9; right are 90 percent of the frequent class and half of the rare one."""
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    logits = torch.zeros(1000, 2)
+    logits[:, 0] = math.log(9) * torch.tensor([1.0] * 810 + [-1.0] * 90 + [1.0, -1.0] * 50)
+    held_out = DeviceImages(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), labels, mean=[0.0], std=[1.0], augment="none")
+    data = DataSplits("made up", held_out, held_out, held_out, [900, 100], {}, 2, None, 1, 2, test_like_train=like_train)
+    monkeypatch.setattr(calibration, "predict", lambda *_, **__: (logits, None))
+    network = Network(nn.Identity(), build_head("linear", 4, 2))
+    found = held_out_temperature(network, data, Processes.single(torch.device("cpu")))
+    share = 0.86 if like_train else 0.7  # of right predictions, over images or over classes
+    assert found == pytest.approx(math.log(9) / math.log(share / (1 - share)), rel=0.02)  # the smoothing of 1000 images
 
 
 def test_extreme_rows_do_not_overflow() -> None:

@@ -126,7 +126,9 @@ def load_folder(data_dir: str | os.PathLike[str], *, image_size: int | None, wor
             f"{printable(str(train_root or root))} has no test set beside it: {_TEST_SHARE:.0%} of each class are taken as test images (seed {seed}), "
             f"{len(test.paths)} images"
         )
-    return file_splits("folder", train, test, class_names=names, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt, notes=notes)
+    splits = file_splits("folder", train, test, class_names=names, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt, notes=notes)
+    splits.test_like_train = test_root is None
+    return splits
 
 
 def _split(images: ImageFiles, seed: int) -> tuple[ImageFiles, ImageFiles]:

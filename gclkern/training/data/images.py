@@ -197,6 +197,7 @@ class DataSplits:
     channels: int
     image_size: int
     notes: list[str] = field(default_factory=list)  # what a user should know of the files, a sentence each
+    test_like_train: bool = False  # the test images were split off the training set: classes have the same frequencies in both
 
     @cached_property
     def identity(self) -> DataIdentity:

@@ -105,7 +105,7 @@ class TestSplit:
     def test_a_folder_of_classes_splits_itself(self, tmp_path: Path) -> None:
         write_images(tmp_path, cat=10, dog=5, owl=1)
         data = load(tmp_path)
-        assert (data.class_names, data.class_counts) == (["cat", "dog", "owl"], [8, 4, 1])
+        assert (data.class_names, data.class_counts, data.test_like_train) == (["cat", "dog", "owl"], [8, 4, 1], True)
         assert data.test.labels.tolist() == [0, 0, 1]
         split, untested, *_ = data.notes
         assert split == f"{tmp_path} has no test set beside it: 20% of each class are taken as test images (seed 0), 3 images"
@@ -123,7 +123,7 @@ class TestSplit:
             file.rmdir() if file.is_dir() else file.unlink()
         (pets / "test").rmdir()
         data = load(pets)
-        assert (data.class_names, data.class_counts, len(data.test)) == (["cat", "dog"], [4, 2], 2)
+        assert (data.class_names, data.class_counts, len(data.test), data.test_like_train) == (["cat", "dog"], [4, 2], 2, True)
         assert data.notes[0].startswith(f"{pets}/train has no test set beside it")
 
     def test_single_images_cannot_be_split(self, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ class TestSplit:
         (pets / "train").rename(pets / "Train")
         (pets / "test").rename(pets / "Validation")
         data = load(pets)
-        assert (data.class_names, data.class_counts, data.notes) == (["cat", "dog"], [5, 3], [])
+        assert (data.class_names, data.class_counts, data.notes, data.test_like_train) == (["cat", "dog"], [5, 3], [], False)
         write_images(pets / "test", cat=2, dog=1)
         data = load(pets)
         assert len(data.test) == 3
