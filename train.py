@@ -38,6 +38,7 @@ from gclkern.training.extras import need
 from gclkern.training.loggers import LOGGERS, LoggerError
 from gclkern.training.network import Network, load_network, network_checkpoint, prepare, start
 from gclkern.training.output import echo, finish_output, save_traceback
+from gclkern.training.own_data import HOLDOUT
 from gclkern.training.phase_training import PhaseTraining
 from gclkern.training.processes import Processes, stop_requests
 from gclkern.training.progress import CheckpointTimer
@@ -244,7 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--holdout",
         type=number(float, 0, 0.9),
         metavar="SHARE",
-        help=f"share of training images held out to fit the temperature and select the best epoch (default {default.holdout:g})",
+        help=f"share of training images held out to fit the temperature and select the best epoch (default {HOLDOUT:g} of your own images, else 0)",
     )
     add("--train-list", metavar="FILE", help="text file with a line `path label` for each training image; labels from 0, paths below --data-dir")
     add("--test-list", metavar="FILE", help="such a file for the test images")

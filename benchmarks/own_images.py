@@ -121,7 +121,7 @@ class OwnRun(Run):
     def arguments(self) -> list[str]:
         return [
             *("--data", "folder", "--method", self.method, "--epochs", str(self.epochs), "--seed", str(self.seed)),
-            *("--eval-every", str(self.epochs), "--no-pictures", *self.options),
+            *("--holdout", "0", "--eval-every", str(self.epochs), "--no-pictures", *self.options),
         ]
 
 

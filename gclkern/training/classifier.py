@@ -15,6 +15,9 @@ from gclkern.training.data import EvaluationTransform
 from gclkern.training.data.decode import open_image, resize_and_crop, to_rgb
 from gclkern.training.network import Network, load_network
 
+# For programs that show probabilities of a classifier that is not calibrated.
+NOT_CALIBRATED = "note: no temperature was fitted, so probabilities may be too large or too small; train with --holdout 0.1"
+
 
 class Prediction(NamedTuple):
     """A class and its probability for an image."""
@@ -40,6 +43,7 @@ class Classifier(nn.Module):
         in_channels: channels of the input images.
         architecture: name of the backbone.
         temperature: divisor of the logits; 1 if none was fitted (train.py fits one with `--holdout`).
+        calibrated: whether a temperature was fitted.
 
     Shapes: images (N, in_channels, H, W) as `transform` makes them -> logits (N, C), float32.
 
@@ -53,7 +57,7 @@ class Classifier(nn.Module):
         self.class_counts = checkpoint["data"]["class_counts"]
         self.class_names = checkpoint["data"]["class_names"] or [str(label) for label in range(len(self.class_counts))]
         self.architecture, self.in_channels, self.image_size = checkpoint["model"], checkpoint["in_channels"], checkpoint["image_size"]
-        self.temperature = checkpoint["temperature"] or 1.0
+        self.temperature, self.calibrated = checkpoint["temperature"] or 1.0, checkpoint["temperature"] is not None
         self.transform = ImageTransform(checkpoint["transform"], self.in_channels)
         self.requires_grad_(False)
         self.eval()

@@ -32,7 +32,7 @@ class RunConfig:
     download: bool = False
     imbalance: float | None = None  # 20 for digits, 100 for CIFAR
     profile: str = "exp"
-    holdout: float = 0.0
+    holdout: float | None = None  # 0.1 for sets of one's own that are large enough, 0 for others
     train_list: str | None = None
     test_list: str | None = None
     image_size: int | None = None  # 224 for the published sets, the images' usual size for other sets

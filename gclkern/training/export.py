@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gclkern.training.checkpoint import CheckpointError
-from gclkern.training.classifier import Classifier, load_classifier
+from gclkern.training.classifier import NOT_CALIBRATED, Classifier, load_classifier
 from gclkern.training.extras import need
 
 METADATA = "classifier.json"
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         export(classifier, args.file)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         sys.exit(f"export: error: {error}")
+    if not classifier.calibrated:
+        print(NOT_CALIBRATED, file=sys.stderr)  # noqa: T201
     shape = f"(N, {classifier.in_channels}, {classifier.image_size}, {classifier.image_size})"
     print(f"{args.file}: {Path(args.file).stat().st_size / 1e6:.1f} MB; takes images {shape}, returns logits (N, {len(classifier.class_names)})")  # noqa: T201
 

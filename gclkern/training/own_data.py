@@ -28,6 +28,10 @@ _FEWEST_RETRAIN_EPOCHS = 10
 _SUM_OF_RATES = 30 * 169 * 0.002
 _SMALL = 64  # pixels
 _MANY_IMAGES = 50_000  # train a larger network
+# Share of the training images that is held out to fit a temperature.
+HOLDOUT = 0.1
+_FEWEST_HELD_OUT = 30  # a temperature fitted on as many has a standard deviation of about a fifth of it
+_LARGEST_HELD_OUT_SHARE = 0.2  # of all training images: at least one image of each class is taken, which is more than a tenth of small classes
 # DRO-LT's robust phase takes 80 epochs after 200 on CIFAR.
 ROBUST_SHARE = 0.4
 
@@ -96,22 +100,41 @@ def default_model(image_size: int, images: int) -> str:
     return "resnet18" if images < _MANY_IMAGES else "resnet50"
 
 
-def reasons(method: str, class_counts: Sequence[int], image_size: int, augment: str, *, pretrained: bool, given: Container[str]) -> str:
+def holdout_problem(held_out: int, images: int) -> str:
+    """Why a run holds out nothing by default: a note for the user. Empty if so many of the training images may be held out.
+
+    Example:
+        >>> holdout_problem(9, 80)
+        'no images are held out to fit a temperature: a tenth of each class, at least one image, would be 9 of 80, too few; `holdout=0.1` takes them'
+        >>> holdout_problem(276, 2760)
+        ''
+    """
+    if held_out >= _FEWEST_HELD_OUT and held_out <= _LARGEST_HELD_OUT_SHARE * images:
+        return ""
+    amount = f"a tenth of each class, at least one image, would be {held_out:,} of {images:,}, too {'few' if held_out < _FEWEST_HELD_OUT else 'many'}"
+    return f"no images are held out to fit a temperature: {amount}; `holdout={HOLDOUT:g}` takes them"
+
+
+def reasons(
+    method: str, class_counts: Sequence[int], image_size: int, augment: str, *, held_out: int, pretrained: bool, given: Container[str],
+) -> str:  # fmt: skip
     """The defaults of a run with their reasons, which are printed before it starts.
 
     Args:
         method: of the run; only that of METHOD has a reason.
         class_counts, image_size, augment: of the training set.
+        held_out: number of images that were held out.
         pretrained: whether stage 1 starts from pretrained weights.
         given: settings that the user has chosen, which are left out.
 
     Example:
-        >>> print(reasons("ce", [1500, 1000, 260], 32, "crop", pretrained=False, given={"lr", "weight_decay", "mixup"}))
+        >>> print(reasons("ce", [1500, 1000, 260], 32, "crop", held_out=307, pretrained=False, given={"lr", "weight_decay", "mixup"}))
         defaults for your own images; those of training are the same for every method, clouds, margins and scales are those of CIFAR:
           `model=resnet32`: no stride in its first layer, for images of at most 64 pixels
           `augment=crop`: no `flip`, which would change letters and signs; add it if a mirrored image has the same class
           `epochs=145`: from scratch, 2,760 images; together they see 400,200 images
           `batch_size=64`: as GCL on CIFAR
+          `holdout=0.1`: 307 images, to fit the temperature of the probabilities; `holdout=0` trains on them, too
           schedule: cosine as for ImageNet-LT, after a warm-up of up to 5 epochs as on CIFAR
     """
     images, settings = sum(class_counts), stage1_settings(class_counts, pretrained=pretrained)
@@ -136,6 +159,8 @@ def reasons(method: str, class_counts: Sequence[int], image_size: int, augment: 
         why = {"method": (method, "composes clouds with margins in one stage; of four methods the highest mean top-1 on 600 drawn photos"), **why}
     if method != "mixup":
         why["mixup"] = (f"{settings.mixup:g}", "so that methods differ in their loss alone")
+    if held_out:
+        why["holdout"] = (f"{HOLDOUT:g}", f"{held_out:,} images, to fit the temperature of the probabilities; `holdout=0` trains on them, too")
     lines = ["defaults for your own images; those of training are the same for every method, clouds, margins and scales are those of CIFAR:"]
     lines += [f"  `{name}={value}`: {reason}" for name, (value, reason) in why.items() if name not in given]
     lines.append(f"  schedule: {settings.schedule.kind} as for ImageNet-LT, after a warm-up of up to {settings.schedule.warmup} epochs as on CIFAR")

@@ -24,7 +24,7 @@ import torch
 
 from gclkern.training.arguments import number
 from gclkern.training.checkpoint import CheckpointError
-from gclkern.training.classifier import Classifier, Prediction, load_classifier
+from gclkern.training.classifier import NOT_CALIBRATED, Classifier, Prediction, load_classifier
 from gclkern.training.data import CorruptImageError
 from gclkern.training.data.decode import open_image
 from gclkern.training.data.folders import find_images
@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         classifier = load_classifier(args.checkpoint, args.device)
         paths = collect(args.paths)
+        if not classifier.calibrated:
+            print(NOT_CALIBRATED, file=sys.stderr)  # noqa: T201
         top = min(int(args.top), len(classifier.class_names))
         with _writer(args, top) as write:
             failures = classify(classifier, paths, top, write)

@@ -59,7 +59,10 @@ def describe(run: RunFolder, data: DataSplits, phases: Sequence[Phase], network:
         given = {name for name, value in run.config.to_dict().items() if value is not None} | ({"epochs"} if run.config.epochs_scale != 1 else set())
         pretrained = bool(run.config.pretrained)
         given -= {"method"} if run.config.method == own_data.METHOD else set()
-        lines.append(own_data.reasons(run.config.method, data.class_counts, data.image_size, data.train.augment, pretrained=pretrained, given=given))
+        held_out = 0 if data.holdout is None else len(data.holdout)
+        lines.append(own_data.reasons(
+            run.config.method, data.class_counts, data.image_size, data.train.augment, held_out=held_out, pretrained=pretrained, given=given,
+        ))  # fmt: skip
         last = phases[-1]
         if last.name == "stage-2" and last.epochs:
             stage1_lr = own_data.stage1_settings(data.class_counts, pretrained=pretrained).lr if run.config.lr is None else run.config.lr

@@ -24,6 +24,7 @@ def test_methods_differ_in_nothing_but_the_loss() -> None:
     settings = set()
     for method in COMPARED:
         config = train.parse_arguments([*OwnRun("folder", 50.0, method, 1, 1.0, (), 24, 32).arguments, "--data-dir", "pictures"]).config
+        assert config.holdout == 0, "trained on all images"
         first = plan_run(config, counts, 1)[0]
         settings.add((first.epochs, first.batch_size, first.lr, first.weight_decay, first.schedule, first.mixup, first.sampler))
     assert len(settings) == 1 and next(iter(settings))[0] == 24

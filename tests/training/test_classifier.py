@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gclkern.training import export, predict
-from gclkern.training.checkpoint import CheckpointError, save_checkpoint
+from gclkern.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from gclkern.training.classifier import Classifier, load_classifier
 from gclkern.training.config import RunConfig
 from gclkern.training.data import CorruptImageError, DataSplits, load_data
@@ -103,6 +103,20 @@ def test_the_folder_of_a_run_stands_for_its_last_stage(checkpoint: Path, tmp_pat
     (tmp_path / "summary.json").write_text(json.dumps({"phases": [{"name": "stage-1"}, {"name": "stage-2"}]}))
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(load_classifier(tmp_path)(images), classifier(images))
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_without_a_temperature_a_note_says_so(
+    temperature: float | None, checkpoint: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "stage-1.pt"
+    save_checkpoint(path, {**load_checkpoint(checkpoint), "temperature": temperature})
+    note = "note: no temperature was fitted, so probabilities may be too large or too small; train with --holdout 0.1\n"
+    predict.main([str(path), str(photos / "0.png"), "--csv", "-"])
+    output, errors = capfd.readouterr()
+    assert (errors, output[:13]) == (note if temperature is None else "", "path,class 1,")
+    export.main([str(path), str(tmp_path / "model.pt2")])
+    assert (note in capfd.readouterr().err) is (temperature is None)
 
 
 def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path: Path, classifier: Classifier) -> None:

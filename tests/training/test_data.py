@@ -352,6 +352,7 @@ class TestDigits:
 
     def test_holdout_comes_out_of_the_training_set(self) -> None:
         whole, data = load_data("digits-lt"), load_data("digits-lt", holdout=0.2)
+        assert whole.holdout is load_data("digits-lt", holdout=None).holdout is None
         assert data.holdout is not None
         held = data.holdout.labels.bincount(minlength=10)
         assert held.tolist() == [28, 20, 14, 10, 7, 5, 4, 3, 2, 1]

@@ -76,7 +76,7 @@ def test_defaults_that_the_user_replaces_are_left_out(tmp_path: Path) -> None:
     (64, set(), ""),
 ])  # fmt: skip
 def test_photos_are_better_learned_from_pretrained_weights(size: int, given: set[str], remedy: str) -> None:
-    (line,) = [line for line in own_data.reasons("ce", [100, 10], size, "crop", pretrained=False, given=given).splitlines() if "model=" in line]
+    (line,) = [line for line in own_data.reasons("ce", [100, 10], size, "crop", held_out=0, pretrained=False, given=given).splitlines() if "model=" in line]
     assert line.endswith(f"pixels{remedy}")
 
 
@@ -89,6 +89,19 @@ def test_the_estimate_counts_the_cross_validation(tmp_path: Path, monkeypatch: p
     for settings, total in (({}, once + again), ({"data": "folder", "model": "small-cnn"}, once)):
         config = RunConfig(method="ce", epochs=10, batch_size=64, baseline=False, **settings)
         assert any(f"estimated time: {10 * total:,} seconds".replace(",", "") in line for line in lines(config, tmp_path))
+
+
+def test_the_default_held_out_part_has_its_reason(tmp_path: Path) -> None:
+    """For images of one's own, made of digits here; not where the user has chosen the share."""
+    data, processes = load_data("digits-lt", holdout=0.1), Processes.single(torch.device("cpu"))
+    found = []
+    for holdout in (None, 0.1):
+        config = RunConfig(data="folder", method="ce", model="small-cnn", holdout=holdout)
+        phases = plan_run(config, data.class_counts, 1)
+        network = prepare(phases[0], None, data, config, processes.device)
+        text = describe(RunFolder(tmp_path, config, write=False), data, phases, network, processes)
+        found.append([line for line in text.splitlines() if "`holdout" in line])
+    assert found == [["  `holdout=0.1`: 48 images, to fit the temperature of the probabilities; `holdout=0` trains on them, too"], []]
 
 
 def test_every_phase_of_an_augmentation_is_named(tmp_path: Path) -> None:

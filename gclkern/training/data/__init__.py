@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+from gclkern.training import own_data
 from gclkern.training.data.cifar import CIFAR, load_cifar
 from gclkern.training.data.decode import CorruptImageError
 from gclkern.training.data.digits import load_digits
-from gclkern.training.data.files import DEFAULT_WORKERS, FileImages
+from gclkern.training.data.files import DEFAULT_WORKERS, OWN, FileImages
 from gclkern.training.data.folders import load_folder
 from gclkern.training.data.identity import DataIdentity, class_difference, data_difference
 from gclkern.training.data.images import DataSplits, DeviceImages, Epoch, EvaluationTransform, ImageSet
@@ -29,7 +30,7 @@ def load_data(
     imbalance: float | None = None,
     profile: str = "exp",
     seed: int = 0,
-    holdout: float = 0.0,
+    holdout: float | None = 0.0,
     download: bool = False,
     image_size: int | None = None,
     workers: int = DEFAULT_WORKERS,
@@ -47,7 +48,8 @@ def load_data(
         imbalance: ratio of the largest to the smallest class of digits-lt (default 20) and CIFAR (default 100); other data sets are used as they are.
         profile: "exp" or "step", for digits-lt and CIFAR.
         seed: of the choice of the long-tailed subset and of the held-out part; 0 is the reference subset of CIFAR-LT.
-        holdout: the share of every training class that is held out, to fit and select on; 0 for none.
+        holdout: the share of every training class that is held out, to fit and select on; 0 for none. None is train.py's default: a tenth for "list" and
+            "folder", unless that is too few or too many images, which a note says; 0 for other data sets.
         download: download CIFAR through torchvision if it is missing.
         image_size: height and width in pixels for image files; None is their usual size, at most 224.
         workers: processes that read image files, by default up to four; 0 reads them in this process.
@@ -67,7 +69,7 @@ def load_data(
         >>> images.shape, labels
         (torch.Size([3, 1, 8, 8]), tensor([0, 0, 0]))
     """
-    if not 0 <= holdout < 1:
+    if holdout is not None and not 0 <= holdout < 1:
         raise ValueError(f"holdout must be at least 0 and below 1, got {holdout}")
     root = "data" if data_dir is None else data_dir
     if name == "digits-lt":
@@ -80,11 +82,14 @@ def load_data(
         splits = load_folder(root, image_size=image_size, workers=workers, skip_corrupt=skip_corrupt, seed=seed)
     else:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
-    if holdout:
+    if share := own_data.HOLDOUT if holdout is None and name in OWN else holdout:
         whole = splits.train
-        kept, taken = stratified_split(whole.labels, holdout, seed)
+        kept, taken = stratified_split(whole.labels, share, seed)
+        if holdout is None and (problem := own_data.holdout_problem(len(taken), len(whole))):
+            splits.notes.append(problem)
+            return splits
         if not taken.numel():
-            raise ValueError(f"holdout {holdout:g} takes no image, since no class has a second one; leave out `holdout` or add images")
+            raise ValueError(f"holdout {share:g} takes no image, since no class has a second one; leave out `holdout` or add images")
         splits.train, splits.holdout = whole.subset(kept), whole.subset(taken)
         splits.class_counts = splits.train.labels.bincount(minlength=splits.num_classes).tolist()
     return splits

@@ -152,6 +152,35 @@ class TestSplit:
         with pytest.raises(ValueError, match=r"holdout 0\.5 takes no image, since no class has a second one; leave out `holdout` or add images"):
             load_data("folder", data_dir=tmp_path, workers=0, holdout=0.5)
 
+    @pytest.mark.parametrize("name", ["folder", "list"])
+    def test_a_tenth_is_held_out_by_default(self, name: str, tmp_path: Path) -> None:
+        for part in ("train", "test"):
+            write_images(tmp_path / part, cat=250, dog=60, owl=1)
+        lines = [f"{path.relative_to(tmp_path)} {('cat', 'dog', 'owl').index(path.parent.name)}\n" for path in sorted((tmp_path / "train").rglob("*.png"))]
+        (tmp_path / "list.txt").write_text("".join(lines))
+        lists = {} if name == "folder" else dict.fromkeys(("train_list", "test_list"), tmp_path / "list.txt")
+        data = load_data(name, data_dir=tmp_path, workers=0, image_size=8, holdout=None, **lists)  # type: ignore[arg-type]
+        assert data.holdout is not None
+        assert (data.class_counts, data.holdout.labels.bincount().tolist()) == ([225, 54, 1], [25, 6])
+        whole = load_data(name, data_dir=tmp_path, workers=0, image_size=8, holdout=0, **lists)  # type: ignore[arg-type]
+        assert (whole.class_counts, whole.holdout) == ([250, 60, 1], None)
+
+    def test_a_tenth_of_a_small_set_is_not_held_out_by_default(self, tmp_path: Path) -> None:
+        for part in ("train", "test"):
+            write_images(tmp_path / part, cat=250, dog=44)
+        data = load_data("folder", data_dir=tmp_path, workers=0, image_size=8, holdout=None)
+        assert (data.class_counts, data.holdout) == ([250, 44], None)
+        note = "no images are held out to fit a temperature: a tenth of each class, at least one image, would be 29 of 294, too few; `holdout=0.1` takes them"
+        assert data.notes[-1] == note
+        assert len(load_data("folder", data_dir=tmp_path, workers=0, image_size=8, holdout=0.1).holdout or ()) == 29
+
+    def test_one_image_of_many_small_classes_is_not_held_out_by_default(self, tmp_path: Path) -> None:
+        for part in ("train", "test"):
+            write_images(tmp_path / part, **{f"class {label}": 4 for label in range(31)})
+        data = load_data("folder", data_dir=tmp_path, workers=0, image_size=8, holdout=None)
+        assert data.holdout is None
+        assert data.notes[-1].endswith("a tenth of each class, at least one image, would be 31 of 124, too many; `holdout=0.1` takes them")
+
 
 class TestMemory:
     def test_images_at_size_stay_as_they_are(self, pets: Path) -> None:
