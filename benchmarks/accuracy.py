@@ -312,14 +312,14 @@ def _percent(shares: Sequence[float | None]) -> str:
 
 
 def last_report(result: dict[str, Any]) -> dict[str, Any]:
-    """That of the last phase, by which a run is judged."""
-    report: dict[str, Any] = list(result["reports"].values())[-1]
+    """That of the last phase, by which a run is judged. A run with held-out images has a report of its best epoch behind it."""
+    report: dict[str, Any] = result["reports"][result["phases"][-1]["name"]]
     return report
 
 
 def _best_epoch(result: dict[str, Any]) -> float | None:
     """The best top-1 of the last phase's evaluated epochs: chosen on the test set, as the releases report theirs. None for a phase without epochs."""
-    curves, last = result["curves"], list(result["reports"])[-1]
+    curves, last = result["curves"], result["phases"][-1]["name"]
     found = zip(curves.get("phase", ()), curves.get("top1", ()), strict=True)
     return max((top1 for phase, top1 in found if phase == last and top1 is not None), default=None)
 

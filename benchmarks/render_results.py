@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import methods
-from benchmarks.accuracy import comparison, results_of, tables
+from benchmarks.accuracy import comparison, last_report, results_of, tables
 from benchmarks.common import BOTH, INATURALIST, RESULTS, TORCH_BACKEND
 from benchmarks.errors import LIBRARY
 from benchmarks.own_images import TEST_IMAGES
@@ -124,7 +124,7 @@ def summary(results: Path) -> str:
 
 def _top1(found: Iterable[dict[str, Any]]) -> str:
     """Mean over seeds, with their number."""
-    shares = [100 * list(result["reports"].values())[-1]["top1"] for result in found]
+    shares = [100 * last_report(result)["top1"] for result in found]
     return f"{statistics.mean(shares):.1f}% ({len(shares)} seed{'s' if len(shares) > 1 else ''})" if shares else ""
 
 

@@ -122,7 +122,7 @@ def conclude(run: RunFolder, data: DataSplits, device: torch.device, phases: Seq
             logits, features = predict(load_network(checkpoint, device), data.test, alone, amp=amp)
             found[phase.name] = logits / (checkpoint["temperature"] or 1.0), features
         draw_pictures(run.path, reports, done, found, data)
-    last = list(reports.values())[-1]
+    last = reports[phases[-1].name]  # after its last epoch, not the best one
     run.finish({"top1": last.top1, "balanced": last.balanced, "ece": last.ece, "nll": last.nll})
     echo(f"{run.path}: metrics.csv, summary.json, checkpoints" + (", pictures" if pictures else ""))
 

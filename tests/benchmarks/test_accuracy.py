@@ -38,7 +38,7 @@ time.sleep(0.2)
 if "tau-norm" not in sys.argv:
     (folder / "metrics.csv").write_text("phase,epoch,loss,top1\\nstage-1,1,0.5,\\nstage-1,2,0.25,0.75\\n")
 report = {"top1": 0.75, "groups": {"many": 0.75}, "ece": 0.1}
-summary = {"reports": {"stage-1": report}, "phases": [{"epochs": 2}], "config": {"amp": "off", "out": str(folder)},
+summary = {"reports": {"stage-1": report}, "phases": [{"name": "stage-1", "epochs": 2}], "config": {"amp": "off", "out": str(folder)},
            "class_counts": [2, 1], "groups": {"many": [0, 1]}, "argv": sys.argv[1:], "times": [begin, time.monotonic()]}
 (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -155,10 +155,10 @@ def result(method: str, seed: int, top1: float, *, scale: float = 1.0, few: floa
     report = {"top1": top1, "groups": {"many": 0.5} | ({} if few is None else {"few": few}), "ece": 0.125}
     return {
         "data": "cifar10-lt", "imbalance": 100.0, "method": method, "seed": seed, "epochs_scale": scale,
-        "phases": [{"epochs": 200, "mixup": 1.0}, {"epochs": 0, "head": "cosine"}],
+        "phases": [{"name": "stage-1", "epochs": 200, "mixup": 1.0}, {"name": "stage-2", "epochs": 0, "head": "cosine"}],
         "settings": {"amp": "off", "augment": None, "model": None}, "class_counts": [50] * 10,
         "machine": {"device": device, "cores": 2, "cpu": "x86_64"}, "code": "0123456789ab",
-        "reports": {"stage-1": {}, "stage-2": report},
+        "reports": {"stage-1": {}, "stage-2": report, "best on held-out": {**report, "top1": 0.99}},
         "curves": {"phase": ["stage-1", "stage-2", "stage-2", "stage-2"], "top1": [0.9, None, top1 + 0.01, top1]} if method != "ce" else {},
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_the_table(tmp_path: Path) -> None:
     (tmp_path / "accuracy").mkdir()
     step = {"parameters": 470_004, "more_in_training": 128, "relative": 1.234}
     (tmp_path / "methods" / "steps.json").write_text(json.dumps({"steps": {"--method bbn": [step], "--method oltr": [step, {**step, "parameters": 500_000}]}}))
-    result = {"data": "cifar100-lt", "imbalance": 100.0, "method": "bbn", "epochs_scale": 1, "reports": {"stage-1": {"top1": 0.4}}}
+    result = {"data": "cifar100-lt", "imbalance": 100.0, "method": "bbn", "epochs_scale": 1, "phases": [{"name": "stage-1"}]}
     for seed, top1 in enumerate((0.40, 0.42)):
         (tmp_path / "accuracy" / f"{seed}.json").write_text(json.dumps({**result, "seed": seed, "reports": {"stage-1": {"top1": top1}}}))
     header, lines = methods.table(tmp_path)

@@ -1,7 +1,10 @@
-"""What a run says before it starts."""
+"""What a run says before it starts, and its results at the end."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import torch
 from gclkern.training import own_data, summary
 from gclkern.training.config import RunConfig
 from gclkern.training.data import load_data
-from gclkern.training.network import prepare
+from gclkern.training.evaluation import evaluate
+from gclkern.training.network import network_checkpoint, prepare
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import plan_run
 from gclkern.training.run_folder import RunFolder
-from gclkern.training.summary import describe
+from gclkern.training.summary import conclude, describe
 
 
 def lines(config: RunConfig, folder: Path) -> list[str]:
@@ -102,6 +106,23 @@ def test_the_default_held_out_part_has_its_reason(tmp_path: Path) -> None:
         text = describe(RunFolder(tmp_path, config, write=False), data, phases, network, processes)
         found.append([line for line in text.splitlines() if "`holdout" in line])
     assert found == [["  `holdout=0.1`: 48 images, to fit the temperature of the probabilities; `holdout=0` trains on them, too"], []]
+
+
+def test_the_results_of_a_run_are_those_of_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch on held-out images has a row of its own in table and summary."""
+    finished: list[Mapping[str, float]] = []
+    monkeypatch.setattr(RunFolder, "finish", lambda _, results: finished.append(results))
+    data, processes, config = load_data("digits-lt", holdout=0.1), Processes.single(torch.device("cpu")), RunConfig(method="ce", baseline=False)
+    (phase,) = plan_run(config, data.class_counts, 1)
+    run = RunFolder(tmp_path, config, write=True)
+    last, best = (prepare(phase, None, data, replace(config, seed=seed), processes.device) for seed in (0, 1))
+    run.reports[phase.name] = evaluate(last, data.test, data, processes).as_dict()
+    run.save("best.pt", network_checkpoint(best, phase, data, config))
+    conclude(run, data, processes.device, [phase], amp=None, pictures=False)
+    run.close()
+    reports = json.loads((tmp_path / "summary.json").read_text())["reports"]
+    assert list(reports) == ["stage-1", "best on held-out"]
+    assert finished[0]["nll"] == reports["stage-1"]["nll"] != reports["best on held-out"]["nll"]
 
 
 def test_every_phase_of_an_augmentation_is_named(tmp_path: Path) -> None:
