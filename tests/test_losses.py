@@ -145,6 +145,8 @@ def test_prediction_and_its_plain_cross_entropy() -> None:
         probabilities = criterion.predict_proba(cosine)
         assert torch.allclose(probabilities, (20 * cosine).softmax(1), rtol=1e-12)
         assert torch.allclose(criterion.predict_proba(cosine.bfloat16()), (20 * cosine.bfloat16().float()).softmax(1))
+        assert torch.equal(criterion.logits(cosine), 20 * cosine)
+        assert torch.equal(criterion.logits(cosine.bfloat16()), 20 * cosine.bfloat16().float())
     features, classifier = torch.randn(ROWS, 6), CosineLinear(6, CLASSES)
     for kind in (LinearGCLLoss, ShardedLinearGCLLoss):
         loss = kind(COUNTS, margin=0.1, gamma=1.0).plain_cross_entropy(features, classifier.weight, target)
@@ -296,6 +298,7 @@ def test_refused_when_built(kind: type[nn.Module], arguments: dict[str, Any], er
         (lambda: CosFaceLoss(scale=-1.0), ValueError, ["scale", "-1.0"]),
         (lambda: FocalLoss(gamma=-2.0), ValueError, ["gamma", "-2.0"]),
         (lambda: GCLLoss([3, 2])(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)), ValueError, ["cosine", "class_counts", "(4, 3)"]),
+        (lambda: LinearGCLLoss(COUNTS).logits(torch.zeros(2, CLASSES + 1)), ValueError, ["cosine", f"{CLASSES} columns", "classifier(features)"]),
         (lambda: LinearGCLLoss(COUNTS).predict_proba(torch.zeros(2, CLASSES + 1)), ValueError, ["cosine", f"{CLASSES} columns", "classifier(features)"]),
     ],
 )

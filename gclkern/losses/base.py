@@ -141,13 +141,11 @@ class _ClassLoss(PreciseBuffers):
         """
         return self._cross_entropy(*inputs, **{name: getattr(self, name) for name in ("scale", "ignore_index", "reduction", "backend")})
 
-    def predict_proba(
+    def logits(
         self,
         cosine: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
-        """The probability of each class, softmax(scale * cosine), in float32 or better: what :meth:`plain_cross_entropy` is the cross entropy of.
-
-        Without the scale, the softmax of cosines is nearly uniform: of 10 classes, none has a probability above 0.46.
+        """The logits of each class, scale * cosine, in float32 or better: for a temperature, an export or an ensemble. They have no margins and no bias.
 
         Args:
             cosine: what the classifier returns for images, also for :class:`gclkern.LinearGCLLoss`; logits for a loss of logits, whose scale is 1.
@@ -158,14 +156,36 @@ class _ClassLoss(PreciseBuffers):
         Example:
             >>> import torch
             >>> from gclkern import GCLLoss
-            >>> cosine = torch.tensor([[0.5, 0.25]])
-            >>> GCLLoss([9, 1], scale=30.0).predict_proba(cosine), cosine.softmax(1)
-            (tensor([[9.9945e-01, 5.5278e-04]]), tensor([[0.5622, 0.4378]]))
+            >>> GCLLoss([9, 1], scale=30.0).logits(torch.tensor([[0.5, 0.25]]))
+            tensor([[15.0000,  7.5000]])
         """
         if self.num_classes is not None and cosine.shape[-1] != self.num_classes:
             shape = tuple(cosine.shape)
             raise ValueError(f"cosine must have {self.num_classes} columns, one for each of class_counts, got shape {shape}; pass classifier(features)")
-        return (self.scale * (cosine.float() if cosine.element_size() < 4 else cosine)).softmax(-1)
+        return self.scale * (cosine.float() if cosine.element_size() < 4 else cosine)
+
+    def predict_proba(
+        self,
+        cosine: Tensor,  # (..., C)
+    ) -> Tensor:  # (..., C)
+        """The probability of each class, the softmax of :meth:`logits`: what :meth:`plain_cross_entropy` is the cross entropy of.
+
+        Without the scale, the softmax of cosines is nearly uniform: of 10 classes, none has a probability above 0.46.
+
+        Args:
+            cosine: as for :meth:`logits`.
+
+        Raises:
+            ValueError: as for :meth:`logits`.
+
+        Example:
+            >>> import torch
+            >>> from gclkern import GCLLoss
+            >>> cosine = torch.tensor([[0.5, 0.25]])
+            >>> GCLLoss([9, 1], scale=30.0).predict_proba(cosine), cosine.softmax(1)
+            (tensor([[9.9945e-01, 5.5278e-04]]), tensor([[0.5622, 0.4378]]))
+        """
+        return self.logits(cosine).softmax(-1)
 
     def _cross_entropy(self, *inputs: Any, **options: Any) -> Tensor:
         return gcl_cross_entropy(*inputs, **options)
