@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from gclkern.training.evaluation import predict as predict_logits
 from gclkern.training.network import build_network, network_checkpoint
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import plan
+from tests.support.processes import ROOT
 
 CPU = torch.device("cpu")
 
@@ -139,7 +141,14 @@ def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path
         export.main([str(checkpoint), str(tmp_path / "model.txt")])
 
 
-def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def code_of_the_page(word: str) -> str:
+    """The block of docs/training.md that has this word."""
+    blocks = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if word in block)
+    return str(block)
+
+
+def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     export.main([str(checkpoint), str(tmp_path / "model.pt2")])
     assert capsys.readouterr().out.endswith(f"MB; takes images (N, 1, 8, 8), returns logits (N, {len(classifier.class_names)})\n")
     extra = {export.METADATA: ""}
@@ -148,10 +157,14 @@ def test_export_to_torch(checkpoint: Path, classifier: Classifier, tmp_path: Pat
         images = torch.randn(count, 1, 8, 8)
         torch.testing.assert_close(program.module()(images), classifier(images))
     assert json.loads(json.loads(extra[export.METADATA])["class_names"]) == classifier.class_names
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "images": images}
+    exec(code_of_the_page("torch.export.load"), names)
+    torch.testing.assert_close(names["logits"], classifier(images))
 
 
 @pytest.mark.slow  # the exporter and the runtime take ten seconds to import
-def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     export.main([str(checkpoint), str(tmp_path / "model.onnx")])
@@ -160,7 +173,12 @@ def test_export_to_onnx(checkpoint: Path, classifier: Classifier, tmp_path: Path
         images = torch.randn(count, 1, 8, 8)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), classifier(images), rtol=1e-4, atol=1e-4)  # other convolutions, logits up to 12
-    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == classifier.class_names
+    monkeypatch.chdir(tmp_path)
+    names = {"onnxruntime": runtime, "json": json, "images": images.numpy()}
+    exec(code_of_the_page("InferenceSession"), names)
+    torch.testing.assert_close(torch.from_numpy(names["logits"]), classifier(images), rtol=1e-4, atol=1e-4)
+    assert names["names"] == classifier.class_names
+    assert session.get_modelmeta().custom_metadata_map.keys() >= {"resize", "crop", "mean", "std"}, "which the page names"
 
 
 @pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)])
