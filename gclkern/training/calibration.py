@@ -30,7 +30,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, class_balanced: bool = Fa
     Args:
         logits: (M, C), finite, of images that were not in the training set; C of at least 2.
         labels: (M,) int64 in [0, C).
-        class_balanced: the weights of each class sum to 1, w_i = 1 / n_y for the n_y images of class y, instead of w_i = 1.
+        class_balanced: w_i = 1 / (n_y + 2) for the n_y images of class y, instead of w_i = 1: nearly the same weight for each class, but less for one of
+            which there are few images, whose logits say little.
 
     Returns:
         T, from e^-7 to e^7; e^7 for logits without information about the labels.
@@ -50,7 +51,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, class_balanced: bool = Fa
     count, num_classes = logits.shape
     z = logits.double() - logits.double().amax(1, keepdim=True)
     own = z.gather(1, labels.to(z.device)[:, None]).squeeze(1)
-    weight = 1 / labels.bincount()[labels].to(z) if class_balanced else z.new_ones(count)
+    weight = 1 / (labels.bincount()[labels].to(z) + 2) if class_balanced else z.new_ones(count)
     aim = ((count + 1) * own + (z.sum(1) - own) / (num_classes - 1)) / (count + 2)
 
     def slope(log_b: float) -> float:
@@ -66,7 +67,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, class_balanced: bool = Fa
 def temperature_of(logits: Tensor, labels: Tensor, data: DataSplits) -> float | None:
     """The temperature for test images, fitted on images of the training set; None for logits that are not finite, of a network that diverged.
 
-    Test sets of long-tailed recognition are balanced, so classes count equally. Where the test images were split off the training set, images do.
+    Test sets of long-tailed recognition are balanced, so classes count nearly equally. Where the test images were split off the training set, images do.
     """
     return fit_temperature(logits, labels, class_balanced=not data.test_like_train) if bool(logits.isfinite().all()) else None
 

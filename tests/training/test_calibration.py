@@ -38,14 +38,14 @@ def test_the_temperature_has_the_least_loss(factor: float) -> None:
     torch.testing.assert_close(temperature / factor, fit_temperature(logits, labels), rtol=1e-6, atol=0)
 
 
-def test_classes_of_any_size_count_equally() -> None:
+def test_classes_of_any_size_count_nearly_equally() -> None:
     """Class 3 has no image, and does not count."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 1, 2, 4]).repeat_interleave(torch.tensor([300, 60, 10, 1]))
     logits = torch.randn(371, 5, generator=generator) + 2 * F.one_hot(labels, 5) * torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0])[labels, None]
 
     def loss(temperature: float) -> float:
-        return float(sum(losses(logits, labels, temperature)[labels == label].mean() for label in labels.unique()))
+        return sum(float(losses(logits, labels, temperature)[labels == label].sum()) / (int((labels == label).sum()) + 2) for label in labels.unique())
 
     temperature = fit_temperature(logits, labels, class_balanced=True)
     for other in (0.9, 0.99, 1.01, 1.1):
