@@ -102,7 +102,7 @@ def write_folder(images: str, cifar: Path, folder: Path, pixels: int) -> None:
 
 @dataclass(frozen=True)
 class OwnRun(Run):
-    """A run on the image folder, with defaults but for the method, the seed and the number of epochs."""
+    """A run on the image folder, with defaults but for the method, the seed, the number of epochs, and that no image is held out."""
 
     epochs: int = 0
     pixels: int = 0
