@@ -150,8 +150,8 @@ def cpu_head(results: Path) -> str:
         [
             f"The head's loss with all gradients on a CPU: {shape['rows']} samples, {shape['classes']} classes, {shape['dim']} dimensions, float32,",
             f"{shape['threads']} threads of {software['machine']}, torch {software['torch']}, gclkern by {software.get('cpu_code', 'torch operators')}.",
-            f"Medians of {shape['rounds']} rounds in which the contestants take turns; the ratio is the median of the rounds' ratios. In the minute before, the",
-            f"machine's load was {software['load']:.1f} on {software['cores']} cores.",
+            f"Medians of {shape['rounds']} rounds in which the contestants take turns; the ratio is the median of the rounds' ratios.",
+            f"In the minute before, the machine's load was {software['load']:.1f} on {software['cores']} cores.",
             "",
             _table(["", "ms", "x bare products", "peak MB", "beyond the gradients", "includes"], rows),
             "",
