@@ -170,7 +170,7 @@ class Run:
         return [*arguments, "--epochs-scale", f"{self.epochs_scale:g}"]
 
 
-def _cpu_options() -> tuple[str, ...]:
+def cpu_options() -> tuple[str, ...]:
     """What a full schedule takes on a CPU: a compiled step (0.8 of the time of ResNet-32's), in bfloat16 where the CPU multiplies it (0.6 of float32's)."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     half = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
@@ -180,7 +180,7 @@ def _cpu_options() -> tuple[str, ...]:
 def runs_of(table: Table) -> list[Run]:
     """First seeds first, so that a table that is stopped has a number everywhere before it has a deviation anywhere."""
     on_cpu = table.epochs_scale == 1 and not torch.cuda.is_available()
-    options = (*table.options, *_cpu_options()) if on_cpu else table.options
+    options = (*table.options, *cpu_options()) if on_cpu else table.options
     return [
         Run(data, imbalance, method, seed, table.epochs_scale, options)
         for seed in table.seeds
