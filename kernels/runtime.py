@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +26,23 @@ LOOSE_POINTERS = ("target_ptr", "right_target_ptr", "target_b_ptr", "lam_ptr", "
 batch_kernel = triton.jit(do_not_specialize=("num_rows", *PLACES), do_not_specialize_on_alignment=LOOSE_POINTERS)
 
 VECTOR_BYTES = 16  # of the widest load; rows that start at multiples of it are read by such loads
+
+
+def _let_numpy_index() -> None:
+    """Triton before 3.8 interprets the bounds of a loop by `int` of an array of one element, which NumPy refuses from 2.5 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda value: int(value.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+    _let_numpy_index()
 
 
 def is_hopper(device: torch.device) -> bool:

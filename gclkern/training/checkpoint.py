@@ -185,8 +185,9 @@ def final_checkpoint(folder: Path) -> Path:
     """
     summary = folder / "summary.json"
     if not summary.exists():
-        inside = ", ".join(sorted(entry.name for entry in folder.glob("*.pt"))) or "none"
-        raise FileNotFoundError(f"{folder} is a folder without a finished run; give a checkpoint in it (here: {inside})")
+        inside = ", ".join(sorted(entry.name for entry in folder.glob("*.pt")))
+        remedy = f"give a checkpoint in it (here: {inside})" if inside else "it holds no checkpoint either; give the folder of another run"
+        raise FileNotFoundError(f"{folder} is a folder without a finished run; {remedy}")
     return folder / f"{json.loads(summary.read_text())['phases'][-1]['name']}.pt"
 
 

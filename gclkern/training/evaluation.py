@@ -193,17 +193,21 @@ def predict(network: Network, images: ImageSet, processes: Processes, *, amp: to
 @torch.no_grad()
 def epoch_centroids(
     network: Network, loader: Iterator[tuple[Tensor, Tensor]], num_classes: int, processes: Processes,
-    features: Callable[[Network, Tensor], Tensor] = lambda network, images: network.backbone(images),
+    features: Callable[[Network, Tensor], Tensor] = lambda network, images: network.backbone(images), *, amp: torch.dtype | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Mean and count of each class over an epoch's batches of all processes, in eval mode, as "centroids" and "counts".
 
     Args:
         features: from the network and images to what is averaged, (N, D); default the features.
+        amp: the type of autocast in which the features are computed, that of the training whose loss compares with the means; None for none. The means are
+            float32 in any case.
     """
     network.eval()
     means: ClassCentroids | None = None
     for images, target in loader:
-        found = features(network, images).float()
+        with torch.autocast(processes.device.type, dtype=amp, enabled=amp is not None):
+            found = features(network, images)
+        found = found.float()
         if means is None:
             means = ClassCentroids(num_classes, found.shape[1]).to(processes.device)
         means.update(found, target)

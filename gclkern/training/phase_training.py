@@ -62,7 +62,7 @@ class PhaseTraining:
             if objective.needs_centroids(progress.epoch):
                 plain = objective.plain_centroids
                 loader = plain_batches(self.batches.images, self.processes) if plain else self.batches.epoch("centroids", progress.epoch)
-                progress.centroids = epoch_centroids(self.network, loader, self._num_classes, self.processes, objective.centroid_features)
+                progress.centroids = epoch_centroids(self.network, loader, self._num_classes, self.processes, objective.centroid_features, amp=self.trainer.amp)
             objective.begin_epoch(self.network, progress.epoch, progress.centroids)
         self.trainer.module.train()
 

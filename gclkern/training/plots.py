@@ -293,7 +293,8 @@ def plot_class_confusion(
         bars.text(float(shares[i]), place, f" {int(errors[i])} of {int(totals[true[i]])}", va="center", fontsize=8, color=_GREY)
     bars.set(ylim=(max(len(worst), 8) - 0.4, -0.6))  # a few bars would be as thick as the picture
     bars.set(xlabel="% of the images of the true class", xlim=(0, 1.15 * max((float(shares[i]) for i in worst), default=1)))
-    bars.set_title("most confused: true class (training images) → prediction" if worst else "no errors", fontsize=10)
+    # Long class names leave the bars little room; the title then stands above the names, too.
+    bars.set_title("most confused: true class (training images) → prediction" if worst else "no errors", fontsize=10, loc="right")
     if name:
         figure.suptitle(name, fontsize=11)
     _save(figure, path)

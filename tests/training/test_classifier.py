@@ -124,6 +124,8 @@ def test_without_a_temperature_a_note_says_so(
 def test_what_cannot_be_used_is_refused(checkpoint: Path, photos: Path, tmp_path: Path, classifier: Classifier) -> None:
     with pytest.raises(FileNotFoundError, match=r"is a folder without a finished run; give a checkpoint in it .here: stage-1.pt."):
         load_classifier(checkpoint.parent)
+    with pytest.raises(FileNotFoundError, match="is a folder without a finished run; it holds no checkpoint either; give the folder of another run"):
+        load_classifier(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
         load_classifier(tmp_path / "none.pt")
     save_checkpoint(tmp_path / "other.pt", {"epoch": 1})

@@ -13,10 +13,12 @@ from gclkern.losses import DROLTLoss
 from gclkern.training import load_classifier
 from gclkern.training.backbones import build_backbone
 from gclkern.training.config import RunConfig
+from gclkern.training.data import load_data
 from gclkern.training.evaluation import epoch_centroids
 from gclkern.training.network import Network, build_head
 from gclkern.training.objectives import Batch, build_objective, check_layers
 from gclkern.training.objectives.robust import pooled
+from gclkern.training.phase_training import PhaseTraining
 from gclkern.training.processes import Processes
 from gclkern.training.recipes import RETRAINS, Phase, plan, plan_run
 from tests.support.processes import start_train, train
@@ -59,6 +61,22 @@ def test_each_layer_has_its_centroids_and_its_epsilon() -> None:
     loss.backward()
     assert all(epsilon.grad is not None and bool(epsilon.grad.any()) for epsilon in epsilons)
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_centroids_are_of_features_as_training_computes_them(amp: str) -> None:
+    """Under autocast where the steps are; their means are float32."""
+    data, processes = load_data("digits-lt"), Processes.single(torch.device("cpu"))
+    config = RunConfig(data="digits-lt", method="dro-lt", amp=amp)
+    phase = next(phase for phase in plan_run(config, data.class_counts, 1) if phase.robust)
+    network = Network(build_backbone("small-cnn", image_size=8, in_channels=1), build_head("linear", 64, 10))
+    kinds = []
+    network.backbone.layers[0].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    training = PhaseTraining(phase, network, data, config, processes)
+    training.begin_epoch()
+    assert set(kinds) == {torch.float32 if amp == "off" else torch.bfloat16}
+    centroids = training.progress.centroids["centroids"]
+    assert centroids.dtype == torch.float32 and bool(centroids.isfinite().all())
 
 
 def test_the_features_alone_are_the_default() -> None:
