@@ -63,7 +63,7 @@ FORMULAS = {
     "hybrid-psc": "a (log sum over j != y of exp(v.q_j / t) - v.q_y / t) + (1 - a) CE(z, y)",
     "tde": "CE(z, y), z_j = (s / K) sum over heads k of w_jk.u_k / (norm of w_jk + gamma); predicts with u_k - alpha (u_k.d_k) d_k, d the mean's direction",
     "bbn": "a CE(z, y_c) + (1 - a) CE(z, y_r), z of 2 [a f_c, (1 - a) f_r], a = 1 - (epoch / epochs)^2",
-    "oltr": "CE(z, y) + 0.01 memory loss, z = s cosine of v = 10 / distance (x + tanh(S x) * softmax(H x) M)",
+    "oltr": "CE(z, y) + 0.01 memory loss, z_j = s cos(v, w_j), v = (10 / distance) (x + tanh(S x) * softmax(H x) M)",
 }
 RETRAIN_FORMULAS = {
     "crt": "a new classifier, CE(z, y) on class-balanced batches",

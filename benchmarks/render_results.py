@@ -77,7 +77,7 @@ def measured_at(what: str, measured: Iterable[str], now: str) -> str:
 def status(results: Path) -> str:
     gpus = dict.fromkeys(json.loads(path.read_text())["machine"]["device"] for path in _reports(results, gpu=True))
     simulated = (
-        "The kernels are verified without one: in Triton's interpreter, and compiled for sm_80 and sm_90 in a simulator of their PTX that checks every address"
+        "The kernels are verified without one: in Triton's interpreter and, compiled for sm_80 and sm_90, in a simulator of PTX that checks every address"
     )
     if gpus:
         return f"**Status:** measured on CPUs and on {' and '.join(gpus)}. {simulated}."
@@ -216,7 +216,7 @@ def cpu_loops(path: Path) -> str:
     return "\n".join(
         [
             f"{machine['cpu_code']}, {machine['cpu']}, torch {machine['versions']['torch']}, float32; medians. Losses: forward + backward. Memory: at the peak",
-            "beyond the inputs, with what is returned. Sizes: samples x classes x dimensions; centroids, classes x dimensions, are those of a training set.",
+            "beyond the inputs, results included. Sizes: samples x classes x dimensions; centroids, classes x dimensions, are those of a training set.",
             "",
             _table(header, rows),
             "",
@@ -293,7 +293,8 @@ def _growth(data: dict[str, Any]) -> str:
     names = dict.fromkeys(name for column in columns for name in exponents[column])
     rows = ([name, *(f"{exponents[column][name]:.2f}" if name in exponents[column] else "" for column in columns)] for name in names)
     header = ["", *(f"{kind} against {size}" for size, kind in columns)]
-    return f"Growth of the head's cost: the exponent between the two largest values of each size, of the fastest rounds; 1 is linear.\n\n{_table(header, rows)}"
+    about = "Growth of the head's cost: the exponent p of size^p between the two largest values of each size, from the fastest rounds; 1 is linear."
+    return f"{about}\n\n{_table(header, rows)}"
 
 
 def report(path: Path) -> str:
@@ -301,7 +302,7 @@ def report(path: Path) -> str:
     fixed = [result for result in _whole(data) if not result["shape"].startswith("sweep")]
     machine = data["machine"]
     by = f"; gclkern by {machine.get('cpu_code', 'torch operators')}" if path.name == "cpu.json" else ""
-    parts = [f"{machine['device']}, torch {machine['versions']['torch']}{by}. Medians; peak memory beyond the inputs, with what is returned."]
+    parts = [f"{machine['device']}, torch {machine['versions']['torch']}{by}. Medians; peak memory beyond the inputs, results included."]
     operations = dict.fromkeys(result["operation"] for result in fixed)
     parts += [_operation_table(name, [result for result in fixed if result["operation"] == name]) for name in operations]
     if _sweeps(data):
@@ -358,10 +359,10 @@ def own_images(results: Path) -> str:
     explained = [
         f"Each class has {TEST_IMAGES} test images. In percent, of the last epoch: top-1, mean accuracy of the classes with many (> 100), medium and few",
         "(< 20) training images; mean and standard deviation over seeds. The temperature is fitted on half of the test images and judged on the other",
-        "half; a user's run fits it on training images, by `--holdout`.",
+        "half; `train.py` fits it on training images that are held out.",
     ]
     code = measured_at("training code", [result["code"] for result in found], training_hash())
-    return "\n".join([*explained, "", own_images_tables(results / "own_images"), "", code, "By `python -m benchmarks.own_images`, which says how."])
+    return "\n".join([*explained, "", own_images_tables(results / "own_images"), "", code, "By `python -m benchmarks.own_images`; its `--help` says how."])
 
 
 _IMPLEMENTATIONS = {"torch": "torch backend", "cpu": "compiled loops", "triton": "kernels, interpreted", "pytorch-metric-learning": "pytorch-metric-learning"}
@@ -445,8 +446,8 @@ def methods_table(results: Path) -> str:
     header, rows = methods.table(results)
     notes = [
         f"Accuracies are top-1 in percent at imbalance 100. {legend()}",
-        "Parameters: of the network on CIFAR-100-LT and, in brackets, of layers that only training has. Both columns on the right are of ResNet-32. Cost: the",
-        f"processor's time of a step of {data['batch']} images on one thread, over that of cross entropy on the plain network.",
+        "The two columns on the right are of ResNet-32: parameters on CIFAR-100-LT, in brackets those of layers that only training has; and the",
+        f"CPU time of a step of {data['batch']} images on one thread, over that of cross entropy on the plain network.",
         "The row of cross entropy, which is measured against itself, shows how far such a ratio can be off.",
     ]
     code = measured_at("training code", data["code"], training_hash())

@@ -55,7 +55,7 @@ class ClassCentroids(RankState):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch: features (N, D), which are detached, and target (N,) int64."""
+        """Add a batch: features (N, D), which are detached, and target (N,) int64 in [0, C)."""
         self._check_features(features)
         self._add(features, check_target("target", target, features.shape[0], self.sums.shape[0], None, "features", features))
 

@@ -26,7 +26,8 @@ def cloud_sizes(class_counts: ClassCounts, strategy: Strategy = "log", exponent:
     these strategies in Table 3. The formulas of power and cosine are our interpretation; they were not checked against that table.
 
     Args:
-        class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
+        class_counts: training samples of each class (C,), all positive: a sequence, a numpy array, a tensor, or a dict, Counter or pandas Series with the
+            classes 0 to C - 1 as keys.
         strategy: "log" (the paper's choice and best on CIFAR-10-LT), "power" or "cosine".
         exponent: for "power" only, positive; None takes 1/4, the better of the paper's 1/4 and 1/3.
 

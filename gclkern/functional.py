@@ -1,8 +1,8 @@
 """The functions of the library. Each checks its arguments, lets dispatch.py choose the backend and the plan, and calls an autograd Function or operator.
 
 gcl_cross_entropy          from cosines or logits (N, C)
-linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D), fused: normalisation, product, noise and softmax
-                           with_top1: and whether each sample is classified correctly
+linear_gcl_cross_entropy   from features (N, D) and classifier weights (C, D), fused: normalisation, product, noise and softmax;
+                           linear_gcl_cross_entropy_with_top1 also says whether each sample is classified correctly
 dro_lt_loss                the DRO-LT bound of features around their class centroids
 supervised_contrastive     a softmax over samples and class prototypes: SupCon, BCL, PSC
 class_centroids            the mean feature of each class
@@ -70,7 +70,7 @@ def gcl_cross_entropy(
 ) -> Tensor:
     r"""Cross entropy of clouded cosine logits (GCL, CVPR 2022, Eq. 11), with the margins, biases and weights of its relatives.
 
-    With e_ij = min(\|N(0, 1/3)\|, 1), one draw for each sample and class, the logit of class j for a sample of class t is
+    With e_ij = min(\|N(0, 1/3)\|, 1), where 1/3 is the standard deviation, one draw for each sample and class, the logit of class j for a sample of class t is
 
         z_ij(t) = scale * (cosine_ij - cloud_j * e_ij - margin_j * [j == t]) + bias_j
 
@@ -91,7 +91,7 @@ def gcl_cross_entropy(
     Args:
         cosine: cosines or logits (N, C), float32, bfloat16, float16 or float64, of any strides.
         target: class of each sample (N,), int64, in [0, C) or `ignore_index`; or soft labels (N, C), floating point, with at most two classes a row, see
-            :func:`gclkern.mixed_targets`.
+            :func:`gclkern.mixed_targets`. Soft labels exclude `target_b` and `lam`, and no row of them is ignored, whatever `ignore_index`.
         cloud: size of each class's cloud (C,), at least 0; None adds no noise. :func:`gclkern.cloud_sizes` computes it from class counts.
         scale: factor s on the cosines; 30 is GCL's first stage. Use 1 for plain logits.
         margin: subtracted from the target's cosine: a number for CosFace, a vector (C,) for LDAM.
@@ -108,7 +108,8 @@ def gcl_cross_entropy(
             at 0, is at least 1e-6, so gradients are finite at cosines of 1 and -1.
         difficulty_margin: the margin, in radians, in [0, pi/4], adds to the angle, and is up to twice as large for samples that the cosines alone do not
             classify correctly; the gradient includes that of this factor. The cloud is subtracted. It excludes `angular`.
-        easy_margin: angles are only added where the cosine is positive, as with the option of this name in the releases of ArcFace and AGCL.
+        easy_margin: angles are only added where the cosine is positive, as with the option of this name in the releases of ArcFace and AGCL. It needs
+            `angular` or `difficulty_margin`.
         ignore_index: a sample with this label, in either target, has no loss and no gradient.
         reduction: "mean" divides by the kept samples' sum of lam * weight[target] + (1 - lam) * weight[target_b] (torch's rule, mixed), with
             gamma > 0 by their number; "sum"; or "none" for the loss of each sample (N,).
@@ -116,28 +117,32 @@ def gcl_cross_entropy(
         row_offset: index of the first sample in the global batch; with one seed for all ranks, rank * batch makes the noise of data-parallel training equal to
             that of one process.
         class_offset: index of the first class in the global class range, for a shard of the classes.
-        backend: "auto" (Triton kernels on a GPU, on NVIDIA's from compute capability 8.0; compiled loops on a CPU; torch elsewhere and for float64),
-            "triton", "cpu" or "torch".
+        backend: "auto" takes Triton kernels on a GPU (NVIDIA's from compute capability 8.0), compiled loops on a CPU where they were built, and torch elsewhere
+            and for float64. "triton", "cpu" and "torch" force one: "triton" and "cpu" refuse float64 with a TypeError, and what cannot run here with a
+            ValueError. On CPU tensors "triton" needs the environment variable TRITON_INTERPRET=1.
 
     Returns:
         The loss, float32 (float64 for float64 input): () for "mean" and "sum", (N,) for "none". All samples ignored: 0 for "sum", NaN for "mean".
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it, its value and the remedy. On a GPU labels are not read (that would
-            synchronise): a label out of range makes that row's loss NaN; nor are the values of class vectors. :func:`gclkern.set_debug` enables the checks.
+        ValueError, TypeError: an argument is wrong, or a tensor other than `cosine` and `bias` requires a gradient; the message names it, its value and the
+            remedy. On a GPU neither labels nor class vectors are read, because that would make the host wait: a label out of range makes the loss of its row
+            NaN. :func:`gclkern.set_debug` enables the checks.
+        RuntimeError: a second derivative, or a tensor inside a transform of torch.func.
 
     Gradients exist for `cosine` and `bias`, but not for `bias` beside `angular` or `difficulty_margin`; backward may be repeated, a second derivative is not
-    supported. On a GPU the rows of the gradient of `cosine` are padded to 128 elements: autograd passes it on as it is, but copies it once where `cosine` is a
-    leaf whose C is no multiple of 128.
+    supported. On a GPU the gradient of `cosine` is a view of a buffer whose rows are padded to a multiple of 128 elements, so it may not be contiguous; where
+    `cosine` is a leaf, torch then stores a contiguous copy in `.grad`.
 
     Example:
         >>> import torch, gclkern
-        >>> cosine = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, -0.1]], requires_grad=True)
-        >>> cloud = 0.5 * gclkern.cloud_sizes([500, 50, 5])
-        >>> loss = gclkern.functional.gcl_cross_entropy(cosine, torch.tensor([0, 1]), cloud, seed=0)
+        >>> cosine = torch.tensor([[0.3, 0.1, 0.2], [0.2, 0.1, 0.3]], requires_grad=True)
+        >>> target, cloud = torch.tensor([0, 1]), 0.5 * gclkern.cloud_sizes([500, 50, 5])
+        >>> loss = gclkern.functional.gcl_cross_entropy(cosine, target, cloud, seed=0)
+        >>> noise = gclkern.cloud_noise(0, num_rows=2, num_classes=3)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(30 * (cosine - cloud * noise), target), atol=1e-4)
+        True
         >>> loss.backward()
-        >>> cosine.grad.shape
-        torch.Size([2, 3])
     """
     if not torch.compiler.is_dynamo_compiling():
         made = ready.logit_loss(
@@ -200,9 +205,9 @@ def linear_gcl_cross_entropy(
         cloud: size of each class's cloud (C,), or None.
         normalize: False takes the plain products <f_i, w_j> as logits (use scale 1).
         plan: "materialised" keeps one (N, C) buffer (three products); "chunked" holds one chunk of classes at a time (four products); "recompute"
-            keeps the logits in registers and allocates nothing of size N * C (four products); "auto" takes the first while its buffer is at most 2 GiB,
-            on a CPU 128 MiB. Beyond, the kernels take "chunked", as the model of benchmarks/predict_times.py ranks them, and the other backends "recompute".
-            All give equal results to rounding.
+            stores no logits: the kernels keep them in registers, the other backends in a buffer of a few MB that does not grow with C (four products);
+            "auto" takes the first while its buffer is at most 2 GiB, on a CPU 128 MiB. Beyond, the kernels take "chunked", which is predicted to be faster
+            there, and the other backends "recompute". All give equal results to rounding.
         scale, margin, bias, weight, target_b, lam, gamma, focal_detach, label_smoothing, angular, difficulty_margin, easy_margin, ignore_index,
             reduction, seed, row_offset, class_offset, backend: as in :func:`gcl_cross_entropy`.
 
@@ -223,6 +228,9 @@ def linear_gcl_cross_entropy(
         >>> loss.backward()
         >>> features.grad.shape, classifier.weight.grad.shape
         (torch.Size([8, 16]), torch.Size([100, 16]))
+        >>> rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> gclkern.functional.linear_gcl_cross_entropy(torch.tensor([[2.0, 0.0]]), rows, torch.tensor([0]), scale=1.0)  # cosines 1 and 0
+        tensor(0.3133)
     """
     loss: Tensor = _head_loss(
         features, linear_weight, target, cloud, False, normalize=normalize, plan=plan, scale=scale, margin=margin, bias=bias, weight=weight, target_b=target_b,
@@ -244,8 +252,8 @@ def linear_gcl_cross_entropy_with_top1(
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_gcl_cross_entropy`, and whether each sample is classified correctly, from the same matrix product.
 
-    A prediction is the class of the largest cosine (with ``normalize=False`` of the largest product), before noise, margin and bias are added. So
-    ``top1.mean()`` is the accuracy on the batch, which would otherwise cost a second product. Nothing waits for the GPU.
+    A prediction is the class of the largest cosine (with ``normalize=False`` of the largest product), before noise, margin and bias are added. So,
+    without ignored samples, ``top1.mean()`` is the accuracy on the batch, which would otherwise cost a second product. Nothing waits for the GPU.
 
     Args:
         features, linear_weight, target, cloud, options: as in :func:`linear_gcl_cross_entropy`.
@@ -307,7 +315,7 @@ def dro_lt_loss(
         loss_c = mean over i in B with y_i = c of (logsumexp_{j in B} l_cj - l_ci)
         loss   = sum_{c in B} w_c loss_c / sum_{c in B} w_c
 
-    Distances are computed from differences in float32, not from dot products: they are exact 0 at the centroid, where the gradient is 0 too, and accurate for
+    Distances are computed from differences in float32, not from dot products: they are exactly 0 at the centroid, where the gradient is 0 too, and accurate for
     features far from the origin. Runs are bitwise repeatable on one device, and nothing waits for the GPU.
 
     Args:
@@ -324,8 +332,7 @@ def dro_lt_loss(
             :func:`gclkern.functional.class_centroids` returns.
         reduction: "mean" is the formula above; "sum" is sum_c w_c loss_c, without the division; "none" returns each sample's part of that sum,
             w_c / n_c * (logsumexp_j l_cj - l_ci) with n_c samples of class c = y_i in the batch.
-        backend: "auto" (Triton kernels on a GPU, on NVIDIA's from compute capability 8.0; compiled loops on a CPU; torch elsewhere and for float64),
-            "triton", "cpu" or "torch".
+        backend: as in :func:`gcl_cross_entropy`.
 
     Returns:
         The loss, float32 (float64 for float64 features): () for "mean" and "sum", (N,) for "none". If all samples are left out: 0 for "sum", NaN for "mean".

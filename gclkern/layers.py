@@ -75,7 +75,7 @@ class CosineLinear(nn.Module):
 
 
 class AdaptiveCalibration(nn.Module):
-    r"""Calibrates the logits of a trained classifier: a scale and an offset for each class, applied as far as a confidence of the sample says (DisAlign).
+    r"""Calibrates the logits of a trained classifier: a scale and an offset for each class, mixed with the original logits by a confidence (DisAlign).
 
         z'_ij = c_i (a_j z_ij + b_j) + (1 - c_i) z_ij,    c_i = sigmoid(<v, f_i> + d)
 

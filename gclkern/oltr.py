@@ -21,7 +21,10 @@ _SMALLEST_DISTANCE = 1e-6
 class MetaEmbeddingClassifier(nn.Module):
     r"""OLTR's classifier of dynamic meta-embeddings (section 3.1 of the paper): rare classes borrow from a memory M of one centroid for each class.
 
-        m = softmax(H x) M                             memory feature; H is a linear classifier, in the release stage 1's
+    (Liu, Miao, Zhan, Wang, Gong and Yu, "Large-scale long-tailed recognition in an open world", CVPR 2019; numbers that the paper does not give are those of
+    its release.)
+
+        m = softmax(H x) M                             memory feature; H is a linear classifier, which in the release starts as stage 1's
         e = tanh(S x)                                  how much of m each dimension takes
         v = 10 / min_c \|x - M_c\| (x + e * m)           far from all centroids, v is short
         z_j = scale \|v\| / (1 + \|v\|) cos(v, w_j)
@@ -104,6 +107,9 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 class MemoryLoss(nn.Module):
     r"""OLTR's loss between features and the memory: it pulls features to the centroid of their class, and pushes them away from the other centroids.
 
+    (Liu, Miao, Zhan, Wang, Gong and Yu, "Large-scale long-tailed recognition in an open world", CVPR 2019; numbers that the paper does not give are those of
+    its release.)
+
         attraction = 1 / (2 N) sum_i \|x_i - M_{y_i}\|^2
         repulsion = max(0, margin - 1 / (N C) sum_i sum_{j != y_i} \|x_i - M_j\|^2)
         loss = attraction + repulsion_weight * repulsion
@@ -131,6 +137,8 @@ class MemoryLoss(nn.Module):
         >>> memory = torch.zeros(3, 8, requires_grad=True)
         >>> features = torch.randn(5, 8, requires_grad=True)
         >>> MemoryLoss()(features, torch.tensor([0, 1, 2, 0, 1]), memory).backward()
+        >>> MemoryLoss()(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), torch.zeros(2, 2))  # 9 / 2 + 0.01 * (10 - 9 / 2)
+        tensor(4.5550)
     """
 
     def __init__(self, *, margin: float = 10.0, repulsion_weight: float = 0.01) -> None:
@@ -175,6 +183,9 @@ class MemoryLoss(nn.Module):
 
 class ModulatedAttention(nn.Module):
     r"""OLTR's modulated attention on a map of features (section 3.2 of the paper): self-attention over the places of an image, weighted place by place.
+
+    (Liu, Miao, Zhan, Wang, Gong and Yu, "Large-scale long-tailed recognition in an open world", CVPR 2019; numbers that the paper does not give are those of
+    its release.)
 
         a = W softmax(theta(x)^T phi(x)) g(x)          non-local block of channels / 2; the softmax is over places, W starts at 0
         output = x + softmax(L x) * a                  L is linear, from the whole map to one number for each place

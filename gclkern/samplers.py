@@ -99,7 +99,15 @@ class _EpochSampler(DistributedSampler[int]):
         return check_int("rank", rank, 0, self.num_replicas - 1)
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
-        """Set the epoch of the next iteration, and the number of this rank's samples to skip because they are already done."""
+        """Choose the epoch of the next iteration, and where in it to begin.
+
+        Args:
+            epoch: counted from 0.
+            position: samples of this rank to skip, at most len(self): finished steps times batch size. Workers of a DataLoader prefetch, so the caller counts.
+
+        Raises:
+            TypeError, ValueError: not an int, or out of range.
+        """
         self.epoch = check_int("epoch", epoch, 0, 2**31 - 1)
         self.position = check_int("position", position, 0, len(self))
 
@@ -153,6 +161,9 @@ class InstanceBalancedSampler(_EpochSampler):
 
     (Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020, Eq. 1 with q = 1.)
 
+    Call ``sampler.set_epoch(epoch)`` before each epoch, else all epochs have the same order, and ``sampler.set_epoch(epoch, position=done)`` to resume after
+    this rank has seen `done` samples of it. This holds for all samplers.
+
     Args:
         labels: class of each sample (N,), integers of at least 0: a sequence, a numpy array or a tensor. Classes need not be dense.
         num_samples: draws in an epoch of all ranks together; default N. With another number, an epoch continues the shuffled list where the last one stopped.
@@ -194,7 +205,7 @@ class _WeightedSampler(_EpochSampler):
 
 
 class ClassBalancedSampler(_WeightedSampler):
-    """Every class with equal probability, and every sample of a class, with replacement (Kang et al., ICLR 2020, Eq. 1 with q = 0): cRT's sampler.
+    """A class with probability 1 / C, then one of its samples, all equally likely, with replacement (Kang et al., ICLR 2020, Eq. 1 with q = 0): cRT's sampler.
 
     Args:
         labels, seed, num_replicas, rank: as in :class:`InstanceBalancedSampler`.

@@ -14,7 +14,9 @@ def mixed_targets(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The losses accept soft labels as their `target` and call this. MixUp and CutMix of timm and torchvision produce one or two classes per row.
 
     Args:
-        soft: shares (N, C), floating point, at least 0 and of sum 1 in every row, with at most two classes of a share above 0.
+        soft: shares (N, C), floating point, at least 0 and of sum 1 in every row (to 1e-5, for 16-bit tensors to two units of their precision), with at most
+            two classes of a share above 0. Label smoothing gives every class a share: turn it off in the transform (timm's default is 0.1) and give
+            `label_smoothing` to the loss.
 
     Returns:
         target, target_b (N,) int64, the class of the larger share first and the same class twice where there is one; lam (N,), float32 (float64 for float64).

@@ -32,17 +32,18 @@ class TDEClassifier(PreciseBuffers):
 
         gclkern.functional.linear_gcl_cross_entropy(classifier.directions(features), classifier.scaled_weight(), target, normalize=False, scale=1.0)
 
-    Under torch.distributed, forward in training mode is a collective call: all ranks add the mean over their features together. The released code does not.
+    Under torch.distributed, forward in training mode is a collective call: all ranks add the mean over the features of all of
+    them, which must be equally many on each rank. The released code does not.
 
     Args:
         in_features: dimensions D of a feature, a multiple of `num_heads`.
         num_classes: classes C.
         num_heads: K; 2 in the paper.
-        scale: 16 in the paper; with 2 heads the logits are within [-16, 16].
+        scale: 16 in the paper. In training the logits are within [-scale, scale], for any number of heads; in prediction only if alpha is at most 2.
         gamma: added to the norms of the weights, so that their length has an effect; 1 / 32 in the paper.
         alpha: strength of the correction. The paper takes 1.0 for CIFAR-10-LT, 1.5 for CIFAR-100-LT and 3.0 for ImageNet-LT and Places-LT. Training does not
             depend on it. It is a buffer: ``classifier.alpha.fill_(2.0)`` changes it.
-        momentum: 0.9 in the paper; a buffer like alpha.
+        momentum: 0.9 is the release's for CIFAR-LT; on the large sets it has 1 - 0.1 min(1, 50 lr), set in each epoch. A buffer like alpha.
         device, dtype: of the weight, as in torch's layers. Buffers are float32.
 
     Attributes:
@@ -107,7 +108,7 @@ class TDEClassifier(PreciseBuffers):
         self,
         features: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D)
-        """The unit vectors of all heads; in eval mode corrected, in training mode after an update of the mean feature."""
+        """In training mode the unit vectors u of all heads, and the mean feature is updated; in eval mode the corrected vectors u_k - alpha <u_k, d_k> d_k."""
         check_last_dimension("features", features, self.in_features)
         unit = unit_rows(self._heads(features))
         if self.training:

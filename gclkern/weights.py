@@ -40,7 +40,7 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
 
     Args:
         class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
-        beta: in [0, 1); 0 gives every class weight 1, towards 1 the weights approach 1 / n_j. 0.9999 is what LDAM-DRW trains with.
+        beta: in [0, 1); 0 gives every class weight 1, towards 1 the weights become proportional to 1 / n_j. 0.9999 is what LDAM-DRW trains with.
 
     Returns:
         (C,) float32 of sum C, on the device of `class_counts` if it is a tensor, else on the CPU. Computed in float64.
@@ -174,7 +174,8 @@ def label_aware_smoothing(class_counts: ClassCounts, head: float = 0.3, tail: fl
 
     Args:
         class_counts: training samples of each class (C,), all positive.
-        head, tail: eps of the most frequent and of the rarest class, in [0, 1]; 0.3 and 0 are MiSLAS's for CIFAR-10-LT. With equal counts all have `head`.
+        head, tail: eps of the most frequent and of the rarest class, in [0, 1]; 0.3 and 0 are MiSLAS's for CIFAR-10-LT at imbalance 100, ImageNet-LT and
+            iNaturalist 2018. With equal counts all have `head`.
         shape: "concave", which every release of MiSLAS takes, "linear" or "convex".
 
     Returns:

@@ -61,8 +61,8 @@ def gather_batch(
         >>> import torch
         >>> from gclkern import SupConLoss
         >>> from gclkern.distributed import gather_batch
-        >>> features = torch.randn(6, 4, requires_grad=True)
-        >>> SupConLoss()(*gather_batch(features, torch.tensor([0, 0, 1, 1, 2, 2]))).backward()
+        >>> SupConLoss(temperature=1.0)(*gather_batch(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])))
+        tensor(0.5514)
     """
     gather = untraced(_gathered) if torch.compiler.is_compiling() else _gathered
     return gather(features, target, group, averaged_gradients)

@@ -92,7 +92,8 @@ def sharded_dro_lt_loss(
         temperature, reduction, backend: as in the functional API.
 
     Returns:
-        The loss of this rank's samples: () for "mean" and "sum", (n,) for "none".
+        The loss of this rank's samples: () for "mean" and "sum", (n,) for "none". The gradients of `features` and `epsilon` are those of this loss: average
+        that of `epsilon` over the ranks, as DistributedDataParallel does for the parameters of the module that it wraps.
 
     Raises:
         ValueError, TypeError: as the functional API.
@@ -101,12 +102,13 @@ def sharded_dro_lt_loss(
     Example:
         >>> import torch
         >>> from gclkern.distributed import ShardedClassCentroids, sharded_dro_lt_loss
-        >>> features, target = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> means = ShardedClassCentroids(num_classes=3, dim=4)
+        >>> features, target = torch.tensor([[0.0, 1.0], [0.0, 3.0], [4.0, 2.0]]), torch.tensor([0, 0, 2])
+        >>> means = ShardedClassCentroids(num_classes=3, dim=2)
         >>> means.update(features, target)
         >>> centroids, counts = means.compute()
         >>> loss = sharded_dro_lt_loss(features.requires_grad_(), target, centroids, 0.1, 3, class_weight=(counts > 0).float())
-        >>> loss.backward()
+        >>> round(loss.item(), 4)  # that of gclkern.functional.dro_lt_loss on all samples and centroids
+        0.3809
     """
     class_weight = options.get("class_weight")
     ranks = Ranks(group)

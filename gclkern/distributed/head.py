@@ -186,7 +186,9 @@ def sharded_linear_gcl_cross_entropy(
         class_offset: index of the first rank's first class.
         target_b, lam: of this rank, like `target`; lam is a number, () or (n,).
         cloud, normalize, plan, scale, margin, bias, weight, gamma, focal_detach, label_smoothing, angular, difficulty_margin, easy_margin, ignore_index,
-            reduction, backend: as in :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
+            reduction: as in :func:`gclkern.functional.linear_gcl_cross_entropy`; the same on every rank.
+        backend: "auto", "triton", "cpu" or "torch", the same on every rank. On a CPU torch computes the loss for all of these but "triton": the compiled loops
+            have no form for shards.
 
     Returns:
         The loss of all ranks' samples, () and the same on every rank, for "mean" and "sum"; those of this rank's samples (n,) for "none". Backward is a

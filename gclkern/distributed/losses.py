@@ -21,14 +21,16 @@ class ShardedLinearGCLLoss(LinearGCLLoss):
     """:class:`gclkern.LinearGCLLoss` for a :class:`ShardedCosineLinear`: each rank passes its own samples and the weights of its own classes.
 
     With `sample_rate` below 1 a training step uses a part of the classes (PartialFC: An, Deng et al., CVPR 2022): those of all ranks' labels and, on each
-    rank, random others up to that share of its classes. The softmax runs over the sampled classes, the gradient of the weight is sparse, and :class:`RowSGD`
-    updates only these rows. The classes are a pure function of the step's `seed` and labels, so a step that is repeated after a restart uses the same ones.
-    The noise of a sampled step depends on a class's index among the sampled classes. Eval mode uses all classes.
+    rank, random others: in all that share of its classes, or as many as the step has labels on all ranks (with mixup twice the samples) if that is more. The
+    softmax runs over the sampled classes, the gradient of the weight is sparse, and :class:`RowSGD` updates only these rows. The classes are a pure function of
+    the step's `seed` and labels, so a step that is repeated after a restart uses the same ones. The noise of a sampled step depends on a class's index among
+    the sampled classes. Eval mode uses all classes.
 
     Args:
         class_counts: training samples of each class (C,), all of them on every rank.
         group: the ranks that share the classes; None is the default group, or one process.
-        sample_rate: share of a rank's classes in a step, in (0, 1]. PartialFC's 0.1 loses little accuracy with a hundred thousand or more classes.
+        sample_rate: share of a rank's classes in a step, in (0, 1]; a step never takes fewer classes than it has labels, unless the rank
+            holds fewer. PartialFC's 0.1 loses little accuracy with a hundred thousand or more classes.
         averaged_gradients: see :func:`sharded_linear_gcl_cross_entropy`; True with DistributedDataParallel or FSDP.
         options: the other arguments of :class:`gclkern.LinearGCLLoss`.
 

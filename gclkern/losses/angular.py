@@ -24,7 +24,7 @@ from gclkern.weights import ldam_margins
 class ArcFaceLoss(_LogitLoss):
     r"""Additive angular margin (Deng et al., "ArcFace: additive angular margin loss for deep face recognition", CVPR 2019, Eq. 3).
 
-        z_ij = scale * cos(theta_ij + margin * [j == target_i]),    cosine_ij = cos(theta_ij)
+        z_ij = scale * cos(theta_ij + margin * [j == target_i]),    cosine_ij = cos(theta_ij),    loss_i = cross_entropy(z_i, target_i)
 
     Where theta + margin would pass pi the target's cosine is cosine - margin sin(margin), as in the released code.
 
@@ -47,28 +47,35 @@ class ArcFaceLoss(_LogitLoss):
 
 
 class AGCLLoss(GCLLoss):
-    r"""Angular Gaussian clouded logits (Li, Cheung and Lu, IEEE Transactions on Artificial Intelligence 2024): GCL whose cloud and margin add to the angle.
+    r"""Angular Gaussian clouded logits: GCL whose cloud and margin add to the angle.
+
+    (Li, Cheung, Lu, Hu, Lan and Huang, "Adjusting logit in Gaussian form for long-tailed visual recognition", IEEE TAI 2024.)
 
         z_ij = scale * cos(theta_ij + pi/2 * cloud_j * e_ij + margin * [j == target_i]),    cloud_j = noise_mul * cloud_sizes(class_counts)_j
 
-    with e_ij = min(\|N(0, 1/3)\|, 1), one draw for each sample and class. In eval mode there is no noise, and the margin stays. Where the angle would pass pi,
-    with a the angle added, the cosine is cosine - a sin(a); the released code has cosine - sin(a), which jumps there.
+    with e_ij = min(\|N(0, 1/3)\|, 1), where 1/3 is the standard deviation, one draw for each sample and class; the loss is cross entropy, as in GCL:
+
+        loss_i = l_i (1 - exp(-l_i))^gamma,    l_i = cross_entropy(z_i, target_i)
+
+    In eval mode there is no noise, and the margin stays. Where theta_ij + a would pass pi, with a the angle added, cosine - a sin(a) takes the place of
+    cos(theta + a), as in ArcFace's release; the release of AGCL has cosine - sin(a).
 
     Args:
         class_counts: training samples of each class (C,), all positive.
         noise_mul: size of the rarest class's cloud in units of a right angle, in [0, 1]. 0.5 is the release's for Places-LT; there is none for CIFAR.
         margin: added to the target's angle, in radians, in [0, pi/2]: a number, or (C,). 0 is the release's for Places-LT.
-        easy_margin: add angles only where the cosine is positive, as the release does for Places-LT.
+        easy_margin: add angles only where the cosine is positive. The release does so for Places-LT; False is its function's default.
         scale, gamma, focal_detach: as in :class:`gclkern.GCLLoss`; stage 2 has gamma=1.
         weight, label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
     Shapes and errors: as :class:`gclkern.GCLLoss`.
 
     Example:
-        >>> import torch
+        >>> import math, torch
         >>> from gclkern import AGCLLoss
-        >>> cosine = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, -0.1]], requires_grad=True)
-        >>> AGCLLoss([500, 50, 5])(cosine, torch.tensor([0, 1])).backward()
+        >>> criterion = AGCLLoss([9, 1], margin=math.pi / 6, scale=1.0).eval()  # no noise in eval mode
+        >>> criterion(torch.tensor([[0.5, 0.0]]), torch.tensor([0]))  # cos(60 + 30 degrees) is 0
+        tensor(0.6931)
     """
 
     def __init__(
@@ -90,10 +97,12 @@ class AGCLLoss(GCLLoss):
 
 
 class DBMLoss(GCLLoss):
-    r"""Difficulty-balanced margins (DBM, AAAI 2025) over a balanced softmax: rarer classes have larger angular margins, and hard samples larger ones still.
+    r"""Difficulty-aware balancing margins over a balanced softmax: angular margins that are larger for rarer classes, and larger still for hard samples.
+
+    (Son, Koo, Park and Kim, "Difficulty-aware balancing margin loss for long-tailed recognition", AAAI 2025.)
 
         m_i = margin * (n_min / n_y)^exponent * (1 + hard_i * (1 - cosine_iy) / 2),    hard_i = 1 where another class has a larger cosine than y, else 0
-        z_ij = scale * (cos(theta_ij + m_i * [j == y]) - cloud_j * e_ij) + log prior_j,    y = target_i
+        z_ij = scale * (cos(theta_ij + m_i * [j == y]) - cloud_j * e_ij) + tau * log prior_j,    y = target_i,    loss_i = cross_entropy(z_i, y)
 
     The gradient goes through the sample's margin, as in the released code. Predict by plain cosines. `noise_mul` above 0 adds
     GCL's clouds, which the paper does not have.

@@ -126,7 +126,8 @@ class _ClassLoss(PreciseBuffers):
     def plain_cross_entropy(self, *inputs: Tensor) -> Tensor:
         """The cross entropy of the prediction, softmax(scale * cosine): without noise, margins, bias, class weights, smoothing and focal factor.
 
-        Training and validation losses by this name can be compared, in both modes of the module and between losses of the same scale.
+        Unlike the loss itself, it has the same value in training and eval mode, so training and validation can be compared, and so can different losses of the
+        same scale.
 
         Args:
             inputs: those of the loss itself: (cosine, target), or (features, linear_weight, target).
@@ -145,13 +146,13 @@ class _ClassLoss(PreciseBuffers):
         self,
         cosine: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
-        """The logits of each class, scale * cosine, in float32 or better: for a temperature, an export or an ensemble. They have no margins and no bias.
+        """The logits scale * cosine, without margins and bias, in float32 or better: to fit a temperature, to export a network or to average networks.
 
         Args:
-            cosine: what the classifier returns for images, also for :class:`gclkern.LinearGCLLoss`; logits for a loss of logits, whose scale is 1.
+            cosine: the output of the classifier (..., C): cosines, also for :class:`gclkern.LinearGCLLoss`, or logits for a loss of logits.
 
         Raises:
-            ValueError: a number of columns other than that of classes, as features have it.
+            ValueError: the last dimension is not the number of classes, for example because features were passed. Losses without class_counts do not check it.
 
         Example:
             >>> import torch
@@ -168,7 +169,7 @@ class _ClassLoss(PreciseBuffers):
         self,
         cosine: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
-        """The probability of each class, the softmax of :meth:`logits`: what :meth:`plain_cross_entropy` is the cross entropy of.
+        """The probability of each class: the softmax of :meth:`logits`. :meth:`plain_cross_entropy` is the cross entropy of these probabilities.
 
         Without the scale, the softmax of cosines is nearly uniform: of 10 classes, none has a probability above 0.46.
 

@@ -64,8 +64,9 @@ class SupConLoss(_ContrastiveLoss):
         >>> import torch
         >>> from gclkern import SupConLoss
         >>> views = torch.randn(2, 8, 16, requires_grad=True)
-        >>> loss = SupConLoss()(views.flatten(0, 1), torch.arange(8).repeat(2))
-        >>> loss.backward()
+        >>> SupConLoss()(views.flatten(0, 1), torch.arange(8).repeat(2)).backward()
+        >>> SupConLoss(temperature=1.0)(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))  # log(e + 2) - 1
+        tensor(0.5514)
     """
 
     def forward(
@@ -105,8 +106,9 @@ class BalancedContrastiveLoss(_ContrastiveLoss):
         >>> import torch
         >>> from gclkern import BalancedContrastiveLoss
         >>> features, prototypes = torch.randn(8, 16, requires_grad=True), torch.randn(5, 16, requires_grad=True)
-        >>> loss = BalancedContrastiveLoss()(features, prototypes, torch.arange(8) % 5)
-        >>> loss.backward()
+        >>> BalancedContrastiveLoss()(features, prototypes, torch.arange(8) % 5).backward()
+        >>> BalancedContrastiveLoss(temperature=1.0)(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))  # log(e + 1) - 1
+        tensor(0.3133)
     """
 
     def forward(
@@ -155,8 +157,9 @@ class PrototypicalContrastiveLoss(_ContrastiveLoss):
         >>> import torch
         >>> from gclkern import CosineLinear, PrototypicalContrastiveLoss
         >>> prototypes = CosineLinear(16, 5)
-        >>> loss = PrototypicalContrastiveLoss()(torch.randn(8, 16), prototypes.weight, torch.arange(8) % 5)
-        >>> loss.backward()
+        >>> PrototypicalContrastiveLoss()(torch.randn(8, 16), prototypes.weight, torch.arange(8) % 5).backward()
+        >>> PrototypicalContrastiveLoss(temperature=1.0)(torch.eye(3), torch.eye(3), torch.arange(3))  # log(2) - 1
+        tensor(-0.3069)
     """
 
     def forward(

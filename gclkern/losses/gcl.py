@@ -58,14 +58,17 @@ class GCLLoss(_CloudedLoss):
         z_ij = scale * (cosine_ij - cloud_j * e_ij - margin * [j == target_i]),    cloud_j = noise_mul * cloud_sizes(class_counts)_j
         loss = cross_entropy(z, target) * (1 - exp(-cross_entropy(z, target)))^gamma,    e_ij = min(\|N(0, 1/3)\|, 1)
 
-    In training mode every sample and class gets its noise e; eval mode has no noise, but keeps the margin. The released recipes:
+    In training mode every sample and class gets its noise e, where 1/3 is the standard deviation; eval mode has no noise, but keeps the margin. The released
+    recipes:
 
         CIFAR       stage 1: noise_mul=0.5                 stage 2: noise_mul=0.5, margin=0.1, scale=20, gamma=1
         Places-LT   stage 1: noise_mul=1.0                 stage 2: noise_mul=1.0, margin=0.1, scale=15
 
     Args:
-        class_counts: training samples of each class (C,): a sequence, a numpy array or a tensor, all positive.
-        noise_mul: size of the rarest class's cloud, in units of cosine, at least 0. 1 is the release's value for the large data sets, 0.5 for CIFAR.
+        class_counts: training samples of each class (C,), all positive: a sequence, a numpy array, a tensor, or a dict, Counter or pandas Series with the
+            classes 0 to C - 1 as keys.
+        noise_mul: size of the rarest class's cloud, in units of cosine, at least 0. 1, the default, is the release's value for Places-LT,
+            0.5 that for CIFAR; the release has none for other data sets.
         strategy, exponent: how cloud sizes decrease with the class count, see :func:`gclkern.cloud_sizes`; "log" is the paper's choice.
         scale: factor on the cosines; 30 is the first stage's.
         margin: subtracted from the target's cosine, a number or (C,). 0 in stage 1.
@@ -85,6 +88,9 @@ class GCLLoss(_CloudedLoss):
 
     Raises:
         TypeError, ValueError: when built, for any argument above; when called, for tensors that do not fit. Messages name the argument and the value.
+
+    Warns:
+        UserWarning: once, if the first batch has values beyond 1.05 in magnitude, which are no cosines; on a GPU only with :func:`gclkern.set_debug`.
 
     Example:
         >>> import torch

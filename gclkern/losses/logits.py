@@ -146,7 +146,8 @@ class CosFaceLoss(_LogitLoss):
 
     Args:
         margin: subtracted from the target's cosine, a number or (C,); 0.35 is the paper's.
-        scale: factor on the cosines; 64 is the paper's, for faces. GCL's relatives use 30.
+        scale: factor on the cosines; 64 is the paper's, for faces. Long-tailed recognition usually
+            takes 30, as LDAM and GCL do.
         weight: class weights (C,), as in torch's cross entropy.
         label_smoothing, ignore_index, reduction, backend: as in :func:`gclkern.functional.gcl_cross_entropy`.
 
@@ -169,7 +170,7 @@ class CosFaceLoss(_LogitLoss):
 
 
 class FocalLoss(_LogitLoss):
-    r"""Focal loss (Lin et al., "Focal loss for dense object detection", ICCV 2017, Eq. 4) over a softmax, with the gradient of its factor.
+    r"""Focal loss (Lin et al., "Focal loss for dense object detection", ICCV 2017, Eq. 4) over a softmax; the gradient goes through the factor, too.
 
         loss = (1 - exp(-l))^gamma * l,    l = cross_entropy(scale * logits, target)
 

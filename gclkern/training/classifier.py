@@ -20,7 +20,7 @@ NOT_CALIBRATED = "note: no temperature was fitted, so probabilities may be too l
 
 
 class Prediction(NamedTuple):
-    """A class and its probability for an image."""
+    """A class of an image: its number `label`, its `name`, and its `probability` in [0, 1]."""
 
     label: int
     name: str
@@ -44,6 +44,7 @@ class Classifier(nn.Module):
         architecture: name of the backbone.
         temperature: divisor of the logits; 1 if none was fitted (train.py fits one with `--holdout`).
         calibrated: whether a temperature was fitted.
+        transform: makes an image file or a PIL image into an input (in_channels, image_size, image_size).
 
     Shapes: images (N, in_channels, H, W) as `transform` makes them -> logits (N, C), float32.
 
@@ -91,10 +92,14 @@ class Classifier(nn.Module):
 
         Args:
             images: paths of image files, PIL images, or both.
-            top: classes per image; more than there are means all of them.
+            top: classes per image, at least 1; all classes if there are fewer. 5 as in top-5 accuracy.
             batch_size: images per forward pass; it changes the predictions only by rounding.
 
+        Returns:
+            For each image a list of predictions.
+
         Raises:
+            TypeError: `images` is a single path instead of a list.
             CorruptImageError: a file is missing or cannot be read; the message begins with its path.
             ValueError: `top` or `batch_size` below 1.
         """

@@ -33,6 +33,10 @@ def description(classifier: Classifier) -> dict[str, str]:
 def export(classifier: Classifier, path: Path | str) -> None:
     """Write the network to a file of ONNX or of torch.export, by the suffix of `path`.
 
+    Args:
+        classifier: what :func:`gclkern.training.load_classifier` returns.
+        path: the file to write; it ends in .onnx or .pt2.
+
     Raises:
         ValueError: another suffix than .onnx and .pt2.
         ImportError: the packages that write ONNX are missing; the message names the command to install them.

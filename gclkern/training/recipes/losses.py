@@ -54,7 +54,11 @@ LOSS_OPTIONS = {
 
 
 def build_loss(phase: Phase, class_counts: list[int], *, sharded: bool = False) -> nn.Module:
-    """The loss of a phase. Those of FUSED take features and the weight of a cosine classifier, which may be `sharded`; others, and with LWS all, logits."""
+    """The loss of a phase.
+
+    A loss of FUSED on a cosine classifier takes features and the classifier's weight, which may be `sharded`. All others, and every loss where the classifier
+    has factors (LWS), take logits or cosines.
+    """
     options = dict(phase.options)
     if options.get("weight") == "counts":
         options["weight"] = torch.tensor(class_counts) / max(class_counts)

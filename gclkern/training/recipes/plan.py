@@ -142,6 +142,9 @@ def plan(
         pretrained: whether stage 1 starts from pretrained weights; it only affects data sets without published settings.
         augment: augmentation of all phases; None is the published one.
 
+    Raises:
+        ValueError: settings that do not go together, such as `cloud` for a method without clouds, or a re-training that the method's classifier does not allow.
+
     Example:
         >>> [phase.name for phase in plan("gcl", None, "cifar100-lt", [500, 50, 5], baseline=True)]
         ['baseline', 'stage-1', 'stage-2']
