@@ -249,14 +249,14 @@ def _losses_kernel(
         likely = own_sum > rest
         precise = log1p(rest / tl.where(likely, own_sum, 1.0)) + own * ln2
         loss = tl.where(single & likely, precise, (tl.log2(total) + peak) * ln2 - pulled / number * inverse_temperature)
-        loss = tl.where(known | (rows >= num_rows), tl.where(number > 0.0, loss, 0.0), float("nan"))
+        loss = tl.where(known | (rows >= num_rows), tl.where(number == 0.0, 0.0, loss), float("nan"))
         # a row without keys has no probabilities: exp2(-inf) in backward
         empty = total == 0.0
         tl.store(peak_ptr + rows, tl.where(empty, float("inf"), peak), mask=in_batch)
         tl.store(shift_ptr + rows, tl.where(single | (own_sum == 0.0), -float("inf"), own - peak), mask=in_batch)
         tl.store(inverse_ptr + rows, tl.where(empty, 0.0, 1.0 / total), mask=in_batch)
         share = tl.where(single & (total != 0.0), rest / total, 1.0 / number)
-        tl.store(share_ptr + rows, tl.where(number > 0.0, share, 0.0), mask=in_batch)
+        tl.store(share_ptr + rows, tl.where(number == 0.0, 0.0, share), mask=in_batch)
         if REDUCTION == "none":
             tl.store(loss_ptr + rows, loss, mask=in_batch)
         losses += tl.where(in_batch, loss, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -158,6 +159,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="torch.compile overlooks changes of the mode on Python 3.13.0, of any module")
 def test_compiled() -> None:
     """Without a graph break, in training, where the mean feature changes, and in prediction."""
     whole, compiled = classifier(dtype=torch.float32), classifier(dtype=torch.float32)

@@ -54,19 +54,23 @@ class RunFolder:
             return
         with write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            self._own(resumed=checkpoint is not None)
-            replace_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-            self.loggers = open_loggers(config.logger, path, config.to_dict(), len(self.history))
+            self._own()
+            try:
+                if checkpoint is None and (path / "last.pt").exists():
+                    raise ValueError(f"{printable(str(path))} already holds a run; resume it, or choose another folder")
+                replace_text(path / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+                self.loggers = open_loggers(config.logger, path, config.to_dict(), len(self.history))
+            except BaseException:
+                self.close()
+                raise
 
-    def _own(self, *, resumed: bool) -> None:
+    def _own(self) -> None:
         """Lock the folder. The system releases the lock when this process ends and, at most some seconds later, the workers that it has started."""
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=_LOCK_SECONDS)
         except Timeout:
             raise ValueError(f"another run is writing to {printable(str(self.path))}; wait until it ends, or choose another folder") from None
-        if not resumed and (self.path / "last.pt").exists():
-            raise ValueError(f"{printable(str(self.path))} already holds a run; resume it, or choose another folder")
 
     @property
     def seconds(self) -> float:

@@ -117,8 +117,9 @@ def test_what_a_logger_refuses_is_an_error_of_the_user(tmp_path: Path, monkeypat
             raise ConnectionError("no answer")
 
     monkeypatch.setitem(LOGGERS, "wandb", Refusing)
-    with pytest.raises(LoggerError, match=r"`logger=wandb` failed \(Use `wandb login` to log in\.\); put that right, or pass `logger=none`"):
+    with pytest.raises(LoggerError, match=r"`logger=wandb` failed \(Use `wandb login` to log in\.\); put that right, or pass `logger=none`") as refused:
         RunFolder(tmp_path, RunConfig(logger="wandb"), write=True)
+    assert refused  # its traceback still holds the first object, which must have unlocked the folder
     run = RunFolder(tmp_path, RunConfig(lr=0.5, logger="wandb"), write=True)
     with pytest.raises(LoggerError, match=r"failed \(no answer\)"):
         run.log({"phase": "stage-1", "epoch": 1, "loss": 1.5})
