@@ -118,7 +118,7 @@ def test_confusion_of_classes(figures: list[Any], tmp_path: Path) -> None:
     assert [text.get_text().strip() for text in pairs.texts] == ["2 of 4", "3 of 10", "1 of 5"], "single errors come last"
     assert max(bar.get_height() for bar in pairs.patches) < 0.2 * np.ptp(pairs.get_ylim()), "few bars are not as thick as the picture"
     plots.plot_class_confusion(labels, labels, counts, tmp_path / "confusion.png")
-    assert figures[1].axes[1].get_title() == "no errors"
+    assert figures[1].axes[1].get_title("right") == "no errors"  # above the names, too, if these leave the bars little room
 
 
 def test_confusion_of_many_classes_is_a_list(figures: list[Any], tmp_path: Path) -> None:
