@@ -171,7 +171,12 @@ class Run:
 
 
 def cpu_options() -> tuple[str, ...]:
-    """What a full schedule takes on a CPU: a compiled step (0.8 of the time of ResNet-32's), in bfloat16 where the CPU multiplies it (0.6 of float32's)."""
+    """What long training takes on a CPU: a compiled step (0.8 of the time of ResNet-32's), in bfloat16 where the CPU multiplies it (0.6 of float32's).
+
+    Nothing where there is a GPU.
+    """
+    if torch.cuda.is_available():
+        return ()
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     half = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return ("--compile", "--amp", "bf16", "--channels-last") if half else ("--compile",)
@@ -179,8 +184,7 @@ def cpu_options() -> tuple[str, ...]:
 
 def runs_of(table: Table) -> list[Run]:
     """First seeds first, so that a table that is stopped has a number everywhere before it has a deviation anywhere."""
-    on_cpu = table.epochs_scale == 1 and not torch.cuda.is_available()
-    options = (*table.options, *cpu_options()) if on_cpu else table.options
+    options = (*table.options, *cpu_options()) if table.epochs_scale == 1 else table.options
     return [
         Run(data, imbalance, method, seed, table.epochs_scale, options)
         for seed in table.seeds

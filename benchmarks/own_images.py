@@ -46,7 +46,7 @@ OWN_IMAGES = RESULTS / "own_images"
 TEST_IMAGES = 100  # of each class
 COMPARED = ("ce", "ldam-drw", "gcl", "gcl-ldam-drw")
 EPOCHS = (24, 60, 200)
-COMPILED = 200_000  # images seen in training: from here on a compiled step saves more time than compiling takes
+COMPILED = 200_000  # images seen in training: from here on a compiled step on a CPU saves more time than compiling takes
 HEADER = ("pixels", "epochs", "method", "seeds", "top-1", *GROUPS, "ECE", "ECE, one temperature", "NLL", "NLL, one temperature")
 
 
@@ -202,7 +202,7 @@ def tables(results: Path) -> str:
 
 def _options(images_seen: int) -> tuple[str, ...]:
     """Options of train.py that make a run faster and leave the method as it is; a result says in `settings` which it had."""
-    return cpu_options() if images_seen >= COMPILED else ("--channels-last",)
+    return (images_seen >= COMPILED and cpu_options()) or ("--channels-last",)
 
 
 def main(argv: list[str] | None = None) -> None:
