@@ -435,7 +435,7 @@ def errors(path: Path) -> str:
             lines.append([dtype + (f", offset {offset:,.0f}" if offset else ""), *(_largest(these, name) for name in columns)])
         table = _table(["", *(_IMPLEMENTATIONS.get(name, f"`{name}`") for name in columns)], lines)
         parts.append(f"**{operation}**\n\n{table}")
-    code = measured_at("CPU code", [data["torch_hash"]], torch_hash())
+    code = f"{measured_at('CPU code', [data['torch_hash']], torch_hash())} {measured_at('kernels', [data['kernels_hash']], kernels_hash())}"
     parts.append(f"{code} By `python -m benchmarks.errors`; `benchmarks/results/numerics/errors.json` has every problem, and a test measures a part again.")
     return "\n\n".join(parts)
 
